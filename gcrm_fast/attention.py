@@ -1,0 +1,166 @@
+"""Causal attention over packed segments: one variable-length call, three backends behind one signature.
+
+Letters: T query rows, K gathered key/value rows, N query heads, G key/value heads, M = N / G, D head size, B segments;
+b segments of one shape with q queries and k keys each.
+
+Segment b owns the queries cu_seqlens_q[b]:cu_seqlens_q[b + 1] and the keys cu_seqlens_k[b]:cu_seqlens_k[b + 1]. It has
+at least as many keys as queries, and its causal mask is aligned bottom-right: the last query sees every key. With keys
+gathered as [P C1 | P C2 | ...] that makes one call compute a shared prefix once (see packing.py).
+"""
+
+import importlib.util
+import inspect
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+BACKENDS = ("auto", "flash_attn", "torch_varlen", "eager")
+
+
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that ``auto`` means here: flash-attn where installed, else torch's varlen attention, both on CUDA in
+    half precision only; everywhere else plain matrix products."""
+    if name != "auto":
+        return name
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "eager"
+    return "flash_attn" if importlib.util.find_spec("flash_attn") else "torch_varlen"
+
+
+# torch 2.11 takes fewer key/value heads as they come; 2.12 and later must be told.
+_VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def packed_attention(
+    q_TND: Tensor,
+    k_KGD: Tensor,
+    v_KGD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    backend: str,
+) -> Tensor:
+    """Attention output [T, N, D]; scores are scaled by 1/sqrt(D).
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k: [B + 1] int32, on the device of q.
+        max_seqlen_q, max_seqlen_k: longest segment, in rows.
+        backend: one of ``BACKENDS`` except ``auto``.
+    """
+    if backend == "flash_attn":
+        from flash_attn import flash_attn_varlen_func  # noqa: PLC0415 (optional dependency)
+
+        return flash_attn_varlen_func(
+            q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=True
+        )
+    if backend == "torch_varlen":
+        out = varlen_attn(
+            q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            window_size=(-1, 0), **_VARLEN_GQA,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+    return segment_attention(q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k)
+
+
+def _segment_groups(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Rows of the segments of equal shape, stacked: [(query rows [b, q], key rows [b, k]), ...]."""
+    q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    starts: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for b in range(len(q_bounds) - 1):
+        shape = q_bounds[b + 1] - q_bounds[b], k_bounds[b + 1] - k_bounds[b]
+        starts[shape].append((q_bounds[b], k_bounds[b]))
+    groups = []
+    for (q_len, k_len), members in starts.items():
+        first = torch.tensor(members, device=cu_seqlens_q.device)
+        rows_q = first[:, :1] + torch.arange(q_len, device=first.device)
+        groups.append((rows_q, first[:, 1:] + torch.arange(k_len, device=first.device)))
+    return groups
+
+
+def _probabilities(q_bGMqD: Tensor, k_bG1kD: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) under the bottom-right causal mask, [b, G, M, q, k], at least float32."""
+    q_len, k_len, d = q_bGMqD.shape[-2], k_bG1kD.shape[-2], q_bGMqD.shape[-1]
+    scores = q_bGMqD @ k_bG1kD.mT * d**-0.5
+    future = torch.ones(q_len, k_len, dtype=torch.bool, device=scores.device).triu(k_len - q_len + 1)
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return scores.masked_fill(future, -torch.inf).softmax(-1)
+
+
+def _queries(x_TND: Tensor, rows_bq: Tensor, kv_heads: int) -> Tensor:
+    """[T, N, D] -> [b, G, M, q, D]: the M = N / G query heads that share a key/value head side by side."""
+    return x_TND[rows_bq].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _rows(x_bGMqD: Tensor) -> Tensor:
+    """The inverse: [b, G, M, q, D] -> [b, q, N, D]."""
+    return x_bGMqD.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _keys(x_KGD: Tensor, rows_bk: Tensor) -> Tensor:
+    """[K, G, D] -> [b, G, 1, k, D]."""
+    return x_KGD[rows_bk].transpose(1, 2).unsqueeze(2)
+
+
+@torch.library.custom_op("gcrm::segment_attention", mutates_args=())
+def segment_attention(
+    q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> Tensor:
+    """The backend of the CPU, float32 and float64: matrix products over all segments of one shape at a time.
+
+    A custom op because its Python loop over segment lengths would break a compiled graph. Below autograd, where it
+    runs, scaled_dot_product_attention has no backward, so both directions are written out.
+    """
+    out_TND = torch.empty_like(q_TND)
+    for rows_q, rows_k in _segment_groups(cu_seqlens_q, cu_seqlens_k):
+        q, k, v = _queries(q_TND, rows_q, k_KGD.shape[1]), _keys(k_KGD, rows_k), _keys(v_KGD, rows_k)
+        out_TND[rows_q] = _rows(_probabilities(q, k).to(v.dtype) @ v)
+    return out_TND
+
+
+@segment_attention.register_fake
+def _(q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    return torch.empty_like(q_TND)
+
+
+@torch.library.custom_op("gcrm::segment_attention_backward", mutates_args=())
+def _segment_attention_backward(
+    grad_TND: Tensor, out_TND: Tensor, q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v. Each row belongs to one segment, so writing is enough: nothing adds up here."""
+    dq_TND, dk_KGD, dv_KGD = torch.empty_like(q_TND), torch.empty_like(k_KGD), torch.empty_like(v_KGD)
+    kv_heads, scale = k_KGD.shape[1], q_TND.shape[-1] ** -0.5
+    for rows_q, rows_k in _segment_groups(cu_seqlens_q, cu_seqlens_k):
+        q, k, v = _queries(q_TND, rows_q, kv_heads), _keys(k_KGD, rows_k), _keys(v_KGD, rows_k)
+        grad, out = _queries(grad_TND, rows_q, kv_heads), _queries(out_TND, rows_q, kv_heads)
+        p = _probabilities(q, k)
+        ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * scale
+        ds, p = ds.to(q.dtype), p.to(q.dtype)
+        dq_TND[rows_q] = _rows(ds @ k)
+        dk_KGD[rows_k] = (ds.mT @ q).sum(2).transpose(1, 2)
+        dv_KGD[rows_k] = (p.mT @ grad).sum(2).transpose(1, 2)
+    return dq_TND, dk_KGD, dv_KGD
+
+
+@_segment_attention_backward.register_fake
+def _(
+    grad_TND: Tensor, out_TND: Tensor, q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(q_TND), torch.empty_like(k_KGD), torch.empty_like(v_KGD)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output, *inputs)
+
+
+def _backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:
+    return *_segment_attention_backward(grad_TND, *ctx.saved_tensors), None, None
+
+
+segment_attention.register_autograd(_backward, setup_context=_save)

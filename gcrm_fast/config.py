@@ -1,0 +1,253 @@
+"""Every option of ``gcrm train``, its default, and how flags, presets and files combine.
+
+Order of precedence: command line, then ``--config`` file, then ``--preset``, then the defaults below.
+"""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from gcrm_fast.attention import BACKENDS
+from gcrm_fast.errors import UserError
+
+ARITHMETIC = "arithmetic"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains a goal-conditioned reward model on preference pairs."""
+
+    # ---- data
+    data: str = ARITHMETIC
+    """Training pairs: a JSON-lines file (.jsonl, .gz) with prompt, chosen, rejected and optional margin;
+    'arithmetic' generates them."""
+    eval_data: str = ""
+    """Held-out pairs, same format. Empty: no evaluation (generated for 'arithmetic')."""
+    train_pairs: int = 0
+    """Pairs of the training data to use (the first ones); 0 is all. For 'arithmetic': how many to generate."""
+    eval_pairs: int = 2000
+    """Most held-out pairs used at an evaluation, a fixed random choice; 0 is all."""
+    eval_by: tuple[str, ...] = ()
+    """Record fields by whose values the final AUROC is broken down, e.g. family pair_type."""
+    arithmetic_steps: int = 3
+    """Longest generated problem, in solution steps."""
+    max_length: int = 2048
+    """Pairs with a longer prompt + completion are dropped and counted, in tokens."""
+
+    # ---- model
+    model: str = ""
+    """Local Hugging Face Llama folder to start from. Empty: a model from scratch with the sizes below."""
+    hidden_size: int = 128
+    """Width of a model from scratch."""
+    layers: int = 4
+    """Layers of a model from scratch."""
+    heads: int = 4
+    """Query heads of a model from scratch."""
+    kv_heads: int = 2
+    """Key/value heads of a model from scratch."""
+    intermediate_size: int = 384
+    """MLP width of a model from scratch."""
+    vocab_size: int = 4096
+    """Vocabulary of the byte-level BPE trained on the training text for a model from scratch, at least 259."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Reward head: linear, or the paper's ablation with three ReLU layers."""
+    projection_size: int = 0
+    """Width D of a learned projection that the contrastive loss compares; 0 compares hidden states."""
+
+    # ---- objective
+    objective: Literal["gcrm", "ranking"] = "gcrm"
+    """gcrm: ranking + contrastive loss; ranking: the ranking loss alone."""
+    objective_variant: Literal["paper", "repo"] = "paper"
+    """How positions are drawn and reduced: as the paper says, or as the authors' release does."""
+    contrastive_weight: float = 0.5
+    """Weight lambda of the contrastive loss."""
+    samples: int = 16
+    """Sampled positions a pair (K of the paper, S of the release)."""
+    pairing: Literal["auto", "paired", "grid"] = "auto"
+    """Compare sample k with sample k (paired) or every source with every goal (grid). auto: paired for paper, grid for
+    repo."""
+    reduce: Literal["auto", "log_then_mean", "mean_then_log"] = "auto"
+    """Order of mean and log. auto: log_then_mean for paper, mean_then_log for repo."""
+    temperature: float = 1.0
+    """tau in sigmoid(cos / tau)."""
+    negatives: Literal["anywhere", "after-divergence"] = "anywhere"
+    """Where negative goals lie on the rejected completion; after-divergence skips the text that both share."""
+
+    # ---- optimisation
+    global_batch_pairs: int = 64
+    """Pairs an optimizer step, over all processes."""
+    group_prompts: int = 1
+    """Up to this many pairs of one prompt are put in the same step, where prompt and repeats are computed once."""
+    tokens_per_batch: int = 16384
+    """Most tokens in one micro-batch (pack) of one process."""
+    epochs: float = 1.0
+    """Passes over the training pairs."""
+    steps: int = 0
+    """Optimizer steps; 0: as many as --epochs takes."""
+    lr: float = 0.0
+    """Peak learning rate; 0: 1e-3 from scratch, 9e-6 (the paper's) for a given --model."""
+    warmup: float = 0.03
+    """Fraction of the steps with a linearly growing learning rate; a cosine to 0 follows."""
+    beta2: float = 0.95
+    """Second AdamW momentum (the first is 0.9)."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute precision; master weights are float32. auto: bfloat16 on CUDA, float32 on the CPU."""
+    attention: Literal["auto", "flash_attn", "torch_varlen", "eager"] = "auto"
+    """Attention backend. auto: flash-attn if installed, else torch's varlen attention, on CUDA in bfloat16; else eager."""
+    seed: int = 0
+    """Seed of weights, order, samples and generated data."""
+
+    # ---- output
+    output: str = ""
+    """Folder of the run. Empty: runs/<name from the configuration>."""
+    overwrite: bool = False
+    """Replace a finished model in the output folder."""
+    log_every: int = 10
+    """Steps between log lines; steps in between never wait for the device."""
+    eval_every: int = 0
+    """Steps between evaluations; 0: eight times a run. There is always one before the first and after the last step."""
+    goal_pairs: int = 2048
+    """Training pairs whose preferred end states are averaged into the saved goal state; 0 is all."""
+    dry_run: bool = False
+    """Print lengths, drops, packs, steps and predicted memory; train nothing."""
+
+    # ---- where the values above come from
+    preset: Literal["", "arithmetic", "math", "hh"] = ""
+    """Named values: arithmetic (the default run), math and hh (the paper's). Without --data it is arithmetic."""
+    config: str = ""
+    """TOML file with any of these options, e.g. the config.toml that a run writes."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "": {},
+    "arithmetic": {
+        "train_pairs": 100_000,
+        "eval_pairs": 1000,
+        "eval_by": ("steps", "error_step"),
+        "vocab_size": 272,
+        "hidden_size": 64,
+        "layers": 2,
+        "kv_heads": 4,
+        "intermediate_size": 256,
+        "lr": 4e-3,
+        "steps": 1500,
+        "log_every": 20,
+    },
+    "math": {"lr": 9e-6, "max_length": 2048, "global_batch_pairs": 64, "epochs": 1.0},
+    "hh": {"lr": 1e-5, "max_length": 4096, "global_batch_pairs": 64, "epochs": 1.0},
+}
+
+
+def parse(argv: list[str]) -> TrainConfig:
+    """The configuration of a command line; ``--help`` prints every option and exits.
+
+    Raises:
+        UserError: an unreadable ``--config`` file, an option in it that does not exist or has the wrong type, or a
+            value that makes no sense.
+    """
+    # Presets and files change the defaults, so they must be known before the other options are read.
+    early = _early_values(argv)
+    default = TrainConfig()
+    if early.get("preset") and early["preset"] not in PRESETS:
+        raise UserError(f"--preset {early['preset']}: must be one of {', '.join(p for p in PRESETS if p)}")
+    from_file = read_toml(Path(early["config"])) if early.get("config") else {}
+    data = early.get("data", from_file.get("data", ARITHMETIC))
+    preset = early.get("preset", from_file.get("preset", ARITHMETIC if data == ARITHMETIC else ""))
+    default = dataclasses.replace(default, **{**PRESETS[preset], **from_file, "preset": preset})
+    config = tyro.cli(TrainConfig, default=default, args=argv, prog="gcrm train")
+    check(config)
+    return config
+
+
+def _early_values(argv: list[str]) -> dict[str, str]:
+    values = {}
+    for i, argument in enumerate(argv):
+        for name in ("preset", "config", "data"):
+            if argument == f"--{name}" and i + 1 < len(argv):
+                values[name] = argv[i + 1]
+            elif argument.startswith(f"--{name}="):
+                values[name] = argument.partition("=")[2]
+    return values
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Options from a TOML file, checked by name and type."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): --config must name a TOML file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    known = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    values = {}
+    for name, value in raw.items():
+        if name not in known:
+            raise UserError(f"{path}: unknown option {name!r}: see gcrm train --help for the names")
+        example = known[name].default
+        if isinstance(example, tuple) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+            values[name] = tuple(value)
+        elif isinstance(example, float) and isinstance(value, int) and not isinstance(value, bool):
+            values[name] = float(value)
+        elif type(value) is type(example):
+            values[name] = value
+        else:
+            raise UserError(f"{path}: option {name!r} is {value!r}: must be of type {type(example).__name__}")
+    return values
+
+
+def check(config: TrainConfig) -> None:
+    """Raises UserError, naming the flag, for a value that makes no sense."""
+
+    def need(ok: bool, name: str, what: str) -> None:
+        if not ok:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {getattr(config, name)}: must be {what}")
+
+    for name in ("global_batch_pairs", "group_prompts", "tokens_per_batch", "samples", "log_every", "arithmetic_steps",
+                 "hidden_size", "layers", "heads", "kv_heads", "intermediate_size"):  # fmt: skip
+        need(getattr(config, name) >= 1, name, "at least 1")
+    for name in ("train_pairs", "eval_pairs", "steps", "eval_every", "goal_pairs", "projection_size", "lr",
+                 "contrastive_weight", "weight_decay", "seed"):  # fmt: skip
+        need(0 <= getattr(config, name) < float("inf"), name, "0 or more, and finite")
+    for name in ("epochs", "temperature", "clip"):
+        need(0 < getattr(config, name) < float("inf"), name, "more than 0, and finite")
+    need(0 <= config.warmup < 1, "warmup", "in [0, 1)")
+    need(0 < config.beta2 < 1, "beta2", "in (0, 1)")
+    need(config.max_length >= 3, "max_length", "at least 3")
+    need(config.attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)}")
+    if not config.model:
+        need(config.hidden_size % (2 * config.heads) == 0, "hidden_size", "a multiple of 2 * --heads")
+        need(config.heads % config.kv_heads == 0, "kv_heads", "a divisor of --heads")
+    if config.data != ARITHMETIC and config.preset == ARITHMETIC:
+        raise UserError(f"--preset arithmetic goes with generated data, not with --data {config.data}")
+    if config.eval_data == ARITHMETIC:
+        raise UserError("--eval-data arithmetic: generated data brings its own held-out problems: leave it out")
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The resolved configuration; reads back through ``--config``."""
+    lines = []
+    for name, value in dataclasses.asdict(config).items():
+        if name in ("config",):
+            continue
+        if isinstance(value, bool):
+            text = str(value).lower()
+        elif isinstance(value, tuple):
+            text = "[" + ", ".join(_toml_string(v) for v in value) + "]"
+        else:
+            text = _toml_string(value) if isinstance(value, str) else repr(value)
+        lines.append(f"{name} = {text}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_string(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'

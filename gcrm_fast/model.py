@@ -1,0 +1,226 @@
+"""A Llama with a reward head over a packed token axis.
+
+Letters: T tokens of a pack, K gathered key rows, R read rows, H hidden size, N query heads, G key/value heads,
+D head size (also: width of the projection), F width of the MLP.
+
+Modules and parameters carry the names of transformers' ``LlamaForSequenceClassification`` so that a checkpoint needs no
+renaming. There is no lm_head. The last layer computes keys and values for all tokens, but its output projection,
+second norm, MLP and the final norm run at the read rows only.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from gcrm_kernels import gather_rows
+from torch import Tensor, nn
+
+from gcrm_fast.attention import packed_attention, resolve_backend
+from gcrm_fast.packing import Pack
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the trunk and its heads. Field names are those of a Hugging Face Llama ``config.json``."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, float | int | str] | None = None  # {"rope_type": "linear" | "llama3", ...}
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 4096
+    head: str = "linear"  # or "mlp", the paper's ablation: three ReLU layers of width H
+    projection_size: int = 0  # D of the projection W [D, H] that the contrastive loss compares; 0 for none
+
+    def parameters_per_layer(self) -> int:
+        h, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return 2 * h * q + 2 * h * kv + 3 * h * self.intermediate_size + 2 * h
+
+
+class Output(NamedTuple):
+    """reward [2, pairs] float32 at the end rows of chosen [0] and rejected [1]; z [R, D or H] what cosines compare."""
+
+    reward_2N: Tensor
+    z_RD: Tensor
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in float32; float64 stays (the tests' exact runs)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------------------------------------------------------------ rotary embedding
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """RoPE inverse frequencies [D/2] float32: plain, ``linear`` (divided by factor) or ``llama3`` (long wavelengths
+    divided by factor, short ones kept, those between interpolated; Llama 3.1 report, section 3.4.1 and its release)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    inv_freq = 1.0 / (config.rope_theta**exponent)
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "default":
+        return inv_freq
+    factor = float(scaling["factor"])
+    if scaling["rope_type"] == "linear":
+        return inv_freq / factor
+    context = float(scaling["original_max_position_embeddings"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    wavelength = 2 * math.pi / inv_freq
+    keep = (context / wavelength - low) / (high - low)
+    smooth = (1 - keep) * inv_freq / factor + keep * inv_freq
+    scaled = torch.where(wavelength > context / low, inv_freq / factor, inv_freq)
+    between = (wavelength <= context / low) & (wavelength >= context / high)
+    return torch.where(between, smooth, scaled)
+
+
+def rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotary embedding with halves paired (i with i + D/2), as in Hugging Face checkpoints."""
+    a, b = x_TND.chunk(2, dim=-1)
+    return x_TND * cos_TD.unsqueeze(1) + torch.cat((-b, a), dim=-1) * sin_TD.unsqueeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- modules
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.head_dim = d
+        self.q_proj = nn.Linear(h, config.num_attention_heads * d, bias=bias)
+        self.k_proj = nn.Linear(h, config.num_key_value_heads * d, bias=bias)
+        self.v_proj = nn.Linear(h, config.num_key_value_heads * d, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, h, bias=bias)
+
+    def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], pack: Pack, backend: str) -> Tensor:
+        """Attention output before o_proj, [T, N * D]."""
+        q_TND = rotate(self.q_proj(x_TH).unflatten(-1, (-1, self.head_dim)), *rope)
+        k_TGD = rotate(self.k_proj(x_TH).unflatten(-1, (-1, self.head_dim)), *rope)
+        v_TGD = self.v_proj(x_TH).unflatten(-1, (-1, self.head_dim))
+        k_KGD, v_KGD = (gather_rows(x, pack.kv_index_K, pack.kv_inverse) for x in (k_TGD, v_TGD))
+        out_TND = packed_attention(
+            q_TND, k_KGD, v_KGD, pack.cu_seqlens_q, pack.cu_seqlens_k, pack.max_seqlen_q, pack.max_seqlen_k, backend
+        )
+        return out_TND.flatten(1)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        h, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(h, f, bias=bias)
+        self.up_proj = nn.Linear(h, f, bias=bias)
+        self.down_proj = nn.Linear(f, h, bias=bias)
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], pack: Pack, backend: str, prune: bool) -> Tensor:
+        """[T, H] -> [T, H], or [R, H] at the read rows with ``prune``."""
+        attended = self.self_attn(self.input_layernorm(x_TH), rope, pack, backend)
+        if prune:
+            attended, x_TH = (gather_rows(x, pack.read_rows_R, pack.read_inverse) for x in (attended, x_TH))
+        x_TH = x_TH + self.self_attn.o_proj(attended)
+        return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
+
+
+class Llama(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.inv_freq: Tensor
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+
+    def reset_inv_freq(self) -> None:
+        """Fills the buffer again after ``to_empty``."""
+        self.inv_freq.copy_(inverse_frequencies(self.config))
+
+    def forward(self, pack: Pack, attention_backend: str) -> Tensor:
+        """Hidden states after the final norm at the read rows, [R, H]."""
+        x = self.embed_tokens(pack.input_ids_T)
+        backend = resolve_backend(attention_backend, x.device, x.dtype)
+        angles = pack.position_ids_T.float().unsqueeze(1) * self.inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, pack, backend, prune=i == len(self.layers) - 1)
+        return self.norm(x)
+
+
+class MLPHead(nn.Sequential):
+    """The paper's ablation: three ReLU layers of width H, then a linear layer to 1."""
+
+    def __init__(self, hidden_size: int) -> None:
+        layers: list[nn.Module] = []
+        for _ in range(3):
+            layers += [nn.Linear(hidden_size, hidden_size), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(hidden_size, 1))
+
+
+class RewardModel(nn.Module):
+    """Trunk, reward head and optional projection.
+
+    ``attention_backend``: see attention.py; ``auto`` by default.
+    """
+
+    def __init__(self, config: ModelConfig, attention_backend: str = "auto") -> None:
+        super().__init__()
+        h = config.hidden_size
+        self.config = config
+        self.attention_backend = attention_backend
+        self.model = Llama(config)
+        self.score = nn.Linear(h, 1, bias=False) if config.head == "linear" else MLPHead(h)
+        self.projection = nn.Linear(h, config.projection_size, bias=False) if config.projection_size else None
+
+    def forward(self, pack: Pack) -> Output:
+        hidden_RH = self.model(pack, self.attention_backend)
+        end_2N = pack.pairs.end_2N
+        # Rewards are differences of nearly equal numbers: the head runs in float32 whatever the trunk's dtype.
+        reward = self.score(upcast(hidden_RH.index_select(0, end_2N.flatten())))
+        z_RD = hidden_RH if self.projection is None else self.projection(hidden_RH)
+        return Output(reward.view(2, -1), z_RD)
+
+
+# --------------------------------------------------------------------------------------------------- initialisation
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """Initial value of one parameter, float32 on the CPU: a function of (seed, name) alone, so that any number of ranks
+    starts from the same weights.
+
+    Norm weights are 1 and biases 0; embeddings have variance 1, linear layers variance 1 / fan-in; the linear reward
+    head has standard deviation 1 / (H + 1) (GCRM, appendix).
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    normal = torch.randn(shape, generator=generator)
+    if name == "model.embed_tokens.weight":
+        return normal
+    if name == "score.weight":
+        return normal / (config.hidden_size + 1)
+    return normal / math.sqrt(shape[1])

@@ -1,0 +1,77 @@
+"""Process group, FSDP2 sharding, and moving whole tensors in and out of sharded parameters."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from gcrm_fast.model import RewardModel
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[DeviceMesh, torch.device]]:
+    """The default process group (nccl on CUDA, else gloo), as a one-dimensional mesh, and this rank's device.
+
+    Works under torchrun, and by itself as a group of one.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh(device.type, (dist.get_world_size(),)), device
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: RewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """FSDP2: one unit a block, the reward head in float32, the rest in the root. Parameters stay float32 (master)."""
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model.score, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def local_rows(rows: int, mesh: DeviceMesh) -> slice:
+    """The rows of a [rows, ...] parameter that this rank holds: FSDP2 cuts as torch.chunk does."""
+    chunk = -(-rows // mesh.size())
+    start = min(mesh.get_local_rank() * chunk, rows)
+    return slice(start, min(start + chunk, rows))
+
+
+@torch.no_grad()
+def materialize(
+    model: RewardModel, mesh: DeviceMesh, device: torch.device, value: Callable[[str, torch.Size, slice], Tensor]
+) -> None:
+    """Gives a sharded model on the meta device its memory and values.
+
+    ``value(name, shape, rows)`` returns the rows of the parameter of that name and full shape, on the CPU.
+    """
+    model.to_empty(device=device)
+    model.model.reset_inv_freq()
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local.copy_(value(name, parameter.shape, local_rows(parameter.shape[0], mesh)))
+
+
+@torch.no_grad()
+def full_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All parameters whole, on the CPU, in ``dtype``: on rank 0; other ranks help and get an empty dict."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if dist.get_rank() == 0:
+            state[name] = full.to(dtype).cpu().contiguous()
+    return state

@@ -1,0 +1,378 @@
+"""Trains a goal-conditioned reward model: ``torchrun gcrm_fast/train.py`` or ``gcrm train``.
+
+Read ``train`` at the bottom first: it is the whole program in the order in which it happens.
+"""
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# `torchrun gcrm_fast/train.py` puts this folder first on sys.path; the package is found from the folder above.
+sys.path[0:1] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "kernels")]
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from gcrm_fast import arithmetic, checkpoint, parallel
+from gcrm_fast.config import ARITHMETIC, TrainConfig, parse, to_toml
+from gcrm_fast.data import (
+    LengthReport,
+    Pair,
+    TokenizedPair,
+    load_tokenizer,
+    read_pairs,
+    tokenize_pairs,
+    train_tokenizer,
+)
+from gcrm_fast.errors import UserError
+from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
+from gcrm_fast.model import ModelConfig, RewardModel
+from gcrm_fast.objectives import STATISTICS, Objective, losses
+from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs
+from gcrm_fast.report import MetricsLog, plot_curves, table
+
+EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
+
+
+# ------------------------------------------------------------------------------------- before any process group work
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is checked and known before training: the same on every rank."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model_config: ModelConfig
+    train: list[TokenizedPair]
+    held_out: list[TokenizedPair]
+    lengths: LengthReport
+    steps: int
+    output: Path
+
+
+def load_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
+    """(training, held-out) pairs, from files or generated."""
+    if config.data == ARITHMETIC:
+        n_train, n_eval = config.train_pairs or 100_000, config.eval_pairs or 1000
+        return arithmetic.generate(n_train, n_eval, config.seed, config.arithmetic_steps)
+    train = read_pairs(Path(config.data), config.eval_by)
+    held_out = read_pairs(Path(config.eval_data), config.eval_by) if config.eval_data else []
+    if config.eval_pairs and len(held_out) > config.eval_pairs:
+        chosen = np.random.default_rng(config.seed).permutation(len(held_out))[: config.eval_pairs]
+        held_out = [held_out[i] for i in sorted(chosen)]
+    return train[: config.train_pairs or None], held_out
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Reads and checks all inputs; writes nothing."""
+    output = Path(config.output or default_output(config))
+    if (output / "model").exists() and not config.overwrite:
+        raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is not a folder")
+    train, held_out = load_pairs(config)
+    if config.model:
+        folder = Path(config.model)
+        model_config = checkpoint.read_config(folder, head=config.head, projection_size=config.projection_size)
+        tokenizer = load_tokenizer(folder)
+    else:
+        tokenizer = train_tokenizer((p.prompt + side for p in train for side in (p.chosen, p.rejected)), config.vocab_size)
+        model_config = ModelConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.hidden_size // config.heads,
+            max_position_embeddings=config.max_length,
+            head=config.head,
+            projection_size=config.projection_size,
+        )
+    checkpoint.choose_pad(tokenizer, model_config.vocab_size, config.model or "the trained tokenizer")
+    tokenized, lengths = tokenize_pairs(tokenizer, train, config.max_length)
+    tokenized_held_out = tokenize_pairs(tokenizer, held_out, config.max_length)[0] if held_out else []
+    per_epoch = -(-len(tokenized) // config.global_batch_pairs)
+    steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
+    return Prepared(tokenizer, model_config, tokenized, tokenized_held_out, lengths, steps, output)
+
+
+def default_output(config: TrainConfig) -> str:
+    """runs/<data>-<objective>[-<variant>]-seed<n>, e.g. runs/arithmetic-gcrm-paper-seed0."""
+    name = Path(config.data).name.split(".")[0]
+    objective = config.objective if config.objective == "ranking" else f"gcrm-{config.objective_variant}"
+    return f"runs/{name}-{objective}-seed{config.seed}"
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    released = config.objective_variant == "repo"
+    return Objective(
+        contrastive_weight=config.contrastive_weight if config.objective == "gcrm" else 0.0,
+        pairing=("grid" if released else "paired") if config.pairing == "auto" else config.pairing,
+        reduce=("mean_then_log" if released else "log_then_mean") if config.reduce == "auto" else config.reduce,
+        temperature=config.temperature,
+    )
+
+
+def step_packs(
+    prepared: Prepared, config: TrainConfig, sampling: Sampling, budget: Budget, rank: int, world_size: int
+) -> Iterator[tuple[int, list[Pack]]]:
+    """(pairs of the global batch, this rank's packs) of each step: a pure function of (seed, epoch, step)."""
+    prompt_keys = np.array([pair.prompt_key for pair in prepared.train])
+    epoch = 0
+    while True:
+        for batch in epoch_batches(prompt_keys, config.global_batch_pairs, config.group_prompts, config.seed, epoch):
+            groups = [[prepared.train[i] for i in group] for group in batch]
+            plan = plan_packs(groups, budget, world_size)
+            yield sum(map(len, batch)), [build_pack(p, sampling, epoch) for p in plan[rank::world_size]]
+        epoch += 1
+
+
+# ------------------------------------------------------------------------------------------------- pieces of the loop
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory instead of returning it to the kernel: without it a training step on the CPU
+    spends about half its time in page faults."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3  # <malloc.h>
+    libc = ctypes.CDLL(None)
+    libc.mallopt(m_mmap_threshold, 2**30)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def optimizer_and_schedule(
+    model: RewardModel, config: TrainConfig, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Fused AdamW (0.9, beta2); linear warm-up, then a cosine to 0."""
+    lr = config.lr or (9e-6 if config.model else 1e-3)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
+    )
+    warmup = math.ceil(config.warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def accumulate(
+    model: torch.nn.Module, packs: list[Pack], n_pairs: int, objective: Objective, device: torch.device
+) -> Tensor:
+    """Gradients of the mean loss over the GLOBAL batch, from this rank's packs; returns the sums of STATISTICS.
+
+    FSDP averages gradients over ranks, hence the factor world size; they are reduced once, at the last pack.
+    """
+    sums = torch.zeros(len(STATISTICS), device=device)
+    for i, pack in enumerate(packs):
+        model.set_requires_gradient_sync(i == len(packs) - 1)  # type: ignore[operator]
+        on_device = pack.to(device)
+        total, statistics = losses(model(on_device), on_device.pairs, objective)
+        (total * (dist.get_world_size() / n_pairs)).backward()
+        sums += statistics
+    return sums
+
+
+def clip_gradients(model: torch.nn.Module, largest: float) -> Tensor:
+    """Scales gradients to a global norm of at most ``largest``; returns the norm before, without a host sync."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Holds the output folder for this run."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{output}: another run is using this folder: wait for it or choose another --output") from None
+
+
+def describe(prepared: Prepared, config: TrainConfig, world_size: int, budget: Budget) -> str:
+    """What --dry-run prints: lengths, drops, packs, steps, predicted memory."""
+    sampling = Sampling(config.samples, config.objective_variant, config.negatives, config.seed)
+    packs = [p for _, (_, packs) in zip(range(8), step_packs(prepared, config, sampling, budget, 0, 1), strict=False)
+             for p in packs]  # fmt: skip
+    tokens = [len(p.input_ids_T) for p in packs]
+    padded = [2 * p.n_pairs * p.max_seqlen_k for p in packs]
+    m = prepared.model_config
+    parameters = m.vocab_size * m.hidden_size + m.num_hidden_layers * m.parameters_per_layer()
+    # fp32 weights, gradients and two Adam moments over all ranks, and what a block keeps for its backward.
+    width = 2 if torch.cuda.is_available() and config.dtype != "float32" else 4
+    activations = width * max(tokens) * m.num_hidden_layers * (10 * m.hidden_size + 4 * m.intermediate_size)
+    return table(
+        [
+            ("training pairs", f"{len(prepared.train)} ({prepared.lengths.dropped_too_long} dropped: longer than "
+                               f"--max-length {config.max_length} tokens)"),
+            ("held-out pairs", str(len(prepared.held_out))),
+            ("prompt tokens", prepared.lengths.prompt_summary()),
+            ("completion tokens", prepared.lengths.completion_summary()),
+            ("steps", f"{prepared.steps} of {config.global_batch_pairs} pairs"),
+            ("packs a step", f"{len(packs) / min(8, len(packs)):.1f}" if len(packs) > 8 else "1"),
+            ("pack fill", f"{100 * sum(tokens) / len(tokens) / config.tokens_per_batch:.0f}% of --tokens-per-batch"),
+            ("padded / packed", f"{sum(padded) / sum(tokens):.2f} times the tokens, were the packs padded"),
+            ("parameters", f"{parameters / 1e6:.2f} M"),
+            ("predicted memory", f"{(16 * parameters / world_size + activations) / 2**30:.2f} GiB a process"),
+        ]
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- the program
+
+
+def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.DeviceMesh, device: torch.device) -> None:
+    """The whole run: build, loop, evaluate, save. Every rank runs it; rank 0 writes."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+        config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
+    objective = objective_of(config)
+    sampling = Sampling(config.samples, config.objective_variant, config.negatives, config.seed)
+    budget = Budget(config.tokens_per_batch, prepared.model_config.hidden_size)
+
+    with torch.device("meta"):
+        model = RewardModel(prepared.model_config, config.attention)
+    parallel.shard(model, mesh, dtype)
+    weights = (
+        checkpoint.open_weights(Path(config.model), prepared.model_config, config.seed)
+        if config.model
+        else checkpoint.fresh_weights(prepared.model_config, config.seed)
+    )
+    parallel.materialize(model, mesh, device, weights)
+    optimizer, schedule = optimizer_and_schedule(model, config, prepared.steps)
+
+    log = MetricsLog(prepared.output) if rank == 0 else None
+    eval_every = config.eval_every or max(1, prepared.steps // 8)
+    goal_pairs = prepared.train[: config.goal_pairs or None]
+
+    def evaluate(step: int, goal: Tensor) -> dict[str, float]:
+        scores = score_pairs(model, prepared.held_out, goal, objective, budget, sampling, device)
+        row = metrics(scores)
+        if step == prepared.steps:
+            row |= {f"eval/auroc/{k}": v for k, (v, _) in breakdown(scores, config.eval_by).items()}
+        if log:
+            log.write(step, row)
+        return row
+
+    batches = step_packs(prepared, config, sampling, budget, rank, world_size)
+    first = last = {}
+    if prepared.held_out:
+        first = last = evaluate(0, goal_state(model, goal_pairs[:EVALUATION_GOAL_PAIRS], budget, sampling, device))
+    started = time.perf_counter()
+    sums = torch.zeros(len(STATISTICS) + 1, device=device)  # statistics and tokens since the last log row
+    pairs_since = 0
+    bar = tqdm(range(1, prepared.steps + 1), disable=rank != 0, unit="step", dynamic_ncols=True)
+    for step in bar:
+        n_pairs, packs = next(batches)
+        sums[:-1] += accumulate(model, packs, n_pairs, objective, device)
+        sums[-1] += sum(len(pack.input_ids_T) for pack in packs)
+        norm = clip_gradients(model, config.clip)
+        learning_rate = schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        pairs_since += n_pairs
+
+        if step % config.log_every == 0 or step == prepared.steps:
+            dist.all_reduce(sums)
+            *statistics, tokens = sums.tolist()
+            seconds = time.perf_counter() - started
+            row = {name: value / pairs_since for name, value in zip(STATISTICS, statistics, strict=True)}
+            row |= {"grad_norm": norm.item(), "lr": learning_rate, "pairs_per_s": pairs_since / seconds,
+                    "tokens_per_s": tokens / seconds}  # fmt: skip
+            if log:
+                log.write(step, row)
+                bar.set_postfix(loss=f"{row['loss']:.3f}", auroc=f"{last.get('eval/auroc', math.nan):.3f}")
+            sums.zero_()
+            pairs_since, started = 0, time.perf_counter()
+        if prepared.held_out and step % eval_every == 0 and step != prepared.steps:
+            last = evaluate(step, goal_state(model, goal_pairs[:EVALUATION_GOAL_PAIRS], budget, sampling, device))
+            started = time.perf_counter()
+
+    goal = goal_state(model, goal_pairs, budget, sampling, device)
+    if prepared.held_out:
+        last = evaluate(prepared.steps, goal)
+    state = parallel.full_state(model, dtype)
+    if log:
+        finish(config, prepared, log, state, goal.cpu(), len(goal_pairs), first, last)
+    dist.barrier()
+
+
+def finish(
+    config: TrainConfig, prepared: Prepared, log: MetricsLog, state: dict[str, Tensor], goal: Tensor, goal_count: int,
+    first: dict[str, float], last: dict[str, float],
+) -> None:  # fmt: skip
+    """Writes curves and the model (aside, then renamed: `model` is complete or absent) and prints the summary."""
+    output = prepared.output
+    rows = [("pairs seen", str(min(prepared.steps * config.global_batch_pairs, 10**12)))]
+    if last:
+        baselines = shortcuts(prepared.train, prepared.held_out, prepared.model_config.vocab_size)
+        log.write(prepared.steps, baselines)
+        rows += [(f"held-out {name}", f"{first[f'eval/{key}']:.3f} -> {last[f'eval/{key}']:.3f}")
+                 for name, key in (("AUROC", "auroc"), ("pair accuracy", "accuracy"), ("ranking loss", "loss/ranking"),
+                                   ("contrastive loss", "loss/contrastive"))]  # fmt: skip
+        rows += [(f"  AUROC {key.removeprefix('eval/auroc/')}", f"{value:.3f}")
+                 for key, value in last.items() if key.startswith("eval/auroc/")]  # fmt: skip
+        rows += [("shortcut: length only", f"{baselines['baseline/auroc_length']:.3f}"),
+                 ("shortcut: bag of tokens", f"{baselines['baseline/auroc_bag_of_tokens']:.3f}")]  # fmt: skip
+    plot_curves(log.rows, output / "curves.png")
+    (output / "config.toml").write_text(to_toml(config))
+    partial = output / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint.save_model(partial, state, prepared.model_config, prepared.tokenizer, goal, goal_count)
+    if (output / "model").exists():
+        shutil.rmtree(output / "model")
+    partial.rename(output / "model")
+    log.close()
+    rows.append(("saved", str(output / "model")))
+    print(f"\n{table(rows)}", flush=True)
+
+
+def run(config: TrainConfig) -> None:
+    """Checks all inputs on every rank before any process group work, then trains. Raises UserError."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    prepared = prepare(config)
+    if config.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(prepared, config, world_size, Budget(config.tokens_per_batch, config.hidden_size)))
+        return
+    keep_freed_memory()
+    is_first = os.environ.get("RANK", "0") == "0"
+    with locked(prepared.output) if is_first else contextlib.nullcontext(), parallel.process_group() as (mesh, device):
+        train(config, prepared, mesh, device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
+    try:
+        run(parse(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"gcrm train: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
