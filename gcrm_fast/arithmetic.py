@@ -17,6 +17,7 @@ from gcrm_fast.data import Pair
 MODULUS = 10
 OPERANDS = range(10, 100)
 HELD_OUT_SHARE = 10  # one problem in this many, by a hash of its text, is never trained on
+PATIENCE = 100_000  # draws without a new held-out problem after which there are taken to be no more
 
 
 def _apply(value: int, operator: str, operand: int) -> int:
@@ -58,13 +59,16 @@ def is_correct(prompt: str, completion: str) -> bool:
 def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, held-out pairs) over disjoint problems of 1 to ``max_steps`` steps, n steps with weight 1 / n.
 
-    Fields of a pair: ``steps`` and ``error_step`` (1-based). Held-out problems are distinct.
+    Fields of a pair: ``steps`` and ``error_step`` (1-based). Training problems may come again with another error;
+    held-out problems are distinct, so there are fewer than ``eval_pairs`` if no more exist (about 1600 of one step).
     """
     rng = random.Random(seed)
     lengths = range(1, max_steps + 1)
     train: list[Pair] = []
     held_out: dict[str, Pair] = {}
-    while len(train) < pairs or len(held_out) < eval_pairs:
+    fruitless = 0
+    while len(train) < pairs or (len(held_out) < eval_pairs and fruitless < PATIENCE):
+        fruitless += 1
         steps = rng.choices(lengths, [1 / n for n in lengths])[0]
         start = rng.choice(OPERANDS)
         operations = [(rng.choice("+-"), rng.choice(OPERANDS)) for _ in range(steps)]
@@ -77,6 +81,7 @@ def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[li
             if len(held_out) < eval_pairs and prompt not in held_out:
                 where = f"arithmetic:held-out:{len(held_out) + 1}"
                 held_out[prompt] = Pair(prompt, chosen, rejected, 0.0, where, fields)
+                fruitless = 0
         elif len(train) < pairs:
             train.append(Pair(prompt, chosen, rejected, 0.0, f"arithmetic:train:{len(train) + 1}", fields))
     return train, list(held_out.values())

@@ -52,7 +52,7 @@ def packed_attention(
         backend: one of ``BACKENDS`` except ``auto``.
     """
     if backend == "flash_attn":
-        from flash_attn import flash_attn_varlen_func  # noqa: PLC0415 (optional dependency)
+        from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
             q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=True

@@ -6,7 +6,7 @@ token, which belongs to it and is where the reward is read.
 
 import gzip
 import json
-import math
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -87,7 +87,9 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     for number, line in enumerate(file, start=1):
                         yield number, line
                 except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                    raise UserError(f"{path}:{number + 1}: gzip data is damaged ({error}): copy the file again") from None
+                    raise UserError(
+                        f"{path}:{number + 1}: gzip data is damaged ({error}): copy the file again"
+                    ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}): name a JSON-lines file") from None
 
@@ -115,11 +117,19 @@ def _pair(record: Any, where: str, fields: Sequence[str]) -> Pair:
     if chosen == rejected:
         raise UserError(f"{where}: fields 'chosen' and 'rejected' are equal: a pair needs a difference")
     margin = record.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-        raise UserError(f"{where}: field 'margin' is {margin!r}, not a finite number")
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise UserError(f"{where}: field 'margin' is {type(margin).__name__}, not a finite number")
+    # Compared, not converted: JSON integers have no bound, and a float holds only so much. NaN fails it too.
+    if not abs(margin) <= sys.float_info.max:
+        raise UserError(f"{where}: field 'margin' is not a finite number: write a number that a float can hold")
     for name in fields:
         if name not in record:
             raise UserError(f"{where}: field '{name}', named by --eval-by, is missing")
+        if isinstance(record[name], str):
+            _text(record, name, where)
+        elif not isinstance(record[name], (int, float)):
+            kind = type(record[name]).__name__
+            raise UserError(f"{where}: field '{name}', named by --eval-by, is {kind}, not a string, number or boolean")
     return Pair(prompt, chosen, rejected, float(margin), where, {name: record[name] for name in fields})
 
 
@@ -139,7 +149,9 @@ def read_pairs(path: Path, fields: Sequence[str] = ()) -> list[Pair]:
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line): save the file as UTF-8") from None
+            raise UserError(
+                f"{where}: not UTF-8 text (byte {error.start} of the line): save the file as UTF-8"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not valid JSON ({error}): one JSON object a line") from None
         pairs.append(_pair(record, where, fields))
@@ -159,7 +171,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder}: no tokenizer that transformers can load ({reason})") from None
     if not tokenizer.is_fast:
-        raise UserError(f"{folder}: the tokenizer gives no character offsets: convert it to a fast one (tokenizer.json)")
+        raise UserError(
+            f"{folder}: the tokenizer gives no character offsets: convert it to a fast one (tokenizer.json)"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no eos token, where rewards are read: add one")
     return tokenizer
@@ -182,9 +196,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
@@ -211,14 +223,16 @@ def _cut(
 ) -> tuple[np.ndarray, int]:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
-        ids, offsets = ids[1:], offsets[1:]
+        ids, offsets = ids[:1] + ids[2:], offsets[:1] + offsets[2:]
+    # An eos that the tokenizer adds has an empty span. Without it, one rule serves all: only the text's own eos counts.
+    if ids and ids[-1] == eos and offsets[-1] == (0, 0):
+        ids, offsets = ids[:-1], offsets[:-1]
     start = next((k for k, (_, end) in enumerate(offsets) if end > prompt_length), len(ids))
-    # A tokenizer that appends eos gives it an empty span; one in the text is kept only if nothing but space follows.
     last = next((k for k in range(len(ids) - 1, start - 1, -1) if ids[k] == eos), None)
-    if last is not None and not text[max(offsets[last][1], prompt_length) if offsets[last][1] else len(text) :].strip():
-        ids = ids[: last + 1]
-    else:
+    if last is None or text[offsets[last][1] :].strip():
         ids = [*ids, eos]
+    else:
+        ids = ids[: last + 1]
     return np.array(ids, dtype=np.int32), min(start, len(ids) - 1)
 
 
@@ -238,14 +252,14 @@ def tokenize_pairs(
     for i, pair in enumerate(pairs):
         (chosen_ids, chosen_start), (rejected_ids, rejected_start) = chosen[i], rejected[i]
         if np.array_equal(chosen_ids, rejected_ids):
-            raise UserError(f"{pair.where}: fields 'chosen' and 'rejected' have the same tokens: a pair needs a difference")
+            raise UserError(
+                f"{pair.where}: fields 'chosen' and 'rejected' have the same tokens: a pair needs a difference"
+            )
         if max(len(chosen_ids), len(rejected_ids)) > max_length:
             continue
         key = prompt_keys.setdefault(pair.prompt, len(prompt_keys))
         kept.append(
-            TokenizedPair(
-                i, chosen_ids, rejected_ids, chosen_start, rejected_start, pair.margin, key, pair.fields
-            )
+            TokenizedPair(i, chosen_ids, rejected_ids, chosen_start, rejected_start, pair.margin, key, pair.fields)
         )
     if not kept:
         raise UserError(f"all {len(pairs)} pairs are longer than --max-length {max_length} tokens: raise it")

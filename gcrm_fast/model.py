@@ -200,7 +200,8 @@ class RewardModel(nn.Module):
         # Rewards are differences of nearly equal numbers: the head runs in float32 whatever the trunk's dtype.
         reward = self.score(upcast(hidden_RH.index_select(0, end_2N.flatten())))
         z_RD = hidden_RH if self.projection is None else self.projection(hidden_RH)
-        return Output(reward.view(2, -1), z_RD)
+        # A stack and not a view: FSDP's hooks must own the tensors that leave the module.
+        return Output(torch.stack(reward.squeeze(1).chunk(2)), z_RD)
 
 
 # --------------------------------------------------------------------------------------------------- initialisation

@@ -209,7 +209,9 @@ def build_pack(
             samples.append(np.concatenate([chosen[drawn_4S[:3]], rejected[drawn_4S[3:]]]))
             end.append([chosen[-1], rejected[-1]])
             if quantiles:
-                quantile_rows.append([completion[quantile_positions(len(completion))] for completion in (chosen, rejected)])
+                quantile_rows.append(
+                    [completion[quantile_positions(len(completion))] for completion in (chosen, rejected)]
+                )
             has_positive.append(len(chosen) > 1)
             shared.append((drawn_4S[3] < divergence(pair) - pair.rejected_start).mean())
             margins.append(pair.margin)
@@ -338,7 +340,8 @@ def plan_packs(
     parts = [part for group in groups for part in split_to_budget(group, budget)]
     sized = sorted(((group_size(part), i) for i, part in enumerate(parts)), key=lambda x: (-budget.cost(x[0]), x[1]))
     needed = max(
-        -(-sum(size.tokens for size, _ in sized) // budget.tokens), -(-sum(size.keys for size, _ in sized) // budget.keys)
+        -(-sum(size.tokens for size, _ in sized) // budget.tokens),
+        -(-sum(size.keys for size, _ in sized) // budget.keys),
     )
     n_packs = max(-(-needed // world_size), 1) * world_size
     while True:
@@ -353,7 +356,9 @@ def _fill(sized: Sequence[tuple[GroupSize, int]], n_packs: int, budget: Budget) 
     members: list[list[int]] = [[] for _ in range(n_packs)]
     tokens, keys, cost = [0] * n_packs, [0] * n_packs, [0.0] * n_packs
     for size, i in sized:
-        room = [p for p in range(n_packs) if tokens[p] + size.tokens <= budget.tokens and keys[p] + size.keys <= budget.keys]
+        room = [
+            p for p in range(n_packs) if tokens[p] + size.tokens <= budget.tokens and keys[p] + size.keys <= budget.keys
+        ]
         if not room:
             return None
         p = min(room, key=lambda p: cost[p])

@@ -64,7 +64,11 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     _plot(
         quality,
         rows,
-        {"accuracy": "pair accuracy (train)", "eval/accuracy": "pair accuracy (held out)", "eval/auroc": "AUROC (held out)"},
+        {
+            "accuracy": "pair accuracy (train)",
+            "eval/accuracy": "pair accuracy (held out)",
+            "eval/auroc": "AUROC (held out)",
+        },
         "Pair accuracy and AUROC",
     )
     quality.set_ylim(0.4, 1.01)

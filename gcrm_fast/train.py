@@ -5,7 +5,6 @@ Read ``train`` at the bottom first: it is the whole program in the order in whic
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import platform
@@ -15,9 +14,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-# `torchrun gcrm_fast/train.py` puts this folder first on sys.path; the package is found from the folder above.
-sys.path[0:1] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "kernels")]
 
 import numpy as np
 import torch
@@ -91,7 +87,9 @@ def prepare(config: TrainConfig) -> Prepared:
         model_config = checkpoint.read_config(folder, head=config.head, projection_size=config.projection_size)
         tokenizer = load_tokenizer(folder)
     else:
-        tokenizer = train_tokenizer((p.prompt + side for p in train for side in (p.chosen, p.rejected)), config.vocab_size)
+        tokenizer = train_tokenizer(
+            (p.prompt + side for p in train for side in (p.chosen, p.rejected)), config.vocab_size
+        )
         model_config = ModelConfig(
             vocab_size=len(tokenizer),
             hidden_size=config.hidden_size,
