@@ -101,7 +101,8 @@ class TrainConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute precision; master weights are float32. auto: bfloat16 on CUDA, float32 on the CPU."""
     attention: Literal["auto", "flash_attn", "torch_varlen", "eager"] = "auto"
-    """Attention backend. auto: flash-attn if installed, else torch's varlen attention, on CUDA in bfloat16; else eager."""
+    """Attention backend. auto: on CUDA in bfloat16 flash-attn if installed, else torch's varlen attention; elsewhere
+    eager."""
     seed: int = 0
     """Seed of weights, order, samples and generated data."""
 

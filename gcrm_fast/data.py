@@ -167,7 +167,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local Hugging Face folder. Raises UserError if there is none, or it lacks offsets or eos."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder}: no tokenizer that transformers can load ({reason})") from None
     if not tokenizer.is_fast:
@@ -229,10 +229,7 @@ def _cut(
         ids, offsets = ids[:-1], offsets[:-1]
     start = next((k for k, (_, end) in enumerate(offsets) if end > prompt_length), len(ids))
     last = next((k for k in range(len(ids) - 1, start - 1, -1) if ids[k] == eos), None)
-    if last is None or text[offsets[last][1] :].strip():
-        ids = [*ids, eos]
-    else:
-        ids = ids[: last + 1]
+    ids = [*ids, eos] if last is None or text[offsets[last][1] :].strip() else ids[: last + 1]
     return np.array(ids, dtype=np.int32), min(start, len(ids) - 1)
 
 

@@ -1,0 +1,77 @@
+"""Small models and pairs that several test files share."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gcrm_fast.data import TokenizedPair
+from gcrm_fast.model import ModelConfig, RewardModel, initial_value
+
+VOCAB = 50
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.random.fork_rng():
+        yield
+
+
+@pytest.fixture
+def make_pair() -> Callable[..., TokenizedPair]:
+    """make_pair(id, prompt length, chosen length, rejected length, shared=...) with random tokens."""
+    rng = np.random.default_rng(0)
+
+    def make(
+        pair_id: int, prompt: int, chosen: int, rejected: int, *, shared: int = 0, prompt_key: int = 0
+    ) -> TokenizedPair:
+        head = np.random.default_rng(prompt_key).integers(VOCAB, size=prompt)
+        same = rng.integers(VOCAB, size=shared)
+        first = int(rng.integers(VOCAB))
+        tails = [np.r_[(first + side) % VOCAB, rng.integers(VOCAB, size=n - shared - 1)]
+                 for side, n in enumerate((chosen, rejected))]  # fmt: skip
+        ids = [np.concatenate([head, same, tail]).astype(np.int32) for tail in tails]
+        return TokenizedPair(pair_id, ids[0], ids[1], prompt, prompt, 0.25 * (pair_id % 3), prompt_key, {})
+
+    return make
+
+
+@pytest.fixture
+def pairs(make_pair: Callable[..., TokenizedPair]) -> list[TokenizedPair]:
+    """Seven pairs over three prompts: shared completion starts, a chosen completion of one token, no prompt at all."""
+    return [
+        make_pair(0, 5, 6, 7, prompt_key=1),
+        make_pair(1, 5, 3, 9, prompt_key=1),
+        make_pair(2, 8, 1, 4, prompt_key=2),
+        make_pair(3, 8, 12, 9, shared=5, prompt_key=2),
+        make_pair(4, 8, 9, 9, shared=1, prompt_key=2),
+        make_pair(5, 0, 6, 2, prompt_key=3),
+        make_pair(6, 3, 20, 17, shared=10, prompt_key=4),
+    ]
+
+
+def small_config(**changes: object) -> ModelConfig:
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    return ModelConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def small_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> RewardModel:
+    """Weights of standard deviation of at least 0.1 everywhere: at 0.02 a wrong position hides in any tolerance."""
+    model = RewardModel(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
+            parameter.copy_(initial_value(name, parameter.shape, config, 0).double() + noise)
+    return model

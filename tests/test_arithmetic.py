@@ -1,0 +1,119 @@
+"""Generated problems: right, disjoint, and without a shortcut."""
+
+import re
+
+import numpy as np
+import pytest
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+from gcrm_fast import arithmetic
+from gcrm_fast.arithmetic import generate, is_correct, is_held_out
+from gcrm_fast.data import Pair, TokenizedPair, tokenize_pairs, train_tokenizer
+
+TRAIN, HELD_OUT = generate(6000, 1000, seed=0, max_steps=3)
+
+
+def completions(pairs: list[TokenizedPair]) -> list[np.ndarray]:
+    """Completion tokens: all chosen, then all rejected."""
+    return [p.chosen_ids[p.chosen_start :] for p in pairs] + [p.rejected_ids[p.rejected_start :] for p in pairs]
+
+
+def step_is_right(step: str) -> bool:
+    """Whether one step, such as '47+35=2', is right in itself."""
+    left, operator, right, result = re.fullmatch(r"(\d+)([+-])(\d+)=(\d)", step).groups()
+    return int(result) == (int(left) + int(operator + right)) % 10
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "correct"),
+    [
+        ("47+35-28?", "47+35=2;2-28=4;", True),
+        ("10-11?", "10-11=9;", True),
+        ("47+35-28?", "47+35=9;9-28=1;", False),  # wrong step, consistent after it
+        ("47+35-28?", "47+35=2;2-28=5;", False),
+        ("47+35-28?", "47+35=2;", False),  # a step is missing
+        ("47+35-28?", "47+35=2;2-28=4", False),  # not finished
+        ("47+35?", "47+35=2;2-28=4;", False),  # a step too many
+        ("47+35?", "35+47=2;", False),  # another problem
+        ("47+35?", "47+35=82;", False),  # not the last digit
+        ("47+35-28?", "47+35=2;7-28=9;", False),  # goes on from another value
+        ("47+35?", "", False),
+    ],
+)
+def test_is_correct(prompt, completion, correct):
+    assert is_correct(prompt, completion) is correct
+
+
+@pytest.mark.parametrize("max_steps", [1, 3, 6])
+def test_chosen_is_right_and_rejected_has_one_wrong_step_where_recorded(max_steps):
+    train, held_out = generate(300, 100, 3, max_steps)
+    for pair in train + held_out:
+        assert is_correct(pair.prompt, pair.chosen)
+        assert not is_correct(pair.prompt, pair.rejected)
+        steps = pair.rejected.split(";")[:-1]
+        assert len(steps) == pair.fields["steps"] <= max_steps
+        assert [n for n, step in enumerate(steps, 1) if not step_is_right(step)] == [pair.fields["error_step"]]
+        results = [step.split("=")[1] for step in steps]
+        assert all(step.startswith(value) for step, value in zip(steps[1:], results, strict=False))
+        # Both sides agree up to the wrong result.
+        assert pair.chosen.split(";")[: pair.fields["error_step"] - 1] == steps[: pair.fields["error_step"] - 1]
+
+
+def test_held_out_problems_are_distinct_and_never_trained_on():
+    assert (len(TRAIN), len(HELD_OUT)) == (6000, 1000)
+    held_out = {pair.prompt for pair in HELD_OUT}
+    assert len(held_out) == 1000
+    assert held_out.isdisjoint(pair.prompt for pair in TRAIN)
+    # By a property of the text, hence also across seeds and sizes.
+    assert all(map(is_held_out, held_out))
+    assert not any(is_held_out(pair.prompt) for pair in generate(2000, 0, seed=5, max_steps=3)[0])
+
+
+def test_the_same_seed_gives_the_same_pairs():
+    assert generate(50, 20, 1, 3) == generate(50, 20, 1, 3)
+    assert generate(50, 20, 1, 3) != generate(50, 20, 2, 3)
+    assert TRAIN[16].where == "arithmetic:train:17"
+    assert HELD_OUT[0].where == "arithmetic:held-out:1"
+
+
+def test_fewer_held_out_problems_where_no_more_exist(monkeypatch):
+    monkeypatch.setattr(arithmetic, "OPERANDS", range(10, 20))
+    monkeypatch.setattr(arithmetic, "PATIENCE", 5000)
+    train, held_out = generate(10, 1000, 0, max_steps=1)
+    assert len(train) == 10
+    problems = (f"{a}{operator}{b}?" for a in range(10, 20) for operator in "+-" for b in range(10, 20))
+    assert {pair.prompt for pair in held_out} == {problem for problem in problems if is_held_out(problem)}
+
+
+def test_steps_and_errors_are_spread():
+    steps = np.array([pair.fields["steps"] for pair in TRAIN])
+    shares = np.bincount(steps, minlength=4)[1:] / len(steps)
+    np.testing.assert_allclose(shares, np.array([6, 3, 2]) / 11, atol=0.03)
+    errors = np.array([pair.fields["error_step"] for pair in TRAIN])[steps == 3]
+    np.testing.assert_allclose(np.bincount(errors, minlength=4)[1:] / len(errors), 1 / 3, atol=0.06)
+
+
+@pytest.fixture(scope="module")
+def tokenized() -> tuple[list[TokenizedPair], list[TokenizedPair]]:
+    def sides(pair: Pair) -> list[str]:
+        return [pair.prompt + pair.chosen, pair.prompt + pair.rejected]
+
+    tokenizer = train_tokenizer((text for pair in TRAIN for text in sides(pair)), 300)
+    return tokenize_pairs(tokenizer, TRAIN, 128)[0], tokenize_pairs(tokenizer, HELD_OUT, 128)[0]
+
+
+def test_length_tells_nothing(tokenized):
+    for pair in tokenized[0] + tokenized[1]:
+        assert len(pair.chosen_ids) == len(pair.rejected_ids)
+        assert pair.chosen_start == pair.rejected_start
+
+
+def test_token_counts_tell_nothing(tokenized):
+    train, held_out = tokenized
+    counts = CountVectorizer(analyzer=lambda ids: ids.tolist())
+    classifier = LogisticRegression(max_iter=1000)
+    classifier.fit(counts.fit_transform(completions(train)), np.repeat([1, 0], len(train)))
+    scores = classifier.decision_function(counts.transform(completions(held_out)))
+    assert abs(roc_auc_score(np.repeat([1, 0], len(held_out)), scores) - 0.5) < 0.1

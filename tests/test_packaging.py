@@ -1,0 +1,89 @@
+"""What the layout of the repository must never break: other packages' imports, and the two packages' boundary."""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "kernels"
+OURS = {"gcrm_fast", "gcrm_kernels"}
+
+# An editable install may itself put our folders on sys.path, so they are removed first and the wanted ones put back.
+PROBE = """
+import json, os, sys
+ours, wanted = json.loads(sys.argv[1])
+sys.path[:] = wanted + [p for p in sys.path if os.path.realpath(p or os.getcwd()) not in ours]
+from transformers.utils import is_kernels_available
+from transformers import LlamaForCausalLM
+print(json.dumps([bool(is_kernels_available()), LlamaForCausalLM.__name__]))
+"""
+
+
+def probe(wanted: list[Path], directory: Path) -> tuple[bool, str]:
+    """What transformers sees of the package named ``kernels`` with ``wanted`` first on sys.path."""
+    folders = json.dumps([[str(ROOT), str(KERNELS)], [str(path) for path in wanted]])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, folders], cwd=directory, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    available, name = json.loads(done.stdout.splitlines()[-1])
+    return available, name
+
+
+def imported_roots(source: str) -> set[str]:
+    """Top-level names that a module imports anywhere in its text, also by import_module("...")."""
+    roots = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            roots.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if function in {"import_module", "__import__"} and node.args and isinstance(node.args[0], ast.Constant):
+                roots.add(str(node.args[0].value).split(".")[0])
+    return roots
+
+
+def test_transformers_sees_the_same_kernels_package_from_the_repository_root(tmp_path: Path) -> None:
+    without = probe([], tmp_path)
+    assert without[1] == "LlamaForCausalLM"
+    assert probe([ROOT, KERNELS], ROOT) == without
+
+
+def test_kernels_folder_is_not_a_package() -> None:
+    assert (KERNELS / "gcrm_kernels" / "__init__.py").is_file()
+    assert not (KERNELS / "__init__.py").exists()
+
+
+def test_no_module_takes_the_name_of_another_package() -> None:
+    # torchrun gcrm_fast/train.py puts gcrm_fast/ first on sys.path.
+    package = ROOT / "gcrm_fast"
+    mine = {p.stem for p in package.glob("*.py")} | {p.name for p in package.iterdir() if p.is_dir()}
+    mine -= {"__init__", "__main__", "__pycache__"}
+    assert "train" in mine
+    installed = set(importlib.metadata.packages_distributions()) - OURS
+    assert not mine & set(sys.stdlib_module_names)
+    assert not mine & installed
+
+
+def test_gcrm_kernels_never_imports_gcrm_fast() -> None:
+    sources = sorted((KERNELS / "gcrm_kernels").rglob("*.py"))
+    assert sources
+    for path in sources:
+        assert "gcrm_fast" not in imported_roots(path.read_text(encoding="utf-8")), path
+
+
+def test_constraints_pin_exact_versions_and_no_triton() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line.strip() and not line.startswith("#")]
+    assert pins
+    for pin in pins:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", pin), f"not an exact public version: {pin}"
+        assert not re.search(r"triton|nvidia", pin, re.IGNORECASE), pin
