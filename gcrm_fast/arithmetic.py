@@ -1,38 +1,31 @@
-"""Generated preference pairs: last-digit arithmetic with step-by-step solutions.
+"""Generated preference pairs: sums of named values modulo 7, with step-by-step solutions.
 
-    prompt    47+35-28?          keep the last digit of every result
-    chosen    47+35=2;2-28=4;
-    rejected  47+35=9;9-28=1;    one step is wrong, and the solution goes on from it
+    prompt    a=3,b=5,c=0,d=2:b+d+a?
+    chosen    5+2=0;0+3=3;
+    rejected  5+2=4;4+3=0;        one step is wrong, and the solution goes on from it
 
 Whether a step is right can be known only by doing it: both sides have the same length, and each digit is as likely in a
-wrong solution as in a right one. Numbers have two digits, so that even problems of one step are too many to memorise.
+wrong solution as in a right one. The named values make even the problems of one step too many to memorise.
 """
 
 import random
-import re
 import zlib
 
 from gcrm_fast.data import Pair
 
-MODULUS = 10
-OPERANDS = range(10, 100)
+MODULUS = 7
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 HELD_OUT_SHARE = 10  # one problem in this many, by a hash of its text, is never trained on
 PATIENCE = 100_000  # draws without a new held-out problem after which there are taken to be no more
 
 
-def _apply(value: int, operator: str, operand: int) -> int:
-    return (value + operand if operator == "+" else value - operand) % MODULUS
-
-
-def _solution(start: int, operations: list[tuple[str, int]], wrong_step: int, offset: int) -> str:
-    """The steps; the result of step ``wrong_step`` (1-based, 0 for none) is off by ``offset``."""
-    value, text = start, ""
-    for number, (operator, operand) in enumerate(operations, start=1):
-        result = _apply(value, operator, operand)
-        if number == wrong_step:
-            result = (result + offset) % MODULUS
-        text += f"{value}{operator}{operand}={result};"
-        value = result
+def _solution(values: list[int], wrong_step: int, offset: int) -> str:
+    """The steps that add up ``values``; the result of ``wrong_step`` (1-based, 0 for none) is off by ``offset``."""
+    total, text = values[0], ""
+    for number, value in enumerate(values[1:], start=1):
+        result = (total + value + (offset if number == wrong_step else 0)) % MODULUS
+        text += f"{total}+{value}={result};"
+        total = result
     return text
 
 
@@ -43,24 +36,16 @@ def is_held_out(prompt: str) -> bool:
 
 def is_correct(prompt: str, completion: str) -> bool:
     """Whether a completion solves the problem with every step right, judged from the texts alone."""
-    numbers = re.findall(r"[+-]?\d+", prompt)
-    value = numbers[0]
-    steps = completion.split(";")
-    if steps.pop() != "" or len(steps) != len(numbers) - 1:
-        return False
-    for step, operation in zip(steps, numbers[1:], strict=True):
-        result = str((int(value) + int(operation)) % MODULUS)
-        if step != f"{value}{operation}={result}":
-            return False
-        value = result
-    return True
+    given, question = prompt.removesuffix("?").split(":")
+    value_of = {name: int(value) for name, value in (item.split("=") for item in given.split(","))}
+    return completion == _solution([value_of[name] for name in question.split("+")], 0, 0)
 
 
 def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, held-out pairs) over disjoint problems of 1 to ``max_steps`` steps, n steps with weight 1 / n.
 
-    Fields of a pair: ``steps`` and ``error_step`` (1-based). Training problems may come again with another error;
-    held-out problems are distinct, so there are fewer than ``eval_pairs`` if no more exist (about 1600 of one step).
+    A problem names max_steps + 1 values. Fields of a pair: ``steps`` and ``error_step`` (1-based). Training problems may come again with another error;
+    held-out problems are distinct, so there are fewer than ``eval_pairs`` if no more exist.
     """
     rng = random.Random(seed)
     lengths = range(1, max_steps + 1)
@@ -70,12 +55,13 @@ def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[li
     while len(train) < pairs or (len(held_out) < eval_pairs and fruitless < PATIENCE):
         fruitless += 1
         steps = rng.choices(lengths, [1 / n for n in lengths])[0]
-        start = rng.choice(OPERANDS)
-        operations = [(rng.choice("+-"), rng.choice(OPERANDS)) for _ in range(steps)]
-        prompt = f"{start}{''.join(f'{operator}{operand}' for operator, operand in operations)}?"
+        value_of = {name: rng.randrange(MODULUS) for name in LETTERS[: max_steps + 1]}
+        names = rng.sample(sorted(value_of), steps + 1)
+        prompt = ",".join(f"{name}={value}" for name, value in value_of.items()) + f":{'+'.join(names)}?"
+        values = [value_of[name] for name in names]
         error_step = rng.randint(1, steps)
-        chosen = _solution(start, operations, 0, 0)
-        rejected = _solution(start, operations, error_step, rng.randrange(1, MODULUS))
+        chosen = _solution(values, 0, 0)
+        rejected = _solution(values, error_step, rng.randrange(1, MODULUS))
         fields = {"steps": steps, "error_step": error_step}
         if is_held_out(prompt):
             if len(held_out) < eval_pairs and prompt not in held_out:

@@ -1,7 +1,7 @@
 """Causal attention over packed segments: one variable-length call, three backends behind one signature.
 
 Letters: T query rows, K gathered key/value rows, N query heads, G key/value heads, M = N / G, D head size, B segments;
-b segments of one shape with q queries and k keys each.
+b segments padded to q queries and k keys.
 
 Segment b owns the queries cu_seqlens_q[b]:cu_seqlens_q[b + 1] and the keys cu_seqlens_k[b]:cu_seqlens_k[b + 1]. It has
 at least as many keys as queries, and its causal mask is aligned bottom-right: the last query sees every key. With keys
@@ -11,11 +11,13 @@ gathered as [P C1 | P C2 | ...] that makes one call compute a shared prefix once
 import importlib.util
 import inspect
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+PADDING = 16  # rows to which the eager backend pads segments, so that many of them share one matrix product
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "eager")
 
@@ -31,7 +33,9 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 # torch 2.11 takes fewer key/value heads as they come; 2.12 and later must be told.
-_VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_VARLEN_OPTIONS: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    _VARLEN_OPTIONS["enable_gqa"] = True
 
 
 def packed_attention(
@@ -60,35 +64,49 @@ def packed_attention(
     if backend == "torch_varlen":
         out = varlen_attn(
             q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-            window_size=(-1, 0), **_VARLEN_GQA,
+            **_VARLEN_OPTIONS,
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out
     return segment_attention(q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k)
 
 
-def _segment_groups(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Rows of the segments of equal shape, stacked: [(query rows [b, q], key rows [b, k]), ...]."""
+class _Bucket(NamedTuple):
+    """Segments padded to one shape: row indices [b, q] and [b, k] (padding repeats a segment's last row), which of them
+    are real, and the mask [b, 1, 1, q, k] of the keys that a query must not see."""
+
+    rows_q: Tensor
+    rows_k: Tensor
+    real_q: Tensor
+    real_k: Tensor
+    hidden: Tensor
+
+
+def _buckets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[_Bucket]:
+    """All segments, those of equal lengths after rounding up to ``PADDING`` side by side."""
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    starts: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    members: dict[tuple[int, int], list[tuple[int, int, int, int]]] = defaultdict(list)
     for b in range(len(q_bounds) - 1):
-        shape = q_bounds[b + 1] - q_bounds[b], k_bounds[b + 1] - k_bounds[b]
-        starts[shape].append((q_bounds[b], k_bounds[b]))
-    groups = []
-    for (q_len, k_len), members in starts.items():
-        first = torch.tensor(members, device=cu_seqlens_q.device)
-        rows_q = first[:, :1] + torch.arange(q_len, device=first.device)
-        groups.append((rows_q, first[:, 1:] + torch.arange(k_len, device=first.device)))
-    return groups
+        q_len, k_len = q_bounds[b + 1] - q_bounds[b], k_bounds[b + 1] - k_bounds[b]
+        shape = -(-q_len // PADDING) * PADDING, -(-k_len // PADDING) * PADDING
+        members[shape].append((q_bounds[b], k_bounds[b], q_len, k_len))
+    buckets = []
+    for (q_size, k_size), segments in members.items():
+        q_start, k_start, q_len, k_len = torch.tensor(segments, device=cu_seqlens_q.device).T.unsqueeze(-1)
+        q, k = torch.arange(q_size, device=q_len.device), torch.arange(k_size, device=q_len.device)
+        hidden = k > (q + (k_len - q_len)).unsqueeze(
+            -1
+        )  # bottom-right causal; also hides the padded keys of real queries
+        rows_q, rows_k = q_start + q.minimum(q_len - 1), k_start + k.minimum(k_len - 1)
+        buckets.append(_Bucket(rows_q, rows_k, q < q_len, k < k_len, hidden[:, None, None]))
+    return buckets
 
 
-def _probabilities(q_bGMqD: Tensor, k_bG1kD: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) under the bottom-right causal mask, [b, G, M, q, k], at least float32."""
-    q_len, k_len, d = q_bGMqD.shape[-2], k_bG1kD.shape[-2], q_bGMqD.shape[-1]
-    scores = q_bGMqD @ k_bG1kD.mT * d**-0.5
-    future = torch.ones(q_len, k_len, dtype=torch.bool, device=scores.device).triu(k_len - q_len + 1)
+def _probabilities(q_bGMqD: Tensor, k_bG1kD: Tensor, hidden: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) over the keys that are not hidden, [b, G, M, q, k], at least float32."""
+    scores = q_bGMqD @ k_bG1kD.mT * q_bGMqD.shape[-1] ** -0.5
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    return scores.masked_fill(future, -torch.inf).softmax(-1)
+    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
 
 
 def _queries(x_TND: Tensor, rows_bq: Tensor, kv_heads: int) -> Tensor:
@@ -110,15 +128,15 @@ def _keys(x_KGD: Tensor, rows_bk: Tensor) -> Tensor:
 def segment_attention(
     q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> Tensor:
-    """The backend of the CPU, float32 and float64: matrix products over all segments of one shape at a time.
+    """The backend of the CPU, float32 and float64: matrix products over all segments of similar length.
 
     A custom op because its Python loop over segment lengths would break a compiled graph. Below autograd, where it
     runs, scaled_dot_product_attention has no backward, so both directions are written out.
     """
     out_TND = torch.empty_like(q_TND)
-    for rows_q, rows_k in _segment_groups(cu_seqlens_q, cu_seqlens_k):
+    for rows_q, rows_k, real_q, _, hidden in _buckets(cu_seqlens_q, cu_seqlens_k):
         q, k, v = _queries(q_TND, rows_q, k_KGD.shape[1]), _keys(k_KGD, rows_k), _keys(v_KGD, rows_k)
-        out_TND[rows_q] = _rows(_probabilities(q, k).to(v.dtype) @ v)
+        out_TND[rows_q[real_q]] = _rows(_probabilities(q, k, hidden).to(v.dtype) @ v)[real_q]
     return out_TND
 
 
@@ -135,15 +153,16 @@ def _segment_attention_backward(
     """Gradients of q, k, v. Each row belongs to one segment, so writing is enough: nothing adds up here."""
     dq_TND, dk_KGD, dv_KGD = torch.empty_like(q_TND), torch.empty_like(k_KGD), torch.empty_like(v_KGD)
     kv_heads, scale = k_KGD.shape[1], q_TND.shape[-1] ** -0.5
-    for rows_q, rows_k in _segment_groups(cu_seqlens_q, cu_seqlens_k):
+    for rows_q, rows_k, real_q, real_k, hidden in _buckets(cu_seqlens_q, cu_seqlens_k):
         q, k, v = _queries(q_TND, rows_q, kv_heads), _keys(k_KGD, rows_k), _keys(v_KGD, rows_k)
         grad, out = _queries(grad_TND, rows_q, kv_heads), _queries(out_TND, rows_q, kv_heads)
-        p = _probabilities(q, k)
+        grad = grad * real_q[:, None, None, :, None]  # a padded query repeats a real one: it must not count again
+        p = _probabilities(q, k, hidden)
         ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * scale
         ds, p = ds.to(q.dtype), p.to(q.dtype)
-        dq_TND[rows_q] = _rows(ds @ k)
-        dk_KGD[rows_k] = (ds.mT @ q).sum(2).transpose(1, 2)
-        dv_KGD[rows_k] = (p.mT @ grad).sum(2).transpose(1, 2)
+        dq_TND[rows_q[real_q]] = _rows(ds @ k)[real_q]
+        dk_KGD[rows_k[real_k]] = (ds.mT @ q).sum(2).transpose(1, 2)[real_k]
+        dv_KGD[rows_k[real_k]] = (p.mT @ grad).sum(2).transpose(1, 2)[real_k]
     return dq_TND, dk_KGD, dv_KGD
 
 

@@ -2,18 +2,37 @@
 
 import argparse
 import sys
+from typing import NoReturn
 
 from gcrm_fast import __version__
+
+COMMANDS = {"train": "train a reward model on preference pairs"}
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Reports a wrong call in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see gcrm --help)\n")
 
 
 def main() -> int:
     """Runs ``gcrm COMMAND ...``; the command reads its own options (``gcrm train --help``). Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="gcrm", description="Goal-conditioned reward models for Llama models.")
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("command", choices=["train"], help="train: train a reward model on preference pairs")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the command, see gcrm COMMAND --help")
-    arguments = parser.parse_args(sys.argv[1:2])
-    assert arguments.command == "train"
-    from gcrm_fast import train
+    width = max(map(len, COMMANDS))
+    parser = _OneLineParser(
+        prog="gcrm",
+        usage="gcrm [--help | --version] COMMAND [OPTIONS]",
+        description="Goal-conditioned reward models for Llama-family language models.",
+        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {line}" for name, line in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gcrm {__version__}")
+    parser.add_argument("command", metavar="COMMAND", help="one of those below; gcrm COMMAND --help lists its options")
+    # Only the first word is ours: everything after it belongs to the command, --help included.
+    command = parser.parse_args(sys.argv[1:2]).command
+    if command not in COMMANDS:
+        parser.error(f"unknown command '{command}'")
+    from gcrm_fast import train  # here, so that --help and --version need no torch
 
     return train.main(sys.argv[2:])

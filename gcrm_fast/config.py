@@ -130,16 +130,16 @@ class TrainConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "": {},
     "arithmetic": {
-        "train_pairs": 100_000,
+        "train_pairs": 60_000,
         "eval_pairs": 1000,
         "eval_by": ("steps", "error_step"),
-        "vocab_size": 272,
+        "vocab_size": 259,
         "hidden_size": 64,
         "layers": 2,
         "kv_heads": 4,
         "intermediate_size": 256,
         "lr": 4e-3,
-        "steps": 1500,
+        "steps": 900,
         "log_every": 20,
     },
     "math": {"lr": 9e-6, "max_length": 2048, "global_batch_pairs": 64, "epochs": 1.0},
@@ -187,15 +187,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}): --config must name a TOML file") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    known = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    values = {}
+    defaults = TrainConfig()
+    values: dict[str, Any] = {}
     for name, value in raw.items():
-        if name not in known:
+        if not hasattr(defaults, name):
             raise UserError(f"{path}: unknown option {name!r}: see gcrm train --help for the names")
-        example = known[name].default
+        example = getattr(defaults, name)
         if isinstance(example, tuple) and isinstance(value, list) and all(isinstance(v, str) for v in value):
             values[name] = tuple(value)
-        elif isinstance(example, float) and isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(example, float) and type(value) is int:
             values[name] = float(value)
         elif type(value) is type(example):
             values[name] = value

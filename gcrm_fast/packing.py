@@ -220,14 +220,18 @@ def build_pack(
         layout.add([np.zeros(1, dtype=np.int32)])
 
     n, s = len(ids), sampling.samples
-    end_2N = np.array(end, dtype=np.int64).reshape(n, 2).T
-    samples_4NS = np.array(samples, dtype=np.int64).reshape(n, 4, s).swapaxes(0, 1)
-    quantiles_2NQ = np.array(quantile_rows, dtype=np.int64).reshape(n, 2, QUANTILES if quantiles else 0).swapaxes(0, 1)
-    wanted = [end_2N, samples_4NS, quantiles_2NQ]
-    flat = np.concatenate([w.ravel() for w in wanted] + ([np.zeros(1, dtype=np.int64)] if n == 0 else []))
-    read_rows, index = np.unique(flat, return_inverse=True)
-    pieces = np.split(index[: sum(w.size for w in wanted)], np.cumsum([w.size for w in wanted])[:-1])
-    end_2N, samples_4NS, quantiles_2NQ = (p.reshape(w.shape) for p, w in zip(pieces, wanted, strict=True))
+    rows = [
+        np.array(end, dtype=np.int64).reshape(n, 2).swapaxes(0, 1),
+        np.array(samples, dtype=np.int64).reshape(n, 4, s).swapaxes(0, 1),
+        np.array(quantile_rows, dtype=np.int64).reshape(n, 2, QUANTILES if quantiles else 0).swapaxes(0, 1),
+    ]
+    # Each row once, in order; what is wanted becomes indices into them. A dummy pack reads its only token.
+    flat = np.concatenate([r.ravel() for r in rows])
+    read_rows, index = np.unique(flat if n else np.zeros(1, dtype=np.int64), return_inverse=True)
+    cuts = np.cumsum([0] + [r.size for r in rows])
+    end_2N, samples_4NS, quantiles_2NQ = (
+        index[a:b].reshape(r.shape) for r, a, b in zip(rows, cuts[:-1], cuts[1:], strict=True)
+    )
 
     kv_index = np.concatenate(layout.kv)
     return Pack(

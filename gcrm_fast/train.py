@@ -64,7 +64,7 @@ class Prepared:
 def load_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     """(training, held-out) pairs, from files or generated."""
     if config.data == ARITHMETIC:
-        n_train, n_eval = config.train_pairs or 100_000, config.eval_pairs or 1000
+        n_train, n_eval = config.train_pairs or 60_000, config.eval_pairs or 1000
         return arithmetic.generate(n_train, n_eval, config.seed, config.arithmetic_steps)
     train = read_pairs(Path(config.data), config.eval_by)
     held_out = read_pairs(Path(config.eval_data), config.eval_by) if config.eval_data else []

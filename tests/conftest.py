@@ -11,6 +11,7 @@ from gcrm_fast.data import TokenizedPair
 from gcrm_fast.model import ModelConfig, RewardModel, initial_value
 
 VOCAB = 50
+SPECIAL = 3  # bos, eos, pad: no random token is one of them
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,10 +30,10 @@ def make_pair() -> Callable[..., TokenizedPair]:
     def make(
         pair_id: int, prompt: int, chosen: int, rejected: int, *, shared: int = 0, prompt_key: int = 0
     ) -> TokenizedPair:
-        head = np.random.default_rng(prompt_key).integers(VOCAB, size=prompt)
-        same = rng.integers(VOCAB, size=shared)
-        first = int(rng.integers(VOCAB))
-        tails = [np.r_[(first + side) % VOCAB, rng.integers(VOCAB, size=n - shared - 1)]
+        head = np.random.default_rng(prompt_key).integers(SPECIAL, VOCAB, size=prompt)
+        same = rng.integers(SPECIAL, VOCAB, size=shared)
+        first = int(rng.integers(SPECIAL, VOCAB - 1))
+        tails = [np.r_[first + side, rng.integers(SPECIAL, VOCAB, size=n - shared - 1)]
                  for side, n in enumerate((chosen, rejected))]  # fmt: skip
         ids = [np.concatenate([head, same, tail]).astype(np.int32) for tail in tails]
         return TokenizedPair(pair_id, ids[0], ids[1], prompt, prompt, 0.25 * (pair_id % 3), prompt_key, {})

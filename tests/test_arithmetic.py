@@ -21,29 +21,31 @@ def completions(pairs: list[TokenizedPair]) -> list[np.ndarray]:
 
 
 def step_is_right(step: str) -> bool:
-    """Whether one step, such as '47+35=2', is right in itself."""
-    left, operator, right, result = re.fullmatch(r"(\d+)([+-])(\d+)=(\d)", step).groups()
-    return int(result) == (int(left) + int(operator + right)) % 10
+    """Whether one step, such as '5+2=0', is right in itself."""
+    left, right, result = map(int, re.fullmatch(r"(\d)\+(\d)=(\d)", step).groups())
+    return result == (left + right) % 7
+
+
+PROMPT = "a=3,b=5,c=0,d=2:b+d+a?"
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion", "correct"),
+    ("completion", "correct"),
     [
-        ("47+35-28?", "47+35=2;2-28=4;", True),
-        ("10-11?", "10-11=9;", True),
-        ("47+35-28?", "47+35=9;9-28=1;", False),  # wrong step, consistent after it
-        ("47+35-28?", "47+35=2;2-28=5;", False),
-        ("47+35-28?", "47+35=2;", False),  # a step is missing
-        ("47+35-28?", "47+35=2;2-28=4", False),  # not finished
-        ("47+35?", "47+35=2;2-28=4;", False),  # a step too many
-        ("47+35?", "35+47=2;", False),  # another problem
-        ("47+35?", "47+35=82;", False),  # not the last digit
-        ("47+35-28?", "47+35=2;7-28=9;", False),  # goes on from another value
-        ("47+35?", "", False),
+        ("5+2=0;0+3=3;", True),
+        ("5+2=4;4+3=0;", False),  # wrong step, consistent after it
+        ("5+2=0;0+3=4;", False),
+        ("5+2=0;", False),  # a step is missing
+        ("5+2=0;0+3=3", False),  # not finished
+        ("5+2=0;0+3=3;3+0=3;", False),  # a step too many
+        ("2+5=0;0+3=3;", False),  # another problem
+        ("5+2=7;7+3=3;", False),  # not reduced
+        ("5+2=0;1+3=4;", False),  # goes on from another value
+        ("", False),
     ],
 )
-def test_is_correct(prompt, completion, correct):
-    assert is_correct(prompt, completion) is correct
+def test_is_correct(completion, correct):
+    assert is_correct(PROMPT, completion) is correct
 
 
 @pytest.mark.parametrize("max_steps", [1, 3, 6])
@@ -79,11 +81,11 @@ def test_the_same_seed_gives_the_same_pairs():
 
 
 def test_fewer_held_out_problems_where_no_more_exist(monkeypatch):
-    monkeypatch.setattr(arithmetic, "OPERANDS", range(10, 20))
+    monkeypatch.setattr(arithmetic, "MODULUS", 3)
     monkeypatch.setattr(arithmetic, "PATIENCE", 5000)
     train, held_out = generate(10, 1000, 0, max_steps=1)
     assert len(train) == 10
-    problems = (f"{a}{operator}{b}?" for a in range(10, 20) for operator in "+-" for b in range(10, 20))
+    problems = (f"a={a},b={b}:{question}?" for a in range(3) for b in range(3) for question in ("a+b", "b+a"))
     assert {pair.prompt for pair in held_out} == {problem for problem in problems if is_held_out(problem)}
 
 

@@ -22,7 +22,8 @@ def transcription(z: torch.Tensor, rows: torch.Tensor, pairing: str, reduce: str
     result = []
     for n in range(rows.shape[1]):
         i, j, m, k = (rows[a, n].tolist() for a in range(4))
-        combos = [(a, a) for a in range(len(i))] if pairing == "paired" else [(a, b) for a in range(len(i)) for b in range(len(i))]  # fmt: skip
+        size = range(len(i))
+        combos = [(a, b) for a in size for b in size if pairing == "grid" or a == b]
         plus = [sigmoid(cosine(z[i[a]], z[j[b]]) / tau) for a, b in combos]
         minus = [sigmoid(cosine(z[m[a]], z[k[b]]) / tau) for a, b in combos]
         count = len(combos)
