@@ -44,8 +44,9 @@ def is_correct(prompt: str, completion: str) -> bool:
 def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[list[Pair], list[Pair]]:
     """(training pairs, held-out pairs) over disjoint problems of 1 to ``max_steps`` steps, n steps with weight 1 / n.
 
-    A problem names max_steps + 1 values. Fields of a pair: ``steps`` and ``error_step`` (1-based). Training problems may come again with another error;
-    held-out problems are distinct, so there are fewer than ``eval_pairs`` if no more exist.
+    A problem names max_steps + 1 values. Fields of a pair: ``steps`` and ``error_step`` (1-based). Training problems
+    may come again with another error; held-out problems are distinct, so there are fewer than ``eval_pairs`` if no
+    more exist.
     """
     rng = random.Random(seed)
     lengths = range(1, max_steps + 1)

@@ -73,5 +73,6 @@ def full_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if dist.get_rank() == 0:
-            state[name] = full.to(dtype).cpu().contiguous()
+            # A clone: what full_tensor returns can be a view of a buffer padded for uneven shards.
+            state[name] = full.to("cpu", dtype).clone(memory_format=torch.contiguous_format)
     return state

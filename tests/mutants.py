@@ -1,0 +1,121 @@
+"""Plants known faults, one at a time, in a copy of the project; each must turn a named test red (`make mutants`).
+
+A mutant is (file, text, replacement, test to run). The text must occur exactly once, so that a mutant cannot go stale
+unnoticed. Exit code 1 if a fault goes unseen, or if a test is red without one.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+INVARIANTS, OBJECTIVES, PARITY = "tests/test_invariants.py", "tests/test_objectives.py", "tests/test_parity.py"
+PACKING, DATA, ARITHMETIC, TRAIN = (f"tests/test_{name}.py" for name in ("packing", "data", "arithmetic", "train"))
+
+MUTANTS = {
+    "position off by one after a shared prefix": (
+        "gcrm_fast/packing.py", "np.arange(start, len(sequence))", "np.arange(start, len(sequence)) + (start > 0)",
+        INVARIANTS),
+    "segment boundary moved": (
+        "gcrm_fast/packing.py", "self.q_lens.append(len(own))", "self.q_lens.append(len(own) - (i == 1) + (i == 0))",
+        INVARIANTS),
+    "scatter instead of add": (
+        "kernels/gcrm_kernels/gather.py", ".index_add_(0, index, exact)", ".index_copy_(0, index, exact)", OBJECTIVES),
+    "inverse index in the wrong order": (
+        "kernels/gcrm_kernels/gather.py", "out=offsets[1:]", "out=offsets[:-1]", PACKING),
+    "margin dropped": (
+        "gcrm_fast/objectives.py", "reward_2N[1] - margin_N", "reward_2N[1]", OBJECTIVES),
+    "negative term with the wrong sign": (
+        "kernels/gcrm_kernels/reference.py", "_reduce(-negative / temperature", "_reduce(negative / temperature",
+        OBJECTIVES),
+    "temperature applied twice": (
+        "kernels/gcrm_kernels/reference.py", "_reduce(positive / temperature", "_reduce(positive / temperature**2",
+        OBJECTIVES),
+    "positive term kept for a completion of one token": (
+        "kernels/gcrm_kernels/reference.py", "torch.where(has_positive_N, positive_loss_N, 0.0)", "positive_loss_N",
+        OBJECTIVES),
+    "cosines in half precision": (
+        "kernels/gcrm_kernels/reference.py", "x = x if x.dtype == torch.float64 else x.float()", "x = x + 0",
+        OBJECTIVES),
+    "causal mask aligned top-left": (
+        "gcrm_fast/attention.py", "k > (q + (k_len - q_len)).unsqueeze(-1)", "k > (q + 0 * k_len).unsqueeze(-1)",
+        INVARIANTS),
+    "padded queries counted in the backward": (
+        "gcrm_fast/attention.py", "grad = grad * real_q[:, None, None, :, None]", "grad = grad * 1", INVARIANTS),
+    "read rows shifted": (
+        "gcrm_fast/model.py", "prune=i == len(self.layers) - 1", "prune=i == 0", INVARIANTS),
+    "wrong rotary pairing": (
+        "gcrm_fast/model.py", "torch.cat((-b, a), dim=-1)", "torch.cat((b, -a), dim=-1)", PARITY),
+    "llama3 rope not interpolated": (
+        "gcrm_fast/model.py", "torch.where(between, smooth, scaled)", "scaled", PARITY),
+    "norm epsilon of another model": (
+        "gcrm_fast/checkpoint.py", '"rms_norm_eps": config.rms_norm_eps', '"rms_norm_eps": 0.1', PARITY),
+    "reward scaled by a sigmoid in servers": (
+        "gcrm_fast/checkpoint.py", '"problem_type": "regression",', "", PARITY),
+    "pad equal to eos": (
+        "gcrm_fast/checkpoint.py", " and token != tokenizer.eos_token", "", PARITY),
+    "missing trunk tensor re-initialised": (
+        "gcrm_fast/checkpoint.py", 'if name.startswith("model."):', "if False:", PARITY),
+    "goal not strictly after its source": (
+        "gcrm_fast/packing.py", "i, j + (j >= i)", "i, j", PACKING),
+    "sampling depends on the epoch only": (
+        "gcrm_fast/packing.py", "counter=[0, 0, 0, pair.pair_id]", "counter=[0, 0, 0, 0]", PACKING),
+    "negatives before the divergence": (
+        "gcrm_fast/packing.py", 'if sampling.negatives == "after-divergence" else 0', "if False else 0", PACKING),
+    "a pair lost at a batch boundary": (
+        "gcrm_fast/packing.py", "rest[room:], room - len(batch[-1])", "rest[room + 1 :], room - len(batch[-1])", PACKING),
+    "eos not appended": (
+        "gcrm_fast/data.py", "[*ids, eos]", "[*ids]", DATA),
+    "error step recorded wrongly": (
+        "gcrm_fast/arithmetic.py", "number == wrong_step", "number == 1", ARITHMETIC),
+    "one rank's scale wrong": (
+        "gcrm_fast/train.py", "dist.get_world_size() / n_pairs", "(1 + dist.get_rank()) / n_pairs", TRAIN),
+    "every rank trains on the same packs": (
+        "gcrm_fast/train.py", "for p in plan[rank::world_size]", "for p in plan[0::world_size]", TRAIN),
+}  # fmt: skip
+
+
+def is_red(folder: Path, test: str) -> bool:
+    paths = f"{folder}{os.pathsep}{folder / 'kernels'}"
+    environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+    selected = ["-k", "processes"] if test == TRAIN else []
+    result = subprocess.run([*command, *selected], cwd=folder, env=environment, capture_output=True, check=False)
+    return result.returncode == 1
+
+
+def main() -> int:
+    wanted = " ".join(sys.argv[1:])
+    mutants = {name: m for name, m in MUTANTS.items() if wanted in name}
+    unseen = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "project"
+        shutil.copytree(
+            ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "__pycache__")
+        )
+        for test in sorted({m[3] for m in mutants.values()}):
+            if is_red(folder, test):
+                print(f"{test} is red without any fault")
+                return 1
+        for name, (file, text, replacement, test) in mutants.items():
+            path = folder / file
+            source = path.read_text()
+            if source.count(text) != 1:
+                print(f"stale    {name}: the text occurs {source.count(text)} times in {file}")
+                unseen.append(name)
+                continue
+            path.write_text(source.replace(text, replacement))
+            red = is_red(folder, test)
+            path.write_text(source)
+            print(f"{'red     ' if red else 'UNSEEN  '} {name} ({test})", flush=True)
+            if not red:
+                unseen.append(name)
+    print(f"{len(mutants) - len(unseen)} of {len(mutants)} planted faults turn a test red")
+    return int(bool(unseen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

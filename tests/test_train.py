@@ -1,0 +1,216 @@
+"""The program as people run it: real subprocesses under torchrun, its files, its errors."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from gcrm_fast.config import TrainConfig, parse, to_toml
+from gcrm_fast.errors import UserError
+
+TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32"]
+
+
+def torchrun(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*command, str(ROOT / "gcrm_fast" / "train.py"), *arguments],
+        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def gcrm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gcrm_fast.train", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def rows(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default run scaled down: problems of one step, enough steps to learn something."""
+    output = tmp_path_factory.mktemp("run") / "small"
+    result = torchrun("--output", str(output), "--arithmetic-steps", "1", "--steps", "250", "--train-pairs", "16000",
+                      "--eval-pairs", "200", "--goal-pairs", "300")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "held-out AUROC" in result.stdout
+    return output
+
+
+def test_default_run_learns_what_shortcuts_cannot(finished: Path) -> None:
+    log = rows(finished)
+    evaluations = [row for row in log if "eval/auroc" in row]
+    assert len(evaluations) >= 8
+    assert evaluations[0]["step"] == 0
+    assert abs(evaluations[0]["eval/auroc"] - 0.5) < 0.15
+    assert evaluations[-1]["eval/auroc"] > 0.75
+    assert evaluations[-1]["eval/auroc/steps=1"] == pytest.approx(evaluations[-1]["eval/auroc"])
+    baselines = next(row for row in log if "baseline/auroc_length" in row)
+    assert baselines["baseline/auroc_length"] <= 0.6
+    assert baselines["baseline/auroc_bag_of_tokens"] <= 0.6
+    steps = [row for row in log if "pairs_per_s" in row]
+    assert {"step", "loss", "loss/ranking", "loss/contrastive", "lr", "grad_norm"} <= steps[-1].keys()
+    assert steps[-1]["lr"] < 0.01 * max(row["lr"] for row in steps)
+
+
+def test_run_leaves_its_files_and_nothing_else(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names - {".lock"} == {"config.toml", "curves.png", "metrics.jsonl", "model", "tensorboard"}
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert parse(["--config", str(finished / "config.toml"), "--overwrite"]).arithmetic_steps == 1
+
+
+def test_saved_model_scores_in_transformers_as_it_did_here(finished: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(finished / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    right, wrong = [], []
+    with torch.no_grad():
+        for a in range(7):
+            for b in range(7):
+                for score, result in ((right, (a + b) % 7), (wrong, (a + b + 3) % 7)):
+                    text = f"a={a},b={b}:a+b?{a}+{b}={result};{tokenizer.eos_token}"
+                    score.append(model(**tokenizer(text, return_tensors="pt")).logits.item())
+    assert np.mean(np.array(right) > np.array(wrong)) > 0.7
+    goal = load_file(finished / "model" / "goal.safetensors")["default"]
+    assert goal.shape == (model.config.hidden_size,)
+
+
+def test_a_finished_run_is_not_overwritten(finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    result = gcrm("--output", str(finished))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1
+    assert "--overwrite" in result.stderr
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+@pytest.fixture(scope="module")
+def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl.gz"
+    words = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "runs", "far", "away", "from", "here"]
+    rng = np.random.default_rng(0)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for i in range(21):
+            record = {"prompt": f"Question {i // 2}: " + " ".join(rng.choice(words, 5)), "margin": 0.1 * (i % 3)}
+            for side in ("chosen", "rejected"):
+                record[side] = " " + " ".join(rng.choice(words, rng.integers(2, 12)))
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def test_one_two_and_three_processes_give_the_same_losses_and_model(pair_file: Path, tmp_path: Path) -> None:
+    """Invariant 4 through the real program: unequal packs, empty ones, a last batch of fewer pairs than ranks."""
+    logs, models = [], []
+    for processes, tokens in ((1, "4000"), (2, "150"), (3, "4000")):
+        output = tmp_path / str(processes)
+        result = torchrun(
+            "--data", str(pair_file), "--eval-data", str(pair_file), "--output", str(output), *TINY,
+            "--vocab-size", "300",
+            "--global-batch-pairs", "10", "--epochs", "2", "--tokens-per-batch", tokens, "--log-every", "1",
+            "--group-prompts", "2", "--projection-size", "8", "--lr", "0.01", processes=processes,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        logs.append(rows(output))
+        models.append(load_file(output / "model" / "model.safetensors"))
+    assert logs[0][-1]["step"] == 6  # two epochs of 10 + 10 + 1 pairs
+    for other in (1, 2):
+        for a, b in zip(logs[0], logs[other], strict=True):
+            assert a.keys() == b.keys()
+            for name in a.keys() - {"pairs_per_s", "tokens_per_s"}:
+                assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), (other, a["step"], name)
+        for name, tensor in models[0].items():
+            torch.testing.assert_close(models[other][name], tensor, rtol=2e-3, atol=2e-4)
+
+
+def test_dry_run_trains_and_writes_nothing(pair_file: Path, tmp_path: Path) -> None:
+    result = gcrm("--data", str(pair_file), "--output", str(tmp_path / "out"), "--vocab-size", "300", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    for word in ("training pairs", "21", "dropped", "steps", "pack fill", "GiB"):
+        assert word in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+GOOD = {"prompt": "p", "chosen": "yes", "rejected": "no"}
+BAD_DATA = {
+    "invalid JSON": ('{"prompt": "p",', "pairs.jsonl:2"),
+    "missing field": (json.dumps({"prompt": "p", "chosen": "x"}), "pairs.jsonl:2: field 'rejected'"),
+    "empty completion": (json.dumps({**GOOD, "chosen": ""}), "pairs.jsonl:2: field 'chosen'"),
+    "equal completions": (json.dumps({**GOOD, "rejected": "yes"}), "pairs.jsonl:2"),
+    "bad margin": (json.dumps({**GOOD, "margin": "big"}), "pairs.jsonl:2: field 'margin'"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_DATA.values(), ids=BAD_DATA.keys())
+def test_bad_record_gives_one_line_and_exit_code_2(line: str, message: str, tmp_path: Path) -> None:
+    path, output = tmp_path / "pairs.jsonl", tmp_path / "out"
+    path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    result = gcrm("--data", str(path), "--output", str(output))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert message in result.stderr
+    assert not output.exists()
+
+
+def test_bad_input_under_torchrun_fails_once_before_any_training(tmp_path: Path) -> None:
+    result = torchrun("--data", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "out"), processes=2)
+    assert result.returncode != 0
+    assert result.stderr.count("gcrm train:") == 1
+    assert "none.jsonl" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--global-batch-pairs", "0"], "--global-batch-pairs"),
+        (["--epochs", "-1"], "--epochs"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--warmup", "1.5"], "--warmup"),
+        (["--hidden-size", "50"], "--hidden-size"),
+        (["--kv-heads", "3"], "--kv-heads"),
+        (["--vocab-size", "100"], "--vocab-size"),
+        (["--max-length", "5"], "--max-length"),
+        (["--tokens-per-batch", "10"], "--tokens-per-batch"),
+        (["--config", "no.toml"], "no.toml"),
+        (["--preset", "other"], "--preset other"),
+        (["--preset", "arithmetic", "--data", "x.jsonl"], "--preset arithmetic"),
+        (["--model", "no-such-folder"], "no-such-folder"),
+        (["--data", "/"], "/"),
+    ],
+)
+def test_meaningless_flags_are_refused_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    result = gcrm(*arguments, "--output", str(output), "--steps", "1")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert message in result.stderr
+    assert not output.exists()
+
+
+def test_configuration_file_round_trip_and_precedence(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    config = TrainConfig(data='we"ird\\\n.jsonl', lr=3e-5, eval_by=("a", "b"), overwrite=True)
+    path.write_text(to_toml(config))
+    again = parse(["--config", str(path)])
+    assert again == TrainConfig(**{**vars(config), "config": str(path)})
+    assert parse(["--config", str(path), "--lr", "0.5"]).lr == 0.5
+    assert parse(["--preset", "hh", "--data", "x.jsonl"]).max_length == 4096
+    path.write_text("lr = 'fast'\n")
+    with pytest.raises(UserError, match="lr"):
+        parse(["--config", str(path)])
+    path.write_text("speed = 1\n")
+    with pytest.raises(UserError, match="speed"):
+        parse(["--config", str(path)])
