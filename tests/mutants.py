@@ -66,7 +66,8 @@ MUTANTS = {
     "negatives before the divergence": (
         "gcrm_fast/packing.py", 'if sampling.negatives == "after-divergence" else 0', "if False else 0", PACKING),
     "a pair lost at a batch boundary": (
-        "gcrm_fast/packing.py", "rest[room:], room - len(batch[-1])", "rest[room + 1 :], room - len(batch[-1])", PACKING),
+        "gcrm_fast/packing.py", "rest[room:], room - len(batch[-1])",
+        "rest[room + 1 :], room - len(batch[-1])", PACKING),
     "eos not appended": (
         "gcrm_fast/data.py", "[*ids, eos]", "[*ids]", DATA),
     "error step recorded wrongly": (
