@@ -21,10 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.errors import UserError
-from gcrm_fast.model import ModelConfig, initial_value
+from gcrm_fast.model import ModelConfig, RewardModel, initial_value
 
 END_POLICY = "completion ends with the tokenizer's eos token, which is scored"
 COMPANION = "gcrm.safetensors"
+
+RowReader = Callable[[str, torch.Size, slice], Tensor]  # (parameter name, its full shape, rows) -> those rows
 
 
 # ---------------------------------------------------------------------------------------------------------- config
@@ -89,16 +91,15 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def open_weights(folder: Path, config: ModelConfig, seed: int) -> Callable[[str, torch.Size, slice], Tensor]:
-    """A reader of parameter rows for ``parallel.materialize``; checks the folder's tensor names before returning.
+def open_weights(folder: Path, config: ModelConfig, seed: int) -> RowReader:
+    """A reader of parameter rows for ``parallel.materialize``; checks the folder's names and shapes before returning.
 
     Trunk tensors are read from safetensors, only the rows asked for. ``score.weight`` is taken where the folder has it;
     heads and projections that it lacks start from ``initial_value``. ``lm_head.weight`` and rotary tables are left
     where they are.
 
     Raises:
-        UserError: no safetensors, a missing shard, an unreadable file. The reader raises it for a missing tensor or a
-            wrong shape.
+        UserError: no safetensors, a missing shard, an unreadable file, a missing tensor of the trunk, a wrong shape.
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -119,26 +120,29 @@ def open_weights(folder: Path, config: ModelConfig, seed: int) -> Callable[[str,
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     # A bare LlamaModel is saved without the "model." prefix.
     prefix = "" if "model.embed_tokens.weight" in location else "model."
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in RewardModel(config).named_parameters()}
+    for name, shape in shapes.items():
+        key = name.removeprefix(prefix)
+        if key in location:
+            with safe_open(location[key], framework="pt") as file:
+                found = tuple(file.get_slice(key).get_shape())
+            if found != shape:
+                raise UserError(f"{location[key]}: tensor {key!r} has shape {found}, config.json asks for {shape}")
+        elif name.startswith("model."):
+            raise UserError(f"{folder}: tensor {name!r} is missing from its safetensors files")
 
     def rows(name: str, shape: torch.Size, rows: slice) -> Tensor:
-        key = name if name in location else name.removeprefix(prefix)
+        key = name.removeprefix(prefix)
         if key not in location:
-            if name.startswith("model."):
-                raise UserError(f"{folder}: tensor {name!r} is missing from its safetensors files")
             return initial_value(name, shape, config, seed)[rows]
         with safe_open(location[key], framework="pt") as file:
-            tensor = file.get_slice(key)
-            if tuple(tensor.get_shape()) != tuple(shape):
-                raise UserError(
-                    f"{location[key]}: tensor {key!r} has shape {tuple(tensor.get_shape())}, "
-                    f"config.json asks for {tuple(shape)}"
-                )
-            return tensor[rows]
+            return file.get_slice(key)[rows]
 
     return rows
 
 
-def fresh_weights(config: ModelConfig, seed: int) -> Callable[[str, torch.Size, slice], Tensor]:
+def fresh_weights(config: ModelConfig, seed: int) -> RowReader:
     """A reader like ``open_weights`` for a model trained from scratch."""
     return lambda name, shape, rows: initial_value(name, shape, config, seed)[rows]
 

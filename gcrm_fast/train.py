@@ -39,7 +39,7 @@ from gcrm_fast.errors import UserError
 from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
 from gcrm_fast.model import ModelConfig, RewardModel
 from gcrm_fast.objectives import STATISTICS, Objective, losses
-from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs
+from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs, split_to_budget
 from gcrm_fast.report import MetricsLog, plot_curves, table
 
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
@@ -57,6 +57,8 @@ class Prepared:
     train: list[TokenizedPair]
     held_out: list[TokenizedPair]
     lengths: LengthReport
+    weights: checkpoint.RowReader
+    budget: Budget
     steps: int
     output: Path
 
@@ -86,6 +88,7 @@ def prepare(config: TrainConfig) -> Prepared:
         folder = Path(config.model)
         model_config = checkpoint.read_config(folder, head=config.head, projection_size=config.projection_size)
         tokenizer = load_tokenizer(folder)
+        weights = checkpoint.open_weights(folder, model_config, config.seed)
     else:
         tokenizer = train_tokenizer(
             (p.prompt + side for p in train for side in (p.chosen, p.rejected)), config.vocab_size
@@ -102,12 +105,16 @@ def prepare(config: TrainConfig) -> Prepared:
             head=config.head,
             projection_size=config.projection_size,
         )
+        weights = checkpoint.fresh_weights(model_config, config.seed)
     checkpoint.choose_pad(tokenizer, model_config.vocab_size, config.model or "the trained tokenizer")
     tokenized, lengths = tokenize_pairs(tokenizer, train, config.max_length)
     tokenized_held_out = tokenize_pairs(tokenizer, held_out, config.max_length)[0] if held_out else []
+    budget = Budget(config.tokens_per_batch, model_config.hidden_size)
+    for pair in tokenized + tokenized_held_out:
+        split_to_budget([pair], budget)  # raises where a pair does not fit
     per_epoch = -(-len(tokenized) // config.global_batch_pairs)
     steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
-    return Prepared(tokenizer, model_config, tokenized, tokenized_held_out, lengths, steps, output)
+    return Prepared(tokenizer, model_config, tokenized, tokenized_held_out, lengths, weights, budget, steps, output)
 
 
 def default_output(config: TrainConfig) -> str:
@@ -207,11 +214,12 @@ def locked(output: Path) -> Iterator[None]:
         raise UserError(f"{output}: another run is using this folder: wait for it or choose another --output") from None
 
 
-def describe(prepared: Prepared, config: TrainConfig, world_size: int, budget: Budget) -> str:
+def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     """What --dry-run prints: lengths, drops, packs, steps, predicted memory."""
     sampling = Sampling(config.samples, config.objective_variant, config.negatives, config.seed)
-    packs = [p for _, (_, packs) in zip(range(8), step_packs(prepared, config, sampling, budget, 0, 1), strict=False)
-             for p in packs]  # fmt: skip
+    batches = step_packs(prepared, config, sampling, prepared.budget, 0, 1)
+    sampled_steps = min(8, prepared.steps)
+    packs = [pack for _ in range(sampled_steps) for pack in next(batches)[1]]
     tokens = [len(p.input_ids_T) for p in packs]
     padded = [2 * p.n_pairs * p.max_seqlen_k for p in packs]
     m = prepared.model_config
@@ -227,7 +235,7 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int, budget: B
             ("prompt tokens", prepared.lengths.prompt_summary()),
             ("completion tokens", prepared.lengths.completion_summary()),
             ("steps", f"{prepared.steps} of {config.global_batch_pairs} pairs"),
-            ("packs a step", f"{len(packs) / min(8, len(packs)):.1f}" if len(packs) > 8 else "1"),
+            ("packs a step", f"{len(packs) / sampled_steps:.1f} over all processes, in the first {sampled_steps} steps"),
             ("pack fill", f"{100 * sum(tokens) / len(tokens) / config.tokens_per_batch:.0f}% of --tokens-per-batch"),
             ("padded / packed", f"{sum(padded) / sum(tokens):.2f} times the tokens, were the packs padded"),
             ("parameters", f"{parameters / 1e6:.2f} M"),
@@ -247,17 +255,12 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
     )
     objective = objective_of(config)
     sampling = Sampling(config.samples, config.objective_variant, config.negatives, config.seed)
-    budget = Budget(config.tokens_per_batch, prepared.model_config.hidden_size)
+    budget = prepared.budget
 
     with torch.device("meta"):
         model = RewardModel(prepared.model_config, config.attention)
     parallel.shard(model, mesh, dtype)
-    weights = (
-        checkpoint.open_weights(Path(config.model), prepared.model_config, config.seed)
-        if config.model
-        else checkpoint.fresh_weights(prepared.model_config, config.seed)
-    )
-    parallel.materialize(model, mesh, device, weights)
+    parallel.materialize(model, mesh, device, prepared.weights)
     optimizer, schedule = optimizer_and_schedule(model, config, prepared.steps)
 
     log = MetricsLog(prepared.output) if rank == 0 else None
@@ -353,7 +356,7 @@ def run(config: TrainConfig) -> None:
     prepared = prepare(config)
     if config.dry_run:
         if os.environ.get("RANK", "0") == "0":
-            print(describe(prepared, config, world_size, Budget(config.tokens_per_batch, config.hidden_size)))
+            print(describe(prepared, config, world_size))
         return
     keep_freed_memory()
     is_first = os.environ.get("RANK", "0") == "0"

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gcrm_fast.config import TrainConfig, parse, to_toml
 from gcrm_fast.errors import UserError
+from gcrm_fast.train import main
 
 TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32"]
 
@@ -28,10 +31,23 @@ def torchrun(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess
     )  # fmt: skip
 
 
-def gcrm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gcrm_fast.train", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Gcrm = Callable[..., Result]
+
+
+@pytest.fixture
+def gcrm(capsys: pytest.CaptureFixture[str]) -> Gcrm:
+    """``gcrm train ARGUMENTS`` in this process: what it returns before any process group work."""
+
+    def call(*arguments: str) -> Result:
+        return Result(main(list(arguments)), *capsys.readouterr())
+
+    return call
 
 
 def rows(output: Path) -> list[dict[str, float]]:
@@ -88,7 +104,7 @@ def test_saved_model_scores_in_transformers_as_it_did_here(finished: Path) -> No
     assert goal.shape == (model.config.hidden_size,)
 
 
-def test_a_finished_run_is_not_overwritten(finished: Path) -> None:
+def test_a_finished_run_is_not_overwritten(finished: Path, gcrm: Gcrm) -> None:
     before = (finished / "metrics.jsonl").read_text()
     result = gcrm("--output", str(finished))
     assert (result.returncode, result.stdout) == (2, "")
@@ -135,7 +151,7 @@ def test_one_two_and_three_processes_give_the_same_losses_and_model(pair_file: P
             torch.testing.assert_close(models[other][name], tensor, rtol=2e-3, atol=2e-4)
 
 
-def test_dry_run_trains_and_writes_nothing(pair_file: Path, tmp_path: Path) -> None:
+def test_dry_run_trains_and_writes_nothing(pair_file: Path, tmp_path: Path, gcrm: Gcrm) -> None:
     result = gcrm("--data", str(pair_file), "--output", str(tmp_path / "out"), "--vocab-size", "300", "--dry-run")
     assert result.returncode == 0, result.stderr
     for word in ("training pairs", "21", "dropped", "steps", "pack fill", "GiB"):
@@ -154,7 +170,7 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_DATA.values(), ids=BAD_DATA.keys())
-def test_bad_record_gives_one_line_and_exit_code_2(line: str, message: str, tmp_path: Path) -> None:
+def test_bad_record_gives_one_line_and_exit_code_2(line: str, message: str, tmp_path: Path, gcrm: Gcrm) -> None:
     path, output = tmp_path / "pairs.jsonl", tmp_path / "out"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
     result = gcrm("--data", str(path), "--output", str(output))
@@ -191,7 +207,9 @@ def test_bad_input_under_torchrun_fails_once_before_any_training(tmp_path: Path)
         (["--data", "/"], "/"),
     ],
 )
-def test_meaningless_flags_are_refused_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_meaningless_flags_are_refused_in_one_line(
+    arguments: list[str], message: str, tmp_path: Path, gcrm: Gcrm
+) -> None:
     output = tmp_path / "out"
     result = gcrm(*arguments, "--output", str(output), "--steps", "1")
     assert result.returncode == 2
