@@ -235,7 +235,7 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
             ("prompt tokens", prepared.lengths.prompt_summary()),
             ("completion tokens", prepared.lengths.completion_summary()),
             ("steps", f"{prepared.steps} of {config.global_batch_pairs} pairs"),
-            ("packs a step", f"{len(packs) / sampled_steps:.1f} over all processes, in the first {sampled_steps} steps"),
+            ("packs a step", f"{len(packs) / sampled_steps:.1f} over all processes (first {sampled_steps} steps)"),
             ("pack fill", f"{100 * sum(tokens) / len(tokens) / config.tokens_per_batch:.0f}% of --tokens-per-batch"),
             ("padded / packed", f"{sum(padded) / sum(tokens):.2f} times the tokens, were the packs padded"),
             ("parameters", f"{parameters / 1e6:.2f} M"),
