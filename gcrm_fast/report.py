@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ class MetricsLog:
     def __init__(self, folder: Path) -> None:
         self.rows: list[dict[str, Any]] = []
         self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # an earlier, unfinished or overwritten run's
         self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -264,7 +264,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
     optimizer, schedule = optimizer_and_schedule(model, config, prepared.steps)
 
     log = MetricsLog(prepared.output) if rank == 0 else None
-    eval_every = config.eval_every or max(1, prepared.steps // 8)
+    eval_every = config.eval_every or -(-prepared.steps // 8)
     goal_pairs = prepared.train[: config.goal_pairs or None]
 
     def evaluate(step: int, goal: Tensor) -> dict[str, float]:
@@ -308,8 +308,9 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
             sums.zero_()
             pairs_since, started = 0, time.perf_counter()
         if prepared.held_out and step % eval_every == 0 and step != prepared.steps:
+            paused = time.perf_counter()
             last = evaluate(step, goal_state(model, goal_pairs[:EVALUATION_GOAL_PAIRS], budget, sampling, device))
-            started = time.perf_counter()
+            started += time.perf_counter() - paused  # speed is that of training alone
 
     goal = goal_state(model, goal_pairs, budget, sampling, device)
     if prepared.held_out:
@@ -326,7 +327,7 @@ def finish(
 ) -> None:  # fmt: skip
     """Writes curves and the model (aside, then renamed: `model` is complete or absent) and prints the summary."""
     output = prepared.output
-    rows = [("pairs seen", str(min(prepared.steps * config.global_batch_pairs, 10**12)))]
+    rows = [("optimizer steps", f"{prepared.steps} of {config.global_batch_pairs} pairs")]
     if last:
         baselines = shortcuts(prepared.train, prepared.held_out, prepared.model_config.vocab_size)
         log.write(prepared.steps, baselines)
