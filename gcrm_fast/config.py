@@ -139,7 +139,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kv_heads": 4,
         "intermediate_size": 256,
         "lr": 4e-3,
-        "steps": 900,
+        "steps": 800,
         "log_every": 20,
     },
     "math": {"lr": 9e-6, "max_length": 2048, "global_batch_pairs": 64, "epochs": 1.0},
