@@ -4,6 +4,7 @@ Order of precedence: command line, then ``--config`` file, then ``--preset``, th
 """
 
 import dataclasses
+import os
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +164,8 @@ def parse(argv: list[str]) -> TrainConfig:
     data = early.get("data", from_file.get("data", ARITHMETIC))
     preset = early.get("preset", from_file.get("preset", ARITHMETIC if data == ARITHMETIC else ""))
     default = dataclasses.replace(default, **{**PRESETS[preset], **from_file, "preset": preset})
-    config = tyro.cli(TrainConfig, default=default, args=argv, prog="gcrm train")
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of a machine speaks for all
+    config = tyro.cli(TrainConfig, default=default, args=argv, prog="gcrm train", console_outputs=first)
     check(config)
     return config
 

@@ -41,7 +41,7 @@ MUTANTS = {
         "kernels/gcrm_kernels/reference.py", "x = x if x.dtype == torch.float64 else x.float()", "x = x + 0",
         OBJECTIVES),
     "causal mask aligned top-left": (
-        "gcrm_fast/attention.py", "k > (q + (k_len - q_len)).unsqueeze(-1)", "k > (q + 0 * k_len).unsqueeze(-1)",
+        "gcrm_fast/attention.py", "(q + (k_len - q_len)).unsqueeze(-1)", "(q + 0 * k_len).unsqueeze(-1)",
         INVARIANTS),
     "padded queries counted in the backward": (
         "gcrm_fast/attention.py", "grad = grad * real_q[:, None, None, :, None]", "grad = grad * 1", INVARIANTS),
