@@ -94,9 +94,8 @@ def _buckets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[_Bucket]:
     for (q_size, k_size), segments in members.items():
         q_start, k_start, q_len, k_len = torch.tensor(segments, device=cu_seqlens_q.device).T.unsqueeze(-1)
         q, k = torch.arange(q_size, device=q_len.device), torch.arange(k_size, device=q_len.device)
-        hidden = k > (q + (k_len - q_len)).unsqueeze(
-            -1
-        )  # bottom-right causal; also hides the padded keys of real queries
+        # Bottom-right causal; this also hides the padded keys from every real query.
+        hidden = k > (q + (k_len - q_len)).unsqueeze(-1)
         rows_q, rows_k = q_start + q.minimum(q_len - 1), k_start + k.minimum(k_len - 1)
         buckets.append(_Bucket(rows_q, rows_k, q < q_len, k < k_len, hidden[:, None, None]))
     return buckets

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gcrm_fast.config import TrainConfig, parse, to_toml
 from gcrm_fast.errors import UserError
-from gcrm_fast.train import main
+from gcrm_fast.train import locked, main
 
 TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32"]
 
@@ -111,6 +111,13 @@ def test_a_finished_run_is_not_overwritten(finished: Path, gcrm: Gcrm) -> None:
     assert result.stderr.count("\n") == 1
     assert "--overwrite" in result.stderr
     assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(UserError, match="another run"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
 
 
 @pytest.fixture(scope="module")
