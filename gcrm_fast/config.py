@@ -3,8 +3,9 @@
 Order of precedence: command line, then ``--config`` file, then ``--preset``, then the defaults below.
 """
 
+import contextlib
 import dataclasses
-import os
+import io
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,8 +165,16 @@ def parse(argv: list[str]) -> TrainConfig:
     data = early.get("data", from_file.get("data", ARITHMETIC))
     preset = early.get("preset", from_file.get("preset", ARITHMETIC if data == ARITHMETIC else ""))
     default = dataclasses.replace(default, **{**PRESETS[preset], **from_file, "preset": preset})
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # one process of a machine speaks for all
-    config = tyro.cli(TrainConfig, default=default, args=argv, prog="gcrm train", console_outputs=first)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            config = tyro.cli(TrainConfig, default=default, args=argv, prog="gcrm train")
+    except SystemExit as end:
+        if end.code != 2:
+            raise
+        # tyro draws a box over several lines; an error here is one line, like every other.
+        words = " ".join(word for word in complaint.getvalue().split() if not set(word) & set("╭╮╰╯│─"))
+        raise UserError(words) from None
     check(config)
     return config
 

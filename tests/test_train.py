@@ -207,6 +207,8 @@ def test_bad_input_under_torchrun_fails_once_before_any_training(tmp_path: Path)
         (["--vocab-size", "100"], "--vocab-size"),
         (["--max-length", "5"], "--max-length"),
         (["--tokens-per-batch", "10"], "--tokens-per-batch"),
+        (["--no-such-option", "3"], "--no-such-option"),
+        (["--samples", "many"], "--samples"),
         (["--config", "no.toml"], "no.toml"),
         (["--preset", "other"], "--preset other"),
         (["--preset", "arithmetic", "--data", "x.jsonl"], "--preset arithmetic"),
