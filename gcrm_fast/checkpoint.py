@@ -108,14 +108,16 @@ def open_weights(folder: Path, config: ModelConfig, seed: int) -> RowReader:
         names = {"model.safetensors"}
     if (folder / COMPANION).exists():
         names.add(COMPANION)
-    location = {}
+    location, found = {}, {}
     for name in sorted(names):
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: missing: weights are read from safetensors files only")
         try:
             with safe_open(path, framework="pt") as file:
-                location.update(dict.fromkeys(file.keys(), path))
+                for key in file.keys():  # noqa: SIM118 (a file handle, not a dict)
+                    location[key] = path
+                    found[key] = tuple(file.get_slice(key).get_shape())
         except SafetensorError as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     # A bare LlamaModel is saved without the "model." prefix.
@@ -124,12 +126,9 @@ def open_weights(folder: Path, config: ModelConfig, seed: int) -> RowReader:
         shapes = {name: tuple(p.shape) for name, p in RewardModel(config).named_parameters()}
     for name, shape in shapes.items():
         key = name.removeprefix(prefix)
-        if key in location:
-            with safe_open(location[key], framework="pt") as file:
-                found = tuple(file.get_slice(key).get_shape())
-            if found != shape:
-                raise UserError(f"{location[key]}: tensor {key!r} has shape {found}, config.json asks for {shape}")
-        elif name.startswith("model."):
+        if key in found and found[key] != shape:
+            raise UserError(f"{location[key]}: tensor {key!r} has shape {found[key]}, config.json asks for {shape}")
+        if key not in found and name.startswith("model."):
             raise UserError(f"{folder}: tensor {name!r} is missing from its safetensors files")
 
     def rows(name: str, shape: torch.Size, rows: slice) -> Tensor:
@@ -158,10 +157,13 @@ def choose_pad(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) 
     Raises:
         UserError: the tokenizer's ids exceed the embedding, or no token can serve.
     """
-    if max(tokenizer.get_vocab().values()) >= vocab_size:
-        raise UserError(f"{where}: the tokenizer has ids up to {max(tokenizer.get_vocab().values())}, the model's "
-                        f"vocab_size is {vocab_size}: use the tokenizer that belongs to the model")  # fmt: skip
     vocab = tokenizer.get_vocab()
+    largest = max(vocab.values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has ids up to {largest}, the model's vocab_size is {vocab_size}: "
+            f"use the tokenizer that belongs to the model"
+        )
     known = (tokenizer.pad_token, "<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "<unk>", tokenizer.bos_token)
     for token in known:
         if token is not None and token in vocab and token != tokenizer.eos_token:

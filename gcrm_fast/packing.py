@@ -12,6 +12,7 @@ cut into packs changes which pairs meet in a step or which positions are sampled
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,8 @@ class Pack:
         return _to(self, device)
 
 
-def _to(value, device):  # type: ignore[no-untyped-def]  # one recursion over tensors, named tuples and dataclasses
+def _to(value: Any, device: torch.device) -> Any:
+    """A field of a pack, or the pack itself, on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, InverseIndex):

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -59,6 +60,7 @@ class Prepared:
     lengths: LengthReport
     weights: checkpoint.RowReader
     budget: Budget
+    sampling: Sampling
     steps: int
     output: Path
 
@@ -112,9 +114,12 @@ def prepare(config: TrainConfig) -> Prepared:
     budget = Budget(config.tokens_per_batch, model_config.hidden_size)
     for pair in tokenized + tokenized_held_out:
         split_to_budget([pair], budget)  # raises where a pair does not fit
+    sampling = Sampling(config.samples, config.objective_variant, config.negatives, config.seed)
     per_epoch = -(-len(tokenized) // config.global_batch_pairs)
     steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
-    return Prepared(tokenizer, model_config, tokenized, tokenized_held_out, lengths, weights, budget, steps, output)
+    return Prepared(
+        tokenizer, model_config, tokenized, tokenized_held_out, lengths, weights, budget, sampling, steps, output
+    )
 
 
 def default_output(config: TrainConfig) -> str:
@@ -134,17 +139,15 @@ def objective_of(config: TrainConfig) -> Objective:
     )
 
 
-def step_packs(
-    prepared: Prepared, config: TrainConfig, sampling: Sampling, budget: Budget, rank: int, world_size: int
-) -> Iterator[tuple[int, list[Pack]]]:
+def step_packs(prepared: Prepared, config: TrainConfig, rank: int, world_size: int) -> Iterator[tuple[int, list[Pack]]]:
     """(pairs of the global batch, this rank's packs) of each step: a pure function of (seed, epoch, step)."""
     prompt_keys = np.array([pair.prompt_key for pair in prepared.train])
     epoch = 0
     while True:
         for batch in epoch_batches(prompt_keys, config.global_batch_pairs, config.group_prompts, config.seed, epoch):
             groups = [[prepared.train[i] for i in group] for group in batch]
-            plan = plan_packs(groups, budget, world_size)
-            yield sum(map(len, batch)), [build_pack(p, sampling, epoch) for p in plan[rank::world_size]]
+            plan = plan_packs(groups, prepared.budget, world_size)
+            yield sum(map(len, batch)), [build_pack(p, prepared.sampling, epoch) for p in plan[rank::world_size]]
         epoch += 1
 
 
@@ -152,8 +155,8 @@ def step_packs(
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory instead of returning it to the kernel: without it a training step on the CPU
-    spends about half its time in page faults."""
+    """Tells glibc to keep freed memory instead of returning it to the kernel: without it page faults made
+    the training steps of a small model on the CPU about twice as long."""
     if platform.libc_ver()[0] != "glibc":
         return
     m_trim_threshold, m_mmap_threshold = -1, -3  # <malloc.h>
@@ -188,8 +191,9 @@ def accumulate(
     FSDP averages gradients over ranks, hence the factor world size; they are reduced once, at the last pack.
     """
     sums = torch.zeros(len(STATISTICS), device=device)
+    assert isinstance(model, FSDPModule)
     for i, pack in enumerate(packs):
-        model.set_requires_gradient_sync(i == len(packs) - 1)  # type: ignore[operator]
+        model.set_requires_gradient_sync(i == len(packs) - 1)
         on_device = pack.to(device)
         total, statistics = losses(model(on_device), on_device.pairs, objective)
         (total * (dist.get_world_size() / n_pairs)).backward()
@@ -216,8 +220,7 @@ def locked(output: Path) -> Iterator[None]:
 
 def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     """What --dry-run prints: lengths, drops, packs, steps, predicted memory."""
-    sampling = Sampling(config.samples, config.objective_variant, config.negatives, config.seed)
-    batches = step_packs(prepared, config, sampling, prepared.budget, 0, 1)
+    batches = step_packs(prepared, config, 0, 1)
     sampled_steps = min(8, prepared.steps)
     packs = [pack for _ in range(sampled_steps) for pack in next(batches)[1]]
     tokens = [len(p.input_ids_T) for p in packs]
@@ -254,8 +257,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
         config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32
     )
     objective = objective_of(config)
-    sampling = Sampling(config.samples, config.objective_variant, config.negatives, config.seed)
-    budget = prepared.budget
+    budget, sampling = prepared.budget, prepared.sampling
 
     with torch.device("meta"):
         model = RewardModel(prepared.model_config, config.attention)
@@ -276,7 +278,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
             log.write(step, row)
         return row
 
-    batches = step_packs(prepared, config, sampling, budget, rank, world_size)
+    batches = step_packs(prepared, config, rank, world_size)
     first = last = {}
     if prepared.held_out:
         first = last = evaluate(0, goal_state(model, goal_pairs[:EVALUATION_GOAL_PAIRS], budget, sampling, device))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def pairs(make_pair: Callable[..., TokenizedPair]) -> list[TokenizedPair]:
 
 
 def small_config(**changes: object) -> ModelConfig:
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -65,7 +66,7 @@ def small_config(**changes: object) -> ModelConfig:
         "num_key_value_heads": 2,
         "head_dim": 8,
     }
-    return ModelConfig(**{**values, **changes})  # type: ignore[arg-type]
+    return ModelConfig(**{**values, **changes})
 
 
 def small_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> RewardModel:

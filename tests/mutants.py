@@ -58,7 +58,7 @@ MUTANTS = {
     "pad equal to eos": (
         "gcrm_fast/checkpoint.py", " and token != tokenizer.eos_token", "", PARITY),
     "missing trunk tensor re-initialised": (
-        "gcrm_fast/checkpoint.py", 'elif name.startswith("model."):', "elif False:", PARITY),
+        "gcrm_fast/checkpoint.py", 'if key not in found and name.startswith("model."):', "if False:", PARITY),
     "goal not strictly after its source": (
         "gcrm_fast/packing.py", "i, j + (j >= i)", "i, j", PACKING),
     "sampling depends on the epoch only": (
