@@ -1,5 +1,6 @@
 """Small models and pairs that several test files share."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+# Before anything imports triton: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.model import ModelConfig, RewardModel, initial_value
