@@ -80,17 +80,25 @@ def specialisations(dtype: str, samples: list[int]) -> Iterator[Specialisation]:
             for mean_then_log in (False, True):
                 name = f"contrastive forward {form} {'mean_then_log' if mean_then_log else 'log_then_mean'}"
                 more = {"EPS": reference.EPS, "MEAN_THEN_LOG": mean_then_log}
+                if s == samples[0]:
+                    yield Specialisation(f"{name} N=1", triton_contrastive._forward_kernel,
+                                         constants | more | {"n_pairs": 1}, types,
+                                         config.num_warps, config.num_stages)  # fmt: skip
                 yield Specialisation(name, triton_contrastive._forward_kernel, constants | more, types,
                                      config.num_warps, config.num_stages)  # fmt: skip
             config = triton_contrastive.backward_candidates(s, itemsize)[0]
             constants |= {"TILE": contrastive.TILE_ROWS, "BLOCK_H": config.block}
+            if s == samples[0]:  # a number that is 1 becomes a constant when a kernel is launched
+                yield Specialisation(f"contrastive backward {form} N=1", triton_contrastive._backward_kernel,
+                                     constants | {"n_pairs": 1}, types,
+                                     config.num_warps, config.num_stages)  # fmt: skip
             yield Specialisation(f"contrastive backward {form}", triton_contrastive._backward_kernel, constants, types,
                                  config.num_warps, config.num_stages)  # fmt: skip
     types = {"states_ptr": "*" + dtype, "high_ptr": "*" + dtype, "low_ptr": "*" + dtype}
     for goals in (1, 64):
         config = triton_qvalues.candidates(itemsize)[0]
         constants = {"EPS": reference.EPS, "BLOCK_T": triton_qvalues.BLOCK_T, "GP": max(16, goals),
-                     "BLOCK_D": config.block}  # fmt: skip
+                     "BLOCK_D": config.block} | ({"goals": 1} if goals == 1 else {})  # fmt: skip
         yield Specialisation(f"q_values {dtype} G={goals}", triton_qvalues._q_kernel, constants, types,
                              config.num_warps, config.num_stages)  # fmt: skip
     types = {"states_ptr": "*" + dtype, "out_ptr": "*" + dtype, "cu_seqlens_ptr": "*i32"}
@@ -120,7 +128,7 @@ def compile_one(given: Specialisation, target: str) -> Resources:
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or name in ("width", "row_stride", "scratch_width")
+        if signature[name].startswith("*") or (signature[name] == "i32" and name in ("width", "row_stride"))
     }
     constants = {(names.index(name),): value for name, value in given.constants.items()}
     source = ASTSource(given.kernel, signature, constexprs=constants, attrs=divisible)

@@ -33,7 +33,6 @@ def _forward_kernel(
     GRID: tl.constexpr, MEAN_THEN_LOG: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
-    n_pairs = n_pairs.to(tl.int64)
     s = tl.arange(0, SP)
     valid = s < S
     counted = valid[:, None] & valid[None, :] if GRID else valid
@@ -159,7 +158,6 @@ def _backward_kernel(
     S: tl.constexpr, SP: tl.constexpr, TILE: tl.constexpr, BLOCK_H: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     tile = (tl.program_id(0) // column_blocks).to(tl.int64)
-    n_pairs = n_pairs.to(tl.int64)
     h = (tl.program_id(0) % column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     r = tl.load(starts_ptr + tile) + tl.arange(0, TILE)
     end = tl.load(starts_ptr + tile + 1)
