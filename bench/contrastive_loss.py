@@ -18,7 +18,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -134,53 +134,58 @@ def agrees(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -
 
 
 def compare(case: Case, bandwidth: float, seconds: float) -> list[dict[str, Any]]:
-    """Rows of the table for one case. A method that needs more memory than there is, is listed with its reason."""
+    """Rows of the table for one case. A method that cannot run is listed with its reason."""
     n, s, h, d = case.key
     device = case.hidden.device
-    methods: dict[str, Loss] = {"naive": naive, "compiled": torch.compile(naive), "bmm": bmm, "ours": ours(case)}
-    needed = 10 * n * s * s * (d or h) * case.hidden.itemsize  # broadcast operands, products and their gradients
-    skipped = {}
-    if needed > free_memory(device):
-        skipped = dict.fromkeys(("naive", "compiled"), f"needs about {needed / 2**30:.0f} GiB")
     torch.compiler.reset()
-    grad = torch.rand(n, device=device) + 0.5
-    exact = step(bmm, Case(case.source, case.hidden.float(), case.rows, case.tiles,
-                           None if case.projection is None else case.projection.float()), grad)  # fmt: skip
+    methods: dict[str, Loss] = {"naive": naive, "compiled": torch.compile(naive), "bmm": bmm, "ours": ours(case)}
+    # float16 gradients are subnormal without the scaling that people train it with.
+    grad = (torch.rand(n, device=device) + 0.5) * (2**12 if case.hidden.dtype == torch.float16 else 1)
+    notes = unable(methods, case, grad)
+    calls = {name: lambda f=f: step(f, case, grad) for name, f in methods.items() if name not in notes}
+    both = measure.times(calls, device, seconds)
+    forward = measure.times(
+        {name: lambda f=f: forward_only(f, case) for name, f in methods.items() if name not in notes}, device, seconds
+    )
     head = {"input": case.source, "N": n, "S": s, "H": h, "D": d, "dtype": str(case.hidden.dtype)[6:]}
-    for name in [name for name in methods if name not in skipped]:
+    rows = [{**head, "method": name, "note": note} for name, note in notes.items()]
+    returned = case.hidden.nbytes + (0 if case.projection is None else case.projection.nbytes)
+    for name, call in calls.items():
+        rate = case.compulsory_bytes() / (both[name][0] / 1000)
+        rows.append({
+            **head, "method": name, "forward ms": forward[name][0], "forward+backward ms": both[name][0],
+            "p10": both[name][1], "p90": both[name][2],
+            "graph ms": measure.graph_time(call) if device.type == "cuda" else None,
+            "x naive": both["naive"][0] / both[name][0] if "naive" in both else None,
+            "extra MB": (measure.peak_memory(call, device) - returned) / 1e6,
+            "compulsory MB": case.compulsory_bytes() / 1e6, "GB/s": rate / 1e9, "% of copy": 100 * rate / bandwidth,
+            "launches": measure.launches(call) if device.type == "cuda" else None,
+        })  # fmt: skip
+    if case.projection is not None and use_triton(case.hidden):
+        rows.append({**head, "method": "fused", "forward ms": fused_time(case, seconds)})
+    return rows
+
+
+def unable(methods: dict[str, Loss], case: Case, grad: Tensor) -> dict[str, str]:
+    """Why a method cannot run here, by name. Exits where one that runs gives another loss or other gradients."""
+    n, s, h, d = case.key
+    needed = 10 * n * s * s * (d or h) * case.hidden.itemsize  # broadcast operands, products and their gradients
+    notes = {}
+    if needed > free_memory(case.hidden.device):
+        notes = dict.fromkeys(("naive", "compiled"), f"needs about {needed / 2**30:.0f} GiB")
+    projection = None if case.projection is None else case.projection.float()
+    exact = step(bmm, replace(case, hidden=case.hidden.float(), projection=projection), grad)
+    for name in [name for name in methods if name not in notes]:
         try:
             found = step(methods[name], case, grad)
         except Exception as error:  # torch.compile needs a C++ compiler on a CPU
             if name != "compiled":
                 raise
-            skipped[name] = f"failed: {str(error).splitlines()[0][:80]}"
+            notes[name] = f"failed: {str(error).splitlines()[0][:80]}"
             continue
         if not agrees(name, found, tuple(e.to(f.dtype) for e, f in zip(exact, found, strict=True))):
             sys.exit(1)
-    del exact
-    timed = {name: loss for name, loss in methods.items() if name not in skipped}
-    forward = measure.times({k: lambda f=f: forward_only(f, case) for k, f in timed.items()}, device, seconds)
-    both = measure.times({k: lambda f=f: step(f, case, grad) for k, f in timed.items()}, device, seconds)
-    returned = case.hidden.nbytes + (0 if case.projection is None else case.projection.nbytes)
-    rows = []
-    for name in methods:
-        if name in skipped:
-            rows.append({**head, "method": name, "note": skipped[name]})
-            continue
-        run = lambda f=methods[name]: step(f, case, grad)  # noqa: E731
-        cuda = device.type == "cuda"
-        rate = case.compulsory_bytes() / (both[name][0] / 1000)
-        rows.append({
-            **head, "method": name, "forward ms": forward[name][0], "forward+backward ms": both[name][0],
-            "p10": both[name][1], "p90": both[name][2], "graph ms": measure.graph_time(run) if cuda else None,
-            "x naive": both["naive"][0] / both[name][0] if "naive" in both else None,
-            "extra MB": (measure.peak_memory(run, device) - returned) / 1e6,
-            "compulsory MB": case.compulsory_bytes() / 1e6, "GB/s": rate / 1e9, "% of copy": 100 * rate / bandwidth,
-            "launches": measure.launches(run) if cuda else None,
-        })  # fmt: skip
-    if case.projection is not None and use_triton(case.hidden):
-        rows.append({**head, "method": "fused", "forward ms": fused_time(case, seconds)})
-    return rows
+    return notes
 
 
 def fused_time(case: Case, seconds: float) -> float:

@@ -76,12 +76,11 @@ MUTANTS = {
     "kernel: gradient of goals with the strides of sources": (
         SAMPLED, "goal, source, 1, S, grad", "goal, source, S, 1, grad", TRITON),
     "kernel: negatives without their gradient": (SAMPLED, "* direction * has_term", "* has_term", TRITON),
-    "dense: a position compared with itself": (
-        DENSE, "(position[rows, None] != position)", "(position[rows, None] != -1)", DENSE_ANALYTIC),
     "dense: negatives weighed like positives": (
-        DENSE, "(1 / ((b - a) * (c - b)))", "(2 / max((b - a) * (b - a - 1), 1))", DENSE_ANALYTIC),
-    "dense kernel: a position compared with itself": (
-        DENSE_KERNELS, "(i[:, None] != j[None, :])", "(i[:, None] != -1)", DENSE_TRITON),
+        DENSE, "(1 / ((b - a) * (c - b)))", "(1 / (b - a) ** 2)", DENSE_ANALYTIC),
+    "dense kernel: a lone position takes part in a positive": (
+        DENSE_KERNELS, "tl.where(l_c > 1.0, 2.0 / tl.maximum(l_c * (l_c - 1.0), 1.0), 0.0)", "2.0 / (l_c * l_c)",
+        DENSE_TRITON),
     "dense kernel: a turn starts at the first tile": (
         DENSE_KERNELS, "i = a + (first_tile + slot % tiles) * TILE", "i = a + (slot % tiles) * TILE", DENSE_TRITON),
     "dense kernel: the last pair of a turn skipped": (

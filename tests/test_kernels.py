@@ -79,8 +79,9 @@ def assert_within_budget(
     op: Callable[..., Any], yardstick: Callable[..., Any], x: torch.Tensor, grad: torch.Tensor, temperature: float
 ) -> None:
     """Errors against float64 are at most twice those of PyTorch in float32, plus a floor: 2^-22 of the terms that are
-    summed (they may cancel), and half a unit in the last place where a gradient is rounded to 16 bits."""
-    terms = grad.abs().sum() / temperature / x.double().norm(dim=1).clamp_min(1e-8).min() if grad.numel() else 0.0
+    summed (they may cancel), and half a unit in the last place where a gradient is rounded to 16 bits. A cosine adds
+    two terms to a source's gradient and two to a goal's; a row can be both, in the positives and in the negatives."""
+    terms = 8 * grad.abs().sum() / temperature / x.double().norm(dim=1).clamp_min(1e-8).min() if grad.numel() else 0.0
     exact = with_gradient(yardstick, x.double(), grad)
     usual = with_gradient(yardstick, x.float(), grad)
     found = with_gradient(op, x, grad)
@@ -306,7 +307,7 @@ def test_dense_loss(path: str, lengths: list[tuple[int, int]], dtype: torch.dtyp
 def test_dense_loss_in_several_turns_and_blocks(path: str) -> None:
     """Long pairs of narrow states: the scratch holds some of a pair's tiles only; then some of the pairs."""
     assert_dense([(300, 200)], 3, torch.float32)
-    assert_dense([(40, 30)] * 9, 16, torch.float32)
+    assert_dense([(40, 30)] * 10, 64, torch.float32)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

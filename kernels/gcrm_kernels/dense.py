@@ -4,8 +4,8 @@ For a pair with chosen positions i < j (P = L_c (L_c - 1) / 2 of them) and rejec
 
     loss = -1/P sum_{i<j} log sigmoid(c_ij / tau) - 1/(L_c L_r) sum_{i,n} log sigmoid(-c_in / tau),   c = cosine
 
-In the backward every row of a pair is treated alike, with e_ij = dloss/dc_ij, symmetric, 0 on the diagonal and between
-two rejected positions:
+In the backward every row of a pair is treated alike, with e_ij = dloss/dc_ij, symmetric, 0 between two rejected
+positions (on the diagonal the two terms below cancel, whatever e_ii is):
 
     dz_i = sum_j w_ij z_j - own_i z_i,   w_ij = e_ij / (|z_i| |z_j|),   own_i = sum_j e_ij c_ij / |z_i|^2
 
@@ -51,9 +51,9 @@ def _blocks(states_MD: Tensor, cu_seqlens: Tensor, temperature: float) -> Iterat
             rows = slice(start, min(start + BLOCK_ROWS, c - a))
             scale = inverse[rows, None] * inverse
             cosine = (z[rows] @ z.mT).mul_(scale)
-            positive = chosen[rows, None] & chosen & (position[rows, None] != position)
+            positive = chosen[rows, None] & chosen
             negative = chosen[rows, None] ^ chosen
-            weight = positive.to(z.dtype) * (2 / max((b - a) * (b - a - 1), 1))
+            weight = positive.to(z.dtype) * (2 / ((b - a) * (b - a - 1)) if b - a > 1 else 0.0)
             weight += negative.to(z.dtype) * (1 / ((b - a) * (c - b)))
             sign = torch.where(positive, 1.0, -1.0).to(z.dtype)
             counted_once = chosen[rows, None] & (position > position[rows, None])

@@ -34,7 +34,7 @@ def _cosine_kernel(
     inverse_i = tl.load(inverse_ptr + i, mask=i < c, other=0.0)
     chosen_i = i < b
     l_c, l_r = (b - a).to(tl.float32), (c - b).to(tl.float32)
-    weight_positive = 2.0 / tl.maximum(l_c * (l_c - 1.0), 1.0)
+    weight_positive = tl.where(l_c > 1.0, 2.0 / tl.maximum(l_c * (l_c - 1.0), 1.0), 0.0)
     weight_negative = 1.0 / (l_c * l_r)
     loss, positive_sum, negative_sum = 0.0, 0.0, 0.0
     own = tl.zeros((TILE,), dtype=tl.float32)
@@ -57,7 +57,7 @@ def _cosine_kernel(
         cosine = dots * scale
         chosen_j = j < b
         inside = (i < c)[:, None] & (j < c)[None, :]
-        positive = chosen_i[:, None] & chosen_j[None, :] & (i[:, None] != j[None, :]) & inside
+        positive = chosen_i[:, None] & chosen_j[None, :] & inside
         negative = (chosen_i[:, None] != chosen_j[None, :]) & inside
         weight = tl.where(positive, weight_positive, 0.0) + tl.where(negative, weight_negative, 0.0)
         sign = tl.where(positive, 1.0, -1.0)
