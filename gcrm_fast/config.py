@@ -5,6 +5,7 @@ Order of precedence: command line, then ``--config`` file, then ``--preset``, th
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import tomllib
 from dataclasses import dataclass
@@ -103,6 +104,16 @@ class TrainConfig:
     """Largest norm of the gradient."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute precision; master weights are float32. auto: bfloat16 on CUDA, float32 on the CPU."""
+    optimizer: Literal["adamw", "adamw-bf16", "adamw-8bit"] = "adamw"
+    """adamw: weights and moments in float32, 16 bytes a parameter with the gradient. adamw-bf16: all of them in
+    bfloat16, stochastically rounded, 8 bytes. adamw-8bit: the same with moments of 8 bits, 6 bytes. The last two need
+    torchao."""
+    recompute: Literal["auto", "none", "mlp", "block"] = "auto"
+    """What the backward computes again instead of keeping it. auto: as little as memory allows."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    workers: int = -1
+    """Processes a rank that build packs ahead of the step; 0 builds them in between. -1: 2 with a GPU, else 0."""
     attention: Literal["auto", "flash_attn", "torch_varlen", "eager"] = "auto"
     """Attention backend. auto: on CUDA in bfloat16 flash-attn if installed, else torch's varlen attention; elsewhere
     eager."""
@@ -232,6 +243,10 @@ def check(config: TrainConfig) -> None:
         need(0 <= getattr(config, name) < float("inf"), name, "0 or more, and finite")
     for name in ("epochs", "temperature", "clip"):
         need(0 < getattr(config, name) < float("inf"), name, "more than 0, and finite")
+    need(config.workers >= -1, "workers", "-1 or more")
+    if config.optimizer != "adamw":
+        need(importlib.util.find_spec("torchao") is not None, "optimizer",
+             "adamw unless torchao is installed (pip install 'gcrm-fast[torchao]')")  # fmt: skip
     need(config.samples <= 64, "samples", "at most 64")
     if config.objective_variant == "dense":
         need(config.pairing in ("auto", "paired"), "pairing", "paired with --objective-variant dense")

@@ -10,13 +10,15 @@ second norm, MLP and the final norm run at the read rows only.
 
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from gcrm_kernels import gather_rows
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gcrm_fast.attention import packed_attention, resolve_backend
 from gcrm_fast.packing import Pack
@@ -45,6 +47,10 @@ class ModelConfig:
     def parameters_per_layer(self) -> int:
         h, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         return 2 * h * q + 2 * h * kv + 3 * h * self.intermediate_size + 2 * h
+
+    def parameters(self) -> int:
+        """Of the trunk, biases left out."""
+        return self.vocab_size * self.hidden_size + self.num_hidden_layers * self.parameters_per_layer()
 
 
 class Output(NamedTuple):
@@ -127,8 +133,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    """``recompute``: what the backward computes again instead of keeping it: ``none``, ``mlp`` or ``block``."""
+
+    def __init__(self, config: ModelConfig, recompute: str) -> None:
         super().__init__()
+        self.recompute = recompute
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -136,19 +145,31 @@ class Block(nn.Module):
 
     def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], pack: Pack, backend: str, prune: bool) -> Tensor:
         """[T, H] -> [T, H], or [R, H] at the read rows with ``prune``."""
+        return self._again("block", self._forward, x_TH, rope, pack, backend, prune)
+
+    def _forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], pack: Pack, backend: str, prune: bool) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x_TH), rope, pack, backend)
         if prune:
             attended, x_TH = (gather_rows(x, pack.read_rows_R, pack.read_inverse) for x in (attended, x_TH))
         x_TH = x_TH + self.self_attn.o_proj(attended)
-        return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
+        return x_TH + self._again("mlp", self._mlp, x_TH)
+
+    def _mlp(self, x_TH: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(x_TH))
+
+    def _again(self, part: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
+        """``function(*args)``, its activations dropped and computed again in the backward if ``part`` is recomputed."""
+        if self.recompute != part or not torch.is_grad_enabled():
+            return function(*args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Llama(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
@@ -182,17 +203,22 @@ class MLPHead(nn.Sequential):
 class RewardModel(nn.Module):
     """Trunk, reward head and optional projection.
 
-    ``attention_backend``: see attention.py; ``auto`` by default.
+    ``attention_backend``: see attention.py; ``auto`` by default. ``recompute``: see ``Block``.
     """
 
-    def __init__(self, config: ModelConfig, attention_backend: str = "auto") -> None:
+    def __init__(self, config: ModelConfig, attention_backend: str = "auto", recompute: str = "none") -> None:
         super().__init__()
         h = config.hidden_size
         self.config = config
         self.attention_backend = attention_backend
-        self.model = Llama(config)
+        self.model = Llama(config, recompute)
         self.score = nn.Linear(h, 1, bias=False) if config.head == "linear" else MLPHead(h)
         self.projection = nn.Linear(h, config.projection_size, bias=False) if config.projection_size else None
+
+    def compile_blocks(self) -> None:
+        """Compiles the forward of every block, and with it the backward; sizes of packs stay symbols."""
+        for layer in self.model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
 
     def forward(self, pack: Pack) -> Output:
         hidden_RH = self.model(pack, self.attention_backend)

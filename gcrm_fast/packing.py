@@ -10,7 +10,7 @@ Everything here is NumPy on the host and a pure function of (seed, epoch, step):
 cut into packs changes which pairs meet in a step or which positions are sampled.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -74,18 +74,29 @@ class Pack:
         return len(self.pairs.pair_ids)
 
     def to(self, device: torch.device) -> "Pack":
-        """The pack with every tensor on ``device``."""
-        return _to(self, device)
+        """The pack with every tensor on ``device``; does not wait for copies from pinned memory."""
+        return _map(self, Tensor, lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Pack":
+        """The pack with every tensor in page-locked memory."""
+        return _map(self, Tensor, Tensor.pin_memory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Between processes as arrays: a tensor would take a file descriptor and a shared-memory segment each.
+        return vars(_map(self, Tensor, Tensor.numpy))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: _map(value, np.ndarray, torch.from_numpy) for name, value in state.items()})
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    """A field of a pack, or the pack itself, on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """A pack, or a field of one, with ``function`` of every value of type ``kind`` in its place."""
+    if isinstance(value, kind):
+        return function(value)
     if isinstance(value, (InverseIndex, RowTiles)):
-        return type(value)(*(_to(v, device) for v in value))
+        return type(value)(*(_map(v, kind, function) for v in value))
     if isinstance(value, (Pack, PairRows)):
-        return replace(value, **{f.name: _to(getattr(value, f.name), device) for f in fields(value)})
+        return replace(value, **{f.name: _map(getattr(value, f.name), kind, function) for f in fields(value)})
     return value
 
 

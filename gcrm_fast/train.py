@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast import arithmetic, checkpoint, parallel
+from gcrm_fast.accounting import Meter, choose_recompute, memory_limit, peak_flops, predicted_memory, work
 from gcrm_fast.config import ARITHMETIC, TrainConfig, parse, to_toml
 from gcrm_fast.data import (
     LengthReport,
@@ -38,9 +40,10 @@ from gcrm_fast.data import (
 )
 from gcrm_fast.errors import UserError
 from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
+from gcrm_fast.loader import Steps, load
 from gcrm_fast.model import ModelConfig, RewardModel
 from gcrm_fast.objectives import STATISTICS, Objective, losses
-from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs, split_to_budget
+from gcrm_fast.packing import Budget, Pack, Sampling, split_to_budget
 from gcrm_fast.report import MetricsLog, plot_curves, table
 
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
@@ -140,16 +143,11 @@ def objective_of(config: TrainConfig) -> Objective:
     )
 
 
-def step_packs(prepared: Prepared, config: TrainConfig, rank: int, world_size: int) -> Iterator[tuple[int, list[Pack]]]:
-    """(pairs of the global batch, this rank's packs) of each step: a pure function of (seed, epoch, step)."""
-    prompt_keys = np.array([pair.prompt_key for pair in prepared.train])
-    epoch = 0
-    while True:
-        for batch in epoch_batches(prompt_keys, config.global_batch_pairs, config.group_prompts, config.seed, epoch):
-            groups = [[prepared.train[i] for i in group] for group in batch]
-            plan = plan_packs(groups, prepared.budget, world_size)
-            yield sum(map(len, batch)), [build_pack(p, prepared.sampling, epoch) for p in plan[rank::world_size]]
-        epoch += 1
+def steps_of(prepared: Prepared, config: TrainConfig, rank: int, world_size: int) -> Steps:
+    return Steps(
+        prepared.train, prepared.budget, prepared.sampling, global_batch_pairs=config.global_batch_pairs,
+        group_prompts=config.group_prompts, rank=rank, world_size=world_size,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- pieces of the loop
@@ -169,11 +167,20 @@ def keep_freed_memory() -> None:
 def optimizer_and_schedule(
     model: RewardModel, config: TrainConfig, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Fused AdamW (0.9, beta2); linear warm-up, then a cosine to 0."""
-    lr = config.lr or (9e-6 if config.model else 1e-3)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay, fused=True
-    )
+    """AdamW (0.9, beta2); linear warm-up, then a cosine to 0."""
+    values: dict[str, Any] = {
+        "lr": config.lr or (9e-6 if config.model else 1e-3),
+        "betas": (0.9, config.beta2),
+        "weight_decay": config.weight_decay,
+    }
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), **values, fused=True)
+    else:
+        from torchao.optim import AdamW8bit, _AdamW
+
+        kind = AdamW8bit if config.optimizer == "adamw-8bit" else _AdamW
+        optimizer = kind(model.parameters(), **values, bf16_stochastic_round=True)
     warmup = math.ceil(config.warmup * steps)
 
     def factor(step: int) -> float:
@@ -219,18 +226,31 @@ def locked(output: Path) -> Iterator[None]:
         raise UserError(f"{output}: another run is using this folder: wait for it or choose another --output") from None
 
 
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    name = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def memory_plan(prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device) -> tuple[str, int]:
+    """What is recomputed, and the predicted memory of one process for the largest pack that the budget allows."""
+    shape: dict[str, Any] = {
+        "config": prepared.model_config, "tokens": prepared.budget.tokens, "keys": prepared.budget.keys,
+        "optimizer": config.optimizer, "width": compute_dtype(config, device).itemsize, "world_size": world_size,
+    }  # fmt: skip
+    chosen = config.recompute
+    recompute = choose_recompute(memory_limit(device), **shape) if chosen == "auto" else chosen
+    return recompute, predicted_memory(recompute=recompute, **shape)
+
+
 def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     """What --dry-run prints: lengths, drops, packs, steps, predicted memory."""
-    batches = step_packs(prepared, config, 0, 1)
-    sampled_steps = min(8, prepared.steps)
-    packs = [pack for _ in range(sampled_steps) for pack in next(batches)[1]]
-    tokens = [len(p.input_ids_T) for p in packs]
-    padded = [2 * p.n_pairs * p.max_seqlen_k for p in packs]
+    steps, sampled_steps = steps_of(prepared, config, 0, 1), min(8, prepared.steps)
+    packs = [pack for i in range(sampled_steps) for pack in steps[i].packs]
+    done = [work(pack, prepared.model_config, "none") for pack in packs]
+    tokens = [int(w.tokens) for w in done]
     m = prepared.model_config
-    parameters = m.vocab_size * m.hidden_size + m.num_hidden_layers * m.parameters_per_layer()
-    # fp32 weights, gradients and two Adam moments over all ranks, and what a block keeps for its backward.
-    width = 2 if torch.cuda.is_available() and config.dtype != "float32" else 4
-    activations = width * max(tokens) * m.num_hidden_layers * (10 * m.hidden_size + 4 * m.intermediate_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recompute, predicted = memory_plan(prepared, config, world_size, device)
     return table(
         [
             ("training pairs", f"{len(prepared.train)} ({prepared.lengths.dropped_too_long} dropped: longer than "
@@ -241,9 +261,10 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
             ("steps", f"{prepared.steps} of {config.global_batch_pairs} pairs"),
             ("packs a step", f"{len(packs) / sampled_steps:.1f} over all processes (first {sampled_steps} steps)"),
             ("pack fill", f"{100 * sum(tokens) / len(tokens) / config.tokens_per_batch:.0f}% of --tokens-per-batch"),
-            ("padded / packed", f"{sum(padded) / sum(tokens):.2f} times the tokens, were the packs padded"),
-            ("parameters", f"{parameters / 1e6:.2f} M"),
-            ("predicted memory", f"{(16 * parameters / world_size + activations) / 2**30:.2f} GiB a process"),
+            ("padded / packed", f"{sum(w.padded_tokens for w in done) / sum(tokens):.2f} times the tokens, were the "
+                                "packs padded"),
+            ("parameters", f"{m.parameters() / 1e6:.2f} M"),
+            ("predicted memory", f"{predicted / 2**30:.2f} GiB a process, --recompute {recompute}"),
         ]
     )  # fmt: skip
 
@@ -254,14 +275,16 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
 def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.DeviceMesh, device: torch.device) -> None:
     """The whole run: build, loop, evaluate, save. Every rank runs it; rank 0 writes."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-        config.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
-    objective = objective_of(config)
+    dtype, objective = compute_dtype(config, device), objective_of(config)
     budget, sampling = prepared.budget, prepared.sampling
+    recompute, predicted = memory_plan(prepared, config, world_size, device)
 
     with torch.device("meta"):
-        model = RewardModel(prepared.model_config, config.attention)
+        model = RewardModel(prepared.model_config, config.attention, recompute)
+    if config.optimizer != "adamw":
+        model.model.to(torch.bfloat16)
+    if config.compile:
+        model.compile_blocks()
     parallel.shard(model, mesh, dtype)
     parallel.materialize(model, mesh, device, prepared.weights)
     optimizer, schedule = optimizer_and_schedule(model, config, prepared.steps)
@@ -279,18 +302,23 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
             log.write(step, row)
         return row
 
-    batches = step_packs(prepared, config, rank, world_size)
+    peak, source = peak_flops(device, dtype)
+    if log:
+        print(f"MFU and HFU refer to {peak / 1e12:.4g} TFLOP/s a process ({source}); predicted memory "
+              f"{predicted / 2**30:.2f} GiB a process, --recompute {recompute}", flush=True)  # fmt: skip
     first = last = {}
     if prepared.held_out:
         first = last = evaluate(0, goal_state(model, goal_pairs[:EVALUATION_GOAL_PAIRS], budget, sampling, device))
-    started = time.perf_counter()
-    sums = torch.zeros(len(STATISTICS) + 1, device=device)  # statistics and tokens since the last log row
+    workers = config.workers if config.workers >= 0 else 2 if device.type == "cuda" else 0
+    steps = load(steps_of(prepared, config, rank, world_size), 0, prepared.steps, workers, device)
+    sums = torch.zeros(len(STATISTICS), device=device)  # since the last log row, like what the meter counts
     pairs_since = 0
+    meter = Meter(prepared.model_config, recompute, device, peak)
     bar = tqdm(range(1, prepared.steps + 1), disable=rank != 0, unit="step", dynamic_ncols=True)
     for step in bar:
-        n_pairs, packs = next(batches)
-        sums[:-1] += accumulate(model, packs, n_pairs, objective, device)
-        sums[-1] += sum(len(pack.input_ids_T) for pack in packs)
+        n_pairs, packs = meter.fetch(steps)
+        sums += accumulate(model, packs, n_pairs, objective, device)
+        meter.add(packs)
         norm = clip_gradients(model, config.clip)
         learning_rate = schedule.get_last_lr()[0]
         optimizer.step()
@@ -300,20 +328,17 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
 
         if step % config.log_every == 0 or step == prepared.steps:
             dist.all_reduce(sums)
-            *statistics, tokens = sums.tolist()
-            seconds = time.perf_counter() - started
-            row = {name: value / pairs_since for name, value in zip(STATISTICS, statistics, strict=True)}
-            row |= {"grad_norm": norm.item(), "lr": learning_rate, "pairs_per_s": pairs_since / seconds,
-                    "tokens_per_s": tokens / seconds}  # fmt: skip
+            row = {name: value / pairs_since for name, value in zip(STATISTICS, sums.tolist(), strict=True)}
+            row |= {"grad_norm": norm.item(), "lr": learning_rate} | meter.read()
             if log:
                 log.write(step, row)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", auroc=f"{last.get('eval/auroc', math.nan):.3f}")
             sums.zero_()
-            pairs_since, started = 0, time.perf_counter()
+            pairs_since = 0
         if prepared.held_out and step % eval_every == 0 and step != prepared.steps:
             paused = time.perf_counter()
             last = evaluate(step, goal_state(model, goal_pairs[:EVALUATION_GOAL_PAIRS], budget, sampling, device))
-            started += time.perf_counter() - paused  # speed is that of training alone
+            meter.pause(time.perf_counter() - paused)
 
     goal = goal_state(model, goal_pairs, budget, sampling, device)
     if prepared.held_out:

@@ -1,0 +1,189 @@
+"""What a step costs: floating-point operations, the machine's peak, and the memory that training takes.
+
+Letters: T tokens of a pack, K gathered key rows, R read rows, H hidden size, F width of the MLP, L layers, Q and G
+width of all query heads and of all key/value heads.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from gcrm_fast.model import ModelConfig
+from gcrm_fast.packing import Pack
+
+T = TypeVar("T")
+
+# Dense bfloat16 operations a second, from the makers' data sheets; the longest name that fits counts.
+DATA_SHEET = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "MI300X": 1307e12,
+}
+
+# Bytes a parameter: weights, gradient, two moments.
+OPTIMIZER_BYTES = {"adamw": 16.0, "adamw-bf16": 8.0, "adamw-8bit": 6.1}
+RECOMPUTE = ("none", "mlp", "block")  # the less memory, the more work
+
+
+class Work(NamedTuple):
+    """Totals over packs. Operations count a multiplication and an addition as two."""
+
+    pairs: float
+    tokens: float
+    padded_tokens: float  # of the same pairs, two sequences each, padded to the longest of their pack
+    model_flops: float  # forward and backward of what the packs hold, however it is computed
+    extra_flops: float  # what is computed again in the backward
+
+
+def work(pack: Pack, config: ModelConfig, recompute: str) -> Work:
+    """What training on ``pack`` takes. A backward pass counts twice the forward (Kaplan et al. 2020, section 2.1), of
+    attention too: what flash attention computes again belongs to neither number."""
+    t, r, layers = len(pack.input_ids_T), len(pack.read_rows_R), config.num_hidden_layers
+    h, q = config.hidden_size, config.num_attention_heads * config.head_dim
+    mlp, projections = (
+        2 * 3 * h * config.intermediate_size,
+        2 * h * (q + 2 * config.num_key_value_heads * config.head_dim),
+    )
+    q_B, k_B = pack.cu_seqlens_q.diff().long(), pack.cu_seqlens_k.diff().long()
+    attention = 4 * q * int((q_B * k_B - q_B * (q_B - 1) // 2).sum())
+    tail_rows = (layers - 1) * t + r  # the last layer's output projection and MLP run at the read rows
+    forward = layers * (projections * t + attention) + (2 * q * h + mlp) * tail_rows
+    # The last product of a recomputed part is not needed, so it is left out.
+    down = 2 * h * config.intermediate_size
+    again = {"none": 0, "mlp": (mlp - down) * tail_rows, "block": forward - down * tail_rows}[recompute]
+    heads = 2 * h * (config.projection_size * r + 2 * pack.n_pairs)
+    return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, 3 * (forward + heads), again)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Operations a second that MFU and HFU refer to, and where the number is from: the data sheet for bfloat16 on a
+    known GPU, else what a large matrix product reaches here and now."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        known = [key for key in DATA_SHEET if all(word in name for word in key.split())]
+        if known:
+            return DATA_SHEET[max(known, key=len)], f"data sheet of {max(known, key=len)}"
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.ones(n, n, dtype=dtype, device=device), torch.ones(n, n, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(6):
+        _synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best, f"measured, {n} x {n} {str(dtype).removeprefix('torch.')} product"
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were in use so far: by tensors on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that one process may count on: free memory of the GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+
+
+class Meter:
+    """Speed of training since the last reading, over all ranks."""
+
+    def __init__(self, config: ModelConfig, recompute: str, device: torch.device, peak: float) -> None:
+        self.config, self.recompute, self.device, self.peak = config, recompute, device, peak
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.waited = time.perf_counter(), 0.0
+        self.done = Work(0, 0, 0, 0, 0)
+
+    def fetch(self, steps: Iterator[T]) -> T:
+        """The next of ``steps``; the time until it is there counts as waiting for data."""
+        start = time.perf_counter()
+        step = next(steps)
+        self.waited += time.perf_counter() - start
+        return step
+
+    def add(self, packs: Sequence[Pack]) -> None:
+        """Counts packs that were run."""
+        for pack in packs:
+            self.done = Work(*(a + b for a, b in zip(self.done, work(pack, self.config, self.recompute), strict=True)))
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time that was not training."""
+        self.started += seconds
+
+    def read(self) -> dict[str, float]:
+        """A row for the log, the same on every rank; starts the next reading. All ranks must call it."""
+        seconds = time.perf_counter() - self.started
+        totals = torch.tensor([*self.done, self.waited], dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        *done, waited = totals.tolist()
+        total, ranks = Work(*done), dist.get_world_size()
+        row = {
+            "pairs_per_s": total.pairs / seconds,
+            "tokens_per_s": total.tokens / seconds,
+            "padded_equivalent_tokens_per_s": total.padded_tokens / seconds,
+            "mfu": total.model_flops / (seconds * self.peak * ranks),
+            "hfu": (total.model_flops + total.extra_flops) / (seconds * self.peak * ranks),
+            "data_wait": waited / (seconds * ranks),
+            "peak_memory_gib": peak_memory(self.device) / 2**30,
+        }
+        self.restart()
+        return row
+
+
+def kept_for_backward(config: ModelConfig, tokens: int, keys: int, recompute: str, width: int) -> int:
+    """Bytes of activations that L layers keep until their backward, ``width`` bytes an element."""
+    h, f = config.hidden_size, config.intermediate_size
+    q, g = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = tokens * (2 * h + 2 * q) + keys * 2 * g  # input and its norm, queries, output; gathered keys and values
+    mlp_input, mlp = tokens * h, tokens * (h + 3 * f)  # residual; its norm, gate, up, their product
+    kept = {"none": attention + mlp_input + mlp, "mlp": attention + mlp_input, "block": tokens * h}[recompute]
+    return config.num_hidden_layers * kept * width
+
+
+def predicted_memory(
+    config: ModelConfig, tokens: int, keys: int, *, recompute: str, optimizer: str, width: int, world_size: int
+) -> int:
+    """Bytes of tensors of one process at its peak, in the backward of a pack of ``tokens`` and ``keys``.
+
+    Sharded weights, gradients and moments; the weights of the largest parts whole; what the layers keep; and what the
+    backward of one block holds at a time, a recomputed part included.
+    """
+    h, f = config.hidden_size, config.intermediate_size
+    block, embedding = config.parameters_per_layer(), config.vocab_size * h
+    # What FSDP holds whole: weights in the compute dtype and their gradients, of the root and of two blocks.
+    whole = (embedding + 2 * block) * 2 * width
+    working = kept_for_backward(config, tokens, keys, "none", width) // config.num_hidden_layers
+    working += tokens * (2 * h + 3 * f) * width  # gradients on their way
+    kept = kept_for_backward(config, tokens, keys, recompute, width)
+    return int(config.parameters() * OPTIMIZER_BYTES[optimizer] / world_size) + whole + kept + working
+
+
+def choose_recompute(limit: int, **shape: object) -> str:
+    """The least recomputation whose predicted memory stays within nine tenths of ``limit``; else the most."""
+    for recompute in RECOMPUTE:
+        if predicted_memory(recompute=recompute, **shape) < 0.9 * limit:  # type: ignore[arg-type]
+            return recompute
+    return RECOMPUTE[-1]
