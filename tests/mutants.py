@@ -39,6 +39,9 @@ MUTANTS = {
         INVARIANTS),
     "gathered rows scattered instead of added": (
         "kernels/gcrm_kernels/gather.py", ".index_add_(0, index, exact)", ".index_copy_(0, index, exact)", GATHER),
+    "gather kernel: positions in place of their order": (
+        "kernels/gcrm_kernels/triton_gather.py", "position = tl.load(order_ptr + i)", "position = i",
+        GATHER + " and triton"),
     "inverse index in the wrong order": (
         "kernels/gcrm_kernels/gather.py", "out=offsets[1:]", "out=offsets[:-1]", PACKING),
     "margin dropped": (

@@ -16,6 +16,7 @@ from gcrm_kernels import (
     contrastive,
     dense,
     dense_contrastive_loss,
+    gather,
     gather_rows,
     goal_contrastive_loss,
     launch,
@@ -38,7 +39,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "triton" and not launch.HAS_TRITON:
         pytest.skip("triton is not installed")
     takes_triton = request.param == "triton"
-    for module in (contrastive, dense, qvalues):
+    for module in (contrastive, dense, gather, qvalues):
         monkeypatch.setattr(module, "use_triton", lambda x: takes_triton and x.dtype in launch.TRITON_DTYPES)
     return request.param
 
@@ -324,6 +325,20 @@ def test_row_tiles_name_each_unit_of_each_row_once(n: int, s: int, rows: int, se
         assert set(listed) == {(tile_of[row], unit) for row, unit in expected}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(("rows", "indices", "shape"), [(7, 30, (3, 5)), (3, 0, (4,)), (40, 9, (1030,)), (5, 6, (1,))])
+def test_gather_rows_adds_each_row_in_order(
+    path: str, rows: int, indices: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    index = torch.randint(rows, (indices,), device=DEVICE)
+    x = torch.randn(rows, *shape, device=DEVICE).to(dtype).requires_grad_()
+    grad = torch.randn(*shape, indices, device=DEVICE).to(dtype).movedim(-1, 0)
+    (found,) = torch.autograd.grad(gather_rows(x, index, InverseIndex.on_device(index, rows)), x, grad)
+    expected = torch.zeros(x.shape, dtype=torch.float64, device=DEVICE).index_add_(0, index, grad.double())
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected.to(dtype), rtol=1e-3 if dtype in HALVES else 1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("on_device", [False, True])
 def test_gather_rows_gradcheck_and_rows_never_read(on_device: bool) -> None:
     index = torch.tensor([3, 0, 3, 3, 1])
@@ -458,6 +473,10 @@ def test_operators_keep_pytorchs_contract(path: str, grid: bool) -> None:
     cu_seqlens = torch.tensor([0, 3, 5, 6, 8], dtype=torch.int32, device=DEVICE)
     for states in (hidden, hidden.detach().T.contiguous().T.requires_grad_()):
         torch.library.opcheck(torch.ops.gcrm.dense_contrastive_loss.default, (states, cu_seqlens, 5, 0.7))
+    index = torch.tensor([3, 0, 3], device=DEVICE)
+    torch.library.opcheck(
+        torch.ops.gcrm.gather_rows.default, (hidden, index, *InverseIndex.on_device(index, len(hidden)))
+    )
     torch.library.opcheck(torch.ops.gcrm.q_values.default, (case.hidden, torch.ones(2, 6, device=DEVICE)))
 
 
