@@ -267,11 +267,12 @@ def check(config: TrainConfig) -> None:
         need(config.hidden_size % (2 * config.heads) == 0, "hidden_size", "a multiple of 2 * --heads")
         need(config.heads % config.kv_heads == 0, "kv_heads", "a divisor of --heads")
     parse_columns(config.columns)
-    need(bool(config.data), "data", "at least one source")
-    if config.data != (ARITHMETIC,) and config.preset == ARITHMETIC:
-        raise UserError(f"--preset arithmetic goes with generated data, not with --data {' '.join(config.data)}")
+    need(bool(config.data) and all(config.data), "data", "at least one source")
+    need(all(config.eval_data), "eval_data", "names of sources")
     if config.data != (ARITHMETIC,) and ARITHMETIC in config.data:
         raise UserError("--data arithmetic: generated data stands alone: leave the other sources out")
+    if config.data != (ARITHMETIC,) and config.preset == ARITHMETIC:
+        raise UserError(f"--preset arithmetic goes with generated data, not with --data {' '.join(config.data)}")
     if ARITHMETIC in config.eval_data:
         raise UserError("--eval-data arithmetic: generated data brings its own held-out problems: leave it out")
 

@@ -89,20 +89,21 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is not a folder")
-    tokenizer = load_tokenizer(Path(config.model)) if config.model else None  # its chat template writes records out
+    tokenizer = None
+    if config.model:  # before the records, some of which its chat template writes out
+        folder = Path(config.model)
+        model_config = checkpoint.read_config(folder, head=config.head, projection_size=config.projection_size)
+        tokenizer = load_tokenizer(folder)
+        weights = checkpoint.open_weights(folder, model_config, config.seed)
     bad = BadRecords(skip=config.on_bad_record == "skip")
     train, held_out = load_pairs(config, tokenizer, bad)
     shared = overlap(train, held_out)
     if shared.prompts and not config.allow_overlap:
         raise UserError(
-            f"{shared.example}: this prompt is also in the training data, as are those of {shared.prompts} of "
-            f"{len(held_out)} held-out pairs: take others, or pass --allow-overlap"
+            f"{shared.example}: field 'prompt' is also in the training data, as in {shared.prompts} of {len(held_out)} "
+            "held-out pairs: take others, or pass --allow-overlap"
         )
-    if tokenizer:
-        folder = Path(config.model)
-        model_config = checkpoint.read_config(folder, head=config.head, projection_size=config.projection_size)
-        weights = checkpoint.open_weights(folder, model_config, config.seed)
-    else:
+    if tokenizer is None:
         tokenizer = train_tokenizer(
             (p.prompt + side for p in train for side in (p.chosen, p.rejected)), config.vocab_size
         )

@@ -1,5 +1,6 @@
 """Small models and pairs that several test files share."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from gcrm_fast.model import ModelConfig, RewardModel, initial_value
 VOCAB = 50
 SPECIAL = 3  # bos, eos, pad: no random token is one of them
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    """No test asks the Hub. Read when datasets is imported, which test files do."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
