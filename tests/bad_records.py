@@ -252,8 +252,8 @@ CASES = [
     Case("empty answer", chat(CHATML, CHAT, {**CHAT, "chosen": [{**YES, "content": " "}]}),
          AT + r"field 'chosen\[0\].content' is empty"),
     Case("answer alone", chat(CHATML, {"chosen": [YES], "rejected": [NO]}), r"jsonl:1: field 'prompt' is missing, and"),
-
-            Case("dialogues that part early", chat(CHATML, CHAT, {**CHAT, "chosen": [NO, USER, YES], "rejected": [YES, USER, NO]}),
+    Case("dialogues that part early",
+         chat(CHATML, CHAT, {**CHAT, "chosen": [NO, USER, YES], "rejected": [YES, USER, NO]}),
          AT + "field 'rejected' differs from 'chosen' before the last message"),
     Case("prompt of another dialogue", chat(CHATML, {**CHAT, "prompt": "other"}),
          r"jsonl:1: field 'prompt' is str, and not"),
@@ -264,16 +264,16 @@ CASES = [
     Case("column of no field", lines(GOOD, options=("--columns", "choosen=chosen")),
          "--columns .*'choosen' is none of"),
     Case("columns not named", lines(GOOD, options=("--columns", "chosen")), "--columns chosen: must be NAME=COLUMN"),
-
-            Case("column read as text", lines(GOOD | {"good": 5}, options=("--columns", "prompt=prompt,chosen=good,rejected=rejected")),
+    Case("column read as text",
+         lines(GOOD | {"good": 5}, options=("--columns", "prompt=prompt,chosen=good,rejected=rejected")),
          r"jsonl:1: field 'good' is int, not a string"),
     Case("--eval-by missing", lines(GOOD, options=("--eval-by", "kind")),
          "field 'kind', named by --eval-by, is missing"),
     Case("--eval-by null", lines(GOOD | {"kind": None}, options=("--eval-by", "kind")), "field 'kind', .* is NoneType"),
     Case("all too long", lines(GOOD | {"chosen": "a b c d"}, options=("--max-length", "3")),
          "all 1 pairs are longer than --max-length 3"),
-
-            Case("one too long", lines(GOOD, GOOD | {"chosen": "y " * 99}, options=("--max-length", "50", "--overlong", "error")),
+    Case("one too long",
+         lines(GOOD, GOOD | {"chosen": "y " * 99}, options=("--max-length", "50", "--overlong", "error")),
          AT + "has .* tokens, more than --max-length 50"),
     Case("trained-on prompt", held_out({**GOOD, "prompt": "q"}, {**GOOD, "prompt": " p "}),
          AT + "field 'prompt' is also in the training data, as in 1 of 2"),
@@ -282,6 +282,6 @@ CASES = [
     Case("same tokens everywhere", lines(GOOD | {"rejected": "yes<|eos|>"}, options=("--on-bad-record", "skip")),
          r"every pair is bad; the first: .*jsonl:1: fields 'chosen' and 'rejected' have the same tokens"),
     Case("pack too small", lines(GOOD, options=("--tokens-per-batch", "4")), "--tokens-per-batch"),
-
-            Case("generated and read data", lambda _: ["--data", "arithmetic", "x.jsonl"], "--data arithmetic: .* stands alone"),
+    Case("generated and read data", lambda _: ["--data", "arithmetic", "x.jsonl"],
+         "--data arithmetic: .* stands alone"),
 ]  # fmt: skip

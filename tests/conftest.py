@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import matplotlib
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure() -> None:
-    """No test asks the Hub. Read when datasets is imported, which test files do."""
+    """No test asks the Hub: not here, where huggingface_hub is imported already, and not in a subprocess."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 @pytest.fixture(autouse=True, scope="session")
