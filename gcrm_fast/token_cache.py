@@ -107,7 +107,8 @@ class TokenCache:
         except (OSError, SafetensorError, ValueError, TypeError):
             metadata, arrays = {}, {}
         if metadata != _metadata(key, arrays):
-            self._warn(path, "is damaged, or no token cache of this program: tokenizing again")
+            if self.holds_lock:  # who has no lock reads once more
+                self._warn(path, "is damaged, or no token cache of this program: tokenizing again")
             return None
         return arrays
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from chat import CHATML, LLAMA2, LLAMA3, TEXTS, chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -9,16 +10,18 @@ from transformers import PreTrainedTokenizerFast
 
 from gcrm_fast.data import (
     BOS,
+    CUT,
     EOS,
     encode_completions,
+    end_tokens,
     load_tokenizer,
     tokenize_pairs,
     train_tokenizer,
 )
 from gcrm_fast.errors import UserError
 from gcrm_fast.records import Pair
+from gcrm_fast.sources import BadRecords
 
-TEXTS = ["hello world 123 yes.\n", "naïve café 漢字 漢字\n"] * 20
 TOKENIZER = train_tokenizer(TEXTS, 300)
 
 
@@ -118,6 +121,49 @@ def test_tokenizer_without_bos():
     assert encode("hello", " world", tokenizer) == (["hello"], ["Ġworld", EOS])
 
 
+@pytest.mark.parametrize("eos", [EOS, "<|im_end|>", "<|eot_id|>"])
+@pytest.mark.parametrize(
+    ("template", "written", "end"),
+    [
+        (CHATML, " world<|im_end|>\n", "<|im_end|>"),  # a template that ends in a line feed
+        (LLAMA3, " world<|eot_id|>", "<|eot_id|>"),
+        (LLAMA2, " world<|eos|>", None),  # writes eos, whatever that is
+    ],
+    ids=["chatml", "llama3", "llama2"],
+)
+def test_end_of_turn_ends_a_completion(template, written, end, eos):
+    tokenizer = chat_tokenizer(template)
+    tokenizer.eos_token = eos
+    end = end or eos
+    written = written.replace(EOS, eos)
+    assert end_tokens(tokenizer) == set(tokenizer.convert_tokens_to_ids([end, eos]))
+    assert encode("hello", written, tokenizer) == ([BOS, "hello"], ["Ġworld", end])
+    # The template's end token of an earlier turn ends nothing, and what has none gets eos.
+    assert encode(f"hello{end}", " world", tokenizer) == ([BOS, "hello", end], ["Ġworld", eos])
+
+
+def test_bos_is_there_once_where_the_template_writes_it_too():
+    tokenizer = chat_tokenizer(LLAMA3)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    before, after = encode(text, "world<|eot_id|>", tokenizer)
+    assert before[:2] == [BOS, "<|start_header_id|>"]
+    assert after == tokenizer.tokenize("world<|eot_id|>")
+
+
+def test_template_that_refuses_the_probe_leaves_eos():
+    assert end_tokens(chat_tokenizer("{{ raise_exception('no') }}")) == {TOKENIZER.eos_token_id}
+
+
+@pytest.mark.parametrize("tokenizer", [chat_tokenizer(CHATML), with_added_eos()], ids=["chat", "adds eos"])
+@pytest.mark.parametrize("written", [" world", " world<|im_end|>\n"])
+def test_cut_completion_has_no_end_token(tokenizer, written):
+    if "im_end" in written and not tokenizer.chat_template:
+        pytest.skip("no end of turn without a template")
+    [(ids, start, ending)] = encode_completions(tokenizer, ["hello"], [written], [True])
+    assert tokenizer.convert_ids_to_tokens(ids[start:].tolist()) == ["Ġworld"]
+    assert ending == CUT
+
+
 # Without '|' no text spells a special token; surrogates are not text.
 plain_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="|"), max_size=30)
 
@@ -179,6 +225,68 @@ def test_length_limit_is_inclusive():
         tokenize_pairs(TOKENIZER, pairs, longest - 1)
 
 
+def test_truncation_takes_the_same_prompt_tokens_from_both_sides():
+    pairs = [
+        Pair("1 2 3 4 5 6 hello", " yes", " 7 8", where="f:1"),
+        Pair("1", " yes", " 1 2 3 4 5 6 7 8 9", where="f:2"),  # the completion alone is too long
+        Pair("1", " 2", " 3", where="f:3"),
+    ]
+    whole = tokenize_pairs(TOKENIZER, pairs, 100)[0]
+    longest = len(whole[0].rejected_ids)
+    for limit in range(7, longest):
+        kept, report = tokenize_pairs(TOKENIZER, pairs, limit, overlong="truncate-prompt")
+        cut = longest - limit
+        assert [p.pair_id for p in kept] == [0, 2]
+        assert (report.dropped, report.shortened) == (1, 1)
+        short = kept[0]
+        for before, after in ((whole[0].chosen_ids, short.chosen_ids), (whole[0].rejected_ids, short.rejected_ids)):
+            assert after.tolist() == [before[0], *before[1 + cut :]]
+        assert (short.chosen_start, short.rejected_start) == (
+            whole[0].chosen_start - cut,
+            whole[0].rejected_start - cut,
+        )
+        assert TOKENIZER.decode(short.chosen_ids[short.chosen_start :].tolist()) == f" yes{EOS}"
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_truncation_down_to_no_prompt_at_all(bos):
+    tokenizer = train_tokenizer(TEXTS, 300)
+    if not bos:
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    pairs = [Pair("1 2 3", " yes", " 7", where="f:1")]
+    [pair], _ = tokenize_pairs(tokenizer, pairs, 100)
+    room = max(len(pair.chosen_ids) - pair.chosen_start, len(pair.rejected_ids) - pair.rejected_start) + bos
+    [short], _ = tokenize_pairs(tokenizer, pairs, room, overlong="truncate-prompt")
+    assert (short.chosen_start, short.rejected_start) == (bos, bos)
+    assert (short.chosen_ids[0] == tokenizer.bos_token_id) == bos
+    with pytest.raises(UserError, match=f"all 1 pairs are longer than --max-length {room - 1}"):
+        tokenize_pairs(tokenizer, pairs, room - 1, overlong="truncate-prompt")
+
+
+def test_overlong_error_names_the_pair():
+    pairs = [Pair("1", " 2", " 3", where="f:1"), Pair("1", " 2", " 3 4 5", where="f:2")]
+    with pytest.raises(UserError, match=r"f:2: has 9 tokens, more than --max-length 8"):
+        tokenize_pairs(TOKENIZER, pairs, 8, overlong="error")
+    assert len(tokenize_pairs(TOKENIZER, pairs, 9, overlong="error")[0]) == 2
+
+
+def test_ends_are_counted_and_cut_pairs_flagged():
+    pairs = [
+        Pair("hello", " yes", f" world{EOS}", where="f:1"),
+        Pair("hello", " 1", " 2", where="f:2", chosen_cut=True),
+        Pair("hello", " 3", " 4", where="f:3", rejected_cut=True),
+    ]
+    kept, report = tokenize_pairs(TOKENIZER, pairs, 100)
+    assert (report.own_end, report.added_end, report.cut) == (1, 3, 2)
+    assert [p.chosen_cut for p in kept] == [False, True, False]
+    ends = [[ids[-1] == TOKENIZER.eos_token_id for ids in (p.chosen_ids, p.rejected_ids)] for p in kept]
+    assert ends == [[True, True], [False, True], [True, False]]
+
+
 def test_sides_that_differ_as_text_only():
     with pytest.raises(UserError, match="f:7: fields 'chosen' and 'rejected' have the same tokens"):
         tokenize_pairs(TOKENIZER, [Pair("hello", " yes", f" yes{EOS}\n", 0.0, "f:7")], 100)
+    pairs = [Pair("hello", " yes", f" yes{EOS}\n", 0.0, "f:7"), Pair("hello", " yes", " no", 0.0, "f:8")]
+    bad = BadRecords(skip=True)
+    assert [p.pair_id for p in tokenize_pairs(TOKENIZER, pairs, 100, bad=bad)[0]] == [1]
+    assert [line.split(": ")[0] for line in bad.skipped] == ["f:7"]
