@@ -15,7 +15,7 @@ import tyro
 
 from gcrm_fast.attention import BACKENDS
 from gcrm_fast.errors import UserError
-from gcrm_fast.records import FIELDS
+from gcrm_fast.records import FIELDS, FORMATS
 
 ARITHMETIC = "arithmetic"
 
@@ -31,7 +31,8 @@ class TrainConfig:
     eval_data: tuple[str, ...] = ()
     """Held-out pairs, likewise. Empty: no evaluation (generated for 'arithmetic')."""
     columns: str = ""
-    """Names that the records use for this project's fields: prompt=instruction,chosen=good,rejected=bad."""
+    """Names that the records use for this project's fields: prompt=instruction,chosen=good,rejected=bad. No other
+    fields are read then."""
     pairs_per_prompt: int = 20
     """Most pairs made of one record with several completions, the clearest first; 0 is all."""
     on_bad_record: Literal["error", "skip"] = "error"
@@ -292,6 +293,9 @@ def parse_columns(text: str) -> dict[str, str]:
         if name not in FIELDS:
             raise UserError(f"--columns {text}: {name!r} is none of the fields {', '.join(FIELDS)}")
         columns[name] = column
+    if columns and not any(columns.keys() >= set(needed) for needed in FORMATS.values()):
+        formats = "; ".join(", ".join(needed) for needed in FORMATS.values())
+        raise UserError(f"--columns {text}: no other fields are read, so all of a format must be named: {formats}")
     return columns
 
 

@@ -132,7 +132,10 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 class Completion(NamedTuple):
-    """Prompt and completion: ids int32, index of the first completion token, OWN_END, ADDED_END or CUT."""
+    """Prompt and completion: ids int32, index of the first completion token, OWN_END, ADDED_END or CUT.
+
+    Only of a cut completion there may be no token at all: then ``start`` is the number of ids.
+    """
 
     ids: np.ndarray
     start: int
@@ -181,7 +184,7 @@ def _completion(
     if bos is not None and ids[:2] == [bos, bos]:
         ids, start = ids[1:], max(start - 1, 1)
     ending = CUT if cut else OWN_END if own else ADDED_END
-    return Completion(np.array(ids, dtype=np.int32), min(start, len(ids) - 1), ending)
+    return Completion(np.array(ids, dtype=np.int32), start, ending)
 
 
 def _span(encoding: Encoding, token: int) -> tuple[int, int]:
@@ -277,7 +280,7 @@ def tokenize_pairs(
 
     Raises:
         UserError: no pair is left, or a pair is too long for ``overlong='error'``; unless ``bad`` skips them, a pair
-            whose two sides have the same tokens.
+            whose two sides have the same tokens, or one of them none.
     """
     bad = bad or BadRecords()
     cache = cache or TokenCache(None)
@@ -294,8 +297,11 @@ def tokenize_pairs(
     for i, pair in enumerate(pairs):
         ids = sequences[2 * i], sequences[2 * i + 1]
         starts = int(encoded["starts"][2 * i]), int(encoded["starts"][2 * i + 1])
+        empty = [name for k, name in enumerate(("chosen", "rejected")) if starts[k] == len(ids[k])]
+        what = f"field '{empty[0]}' is cut and has no token: leave the record out" if empty else ""
         if np.array_equal(*ids):
             what = "fields 'chosen' and 'rejected' have the same tokens: a pair needs a difference"
+        if what:
             bad.add(UserError(f"{pair.where}: {what}"))
             continue
         longest = max(map(len, ids))

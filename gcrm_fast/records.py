@@ -6,7 +6,7 @@ sees one kind of pair: a prompt, and two completions that follow it.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -158,17 +158,6 @@ class _Record:
 # --------------------------------------------------------------------------------------------------------- formats
 
 
-@dataclass(frozen=True)
-class _Sides:
-    """One (better, worse) pair of a record."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    chosen_cut: bool
-    rejected_cut: bool
-
-
 def format_of(record: _Record) -> str:
     """The name of the one format whose fields are all there. Raises UserError for none, or more than one."""
     values = record.values
@@ -190,14 +179,14 @@ def format_of(record: _Record) -> str:
     return "prompt, chosen, rejected" if "prompt" in values else "dialogue"
 
 
-def _pair(record: _Record, names: tuple[str, str] = ("chosen", "rejected"), prompt: str = "prompt") -> list[_Sides]:
+def _pair(record: _Record, names: tuple[str, str] = ("chosen", "rejected"), prompt: str = "prompt") -> list[Pair]:
     text, (chosen, rejected) = record.texts({name: record.values[name] for name in names}, prompt)
     if chosen == rejected:
         raise UserError(f"{record.where}: fields '{names[0]}' and '{names[1]}' are equal: a pair needs a difference")
-    return [_Sides(text, chosen, rejected, record.cut(names[0]), record.cut(names[1]))]
+    return [Pair(text, chosen, rejected, 0.0, record.where, {}, record.cut(names[0]), record.cut(names[1]))]
 
 
-def _dialogue(record: _Record) -> list[_Sides]:
+def _dialogue(record: _Record) -> list[Pair]:
     """Raw dialogues as Anthropic's HH has them: the last assistant turn is the completion."""
     split = {}
     for name in ("chosen", "rejected"):
@@ -215,7 +204,7 @@ def _dialogue(record: _Record) -> list[_Sides]:
     return _pair(_Record(record.values | values, record.where, record.columns, None))
 
 
-def _ranked(record: _Record, order: str, limit: int) -> list[_Sides]:
+def _ranked(record: _Record, order: str, limit: int) -> list[Pair]:
     """(better, worse) pairs of completions with 'scores' (more is better) or 'ranks' (less is better)."""
     completions, given = record.items("completions"), record.items(order)
     if len(given) != len(completions):
@@ -234,7 +223,7 @@ def _ranked(record: _Record, order: str, limit: int) -> list[_Sides]:
     for better, worse in pairs:
         if texts[better] == texts[worse]:
             raise record.error(f"completions[{worse}]", f"is equal to completions[{better}], but {order} differ")
-    return [_Sides(prompt, texts[a], texts[b], cuts[a], cuts[b]) for a, b in pairs]
+    return [Pair(prompt, texts[a], texts[b], 0.0, record.where, {}, cuts[a], cuts[b]) for a, b in pairs]
 
 
 def ordered_pairs(values: Sequence[float], limit: int) -> list[tuple[int, int]]:
@@ -259,9 +248,7 @@ def ordered_pairs(values: Sequence[float], limit: int) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------------------- all records
 
 
-def _record(
-    raw: Any, where: str, columns: Mapping[str, str], tokenizer: PreTrainedTokenizerBase | None
-) -> _Record:  # fmt: skip
+def _record(raw: Any, where: str, columns: Mapping[str, str], tokenizer: PreTrainedTokenizerBase | None) -> _Record:
     if not isinstance(raw, dict):
         raise UserError(f"{where}: a record must be a JSON object, this is {type(raw).__name__}")
     for name, column in columns.items():
@@ -314,19 +301,18 @@ def read_pairs(
                 if first and format_ != first[0]:
                     raise UserError(f"{where}: has the format '{format_}', but {first[1]} '{first[0]}': split the data")
                 if format_ in ("scores", "ranks"):
-                    sides = _ranked(record, format_, pairs_per_prompt)
+                    found = _ranked(record, format_, pairs_per_prompt)
                 elif format_ == "question":
-                    sides = _pair(record, ("correct", "incorrect"), "question")
+                    found = _pair(record, ("correct", "incorrect"), "question")
                 else:
-                    sides = _dialogue(record) if format_ == "dialogue" else _pair(record)
+                    found = _dialogue(record) if format_ == "dialogue" else _pair(record)
                 margin = record.number("margin", record.values.get("margin", 0.0))
                 extra = _extra_fields(raw, fields, record)
             except UserError as error:
                 bad.add(error)
                 continue
             first = first or (format_, where)
-            pairs += [Pair(s.prompt, s.chosen, s.rejected, margin, where, extra, s.chosen_cut, s.rejected_cut)
-                      for s in sides]  # fmt: skip
+            pairs += [replace(pair, margin=margin, fields=extra) for pair in found]
         if len(pairs) == read and len(bad.skipped) > skipped:
             raise UserError(f"{source}: every record is bad; the first: {bad.skipped[skipped]}")
         if not count:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
-from chat import CHATML, TEMPLATES, chat_tokenizer
+from chat import CHATML, TEMPLATES, TEXTS, chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from gcrm_fast.data import tokenize_pairs, train_tokenizer
 from gcrm_fast.errors import UserError
 from gcrm_fast.records import Overlap, Pair, ordered_pairs, overlap, read_pairs
 from gcrm_fast.sources import BadRecords
@@ -168,13 +170,16 @@ def test_columns(tmp_path):
     columns = {"prompt": "instruction", "chosen": "good", "rejected": "bad", "margin": "gap"}
     [pair] = read(tmp_path, record, columns=columns, fields=["prompt"])
     assert (*sides([pair]), pair.margin, pair.fields) == (("p", "a", "b"), 2.0, {"prompt": 7})
-    with pytest.raises(UserError, match=r"r.jsonl:1: field 'instruction' is missing|field 'good', named by --columns"):
+    with pytest.raises(UserError, match=r"r.jsonl:1: field 'good', named by --columns for 'chosen', is missing"):
         read(tmp_path, {"instruction": "p"}, columns=columns)
     with pytest.raises(UserError, match=r"r.jsonl:1: field 'good' is int, not a string"):
         read(tmp_path, record | {"good": 1}, columns=columns)
 
 
 # --------------------------------------------------------------------------------------------------- message lists
+
+
+END = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "llama2": "<|eos|>"}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -198,7 +203,15 @@ def test_messages_are_written_by_the_chat_template(tmp_path, name, record):
         "llama2": "<|bos|>[INST] q [/INST]",
     }[name]
     written = {"chatml": "{}<|im_end|>\n", "llama3": "{}<|eot_id|>", "llama2": " {} <|eos|>"}[name]
-    assert sides(read(tmp_path, record, tokenizer=tokenizer)) == [(before, written.format("yes"), written.format("no"))]
+    pairs = read(tmp_path, record, tokenizer=tokenizer)
+    assert sides(pairs) == [(before, written.format("yes"), written.format("no"))]
+    [pair], report = tokenize_pairs(tokenizer, pairs, 100)
+    for ids, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)):
+        assert np.flatnonzero(ids == tokenizer.bos_token_id).tolist() == [0]
+        answer = tokenizer.decode(ids[start:])
+        assert answer.removesuffix(END[name]).strip() in ("yes", "no")
+        assert answer.endswith(END[name])
+    assert (report.own_end, report.added_end) == (2, 0)
 
 
 def test_only_the_last_message_is_the_completion(tmp_path):
@@ -261,6 +274,7 @@ def mutated(draw: st.DrawFn) -> Any:
     return record
 
 
+PLAIN = train_tokenizer(TEXTS, 300)
 MUTATED_TOKENIZERS = [None, *map(chat_tokenizer, TEMPLATES.values())]
 
 
@@ -275,12 +289,16 @@ def test_a_mutated_record_is_read_or_refused_in_one_line(tmp_path_factory, recor
     bad = BadRecords(skip=True)
     pairs, end = [], ""
     try:
-        pairs = read_pairs([str(path)], tokenizer=tokenizer, bad=bad)
+        pairs, _ = tokenize_pairs(
+            tokenizer or PLAIN, read_pairs([str(path)], tokenizer=tokenizer, bad=bad), 10**6, bad=bad
+        )
     except UserError as error:
         end = str(error)
     assert bool(end) != bool(pairs)
-    assert all(line.startswith(str(path)) and len(line.splitlines()) == 1 for line in [*bad.skipped, end] if line)
-    assert all(p.chosen.strip() and p.rejected.strip() and p.chosen != p.rejected for p in pairs)
+    assert all(line.split(": ")[0] == f"{path}:1" and len(line.splitlines()) == 1 for line in bad.skipped)
+    assert len(end.splitlines()) <= 1
+    assert end.startswith((str(path), "every pair is bad; the first: ")) or not end
+    assert all(p.chosen_start < len(p.chosen_ids) and p.rejected_start < len(p.rejected_ids) for p in pairs)
 
 
 # --------------------------------------------------------------------------------------------------------- overlap
