@@ -166,7 +166,7 @@ def test_limited_pairs_take_every_completion_alike():
 
 
 def test_columns(tmp_path):
-    record = {"instruction": "p", "good": "a", "bad": "b", "prompt": 7, "chosen": None, "gap": 2, "margin": "no"}
+    record = {"instruction": "p", "good": "a", "bad": "b", "prompt": 7, "chosen": None, "gap": 2, "rejected_cut": 7}
     columns = {"prompt": "instruction", "chosen": "good", "rejected": "bad", "margin": "gap"}
     [pair] = read(tmp_path, record, columns=columns, fields=["prompt"])
     assert (*sides([pair]), pair.margin, pair.fields) == (("p", "a", "b"), 2.0, {"prompt": 7})
