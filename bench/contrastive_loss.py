@@ -178,6 +178,9 @@ def unable(methods: dict[str, Loss], case: Case, grad: Tensor) -> dict[str, str]
     for name in [name for name in methods if name not in notes]:
         try:
             found = step(methods[name], case, grad)
+        except torch.OutOfMemoryError:
+            notes[name] = "out of memory"
+            continue
         except Exception as error:  # torch.compile needs a C++ compiler on a CPU
             if name != "compiled":
                 raise

@@ -24,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET"):
     sys.exit("TRITON_INTERPRET is set: unset it, an interpreted kernel cannot be compiled")
 
 import triton
-from gcrm_kernels import contrastive, reference, triton_contrastive, triton_dense, triton_qvalues
+from gcrm_kernels import contrastive, reference, triton_contrastive, triton_dense, triton_gather, triton_qvalues
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -94,6 +94,9 @@ def specialisations(dtype: str, samples: list[int]) -> Iterator[Specialisation]:
                                      config.num_warps, config.num_stages)  # fmt: skip
             yield Specialisation(f"contrastive backward {form}", triton_contrastive._backward_kernel, constants, types,
                                  config.num_warps, config.num_stages)  # fmt: skip
+    types = {"grad_ptr": "*" + dtype, "out_ptr": "*" + dtype, "order_ptr": "*i64", "offsets_ptr": "*i64"}
+    yield Specialisation(f"gather backward {dtype}", triton_gather._add_rows_kernel,
+                         {"BLOCK": triton_gather.BLOCK}, types, 4, 3)  # fmt: skip
     types = {"states_ptr": "*" + dtype, "high_ptr": "*" + dtype, "low_ptr": "*" + dtype}
     for goals in (1, 64):
         config = triton_qvalues.candidates(itemsize)[0]

@@ -11,7 +11,7 @@ wrong solution as in a right one. The named values make even the problems of one
 import random
 import zlib
 
-from gcrm_fast.data import Pair
+from gcrm_fast.records import Pair
 
 MODULUS = 7
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -16,6 +16,7 @@ import tyro
 
 from gcrm_fast.attention import BACKENDS
 from gcrm_fast.errors import UserError
+from gcrm_fast.records import FIELDS, FORMATS
 
 ARITHMETIC = "arithmetic"
 
@@ -25,11 +26,20 @@ class TrainConfig:
     """Trains a goal-conditioned reward model on preference pairs."""
 
     # ---- data
-    data: str = ARITHMETIC
-    """Training pairs: a JSON-lines file (.jsonl, .gz) with prompt, chosen, rejected and optional margin;
-    'arithmetic' generates them."""
-    eval_data: str = ""
-    """Held-out pairs, same format. Empty: no evaluation (generated for 'arithmetic')."""
+    data: tuple[str, ...] = (ARITHMETIC,)
+    """Training pairs, one or more of: a file (JSON lines, gzip, Parquet), a folder that datasets saved
+    (FOLDER[:SPLIT]), a dataset of the Hub (OWNER/NAME[/CONFIG][:SPLIT]). 'arithmetic' generates them."""
+    eval_data: tuple[str, ...] = ()
+    """Held-out pairs, likewise. Empty: no evaluation (generated for 'arithmetic')."""
+    columns: str = ""
+    """Names that the records use for this project's fields: prompt=instruction,chosen=good,rejected=bad. No other
+    fields are read then."""
+    pairs_per_prompt: int = 20
+    """Most pairs made of one record with several completions, the clearest first; 0 is all."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """A record that cannot be used ends the run, or is counted and listed in the run's skipped_records.txt."""
+    allow_overlap: bool = False
+    """Go on where held-out prompts are also trained on."""
     train_pairs: int = 0
     """Pairs of the training data to use (the first ones); 0 is all. For 'arithmetic': how many to generate."""
     eval_pairs: int = 2000
@@ -39,7 +49,13 @@ class TrainConfig:
     arithmetic_steps: int = 3
     """Longest generated problem, in solution steps."""
     max_length: int = 2048
-    """Pairs with a longer prompt + completion are dropped and counted, in tokens."""
+    """Most tokens of prompt + completion."""
+    overlong: Literal["drop", "truncate-prompt", "error"] = "drop"
+    """Longer pairs are dropped and counted; or lose prompt tokens at the left, after bos (dropped where that is not
+    enough); or end the run."""
+    cache: str = "auto"
+    """Folder of tokenized data, which later runs on the same data read. auto: $XDG_CACHE_HOME/gcrm_fast, by default
+    ~/.cache/gcrm_fast; none: no cache."""
 
     # ---- model
     model: str = ""
@@ -169,13 +185,14 @@ def parse(argv: list[str]) -> TrainConfig:
             value that makes no sense.
     """
     # Presets and files change the defaults, so they must be known before the other options are read.
+    _refuse_repeats(argv)
     early = _early_values(argv)
     default = TrainConfig()
     if early.get("preset") and early["preset"] not in PRESETS:
         raise UserError(f"--preset {early['preset']}: must be one of {', '.join(p for p in PRESETS if p)}")
     from_file = read_toml(Path(early["config"])) if early.get("config") else {}
-    data = early.get("data", from_file.get("data", ARITHMETIC))
-    preset = early.get("preset", from_file.get("preset", ARITHMETIC if data == ARITHMETIC else ""))
+    data = (early["data"],) if "data" in early else from_file.get("data", default.data)
+    preset = early.get("preset", from_file.get("preset", ARITHMETIC if data == (ARITHMETIC,) else ""))
     default = dataclasses.replace(default, **{**PRESETS[preset], **from_file, "preset": preset})
     complaint = io.StringIO()
     try:
@@ -189,6 +206,15 @@ def parse(argv: list[str]) -> TrainConfig:
         raise UserError(words) from None
     check(config)
     return config
+
+
+def _refuse_repeats(argv: list[str]) -> None:
+    """tyro would keep the last list alone, and silently drop the data named before."""
+    flags = [argument.partition("=")[0].replace("_", "-") for argument in argv if argument.startswith("--")]
+    for option in dataclasses.fields(TrainConfig):
+        flag = "--" + option.name.replace("_", "-")
+        if isinstance(option.default, tuple) and flags.count(flag) > 1:
+            raise UserError(f"{flag} is given {flags.count(flag)} times: give it once, with all values after it")
 
 
 def _early_values(argv: list[str]) -> dict[str, str]:
@@ -218,6 +244,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         example = getattr(defaults, name)
         if isinstance(example, tuple) and isinstance(value, list) and all(isinstance(v, str) for v in value):
             values[name] = tuple(value)
+        elif isinstance(example, tuple) and isinstance(value, str):
+            values[name] = (value,) if value else ()
         elif isinstance(example, float) and type(value) is int:
             values[name] = float(value)
         elif type(value) is type(example):
@@ -239,7 +267,8 @@ def check(config: TrainConfig) -> None:
                  "hidden_size", "layers", "heads", "kv_heads", "intermediate_size"):  # fmt: skip
         need(getattr(config, name) >= 1, name, "at least 1")
     for name in ("train_pairs", "eval_pairs", "steps", "eval_every", "goal_pairs", "projection_size", "lr",
-                 "contrastive_weight", "weight_decay", "seed"):  # fmt: skip
+                 "contrastive_weight", "weight_decay", "seed",
+                 "pairs_per_prompt"):  # fmt: skip
         need(0 <= getattr(config, name) < float("inf"), name, "0 or more, and finite")
     for name in ("epochs", "temperature", "clip"):
         need(0 < getattr(config, name) < float("inf"), name, "more than 0, and finite")
@@ -258,10 +287,31 @@ def check(config: TrainConfig) -> None:
     if not config.model:
         need(config.hidden_size % (2 * config.heads) == 0, "hidden_size", "a multiple of 2 * --heads")
         need(config.heads % config.kv_heads == 0, "kv_heads", "a divisor of --heads")
-    if config.data != ARITHMETIC and config.preset == ARITHMETIC:
-        raise UserError(f"--preset arithmetic goes with generated data, not with --data {config.data}")
-    if config.eval_data == ARITHMETIC:
+    parse_columns(config.columns)
+    need(bool(config.data) and all(config.data), "data", "at least one source")
+    need(all(config.eval_data), "eval_data", "names of sources")
+    if config.data != (ARITHMETIC,) and ARITHMETIC in config.data:
+        raise UserError("--data arithmetic: generated data stands alone: leave the other sources out")
+    if config.data != (ARITHMETIC,) and config.preset == ARITHMETIC:
+        raise UserError(f"--preset arithmetic goes with generated data, not with --data {' '.join(config.data)}")
+    if ARITHMETIC in config.eval_data:
         raise UserError("--eval-data arithmetic: generated data brings its own held-out problems: leave it out")
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """This project's field names and the records', of prompt=instruction,chosen=good. Raises UserError."""
+    columns: dict[str, str] = {}
+    for item in filter(None, text.split(",")):
+        name, equals, column = (part.strip() for part in item.partition("="))
+        if not equals or not column or name in columns:
+            raise UserError(f"--columns {text}: must be NAME=COLUMN,NAME=COLUMN with every name once")
+        if name not in FIELDS:
+            raise UserError(f"--columns {text}: {name!r} is none of the fields {', '.join(FIELDS)}")
+        columns[name] = column
+    if columns and not any(columns.keys() >= set(needed) for needed in FORMATS.values()):
+        formats = "; ".join(", ".join(needed) for needed in FORMATS.values())
+        raise UserError(f"--columns {text}: no other fields are read, so all of a format must be named: {formats}")
+    return columns
 
 
 def to_toml(config: TrainConfig) -> str:

@@ -1,38 +1,32 @@
-"""Preference pairs: reading records, tokenizing prompt and completion jointly, one end-token policy.
+"""Tokens of preference pairs: prompt and completion tokenized jointly, one end-token policy, one length policy.
 
 A completion starts at the first token that ends after the prompt's last character, and ends with the tokenizer's eos
-token, which belongs to it and is where the reward is read.
+token, or the token with which its chat template ends a turn. That token belongs to the completion and is where the
+reward is read. Only a completion that a length limit cut has none: it is read at its last token.
 """
 
-import gzip
-import json
-import sys
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+import tokenizers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gcrm_fast.errors import UserError
+from gcrm_fast.records import Pair
+from gcrm_fast.sources import BadRecords
+from gcrm_fast.token_cache import TokenCache
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-CHUNK = 1024  # texts a tokenizer call
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A preference pair as text. ``where`` is 'file:line'; ``fields`` holds the record's other fields asked for."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    margin: float = 0.0
-    where: str = ""
-    fields: dict[str, Any] = field(default_factory=dict)
+CHUNK = 512  # pairs a tokenizer call
+TOKENS_VERSION = "1"  # goes into the cache's keys: raise it when other tokens come from the same text
+OWN_END, ADDED_END, CUT = range(3)  # how a completion ends
 
 
 @dataclass(frozen=True)
@@ -40,6 +34,7 @@ class TokenizedPair:
     """Token ids (int32) of prompt + completion for both sides, and the index of the first completion token.
 
     ``pair_id`` is the position in the data read; ``prompt_key`` is equal for pairs with the same prompt text.
+    ``chosen_cut``: the chosen completion has no end token, so its last state is no end state.
     """
 
     pair_id: int
@@ -50,13 +45,18 @@ class TokenizedPair:
     margin: float
     prompt_key: int
     fields: dict[str, Any]
+    chosen_cut: bool = False
 
 
 @dataclass(frozen=True)
-class LengthReport:
-    """Lengths in tokens of what was kept, and how many pairs were not."""
+class TokenReport:
+    """Lengths and ends of the completions kept, and what became of pairs over the length limit."""
 
-    dropped_too_long: int
+    dropped: int
+    shortened: int  # prompts cut at the left
+    own_end: int  # completions that bring their end token
+    added_end: int  # completions that got eos appended
+    cut: int  # completions without an end token
     prompt_lengths: np.ndarray
     completion_lengths: np.ndarray
 
@@ -70,94 +70,6 @@ class LengthReport:
 def _summary(lengths: np.ndarray) -> str:
     low, median, high, top = np.percentile(lengths, [0, 50, 95, 100]).astype(int)
     return f"min {low}, median {median}, 95% {high}, max {top}"
-
-
-# --------------------------------------------------------------------------------------------------------- records
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, raw line) of a plain or gzipped file, told apart by content."""
-    try:
-        with path.open("rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            with gzip.open(raw) if packed else raw as file:
-                number = 0
-                try:
-                    for number, line in enumerate(file, start=1):
-                        yield number, line
-                except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                    raise UserError(
-                        f"{path}:{number + 1}: gzip data is damaged ({error}): copy the file again"
-                    ) from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}): name a JSON-lines file") from None
-
-
-def _text(record: dict[str, Any], name: str, where: str) -> str:
-    if name not in record:
-        raise UserError(f"{where}: field '{name}' is missing: a record needs 'prompt', 'chosen' and 'rejected'")
-    value = record[name]
-    if not isinstance(value, str):
-        raise UserError(f"{where}: field '{name}' is {type(value).__name__}, not a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: field '{name}' holds half of a surrogate pair: write the character whole") from None
-    return value
-
-
-def _pair(record: Any, where: str, fields: Sequence[str]) -> Pair:
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a record must be a JSON object, this is {type(record).__name__}")
-    prompt, chosen, rejected = (_text(record, name, where) for name in ("prompt", "chosen", "rejected"))
-    for name, completion in (("chosen", chosen), ("rejected", rejected)):
-        if not completion.strip():
-            raise UserError(f"{where}: field '{name}' is empty: a completion needs text")
-    if chosen == rejected:
-        raise UserError(f"{where}: fields 'chosen' and 'rejected' are equal: a pair needs a difference")
-    margin = record.get("margin", 0.0)
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise UserError(f"{where}: field 'margin' is {type(margin).__name__}, not a finite number")
-    # Compared, not converted: JSON integers have no bound, and a float holds only so much. NaN fails it too.
-    if not abs(margin) <= sys.float_info.max:
-        raise UserError(f"{where}: field 'margin' is not a finite number: write a number that a float can hold")
-    for name in fields:
-        if name not in record:
-            raise UserError(f"{where}: field '{name}', named by --eval-by, is missing")
-        if isinstance(record[name], str):
-            _text(record, name, where)
-        elif not isinstance(record[name], (int, float)):
-            kind = type(record[name]).__name__
-            raise UserError(f"{where}: field '{name}', named by --eval-by, is {kind}, not a string, number or boolean")
-    return Pair(prompt, chosen, rejected, float(margin), where, {name: record[name] for name in fields})
-
-
-def read_pairs(path: Path, fields: Sequence[str] = ()) -> list[Pair]:
-    """Pairs of a JSON-lines file, plain or gzipped; blank lines are skipped.
-
-    Records hold the strings ``prompt``, ``chosen``, ``rejected`` and may hold a finite number ``margin``.
-
-    Raises:
-        UserError: an unreadable or damaged file, no records, or a bad record, with file, line and field.
-    """
-    pairs = []
-    for number, line in _lines(path):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{where}: not UTF-8 text (byte {error.start} of the line): save the file as UTF-8"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON ({error}): one JSON object a line") from None
-        pairs.append(_pair(record, where, fields))
-    if not pairs:
-        raise UserError(f"{path}: holds no records: one JSON object a line is expected")
-    return pairs
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizers
@@ -200,69 +112,225 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
-def encode_completions(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], completions: Sequence[str]
-) -> list[tuple[np.ndarray, int]]:
-    """(ids int32, index of the first completion token) of each prompt + completion, tokenized as one string.
+# ------------------------------------------------------------------------------------------------- one completion
 
-    BOS occurs once also where the text brings its own. The sequence ends with eos: what only pads it (white space)
-    is cut, and eos is appended where there is none.
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a completion: eos, and what the chat template, if there is one, writes after an answer."""
+    ends = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        answer = "answer"
+        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+            tail = text[text.rindex(answer) + len(answer) :]
+        except Exception:  # a template that wants other messages than these; a record will say so
+            return frozenset(ends)
+        added = tokenizer.added_tokens_decoder
+        ends.update([i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in added][:1])
+    return frozenset(ends)
+
+
+class Completion(NamedTuple):
+    """Prompt and completion: ids int32, index of the first completion token, OWN_END, ADDED_END or CUT.
+
+    Only of a cut completion there may be no token at all: then ``start`` is the number of ids.
     """
-    encoded = []
-    for a in range(0, len(prompts), CHUNK):
-        texts = [p + c for p, c in zip(prompts[a : a + CHUNK], completions[a : a + CHUNK], strict=True)]
-        batch = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        for i, text in enumerate(texts):
-            ids, offsets = batch["input_ids"][i], batch["offset_mapping"][i]
-            encoded.append(_cut(tokenizer, ids, offsets, text, len(prompts[a + i])))
-    return encoded
+
+    ids: np.ndarray
+    start: int
+    ending: int
 
 
-def _cut(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], offsets: list[tuple[int, int]], text: str, prompt_length: int
-) -> tuple[np.ndarray, int]:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+def encode_completions(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    cuts: Sequence[bool] | None = None,
+) -> list[Completion]:
+    """Each prompt + completion, tokenized as one string; ``cuts`` tells completions that a length limit cut.
+
+    BOS occurs once also where the text brings its own. The sequence ends with an end token (see end_tokens): what only
+    pads it (white space) is dropped, and eos is appended where there is none. A cut completion ends without: an end
+    token that a chat template put after it is dropped.
+    """
+    ends = end_tokens(tokenizer)
+    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    batch = tokenizer(texts, return_attention_mask=False, verbose=False)
+    assert batch.encodings is not None  # load_tokenizer takes fast tokenizers only
+    return [
+        _completion(tokenizer, ends, encoding, texts[i], len(prompts[i]), bool(cuts and cuts[i]))
+        for i, encoding in enumerate(batch.encodings)
+    ]
+
+
+def _completion(
+    tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], encoding: Encoding, text: str, prompt_length: int,
+    cut: bool,
+) -> Completion:  # fmt: skip
+    ids, bos = encoding.ids, tokenizer.bos_token_id
+    # An eos that the tokenizer adds has an empty span. Without it, one rule serves all: only the text's own end counts.
+    if ids and ids[-1] == tokenizer.eos_token_id and _span(encoding, len(ids) - 1) == (0, 0):
+        ids = ids[:-1]
+    start = _first_after(encoding, prompt_length, len(text), len(ids))
+    # Most completions hold no end token, and a set is quicker to ask than every token.
+    found = [] if ends.isdisjoint(ids) else [k for k in range(start, len(ids)) if ids[k] in ends]
+    # Text after the last end token is never dropped.
+    own = bool(found) and not text[_span(encoding, found[-1])[1] :].strip()
+    if own:
+        ids = ids[: found[-1] + (not cut)]
+    elif not cut:
+        ids = [*ids, tokenizer.eos_token_id]
     if bos is not None and ids[:2] == [bos, bos]:
-        ids, offsets = ids[:1] + ids[2:], offsets[:1] + offsets[2:]
-    # An eos that the tokenizer adds has an empty span. Without it, one rule serves all: only the text's own eos counts.
-    if ids and ids[-1] == eos and offsets[-1] == (0, 0):
-        ids, offsets = ids[:-1], offsets[:-1]
-    start = next((k for k, (_, end) in enumerate(offsets) if end > prompt_length), len(ids))
-    last = next((k for k in range(len(ids) - 1, start - 1, -1) if ids[k] == eos), None)
-    ids = [*ids, eos] if last is None or text[offsets[last][1] :].strip() else ids[: last + 1]
-    return np.array(ids, dtype=np.int32), min(start, len(ids) - 1)
+        ids, start = ids[1:], max(start - 1, 1)
+    ending = CUT if cut else OWN_END if own else ADDED_END
+    return Completion(np.array(ids, dtype=np.int32), start, ending)
+
+
+def _span(encoding: Encoding, token: int) -> tuple[int, int]:
+    """Characters of a token; (0, 0) where it stands for none."""
+    return encoding.token_to_chars(token) or (0, 0)
+
+
+def _first_after(encoding: Encoding, position: int, length: int, tokens: int) -> int:
+    """Index of the first token that ends after character ``position``; ``tokens`` if there is none."""
+    found = encoding.char_to_token(position) if position < length else None
+    if found is None:  # at the end of the text, or a character that the tokenizer leaves out
+        return next((k for k, (_, end) in enumerate(encoding.offsets[:tokens]) if end > position), tokens)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------- pairs
+
+
+def cache_key(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> str:
+    """SHA-256 of all that the tokens of ``pairs`` depend on: their text, the tokenizer, the versions of the code."""
+    digest = hashlib.sha256()
+
+    def add(text: str) -> None:
+        raw = text.encode()
+        digest.update(len(raw).to_bytes(8, "little"))
+        digest.update(raw)
+
+    add(f"{TOKENS_VERSION} {tokenizers.__version__} {tokenizer.bos_token_id} {tokenizer.eos_token_id} "
+        f"{sorted(end_tokens(tokenizer))}")  # fmt: skip
+    add(tokenizer.backend_tokenizer.to_str())
+    for pair in pairs:
+        add(pair.prompt)
+        add(pair.chosen)
+        add(pair.rejected)
+        digest.update(bytes([pair.chosen_cut, pair.rejected_cut]))
+    return digest.hexdigest()
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], *, progress: bool = False
+) -> dict[str, np.ndarray]:
+    """Chosen and rejected of each pair in turn, 2N sequences on one axis of T tokens.
+
+    ids [T] int32; lengths [2N] int64; starts [2N] int64, counted from the sequence's first token; endings [2N] uint8.
+    """
+    encoded: list[Completion] = []
+    with tqdm(total=len(pairs), desc="tokenizing", unit="pair", disable=not progress, delay=1, leave=False) as bar:
+        for a in range(0, len(pairs), CHUNK):
+            chunk = pairs[a : a + CHUNK]
+            encoded += encode_completions(
+                tokenizer,
+                [p.prompt for p in chunk for _ in range(2)],
+                [side for p in chunk for side in (p.chosen, p.rejected)],
+                [cut for p in chunk for cut in (p.chosen_cut, p.rejected_cut)],
+            )
+            bar.update(len(chunk))
+    return {
+        "ids": np.concatenate([c.ids for c in encoded]),
+        "lengths": np.array([len(c.ids) for c in encoded], dtype=np.int64),
+        "starts": np.array([c.start for c in encoded], dtype=np.int64),
+        "endings": np.array([c.ending for c in encoded], dtype=np.uint8),
+    }
+
+
+def _shortened(
+    ids: tuple[np.ndarray, np.ndarray], starts: tuple[int, int], max_length: int, bos: int | None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Both sequences without the same number of prompt tokens after bos, so that they share what they shared.
+
+    None where a completion does not fit even without a prompt.
+    """
+    excess = max(map(len, ids)) - max_length
+    kept = int(ids[0][0] == bos)
+    if kept + excess > min(starts):
+        return None
+    chosen, rejected = (np.concatenate([side[:kept], side[kept + excess :]]) for side in ids)
+    return chosen, rejected
 
 
 def tokenize_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], max_length: int
-) -> tuple[list[TokenizedPair], LengthReport]:
-    """Pairs whose two sequences have at most ``max_length`` tokens, and how many had more.
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    max_length: int,
+    *,
+    overlong: Literal["drop", "truncate-prompt", "error"] = "drop",
+    bad: BadRecords | None = None,
+    cache: TokenCache | None = None,
+) -> tuple[list[TokenizedPair], TokenReport]:
+    """Pairs whose two sequences have at most ``max_length`` tokens, and a report of the rest.
+
+    ``overlong`` says what becomes of longer pairs: dropped; shortened by prompt tokens at the left, after bos, and
+    dropped where that is not enough; or an error. The arrays of a pair are views of one axis of tokens.
 
     Raises:
-        UserError: no pair is short enough, or a pair's two sides have the same tokens.
+        UserError: no pair is left, or a pair is too long for ``overlong='error'``; unless ``bad`` skips them, a pair
+            whose two sides have the same tokens, or one of them none.
     """
-    prompts = [pair.prompt for pair in pairs]
-    chosen = encode_completions(tokenizer, prompts, [pair.chosen for pair in pairs])
-    rejected = encode_completions(tokenizer, prompts, [pair.rejected for pair in pairs])
+    bad = bad or BadRecords()
+    cache = cache or TokenCache(None)
+    first_process = os.environ.get("LOCAL_RANK", "0") == "0"
+    encoded = cache.get(
+        cache_key(tokenizer, pairs),
+        lambda: encode_pairs(tokenizer, pairs, progress=cache.holds_lock or first_process),
+    )
+    sequences = np.split(encoded["ids"], np.cumsum(encoded["lengths"])[:-1])
     prompt_keys: dict[str, int] = {}
-    kept = []
+    kept: list[TokenizedPair] = []
+    dropped = shortened = 0
+    endings: list[int] = []
     for i, pair in enumerate(pairs):
-        (chosen_ids, chosen_start), (rejected_ids, rejected_start) = chosen[i], rejected[i]
-        if np.array_equal(chosen_ids, rejected_ids):
-            raise UserError(
-                f"{pair.where}: fields 'chosen' and 'rejected' have the same tokens: a pair needs a difference"
-            )
-        if max(len(chosen_ids), len(rejected_ids)) > max_length:
+        ids = sequences[2 * i], sequences[2 * i + 1]
+        starts = int(encoded["starts"][2 * i]), int(encoded["starts"][2 * i + 1])
+        empty = [name for k, name in enumerate(("chosen", "rejected")) if starts[k] == len(ids[k])]
+        what = f"field '{empty[0]}' is cut and has no token: leave the record out" if empty else ""
+        if np.array_equal(*ids):
+            what = "fields 'chosen' and 'rejected' have the same tokens: a pair needs a difference"
+        if what:
+            bad.add(UserError(f"{pair.where}: {what}"))
             continue
+        longest = max(map(len, ids))
+        if longest > max_length:
+            if overlong == "error":
+                raise UserError(
+                    f"{pair.where}: has {longest} tokens, more than --max-length {max_length}: raise it, or let "
+                    "--overlong drop or truncate-prompt"
+                )
+            shorter = _shortened(ids, starts, max_length, tokenizer.bos_token_id) if overlong != "drop" else None
+            if shorter is None:
+                dropped += 1
+                continue
+            shortened += 1
+            ids, starts = shorter, (starts[0] - longest + max_length, starts[1] - longest + max_length)
         key = prompt_keys.setdefault(pair.prompt, len(prompt_keys))
-        kept.append(
-            TokenizedPair(i, chosen_ids, rejected_ids, chosen_start, rejected_start, pair.margin, key, pair.fields)
-        )
+        kept.append(TokenizedPair(i, *ids, *starts, pair.margin, key, pair.fields, pair.chosen_cut))
+        endings += encoded["endings"][2 * i : 2 * i + 2].tolist()
+    if not kept and dropped:
+        raise UserError(f"all {dropped} pairs are longer than --max-length {max_length} tokens: raise it")
     if not kept:
-        raise UserError(f"all {len(pairs)} pairs are longer than --max-length {max_length} tokens: raise it")
+        raise UserError(f"every pair is bad; the first: {bad.skipped[-len(pairs)]}")
     sides = [(p.chosen_ids, p.chosen_start) for p in kept] + [(p.rejected_ids, p.rejected_start) for p in kept]
-    return kept, LengthReport(
-        dropped_too_long=len(pairs) - len(kept),
+    return kept, TokenReport(
+        dropped=dropped,
+        shortened=shortened,
+        own_end=endings.count(OWN_END),
+        added_end=endings.count(ADDED_END),
+        cut=endings.count(CUT),
         prompt_lengths=np.array([start for _, start in sides]),
         completion_lengths=np.array([len(ids) - start for ids, start in sides]),
     )

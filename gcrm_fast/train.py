@@ -8,6 +8,7 @@ import ctypes
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -28,23 +29,18 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast import arithmetic, checkpoint, parallel
 from gcrm_fast.accounting import Meter, choose_recompute, memory_limit, peak_flops, predicted_memory, work
-from gcrm_fast.config import ARITHMETIC, TrainConfig, parse, to_toml
-from gcrm_fast.data import (
-    LengthReport,
-    Pair,
-    TokenizedPair,
-    load_tokenizer,
-    read_pairs,
-    tokenize_pairs,
-    train_tokenizer,
-)
+from gcrm_fast.config import ARITHMETIC, TrainConfig, parse, parse_columns, to_toml
+from gcrm_fast.data import TokenizedPair, TokenReport, end_tokens, load_tokenizer, tokenize_pairs, train_tokenizer
 from gcrm_fast.errors import UserError
 from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
 from gcrm_fast.loader import Steps, load
 from gcrm_fast.model import ModelConfig, RewardModel
 from gcrm_fast.objectives import STATISTICS, Objective, losses
 from gcrm_fast.packing import Budget, Pack, Sampling, split_to_budget
+from gcrm_fast.records import Overlap, Pair, overlap, read_pairs
 from gcrm_fast.report import MetricsLog, plot_curves, table
+from gcrm_fast.sources import BadRecords
+from gcrm_fast.token_cache import TokenCache, cache_folder
 
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
 
@@ -60,7 +56,10 @@ class Prepared:
     model_config: ModelConfig
     train: list[TokenizedPair]
     held_out: list[TokenizedPair]
-    lengths: LengthReport
+    report: TokenReport
+    held_out_report: TokenReport | None
+    overlap: Overlap
+    skipped: list[str]  # what was wrong with each bad record
     weights: checkpoint.RowReader
     budget: Budget
     sampling: Sampling
@@ -68,13 +67,18 @@ class Prepared:
     output: Path
 
 
-def load_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
-    """(training, held-out) pairs, from files or generated."""
-    if config.data == ARITHMETIC:
+def load_pairs(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, bad: BadRecords
+) -> tuple[list[Pair], list[Pair]]:
+    """(training, held-out) pairs, read or generated."""
+    if config.data == (ARITHMETIC,):
         n_train, n_eval = config.train_pairs or 60_000, config.eval_pairs or 1000
         return arithmetic.generate(n_train, n_eval, config.seed, config.arithmetic_steps)
-    train = read_pairs(Path(config.data), config.eval_by)
-    held_out = read_pairs(Path(config.eval_data), config.eval_by) if config.eval_data else []
+    train, held_out = (
+        read_pairs(sources, fields=config.eval_by, columns=parse_columns(config.columns), tokenizer=tokenizer,
+                   pairs_per_prompt=config.pairs_per_prompt, bad=bad)
+        for sources in (config.data, config.eval_data)
+    )  # fmt: skip
     if config.eval_pairs and len(held_out) > config.eval_pairs:
         chosen = np.random.default_rng(config.seed).permutation(len(held_out))[: config.eval_pairs]
         held_out = [held_out[i] for i in sorted(chosen)]
@@ -88,13 +92,21 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is not a folder")
-    train, held_out = load_pairs(config)
-    if config.model:
+    tokenizer = None
+    if config.model:  # before the records, some of which its chat template writes out
         folder = Path(config.model)
         model_config = checkpoint.read_config(folder, head=config.head, projection_size=config.projection_size)
         tokenizer = load_tokenizer(folder)
         weights = checkpoint.open_weights(folder, model_config, config.seed)
-    else:
+    bad = BadRecords(skip=config.on_bad_record == "skip")
+    train, held_out = load_pairs(config, tokenizer, bad)
+    shared = overlap(train, held_out)
+    if shared.prompts and not config.allow_overlap:
+        raise UserError(
+            f"{shared.example}: field 'prompt' is also in the training data, as in {shared.prompts} of {len(held_out)} "
+            "held-out pairs: take others, or pass --allow-overlap"
+        )
+    if tokenizer is None:
         tokenizer = train_tokenizer(
             (p.prompt + side for p in train for side in (p.chosen, p.rejected)), config.vocab_size
         )
@@ -112,22 +124,32 @@ def prepare(config: TrainConfig) -> Prepared:
         )
         weights = checkpoint.fresh_weights(model_config, config.seed)
     checkpoint.choose_pad(tokenizer, model_config.vocab_size, config.model or "the trained tokenizer")
-    tokenized, lengths = tokenize_pairs(tokenizer, train, config.max_length)
-    tokenized_held_out = tokenize_pairs(tokenizer, held_out, config.max_length)[0] if held_out else []
+    if tokenizer.pad_token_id in end_tokens(tokenizer):
+        raise UserError(f"{config.model}: pad token {tokenizer.pad_token!r} also ends a turn: set another pad token")
     budget = Budget(config.tokens_per_batch, model_config.hidden_size)
-    for pair in tokenized + tokenized_held_out:
-        split_to_budget([pair], budget)  # raises where a pair does not fit
+    with TokenCache(cache_folder(config.cache)) as cache:
+
+        def tokenize(pairs: list[Pair]) -> tuple[list[TokenizedPair], TokenReport]:
+            return tokenize_pairs(tokenizer, pairs, config.max_length, overlong=config.overlong, bad=bad, cache=cache)
+
+        tokenized, report = tokenize(train)
+        tokenized_held_out, held_out_report = tokenize(held_out) if held_out else ([], None)
+        if all(pair.chosen_cut for pair in tokenized):
+            raise UserError(f"--data {' '.join(config.data)}: every chosen completion is cut: none has an end state")
+        for pair in tokenized + tokenized_held_out:
+            split_to_budget([pair], budget)  # raises where a pair does not fit
     sampling = Sampling(config.samples, config.objective_variant, config.negatives, config.seed)
     per_epoch = -(-len(tokenized) // config.global_batch_pairs)
     steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
     return Prepared(
-        tokenizer, model_config, tokenized, tokenized_held_out, lengths, weights, budget, sampling, steps, output
-    )
+        tokenizer, model_config, tokenized, tokenized_held_out, report, held_out_report, shared, bad.skipped, weights,
+        budget, sampling, steps, output,
+    )  # fmt: skip
 
 
 def default_output(config: TrainConfig) -> str:
     """runs/<data>-<objective>[-<variant>]-seed<n>, e.g. runs/arithmetic-gcrm-paper-seed0."""
-    name = Path(config.data).name.split(".")[0]
+    name = re.split(r"[.:]", Path(config.data[0]).name)[0]
     objective = config.objective if config.objective == "ranking" else f"gcrm-{config.objective_variant}"
     return f"runs/{name}-{objective}-seed{config.seed}"
 
@@ -242,6 +264,33 @@ def memory_plan(prepared: Prepared, config: TrainConfig, world_size: int, device
     return recompute, predicted_memory(recompute=recompute, **shape)
 
 
+def list_skipped(prepared: Prepared) -> None:
+    """Bad records, a line each, to skipped_records.txt; no such file where there are none."""
+    path = prepared.output / "skipped_records.txt"
+    path.unlink(missing_ok=True)
+    if prepared.skipped:
+        path.write_text("".join(line + "\n" for line in prepared.skipped), encoding="utf-8")
+
+
+def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
+    """What became of the records: shown by --dry-run and at the start of a run."""
+
+    def count(pairs: list[TokenizedPair], report: TokenReport) -> str:
+        return (f"{len(pairs)} ({report.dropped} dropped: longer than --max-length {config.max_length} tokens; "
+                f"{report.shortened} with a shortened prompt)")  # fmt: skip
+
+    report, held_out_report, shared = prepared.report, prepared.held_out_report, prepared.overlap
+    rows = [
+        ("training pairs", count(prepared.train, report)),
+        ("held-out pairs", count(prepared.held_out, held_out_report) if held_out_report else "0"),
+        ("held out and trained on", f"{shared.prompts} prompts, {shared.completions} completions"),
+        ("completion ends", f"{report.own_end} of their own, {report.added_end} with eos added, {report.cut} cut"),
+    ]
+    if prepared.skipped:
+        rows.append(("bad records", f"{len(prepared.skipped)} skipped; the first: {prepared.skipped[0]}"))
+    return rows
+
+
 def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     """What --dry-run prints: lengths, drops, packs, steps, predicted memory."""
     steps, sampled_steps = steps_of(prepared, config, 0, 1), min(8, prepared.steps)
@@ -253,11 +302,9 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     recompute, predicted = memory_plan(prepared, config, world_size, device)
     return table(
         [
-            ("training pairs", f"{len(prepared.train)} ({prepared.lengths.dropped_too_long} dropped: longer than "
-                               f"--max-length {config.max_length} tokens)"),
-            ("held-out pairs", str(len(prepared.held_out))),
-            ("prompt tokens", prepared.lengths.prompt_summary()),
-            ("completion tokens", prepared.lengths.completion_summary()),
+            *data_rows(prepared, config),
+            ("prompt tokens", prepared.report.prompt_summary()),
+            ("completion tokens", prepared.report.completion_summary()),
             ("steps", f"{prepared.steps} of {config.global_batch_pairs} pairs"),
             ("packs a step", f"{len(packs) / sampled_steps:.1f} over all processes (first {sampled_steps} steps)"),
             ("pack fill", f"{100 * sum(tokens) / len(tokens) / config.tokens_per_batch:.0f}% of --tokens-per-batch"),
@@ -289,9 +336,13 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
     parallel.materialize(model, mesh, device, prepared.weights)
     optimizer, schedule = optimizer_and_schedule(model, config, prepared.steps)
 
-    log = MetricsLog(prepared.output) if rank == 0 else None
+    log = None
+    if rank == 0:
+        log = MetricsLog(prepared.output)
+        list_skipped(prepared)
+        print(table(data_rows(prepared, config)), flush=True)
     eval_every = config.eval_every or -(-prepared.steps // 8)
-    goal_pairs = prepared.train[: config.goal_pairs or None]
+    goal_pairs = [pair for pair in prepared.train if not pair.chosen_cut][: config.goal_pairs or None]
 
     def evaluate(step: int, goal: Tensor) -> dict[str, float]:
         scores = score_pairs(model, prepared.held_out, goal, objective, budget, sampling, device)

@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 INVARIANTS, OBJECTIVES, PARITY = "tests/test_invariants.py", "tests/test_objectives.py", "tests/test_parity.py"
 PACKING, DATA, ARITHMETIC = (f"tests/test_{name}.py" for name in ("packing", "data", "arithmetic"))
-TRAIN = "tests/test_train.py -k processes"
+TRAIN, RECORDS = "tests/test_train.py -k processes", "tests/test_records.py"
+CACHE, BAD_INPUT = "tests/test_token_cache.py", "tests/test_bad_input.py -k "
 KERNELS = "tests/test_kernels.py -k "
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
 ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or eps) and not {other}"
@@ -23,10 +24,11 @@ ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or ep
 DENSE_ANALYTIC, DENSE_TRITON = (
     KERNELS + f"dense_loss and not any_lengths and {path}" for path in ("pytorch", "triton")
 )
+DENSE_CLAMPED, TRITON_NORMS = KERNELS + "clamped", KERNELS + "(different_norms or no_sample) and triton"
 Q_TRITON = KERNELS + "q_values and triton"
-CONTRASTIVE, SAMPLED, DENSE, DENSE_KERNELS, Q_KERNEL = (
+CONTRASTIVE, SAMPLED, DENSE, DENSE_KERNELS, Q_KERNEL, LAUNCH = (
     f"kernels/gcrm_kernels/{name}.py"
-    for name in ("contrastive", "triton_contrastive", "dense", "triton_dense", "triton_qvalues")
+    for name in ("contrastive", "triton_contrastive", "dense", "triton_dense", "triton_qvalues", "launch")
 )
 
 MUTANTS = {
@@ -38,6 +40,9 @@ MUTANTS = {
         INVARIANTS),
     "gathered rows scattered instead of added": (
         "kernels/gcrm_kernels/gather.py", ".index_add_(0, index, exact)", ".index_copy_(0, index, exact)", GATHER),
+    "gather kernel: positions in place of their order": (
+        "kernels/gcrm_kernels/triton_gather.py", "position = tl.load(order_ptr + i)", "position = i",
+        GATHER + " and triton"),
     "inverse index in the wrong order": (
         "kernels/gcrm_kernels/gather.py", "out=offsets[1:]", "out=offsets[:-1]", PACKING),
     "margin dropped": (
@@ -76,6 +81,19 @@ MUTANTS = {
     "kernel: gradient of goals with the strides of sources": (
         SAMPLED, "goal, source, 1, S, grad", "goal, source, S, 1, grad", TRITON),
     "kernel: negatives without their gradient": (SAMPLED, "* direction * has_term", "* has_term", TRITON),
+    "kernel: one power of two for all rows": (
+        SAMPLED, "tl.max(tl.abs(coefficients), axis=1)", "tl.max(tl.abs(coefficients), axis=1) * 0 "
+        "+ tl.max(tl.abs(coefficients))", TRITON_NORMS),
+    "kernel: the own term of rows that no sample names": (
+        SAMPLED, "tl.where(own[:, None] != 0.0, own[:, None] * x.to(tl.float32), 0.0)",
+        "own[:, None] * x.to(tl.float32)", TRITON_NORMS),
+    "operators: autocast stays on": (
+        LAUNCH, "torch.autocast(first.device.type, enabled=False)",
+        'torch.autocast(first.device.type, enabled=torch.is_autocast_enabled("cpu"))', KERNELS + "autocast"),
+    "dense: a position compared with itself": (
+        DENSE, " & (position[rows, None] != position)", "", DENSE_CLAMPED),
+    "dense kernel: a position compared with itself": (
+        DENSE_KERNELS, " & (i[:, None] != j[None, :])", "", DENSE_CLAMPED),
     "dense: negatives weighed like positives": (
         DENSE, "(1 / ((b - a) * (c - b)))", "(1 / (b - a) ** 2)", DENSE_ANALYTIC),
     "dense kernel: a lone position takes part in a positive": (
@@ -119,7 +137,45 @@ MUTANTS = {
         "gcrm_fast/packing.py", "rest[room:], room - len(batch[-1])",
         "rest[room + 1 :], room - len(batch[-1])", PACKING),
     "eos not appended": (
-        "gcrm_fast/data.py", "[*ids, eos]", "[*ids]", DATA),
+        "gcrm_fast/data.py", "[*ids, tokenizer.eos_token_id]", "[*ids]", DATA),
+    "data: bos of the tokenizer and of the template": (
+        "gcrm_fast/data.py", "if bos is not None and ids[:2] == [bos, bos]:", "if False:", DATA),
+    "data: what follows the end token kept": (
+        "gcrm_fast/data.py", "ids = ids[: found[-1] + (not cut)]", "pass", DATA),
+    "data: end of turn ends nothing": (
+        "gcrm_fast/data.py", "if i in added][:1]", "if i in added][:0]", DATA),
+    "data: eos after a cut completion": ("gcrm_fast/data.py", "elif not cut:", "else:", DATA),
+    "data: truncation takes bos": ("gcrm_fast/data.py", "kept = int(ids[0][0] == bos)", "kept = 0", DATA),
+    "data: a pair one token too long": (
+        "gcrm_fast/data.py", "if longest > max_length:", "if longest > max_length + 1:", DATA),
+    "data: a cut completion without tokens": (
+        "gcrm_fast/data.py", "if starts[k] == len(ids[k])", "if False", BAD_INPUT + "cut"),
+    "data: dialogue split at the first answer": (
+        "gcrm_fast/records.py", "text.rpartition(ASSISTANT)", "text.partition(ASSISTANT)", RECORDS),
+    "data: earlier turns lost": (
+        "gcrm_fast/records.py", "self._messages(prompt, before) + shared", "self._messages(prompt, before)", RECORDS),
+    "data: ranks taken for scores": (
+        "gcrm_fast/records.py", "[-value for value in values]", "values", RECORDS),
+    "data: pairs of a record without a limit": (
+        "gcrm_fast/records.py", "if len(pairs) == limit:", "if False:", RECORDS),
+    "data: fields outside --columns read": (
+        "gcrm_fast/records.py", "_Record(named or raw,", "_Record(raw | named,", RECORDS),
+    "data: overlap hidden by white space": (
+        "gcrm_fast/records.py", 'return "".join(text.split())', "return text", RECORDS),
+    "data: NaN taken for a number": (
+        "gcrm_fast/records.py", "if not abs(value) <= sys.float_info.max:", "if abs(value) > sys.float_info.max:",
+        BAD_INPUT + "NaN"),
+    "data: bad records skipped unasked": (
+        "gcrm_fast/sources.py", "if not self.skip:", "if False:", BAD_INPUT + "UTF"),
+    "data: blank lines not counted": (
+        "gcrm_fast/sources.py", "number += 1\n                yield number",
+        "number += bool(line.strip())\n                yield number", RECORDS),
+    "data: cached tokens not checked": (
+        "gcrm_fast/token_cache.py", '"sha256": digest.hexdigest()', '"sha256": ""', CACHE),
+    "data: one key for two cuts of a text": (
+        "gcrm_fast/data.py", 'digest.update(len(raw).to_bytes(8, "little"))', "", CACHE),
+    "data: failed input leaves a cache": ("gcrm_fast/token_cache.py", "if kind is None:", "if True:", CACHE),
+    "data: every process tokenizes": ("gcrm_fast/token_cache.py", "lock.acquire()", "pass", CACHE),
     "error step recorded wrongly": (
         "gcrm_fast/arithmetic.py", "number == wrong_step", "number == 1", ARITHMETIC),
     "one rank's scale wrong": (

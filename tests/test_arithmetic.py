@@ -10,7 +10,8 @@ from sklearn.metrics import roc_auc_score
 
 from gcrm_fast import arithmetic
 from gcrm_fast.arithmetic import generate, is_correct, is_held_out
-from gcrm_fast.data import Pair, TokenizedPair, tokenize_pairs, train_tokenizer
+from gcrm_fast.data import TokenizedPair, tokenize_pairs, train_tokenizer
+from gcrm_fast.records import Pair
 
 TRAIN, HELD_OUT = generate(6000, 1000, seed=0, max_steps=3)
 

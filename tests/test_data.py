@@ -1,12 +1,8 @@
-"""Records, tokenizers, the start and the end of a completion."""
-
-import gzip
-import json
-import os
-from pathlib import Path
+"""Tokenizers, the start and the end of a completion, over-long pairs."""
 
 import numpy as np
 import pytest
+from chat import CHATML, LLAMA2, LLAMA3, TEXTS, chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -14,30 +10,24 @@ from transformers import PreTrainedTokenizerFast
 
 from gcrm_fast.data import (
     BOS,
+    CUT,
     EOS,
-    Pair,
     encode_completions,
+    end_tokens,
     load_tokenizer,
-    read_pairs,
     tokenize_pairs,
     train_tokenizer,
 )
 from gcrm_fast.errors import UserError
+from gcrm_fast.records import Pair
+from gcrm_fast.sources import BadRecords
 
-GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
-TEXTS = ["hello world 123 yes.\n", "naïve café 漢字 漢字\n"] * 20
 TOKENIZER = train_tokenizer(TEXTS, 300)
-
-
-def write(path: Path, *records: object) -> Path:
-    """A file of JSON lines."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
 
 
 def encode(prompt: str, completion: str, tokenizer: PreTrainedTokenizerFast = TOKENIZER) -> tuple[list[str], list[str]]:
     """(prompt tokens, completion tokens), as the vocabulary spells them: 'Ġ' is a space, 'Ċ' a line feed."""
-    [(ids, start)] = encode_completions(tokenizer, [prompt], [completion])
+    [(ids, start, _)] = encode_completions(tokenizer, [prompt], [completion])
     assert ids.dtype == np.int32
     tokens = tokenizer.convert_ids_to_tokens(ids.tolist())
     return tokens[:start], tokens[start:]
@@ -51,111 +41,6 @@ def with_added_eos() -> PreTrainedTokenizerFast:
         single=f"{BOS} $A {EOS}", special_tokens=special
     )
     return tokenizer
-
-
-# --------------------------------------------------------------------------------------------------------- records
-
-
-def test_reads_records_with_margin_fields_and_line_numbers(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n\n  \n" + json.dumps(GOOD | {"margin": 2, "kind": "x", "n": 3, "same": True}))
-    with pytest.raises(UserError, match=r"pairs\.jsonl:1: field 'kind'"):
-        read_pairs(path, ["kind"])
-    first, second = read_pairs(path)
-    assert first == Pair("p", "a", "b", 0.0, f"{path}:1", {})
-    assert (second.margin, second.where) == (2.0, f"{path}:4")
-
-
-def test_extra_fields_are_kept_with_their_types(tmp_path):
-    extra = {"kind": "x", "n": 3, "share": 0.5, "same": True}
-    path = write(tmp_path / "pairs.jsonl", GOOD | extra | {"other": None})
-    assert read_pairs(path, list(extra))[0].fields == extra
-
-
-@pytest.mark.parametrize("name", ["pairs.jsonl.gz", "pairs.jsonl"])
-def test_gzip_is_told_by_content(tmp_path, name):
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(json.dumps(GOOD).encode()))
-    assert [pair.chosen for pair in read_pairs(path)] == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ([1, 2], "a record must be a JSON object, this is list"),
-        ("text", "a record must be a JSON object, this is str"),
-        ({"chosen": "a", "rejected": "b"}, "field 'prompt' is missing"),
-        ({"prompt": "p", "rejected": "b"}, "field 'chosen' is missing"),
-        ({"prompt": "p", "chosen": "a"}, "field 'rejected' is missing"),
-        (GOOD | {"prompt": 1}, "field 'prompt' is int, not a string"),
-        (GOOD | {"chosen": ["a"]}, "field 'chosen' is list, not a string"),
-        (GOOD | {"rejected": None}, "field 'rejected' is NoneType, not a string"),
-        (GOOD | {"chosen": ""}, "field 'chosen' is empty"),
-        (GOOD | {"rejected": " \n\t"}, "field 'rejected' is empty"),
-        (GOOD | {"rejected": "a"}, "fields 'chosen' and 'rejected' are equal"),
-        (GOOD | {"prompt": "\ud800"}, "field 'prompt' holds half of a surrogate pair"),
-        (GOOD | {"rejected": "b\udfff"}, "field 'rejected' holds half of a surrogate pair"),
-        (GOOD | {"margin": float("nan")}, "field 'margin' is not a finite number"),
-        (GOOD | {"margin": float("-inf")}, "field 'margin' is not a finite number"),
-        (GOOD | {"margin": 10**400}, "field 'margin' is not a finite number"),
-        (GOOD | {"margin": True}, "field 'margin' is bool, not a finite number"),
-        (GOOD | {"margin": "1"}, "field 'margin' is str, not a finite number"),
-        (GOOD | {"margin": None}, "field 'margin' is NoneType, not a finite number"),
-        (GOOD, "field 'kind', named by --eval-by, is missing"),
-        (GOOD | {"kind": {}}, "field 'kind', named by --eval-by, is dict"),
-        (GOOD | {"kind": None}, "field 'kind', named by --eval-by, is NoneType"),
-        (GOOD | {"kind": "\ud800"}, "field 'kind' holds half of a surrogate pair"),
-    ],
-)
-def test_bad_record_is_one_line_with_place_and_field(tmp_path, record, message):
-    path = write(tmp_path / "pairs.jsonl", GOOD | {"kind": "x"}, record)
-    with pytest.raises(UserError) as error:
-        read_pairs(path, ["kind"])
-    assert str(error.value).startswith(f"{path}:2: {message}")
-    assert "\n" not in str(error.value)
-
-
-LINE = json.dumps(GOOD).encode() + b"\n"
-PACKED = gzip.compress(LINE * 3)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", ": holds no records"),
-        (b" \n\n", ": holds no records"),
-        (LINE + b'{"prompt": "p",\n', ":2: not valid JSON"),
-        (LINE + b"[" * 100_000 + b"\n", ":2: not valid JSON"),
-        (LINE + b'{"prompt": "\xff"}\n', ":2: not UTF-8 text (byte 12 of the line)"),
-        (PACKED[:-9], ":"),  # inside the compressed data
-        (PACKED[:-4], ":"),  # inside the trailer
-        (PACKED[:-8] + bytes(4) + PACKED[-4:], ":"),  # wrong checksum
-        (PACKED[:12] + b"\xff" + PACKED[13:], ":1: gzip data is damaged"),
-        (PACKED + b"more", ":"),
-    ],
-)
-def test_bad_file_is_one_line_with_place(tmp_path, content, message):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read_pairs(path)
-    assert str(error.value).startswith(f"{path}{message}")
-    assert "\n" not in str(error.value)
-    if content[:2] == PACKED[:2]:
-        assert "gzip data is damaged" in str(error.value)
-
-
-@pytest.mark.parametrize(("name", "message"), [("none.jsonl", "No such file"), ("", "Is a directory")])
-def test_path_that_is_no_file(tmp_path, name, message):
-    with pytest.raises(UserError, match=f"cannot be read .{message}.*: name a JSON-lines file"):
-        read_pairs(tmp_path / name)
-
-
-@pytest.mark.skipif("GCRM_DATA" not in os.environ, reason="GCRM_DATA does not name the folder of real data")
-def test_reads_real_pairs():
-    pairs = read_pairs(Path(os.environ["GCRM_DATA"]) / "gsm8k_pairs.jsonl.gz", ["pair_type"])
-    assert len(pairs) == 11294
-    assert all(pair.chosen != pair.rejected and pair.fields["pair_type"] for pair in pairs)
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizers
@@ -236,6 +121,49 @@ def test_tokenizer_without_bos():
     assert encode("hello", " world", tokenizer) == (["hello"], ["Ġworld", EOS])
 
 
+@pytest.mark.parametrize("eos", [EOS, "<|im_end|>", "<|eot_id|>"])
+@pytest.mark.parametrize(
+    ("template", "written", "end"),
+    [
+        (CHATML, " world<|im_end|>\n", "<|im_end|>"),  # a template that ends in a line feed
+        (LLAMA3, " world<|eot_id|>", "<|eot_id|>"),
+        (LLAMA2, " world<|eos|>", None),  # writes eos, whatever that is
+    ],
+    ids=["chatml", "llama3", "llama2"],
+)
+def test_end_of_turn_ends_a_completion(template, written, end, eos):
+    tokenizer = chat_tokenizer(template)
+    tokenizer.eos_token = eos
+    end = end or eos
+    written = written.replace(EOS, eos)
+    assert end_tokens(tokenizer) == set(tokenizer.convert_tokens_to_ids([end, eos]))
+    assert encode("hello", written, tokenizer) == ([BOS, "hello"], ["Ġworld", end])
+    # The template's end token of an earlier turn ends nothing, and what has none gets eos.
+    assert encode(f"hello{end}", " world", tokenizer) == ([BOS, "hello", end], ["Ġworld", eos])
+
+
+def test_bos_is_there_once_where_the_template_writes_it_too():
+    tokenizer = chat_tokenizer(LLAMA3)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    before, after = encode(text, "world<|eot_id|>", tokenizer)
+    assert before[:2] == [BOS, "<|start_header_id|>"]
+    assert after == tokenizer.tokenize("world<|eot_id|>")
+
+
+def test_template_that_refuses_the_probe_leaves_eos():
+    assert end_tokens(chat_tokenizer("{{ raise_exception('no') }}")) == {TOKENIZER.eos_token_id}
+
+
+@pytest.mark.parametrize("tokenizer", [chat_tokenizer(CHATML), with_added_eos()], ids=["chat", "adds eos"])
+@pytest.mark.parametrize("written", [" world", " world<|im_end|>\n"])
+def test_cut_completion_has_no_end_token(tokenizer, written):
+    if "im_end" in written and not tokenizer.chat_template:
+        pytest.skip("no end of turn without a template")
+    [(ids, start, ending)] = encode_completions(tokenizer, ["hello"], [written], [True])
+    assert tokenizer.convert_ids_to_tokens(ids[start:].tolist()) == ["Ġworld"]
+    assert ending == CUT
+
+
 # Without '|' no text spells a special token; surrogates are not text.
 plain_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="|"), max_size=30)
 
@@ -243,7 +171,7 @@ plain_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters
 @settings(max_examples=200, deadline=None)
 @given(plain_text, plain_text)
 def test_no_text_is_lost(prompt, completion):
-    [(ids, start)] = encode_completions(TOKENIZER, [prompt], [completion])
+    [(ids, start, _)] = encode_completions(TOKENIZER, [prompt], [completion])
     assert (ids == TOKENIZER.bos_token_id).tolist() == [True] + [False] * (len(ids) - 1)
     assert (ids == TOKENIZER.eos_token_id).tolist() == [False] * (len(ids) - 1) + [True]
     assert TOKENIZER.decode(ids[1:-1].tolist()) == prompt + completion
@@ -257,7 +185,7 @@ def test_many_texts_are_encoded_as_one_by_one():
     completions = [f" world {i % 7}" for i in range(1500)]
     encoded = encode_completions(TOKENIZER, prompts, completions)
     for i in (0, 1, 1023, 1024, 1499):
-        [(ids, start)] = encode_completions(TOKENIZER, prompts[i : i + 1], completions[i : i + 1])
+        [(ids, start, _)] = encode_completions(TOKENIZER, prompts[i : i + 1], completions[i : i + 1])
         assert (encoded[i][0].tolist(), encoded[i][1]) == (ids.tolist(), start)
 
 
@@ -271,7 +199,7 @@ def test_tokenized_pairs():
         Pair("hel", "lo yes", "lo world yes", 0.0, "f:3"),
         Pair("hello", " 漢", " yes", 0.0, "f:4"),
     ]
-    kept, lengths = tokenize_pairs(TOKENIZER, pairs, max_length=20)
+    kept, report = tokenize_pairs(TOKENIZER, pairs, max_length=20)
     assert [p.pair_id for p in kept] == [0, 2, 3]
     assert kept[0].prompt_key == kept[2].prompt_key != kept[1].prompt_key
     assert (kept[0].margin, kept[0].fields) == (0.5, {"kind": "x"})
@@ -280,12 +208,12 @@ def test_tokenized_pairs():
             assert ids.dtype == np.int32
             assert 0 < start < len(ids) <= 20
             assert ids[-1] == TOKENIZER.eos_token_id
-    assert lengths.dropped_too_long == 1
-    assert lengths.prompt_lengths.tolist() == [2, 1, 2] * 2
-    assert lengths.completion_lengths.tolist() == [len(p.chosen_ids) - p.chosen_start for p in kept] + [
+    assert report.dropped == 1
+    assert report.prompt_lengths.tolist() == [2, 1, 2] * 2
+    assert report.completion_lengths.tolist() == [len(p.chosen_ids) - p.chosen_start for p in kept] + [
         len(p.rejected_ids) - p.rejected_start for p in kept
     ]
-    assert lengths.prompt_summary() == "min 1, median 2, 95% 2, max 2"
+    assert report.prompt_summary() == "min 1, median 2, 95% 2, max 2"
 
 
 def test_length_limit_is_inclusive():
@@ -297,6 +225,68 @@ def test_length_limit_is_inclusive():
         tokenize_pairs(TOKENIZER, pairs, longest - 1)
 
 
+def test_truncation_takes_the_same_prompt_tokens_from_both_sides():
+    pairs = [
+        Pair("1 2 3 4 5 6 hello", " yes", " 7 8", where="f:1"),
+        Pair("1", " yes", " 1 2 3 4 5 6 7 8 9", where="f:2"),  # the completion alone is too long
+        Pair("1", " 2", " 3", where="f:3"),
+    ]
+    whole = tokenize_pairs(TOKENIZER, pairs, 100)[0]
+    longest = len(whole[0].rejected_ids)
+    for limit in range(7, longest):
+        kept, report = tokenize_pairs(TOKENIZER, pairs, limit, overlong="truncate-prompt")
+        cut = longest - limit
+        assert [p.pair_id for p in kept] == [0, 2]
+        assert (report.dropped, report.shortened) == (1, 1)
+        short = kept[0]
+        for before, after in ((whole[0].chosen_ids, short.chosen_ids), (whole[0].rejected_ids, short.rejected_ids)):
+            assert after.tolist() == [before[0], *before[1 + cut :]]
+        assert (short.chosen_start, short.rejected_start) == (
+            whole[0].chosen_start - cut,
+            whole[0].rejected_start - cut,
+        )
+        assert TOKENIZER.decode(short.chosen_ids[short.chosen_start :].tolist()) == f" yes{EOS}"
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_truncation_down_to_no_prompt_at_all(bos):
+    tokenizer = train_tokenizer(TEXTS, 300)
+    if not bos:
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    pairs = [Pair("1 2 3", " yes", " 7", where="f:1")]
+    [pair], _ = tokenize_pairs(tokenizer, pairs, 100)
+    room = max(len(pair.chosen_ids) - pair.chosen_start, len(pair.rejected_ids) - pair.rejected_start) + bos
+    [short], _ = tokenize_pairs(tokenizer, pairs, room, overlong="truncate-prompt")
+    assert (short.chosen_start, short.rejected_start) == (bos, bos)
+    assert (short.chosen_ids[0] == tokenizer.bos_token_id) == bos
+    with pytest.raises(UserError, match=f"all 1 pairs are longer than --max-length {room - 1}"):
+        tokenize_pairs(tokenizer, pairs, room - 1, overlong="truncate-prompt")
+
+
+def test_overlong_error_names_the_pair():
+    pairs = [Pair("1", " 2", " 3", where="f:1"), Pair("1", " 2", " 3 4 5", where="f:2")]
+    with pytest.raises(UserError, match=r"f:2: has 9 tokens, more than --max-length 8"):
+        tokenize_pairs(TOKENIZER, pairs, 8, overlong="error")
+    assert len(tokenize_pairs(TOKENIZER, pairs, 9, overlong="error")[0]) == 2
+
+
+def test_ends_are_counted_and_cut_pairs_flagged():
+    pairs = [
+        Pair("hello", " yes", f" world{EOS}", where="f:1"),
+        Pair("hello", " 1", " 2", where="f:2", chosen_cut=True),
+        Pair("hello", " 3", " 4", where="f:3", rejected_cut=True),
+    ]
+    kept, report = tokenize_pairs(TOKENIZER, pairs, 100)
+    assert (report.own_end, report.added_end, report.cut) == (1, 3, 2)
+    assert [p.chosen_cut for p in kept] == [False, True, False]
+    ends = [[ids[-1] == TOKENIZER.eos_token_id for ids in (p.chosen_ids, p.rejected_ids)] for p in kept]
+    assert ends == [[True, True], [False, True], [True, False]]
+
+
 def test_sides_that_differ_as_text_only():
     with pytest.raises(UserError, match="f:7: fields 'chosen' and 'rejected' have the same tokens"):
         tokenize_pairs(TOKENIZER, [Pair("hello", " yes", f" yes{EOS}\n", 0.0, "f:7")], 100)
+    pairs = [Pair("hello", " yes", f" yes{EOS}\n", 0.0, "f:7"), Pair("hello", " yes", " no", 0.0, "f:8")]
+    bad = BadRecords(skip=True)
+    assert [p.pair_id for p in tokenize_pairs(TOKENIZER, pairs, 100, bad=bad)[0]] == [1]
+    assert [line.split(": ")[0] for line in bad.skipped] == ["f:7"]

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -141,7 +143,7 @@ def test_one_two_and_three_processes_give_the_same_losses_and_model(pair_file: P
         output = tmp_path / str(processes)
         result = torchrun(
             "--data", str(pair_file), "--eval-data", str(pair_file), "--output", str(output), *TINY,
-            "--vocab-size", "300",
+            "--vocab-size", "300", "--allow-overlap",
             "--global-batch-pairs", "10", "--epochs", "2", "--tokens-per-batch", tokens, "--log-every", "1",
             "--group-prompts", "2", "--projection-size", "8", "--lr", "0.01", processes=processes,
         )  # fmt: skip
@@ -180,25 +182,45 @@ def test_dry_run_trains_and_writes_nothing(pair_file: Path, tmp_path: Path, gcrm
     assert not (tmp_path / "out").exists()
 
 
-GOOD = {"prompt": "p", "chosen": "yes", "rejected": "no"}
-BAD_DATA = {
-    "invalid JSON": ('{"prompt": "p",', "pairs.jsonl:2"),
-    "missing field": (json.dumps({"prompt": "p", "chosen": "x"}), "pairs.jsonl:2: field 'rejected'"),
-    "empty completion": (json.dumps({**GOOD, "chosen": ""}), "pairs.jsonl:2: field 'chosen'"),
-    "equal completions": (json.dumps({**GOOD, "rejected": "yes"}), "pairs.jsonl:2"),
-    "bad margin": (json.dumps({**GOOD, "margin": "big"}), "pairs.jsonl:2: field 'margin'"),
-}
+def test_what_became_of_the_records_is_told_and_listed(tmp_path: Path, gcrm: Gcrm) -> None:
+    good = [{"prompt": f"p{i}", "chosen": "1" * 4**i, "rejected": "no", "chosen_cut": i == 1} for i in range(4)]
+    bad = [{"prompt": "p", "chosen": 5, "rejected": "no"}, {"prompt": "p", "chosen": "a", "rejected": "a<|eos|>"}]
+    data, held_out, output = tmp_path / "pairs.jsonl", tmp_path / "eval.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(record) + "\n" for record in [*good, *bad]))
+    held_out.write_text(json.dumps({"prompt": "p2", "chosen": "other", "rejected": "no"}) + "\n")
+    arguments = ["--data", str(data), "--eval-data", str(held_out), "--output", str(output), *TINY, "--steps", "1",
+                 "--vocab-size", "300", "--max-length", "32", "--on-bad-record", "skip"]  # fmt: skip
+    refused = gcrm(*arguments)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"gcrm train: {held_out}:1: field 'prompt' is also in the training data")
+    said = gcrm(*arguments, "--allow-overlap").stdout
+    table = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in said.splitlines() if "  " in line.strip())
+    assert table["training pairs"].startswith("3 (1 dropped")
+    assert table["held out and trained on"] == "1 prompts, 1 completions"
+    assert table["completion ends"] == "0 of their own, 5 with eos added, 1 cut"
+    assert table["bad records"].startswith("2 skipped; the first: ")
+    listed = (output / "skipped_records.txt").read_text().splitlines()
+    assert [line.removeprefix(str(data))[:9] for line in listed] == [":5: field", ":6: field"]
+    data.write_text("".join(json.dumps(record) + "\n" for record in good))
+    assert gcrm(*arguments, "--allow-overlap", "--overwrite").returncode == 0
+    assert not (output / "skipped_records.txt").exists()
 
 
-@pytest.mark.parametrize(("line", "message"), BAD_DATA.values(), ids=BAD_DATA.keys())
-def test_bad_record_gives_one_line_and_exit_code_2(line: str, message: str, tmp_path: Path, gcrm: Gcrm) -> None:
-    path, output = tmp_path / "pairs.jsonl", tmp_path / "out"
-    path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
-    result = gcrm("--data", str(path), "--output", str(output))
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert message in result.stderr
-    assert not output.exists()
+def test_examples_of_the_readme_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gcrm: Gcrm) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("### Formats")[2].partition("\n###")[0]
+    commands = [line.strip() for line in section.splitlines() if line.startswith("    ")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    runs = []
+    for command in commands:
+        if command.startswith("gcrm train "):
+            runs.append(gcrm(*shlex.split(command)[2:]))
+            assert runs[-1].returncode == 0, runs[-1].stderr
+        else:
+            subprocess.run(command, shell=True, check=True)
+    pairs = [re.search(r"training pairs +(\d+) ", run.stdout) for run in runs]
+    assert [found and found[1] for found in pairs] == ["1", "1", "1", "1", "1", "3", "3", "1"]
 
 
 def test_bad_input_under_torchrun_fails_once_before_any_training(tmp_path: Path) -> None:
@@ -246,7 +268,7 @@ def test_meaningless_flags_are_refused_in_one_line(
 
 def test_configuration_file_round_trip_and_precedence(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
-    config = TrainConfig(data='we"ird\\\n.jsonl', lr=3e-5, eval_by=("a", "b"), overwrite=True)
+    config = TrainConfig(data=('we"ird\\\n.jsonl', "b"), lr=3e-5, eval_by=("a", "b"), overwrite=True)
     path.write_text(to_toml(config))
     again = parse(["--config", str(path)])
     assert again == TrainConfig(**{**vars(config), "config": str(path)})

@@ -14,7 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from gcrm_kernels.launch import HAS_TRITON, operator_body, use_triton
+
+if HAS_TRITON:
+    from gcrm_kernels import triton_gather
 
 
 class InverseIndex(NamedTuple):
@@ -38,29 +42,51 @@ class InverseIndex(NamedTuple):
         return InverseIndex(order, torch.searchsorted(ordered, torch.arange(rows + 1, device=index_I.device)))
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(index, order, offsets)
-        ctx.row_shape = x.shape[1:]
-        return x.index_select(0, index)
+@torch.library.custom_op("gcrm::gather_rows", mutates_args=())
+def _gather(x: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """The inverse index is only handed on to the backward."""
+    return x.index_select(0, index)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        index, order, offsets = ctx.saved_tensors
-        # Sums of bf16 gradients are taken in fp32 and rounded once.
-        exact = grad.flatten(1).to(torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype)
-        if grad.is_cpu:  # index_add_ goes through the index in order there, and is several times faster
-            summed = exact.new_zeros(len(offsets) - 1, exact.shape[1]).index_add_(0, index, exact)
-        else:
-            summed = torch.segment_reduce(exact.index_select(0, order), "sum", offsets=offsets, axis=0, initial=0.0)
-        return summed.to(grad.dtype).unflatten(1, ctx.row_shape), None, None, None
+
+@_gather.register_fake
+def _(x: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty((index.shape[0], *x.shape[1:]))
+
+
+@torch.library.custom_op("gcrm::gather_rows_backward", mutates_args=())
+@operator_body
+def _add(grad: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """Sums of 16-bit gradients are taken in float32 and rounded once."""
+    flat = grad.flatten(1)
+    if use_triton(grad):
+        return triton_gather.add_rows(flat, order, offsets).unflatten(1, grad.shape[1:])
+    exact = flat.to(torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype)
+    if grad.is_cpu:  # index_add_ goes through the index in order there, and is several times faster
+        summed = exact.new_zeros(len(offsets) - 1, exact.shape[1]).index_add_(0, index, exact)
+    else:
+        summed = torch.segment_reduce(exact.index_select(0, order), "sum", offsets=offsets, axis=0, initial=0.0)
+    return summed.to(grad.dtype).unflatten(1, grad.shape[1:])
+
+
+@_add.register_fake
+def _(grad: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    return grad.new_empty((offsets.shape[0] - 1, *grad.shape[1:]))
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _add(grad, *ctx.saved_tensors), None, None, None
+
+
+_gather.register_autograd(_differentiate, setup_context=_save)
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: InverseIndex) -> Tensor:
     """``x[index]`` for x [T, ...] and index [I] int64, with a deterministic backward.
 
-    ``inverse`` is ``InverseIndex.of(index, T)`` on x's device.
+    ``inverse`` is ``InverseIndex.of(index, T)`` on x's device. Differentiable once.
     """
-    return _GatherRows.apply(x, index, inverse.order, inverse.offsets)
+    return _gather(x, index, inverse.order, inverse.offsets)

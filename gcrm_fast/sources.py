@@ -1,0 +1,177 @@
+"""Rows of training data, whatever holds them: JSON lines, gzip, Parquet, saved datasets, datasets of the Hub.
+
+A row comes with its place, 'source:number', numbered from 1: the line of a JSON-lines file (blank lines count), the row
+of anything else.
+"""
+
+import gzip
+import importlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gcrm_fast.errors import UserError
+
+MAX_LINE = 2**24  # bytes; a file without line feeds must not fill the memory
+FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".ndjson", ".txt"}
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>\S+))?")
+
+
+@dataclass
+class BadRecords:
+    """What becomes of a bad record: it ends the program or, with ``skip``, is left out and listed."""
+
+    skip: bool = False
+    skipped: list[str] = field(default_factory=list)
+
+    def add(self, error: UserError) -> None:
+        if not self.skip:
+            raise error
+        self.skipped.append(str(error))
+
+
+def first_line(error: BaseException) -> str:
+    """An exception of another library in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def rows(source: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a file, a folder that ``datasets`` saved (FOLDER[:SPLIT]), or a dataset of the Hub
+    (OWNER/NAME[/CONFIG][:SPLIT], split train by default).
+
+    What exists on the disk comes first. Rows that cannot be read go to ``bad``.
+
+    Raises:
+        UserError: nothing of that name, or an unreadable or damaged file.
+    """
+    folder, _, split = source.partition(":")
+    hub = HUB_NAME.fullmatch(source)
+    if os.path.isdir(source):
+        return _saved_rows(source, source, "")
+    if os.path.exists(source):
+        return _file_rows(Path(source), bad)
+    if os.path.isdir(folder):
+        return _saved_rows(source, folder, split)
+    if hub and Path(source).suffix not in FILE_SUFFIXES and folder[0] != ".":
+        return _hub_rows(source, hub["name"], hub["config"], hub["split"] or "train")
+    return _file_rows(Path(source), bad)
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def _file_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    """The kind of a file is told by its first bytes, not by its name."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        yield from _parquet_rows(path, bad) if magic == b"PAR1" else _json_rows(path, magic[:2] == b"\x1f\x8b", bad)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}): name a file, a saved dataset or OWNER/NAME") from None
+
+
+def _json_rows(path: Path, packed: bool, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    for number, line in _lines(path, packed):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            if len(line) > MAX_LINE:
+                raise UserError(f"{where}: the line has more than {MAX_LINE >> 20} MiB: one JSON object a line")
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            place = f"byte {error.start} of the line"
+            bad.add(UserError(f"{where}: not UTF-8 text ({place}): save the file as UTF-8"))
+        except (ValueError, RecursionError) as error:
+            bad.add(UserError(f"{where}: not valid JSON ({first_line(error)}): one JSON object a line"))
+        except UserError as error:
+            bad.add(error)
+        else:
+            yield where, record
+
+
+def _lines(path: Path, packed: bool) -> Iterator[tuple[int, bytes]]:
+    """(line number, raw line); of a line over MAX_LINE comes the start, one byte more than allowed."""
+    number = 0
+    try:
+        with gzip.open(path) if packed else path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                yield number, line
+                while len(line) > MAX_LINE and not line.endswith(b"\n"):
+                    line = file.readline(MAX_LINE + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}:{number + 1}: gzip data is damaged ({error}): copy the file again") from None
+
+
+def _parquet_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    pyarrow, parquet = _needed("pyarrow", path), _needed("pyarrow.parquet", path)
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for i in range(len(batch)):
+                    number += 1
+                    try:
+                        [record] = batch.slice(i, 1).to_pylist()
+                    except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates out of range
+                        message = f"{path}:{number}: the row cannot be read ({first_line(error)}): write it again"
+                        bad.add(UserError(message))
+                    else:
+                        yield f"{path}:{number}", record
+    except (pyarrow.ArrowException, OSError) as error:
+        message = f"{path}:{number + 1}: Parquet data is damaged ({first_line(error)}): copy the file again"
+        raise UserError(message) from None
+
+
+# -------------------------------------------------------------------------------------------------------- datasets
+
+
+def _needed(module: str, source: object) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{source}: needs {module}: pip install 'gcrm-fast[datasets]'") from None
+
+
+def _saved_rows(source: str, folder: str, split: str) -> Iterator[tuple[str, Any]]:
+    datasets = _needed("datasets", source)
+    try:
+        dataset = datasets.load_from_disk(folder)
+    except Exception as error:  # whatever its JSON, Arrow and file system libraries raise
+        raise UserError(f"{source}: not a folder that datasets can load ({first_line(error)}): name a file") from None
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            known = ", ".join(f"{folder}:{name}" for name in dataset)
+            raise UserError(f"{source}: holds several splits: name one of them: {known}")
+        dataset = dataset[split]
+    elif split:
+        raise UserError(f"{source}: holds no splits: name the folder alone")
+    yield from _dataset_rows(source, dataset)
+
+
+def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    datasets = _needed("datasets", source)
+    try:
+        dataset = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the network, the Hub's answers, the dataset's own files
+        reason = first_line(error)
+        raise UserError(f"{source}: no file, and no dataset that can be loaded ({reason}): check the name") from None
+    yield from _dataset_rows(source, dataset)
+
+
+def _dataset_rows(source: str, dataset: Any) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        for number, record in enumerate(dataset, start=1):
+            yield f"{source}:{number}", record
+    except Exception as error:  # a damaged Arrow file
+        raise UserError(f"{source}:{number + 1}: cannot be read ({first_line(error)}): save it again") from None

@@ -1,0 +1,39 @@
+"""Bad input ends in one clear line and leaves nothing behind."""
+
+import re
+from pathlib import Path
+
+import pytest
+from bad_input import Case
+from bad_records import CASES
+
+from gcrm_fast.train import main
+
+
+def tree(folder: Path) -> dict[Path, bytes | None]:
+    """Every path under a folder, with the content of files."""
+    return {p: p.read_bytes() if p.is_file() and not p.is_symlink() else None for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = case.build(tmp_path)
+    before = tree(tmp_path)
+    capsys.readouterr()  # what building the case has printed
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1, said.err
+    assert said.err.startswith("gcrm train: ")
+    assert "Traceback" not in said.err
+    assert re.search(case.message, said.err), said.err
+    assert tree(tmp_path) == before
+
+
+def test_cases_are_distinct() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
