@@ -187,7 +187,7 @@ def keep_freed_memory() -> None:
 
 
 def optimizer_and_schedule(
-    model: RewardModel, config: TrainConfig, steps: int
+    model: torch.nn.Module, config: TrainConfig, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW (0.9, beta2); linear warm-up, then a cosine to 0."""
     values: dict[str, Any] = {
@@ -211,6 +211,12 @@ def optimizer_and_schedule(
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def cast_weights(model: RewardModel, optimizer: str) -> None:
+    """Stores the trunk's weights as the optimizer keeps them; the reward head stays float32."""
+    if optimizer != "adamw":
+        model.model.to(torch.bfloat16)
 
 
 def accumulate(
@@ -328,8 +334,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
 
     with torch.device("meta"):
         model = RewardModel(prepared.model_config, config.attention, recompute)
-    if config.optimizer != "adamw":
-        model.model.to(torch.bfloat16)
+    cast_weights(model, config.optimizer)
     if config.compile:
         model.compile_blocks()
     parallel.shard(model, mesh, dtype)

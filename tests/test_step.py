@@ -1,0 +1,269 @@
+"""The training step: packs built ahead, what it costs, recomputation, compiled blocks, optimizers, no waiting."""
+
+import functools
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_config, small_model
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from gcrm_fast import parallel, train
+from gcrm_fast.accounting import RECOMPUTE, choose_recompute, kept_for_backward, peak_flops, predicted_memory, work
+from gcrm_fast.config import TrainConfig
+from gcrm_fast.data import TokenizedPair
+from gcrm_fast.loader import Step, Steps, load
+from gcrm_fast.model import RewardModel
+from gcrm_fast.objectives import Objective, losses
+from gcrm_fast.packing import Budget, Pack, Sampling, build_pack
+
+CPU = torch.device("cpu")
+
+
+def steps_of(pairs: Sequence[TokenizedPair], rank: int = 0, world_size: int = 1, **changes: Any) -> Steps:
+    options = {"global_batch_pairs": 3, "group_prompts": 2} | changes
+    return Steps(pairs, Budget(60, 32), Sampling(samples=4), rank=rank, world_size=world_size, **options)
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if hasattr(value, "__dataclass_fields__"):
+        value = list(vars(value).values())
+    return [x for v in value for x in tensors(v)] if isinstance(value, (list, tuple)) else []
+
+
+def assert_same_steps(found: Sequence[Step], expected: Sequence[Step]) -> None:
+    assert [(s.n_pairs, [p.pairs.pair_ids for p in s.packs]) for s in found] == [
+        (s.n_pairs, [p.pairs.pair_ids for p in s.packs]) for s in expected
+    ]
+    for a, b in zip(tensors(list(found)), tensors(list(expected)), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_steps_do_not_depend_on_who_builds_them_or_where_one_starts(pairs: list[TokenizedPair], workers: int) -> None:
+    expected = [steps_of(pairs)[i] for i in range(7)]  # two epochs of 3 + 3 + 1 pairs, and one more step
+    assert [step.n_pairs for step in expected] == [3, 3, 1, 3, 3, 1, 3]
+    assert_same_steps(list(load(steps_of(pairs), 0, 7, workers, CPU)), expected)
+    assert_same_steps(list(load(steps_of(pairs), 4, 7, workers, CPU)), expected[4:])
+
+
+def test_ranks_share_a_step(pairs: list[TokenizedPair]) -> None:
+    for i in range(3):
+        whole = steps_of(pairs)[i]
+        parts = [steps_of(pairs, rank, 2)[i] for rank in range(2)]
+        assert {part.n_pairs for part in parts} == {whole.n_pairs}
+        ids = [j for part in parts for pack in part.packs for j in pack.pairs.pair_ids]
+        assert sorted(ids) == sorted(j for pack in whole.packs for j in pack.pairs.pair_ids)
+        assert len({len(part.packs) for part in parts}) == 1
+
+
+def test_a_failing_worker_ends_the_run(pairs: list[TokenizedPair]) -> None:
+    with pytest.raises(RuntimeError, match="max_length|does not|list index|must be|needs"):
+        next(load(Steps(pairs, Budget(1, 32), Sampling(), global_batch_pairs=3, group_prompts=1, rank=0, world_size=1),
+                  0, 1, 1, CPU))  # fmt: skip
+
+
+def test_packs_travel_between_processes_as_arrays(pairs: list[TokenizedPair]) -> None:
+    pack = build_pack([pairs[:2], [pairs[3]]], Sampling(variant="dense"), 0)
+    data = pickle.dumps(pack)
+    assert b"torch" not in data
+    assert_same_steps([Step(3, [pickle.loads(data)])], [Step(3, [pack])])
+
+
+# ------------------------------------------------------------------------------------------------------ what it costs
+
+
+def attention_flops(pack: Pack, config: Any) -> int:
+    """Forward, every layer: 4 D for each key that a query may see, counted one by one."""
+    seen = 0
+    q, k = pack.cu_seqlens_q.diff().tolist(), pack.cu_seqlens_k.diff().tolist()
+    for queries, keys in zip(q, k, strict=True):
+        seen += sum(keys - queries + i + 1 for i in range(queries))
+    return 4 * seen * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_counted_operations_are_those_of_the_model(pairs: list[TokenizedPair], recompute: str) -> None:
+    config = small_config(projection_size=7)
+    pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=2), 0)
+    model = RewardModel(config, recompute=recompute)
+    with FlopCounterMode(display=False) as counter:
+        output = model(pack)
+        (output.reward_2N.sum() + output.z_RD.sum()).backward()
+    attention = attention_flops(pack, config)
+    done = work(pack, config, recompute)
+    assert done.model_flops + done.extra_flops == counter.get_total_flops() + attention * (
+        4 if recompute == "block" else 3
+    )
+    assert (done.extra_flops > 0) == (recompute != "none")
+    assert (done.pairs, done.tokens) == (6, len(pack.input_ids_T))
+    assert done.padded_tokens == 2 * 6 * max(
+        len(i) for p in (*pairs[:5], pairs[6]) for i in (p.chosen_ids, p.rejected_ids)
+    )
+
+
+def test_peak_of_this_machine_is_measured() -> None:
+    flops, source = peak_flops(CPU, torch.float32)
+    assert 1e8 < flops < 1e14
+    assert "measured" in source
+
+
+# --------------------------------------------------------------------------------------------------------- recomputing
+
+
+def backward(model: RewardModel, pack: Pack) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients, and the bytes of distinct activations that the backward kept."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if x.is_floating_point() and storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        total, _ = losses(model(pack), pack.pairs, Objective())
+    model.zero_grad()
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, sum(kept.values())
+
+
+def test_recomputing_changes_memory_and_nothing_else(pairs: list[TokenizedPair]) -> None:
+    """Bitwise the same gradients; and what is kept is what the memory model says."""
+    config = small_config(num_hidden_layers=6, hidden_size=64, intermediate_size=160)
+    pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=2), 0)
+    expected, _ = backward(small_model(config), pack)
+    kept = []
+    for recompute in RECOMPUTE:
+        model = RewardModel(config, recompute=recompute).double()
+        model.load_state_dict(small_model(config).state_dict())
+        found, size = backward(model, pack)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        predicted = kept_for_backward(config, len(pack.input_ids_T), len(pack.kv_index_K), recompute, 8)
+        assert size == pytest.approx(predicted, rel=0.25), recompute
+        kept.append(size)
+    assert kept[0] > 1.5 * kept[1] > 2 * kept[2]
+
+
+def test_recomputation_is_chosen_by_memory() -> None:
+    shape: dict[str, Any] = {"config": small_config(), "tokens": 10_000, "keys": 15_000, "optimizer": "adamw", "width": 4,
+                             "world_size": 1}  # fmt: skip
+    needs = [predicted_memory(recompute=recompute, **shape) for recompute in RECOMPUTE]
+    assert needs[0] > needs[1] > needs[2]
+    for recompute, need in zip(RECOMPUTE, needs, strict=True):
+        assert choose_recompute(int(need / 0.9) + 2, **shape) == recompute
+    assert choose_recompute(0, **shape) == "block"
+
+
+# ------------------------------------------------------------------------------------------------------------ the step
+
+
+def test_compiled_blocks_equal_eager_ones_and_compile_once(
+    pairs: list[TokenizedPair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    config = small_config(num_hidden_layers=4)
+    eager, compiled = small_model(config), small_model(config)
+    compiled.compile_blocks()
+    compiled_so_far = []
+    for chosen in ([pairs[:2], pairs[2:5]], [[pairs[6]]], [[pairs[0]], [pairs[3]], [pairs[5]]], [pairs[2:5]]):
+        pack = build_pack(chosen, Sampling(samples=3), 0)
+        for a, b in zip(backward(eager, pack)[0].values(), backward(compiled, pack)[0].values(), strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+        compiled_so_far.append(len(graphs))
+    assert compiled_so_far == [2] * 4, "a block of each kind, whole and pruned, and no other sizes or layers"
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func._opname not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["paper", "dense"])
+def test_a_step_never_waits_for_the_device(pairs: list[TokenizedPair], variant: str) -> None:
+    config = TrainConfig(lr=1e-3)
+    with parallel.process_group() as (mesh, device):
+        model = RewardModel(small_config(projection_size=5))
+        parallel.shard(model, mesh, torch.float32)
+        optimizer, schedule = train.optimizer_and_schedule(model, config, 3)
+        packs = [
+            build_pack([pairs[:2]], Sampling(variant=variant), 0),
+            build_pack([[pairs[3]]], Sampling(variant=variant), 0),
+        ]
+        with _NoWaiting():
+            train.accumulate(model, packs, 3, Objective(dense=variant == "dense"), device)
+            train.clip_gradients(model, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw-bf16", "adamw-8bit"])
+def test_optimizers_learn_with_the_memory_they_promise(pairs: list[TokenizedPair], name: str) -> None:
+    if name != "adamw":
+        pytest.importorskip("torchao")
+    from gcrm_fast.accounting import OPTIMIZER_BYTES
+
+    pack = build_pack([[pair] for pair in pairs], Sampling(samples=4), 0)
+    with parallel.process_group() as (mesh, device), torch.compiler.set_stance("force_eager"):
+        model = small_model(small_config(hidden_size=128, intermediate_size=256), torch.float32)
+        train.cast_weights(model, name)
+        parallel.shard(model, mesh, torch.float32)
+        optimizer, schedule = train.optimizer_and_schedule(model, TrainConfig(optimizer=name, lr=3e-3, warmup=0.0), 30)
+        sums = []
+        for _ in range(30):
+            sums.append(train.accumulate(model, [pack], len(pairs), Objective(), device)[0].item() / len(pairs))
+            optimizer.step()
+            schedule.step()
+            size = sum(p.numel() for p in model.model.layers.parameters())
+            held = sum(bytes_of(p) + bytes_of(p.grad) + sum(map(bytes_of, optimizer.state[p].values()))
+                       for p in model.model.layers.parameters())  # fmt: skip
+            optimizer.zero_grad()
+    assert sums[-1] < 0.7 * sums[0]
+    assert held / size == pytest.approx(OPTIMIZER_BYTES[name], rel=0.03)
+
+
+def bytes_of(x: Any) -> int:
+    x = x.to_local() if isinstance(x, DTensor) else x
+    if hasattr(x, "__tensor_flatten__"):
+        return sum(bytes_of(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+    return x.nbytes
+
+
+def test_stochastic_rounding_keeps_small_updates() -> None:
+    """Plain bfloat16 weights of 1 would never move by steps of 1e-4."""
+    pytest.importorskip("torchao")
+    with torch.compiler.set_stance("force_eager"):
+        model = torch.nn.Linear(64, 64, bias=False).bfloat16()
+        with torch.no_grad():
+            model.weight.fill_(1.0)
+        optimizer, _ = train.optimizer_and_schedule(
+            model, TrainConfig(optimizer="adamw-bf16", lr=1e-4, warmup=0.0), 10**6
+        )
+        for _ in range(20):
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step()
+    assert float(model.weight.double().mean()) == pytest.approx(1 - 20e-4, abs=4e-4)
+    assert len(np.unique(model.weight.detach().float().numpy())) > 1
