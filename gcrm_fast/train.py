@@ -31,7 +31,6 @@ from gcrm_fast.data import (
     LengthReport,
     Pair,
     TokenizedPair,
-    load_tokenizer,
     read_pairs,
     tokenize_pairs,
     train_tokenizer,
@@ -42,6 +41,7 @@ from gcrm_fast.model import ModelConfig, RewardModel
 from gcrm_fast.objectives import STATISTICS, Objective, losses
 from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs, split_to_budget
 from gcrm_fast.report import MetricsLog, plot_curves, table
+from gcrm_fast.tokenization import choose_pad, load_tokenizer
 
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
 
@@ -58,7 +58,7 @@ class Prepared:
     train: list[TokenizedPair]
     held_out: list[TokenizedPair]
     lengths: LengthReport
-    weights: checkpoint.RowReader
+    weights: checkpoint.Weights
     budget: Budget
     sampling: Sampling
     steps: int
@@ -78,25 +78,21 @@ def load_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     return train[: config.train_pairs or None], held_out
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Reads and checks all inputs; writes nothing."""
-    output = Path(config.output or default_output(config))
-    if (output / "model").exists() and not config.overwrite:
-        raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is not a folder")
-    train, held_out = load_pairs(config)
+def load_model(
+    config: TrainConfig, train: list[Pair]
+) -> tuple[PreTrainedTokenizerBase, ModelConfig, checkpoint.Weights]:
+    """Tokenizer, shape and weights: those of --model, or new ones for the training text."""
+    tokenizer = load_tokenizer(checkpoint.locate(config.tokenizer, "--tokenizer")) if config.tokenizer else None
     if config.model:
-        folder = Path(config.model)
+        folder = checkpoint.locate(config.model, "--model")
         model_config = checkpoint.read_config(folder, head=config.head, projection_size=config.projection_size)
-        tokenizer = load_tokenizer(folder)
         weights = checkpoint.open_weights(folder, model_config, config.seed)
+        tokenizer = tokenizer or load_tokenizer(folder)
     else:
-        tokenizer = train_tokenizer(
-            (p.prompt + side for p in train for side in (p.chosen, p.rejected)), config.vocab_size
-        )
+        texts = (p.prompt + side for p in train for side in (p.chosen, p.rejected))
+        tokenizer = tokenizer or train_tokenizer(texts, config.vocab_size)
         model_config = ModelConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=max(tokenizer.get_vocab().values()) + 1,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
             num_hidden_layers=config.layers,
@@ -108,7 +104,19 @@ def prepare(config: TrainConfig) -> Prepared:
             projection_size=config.projection_size,
         )
         weights = checkpoint.fresh_weights(model_config, config.seed)
-    checkpoint.choose_pad(tokenizer, model_config.vocab_size, config.model or "the trained tokenizer")
+    choose_pad(tokenizer, model_config.vocab_size, config.tokenizer or config.model or "the trained tokenizer")
+    return tokenizer, model_config, weights
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Reads and checks all inputs; writes nothing."""
+    output = Path(config.output or default_output(config))
+    if (output / "model").exists() and not config.overwrite:
+        raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is not a folder")
+    train, held_out = load_pairs(config)
+    tokenizer, model_config, weights = load_model(config, train)
     tokenized, lengths = tokenize_pairs(tokenizer, train, config.max_length)
     tokenized_held_out = tokenize_pairs(tokenizer, held_out, config.max_length)[0] if held_out else []
     budget = Budget(config.tokens_per_batch, model_config.hidden_size)
@@ -262,7 +270,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
     with torch.device("meta"):
         model = RewardModel(prepared.model_config, config.attention)
     parallel.shard(model, mesh, dtype)
-    parallel.materialize(model, mesh, device, prepared.weights)
+    parallel.materialize(model, mesh, device, prepared.weights.rows)
     optimizer, schedule = optimizer_and_schedule(model, config, prepared.steps)
 
     log = MetricsLog(prepared.output) if rank == 0 else None
@@ -356,13 +364,15 @@ def finish(
 def run(config: TrainConfig) -> None:
     """Checks all inputs on every rank before any process group work, then trains. Raises UserError."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    is_first = os.environ.get("RANK", "0") == "0"
     prepared = prepare(config)
+    if is_first and prepared.weights.notes:
+        print(*prepared.weights.notes, sep="\n", flush=True)
     if config.dry_run:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first:
             print(describe(prepared, config, world_size))
         return
     keep_freed_memory()
-    is_first = os.environ.get("RANK", "0") == "0"
     with locked(prepared.output) if is_first else contextlib.nullcontext(), parallel.process_group() as (mesh, device):
         train(config, prepared, mesh, device)
 

@@ -1,0 +1,36 @@
+"""Every case of bad input: exit code 2, one clear line on stderr, nothing left behind."""
+
+import re
+from pathlib import Path
+
+import pytest
+from bad_checkpoints import CASES as CHECKPOINTS
+from bad_input import Case
+
+from gcrm_fast.train import main
+
+CASES = CHECKPOINTS
+
+
+def tree(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = case.build(tmp_path)
+    before = tree(tmp_path)
+    capfd.readouterr()
+    assert main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"gcrm train: [^\n]+\n", err), err
+    assert re.search(case.message, err), err
+    assert tree(tmp_path) == before
+
+
+def test_cases_are_distinct() -> None:
+    assert len({case.name for case in CASES}) == len(CASES)
