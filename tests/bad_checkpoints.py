@@ -109,8 +109,8 @@ def with_tokenizer(folder: Path, **special: str) -> None:
 def with_nothing_to_pad(folder: Path) -> None:
     """A tokenizer whose one special token is bos, eos and pad."""
     with_tokenizer(folder, eos_token=BOS, pad_token=BOS)
-    path = folder / "tokenizer.json"
-    path.write_text(path.read_text().replace(PAD, "<|other|>"))
+    for path in folder.glob("*token*"):
+        path.write_text(path.read_text().replace(PAD, "<|other|>"))
 
 
 def with_fewer_rows(folder: Path) -> None:
