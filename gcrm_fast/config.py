@@ -65,12 +65,13 @@ class TrainConfig:
     # ---- objective
     objective: Literal["gcrm", "ranking"] = "gcrm"
     """gcrm: ranking + contrastive loss; ranking: the ranking loss alone."""
-    objective_variant: Literal["paper", "repo"] = "paper"
-    """How positions are drawn and reduced: as the paper says, or as the authors' release does."""
+    objective_variant: Literal["paper", "repo", "dense"] = "paper"
+    """How positions are drawn and reduced: as the paper says, as the authors' release does, or all positions compared,
+    the exact expectation of the paper's draws."""
     contrastive_weight: float = 0.5
     """Weight lambda of the contrastive loss."""
     samples: int = 16
-    """Sampled positions a pair (K of the paper, S of the release)."""
+    """Sampled positions a pair, at most 64 (K of the paper, S of the release); dense samples none."""
     pairing: Literal["auto", "paired", "grid"] = "auto"
     """Compare sample k with sample k (paired) or every source with every goal (grid). auto: paired for paper, grid for
     repo."""
@@ -233,6 +234,10 @@ def check(config: TrainConfig) -> None:
         need(0 <= getattr(config, name) < float("inf"), name, "0 or more, and finite")
     for name in ("epochs", "temperature", "clip"):
         need(0 < getattr(config, name) < float("inf"), name, "more than 0, and finite")
+    need(config.samples <= 64, "samples", "at most 64")
+    if config.objective_variant == "dense":
+        need(config.pairing in ("auto", "paired"), "pairing", "paired with --objective-variant dense")
+        need(config.reduce in ("auto", "log_then_mean"), "reduce", "log_then_mean with --objective-variant dense")
     need(0 <= config.warmup < 1, "warmup", "in [0, 1)")
     need(0 < config.beta2 < 1, "beta2", "in (0, 1)")
     need(config.max_length >= 3, "max_length", "at least 3")

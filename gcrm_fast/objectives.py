@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from gcrm_kernels import goal_contrastive_loss
+from gcrm_kernels import ContrastiveStatistics, dense_contrastive_loss, gather_rows, goal_contrastive_loss
 from torch import Tensor
 
 from gcrm_fast.model import Output
@@ -31,9 +31,13 @@ STATISTICS = (
 
 @dataclass(frozen=True)
 class Objective:
-    """Total loss L_R + contrastive_weight * L_C (GCRM, arXiv 2407.13887); weight 0 is plain ranking."""
+    """Total loss L_R + contrastive_weight * L_C (GCRM, arXiv 2407.13887); weight 0 is plain ranking.
+
+    ``dense`` compares all positions of a pair: the exact expectation of drawn ones, paired, log_then_mean.
+    """
 
     contrastive_weight: float = 0.5
+    dense: bool = False
     pairing: str = "paired"
     reduce: str = "log_then_mean"
     temperature: float = 1.0
@@ -44,6 +48,24 @@ def ranking_loss(reward_2N: Tensor, margin_N: Tensor) -> Tensor:
     return -F.logsigmoid(reward_2N[0] - reward_2N[1] - margin_N)
 
 
+def contrastive_loss(z_RD: Tensor, pairs: PairRows, objective: Objective) -> tuple[Tensor, ContrastiveStatistics]:
+    """Contrastive loss of each pair, [N], and mean similarities."""
+    if objective.dense:
+        z_MD = gather_rows(z_RD, pairs.positions_M, pairs.positions_inverse)
+        return dense_contrastive_loss(
+            z_MD, pairs.positions_cu_seqlens, pairs.max_pair_length, temperature=objective.temperature
+        )
+    return goal_contrastive_loss(
+        z_RD,
+        *pairs.samples_4NS,
+        has_positive_N=pairs.has_positive_N,
+        pairing=objective.pairing,
+        reduce=objective.reduce,
+        temperature=objective.temperature,
+        tiles=pairs.samples_tiles,
+    )
+
+
 def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tensor, Tensor]:
     """Sum over the pack's pairs of the total loss (scalar), and the detached sums of ``STATISTICS`` [11] float32.
 
@@ -51,15 +73,7 @@ def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tenso
     """
     ranking_N = ranking_loss(output.reward_2N, pairs.margin_N)
     with torch.set_grad_enabled(torch.is_grad_enabled() and objective.contrastive_weight != 0):
-        contrastive_N, similarity = goal_contrastive_loss(
-            output.z_RD,
-            *pairs.samples_4NS,
-            has_positive_N=pairs.has_positive_N,
-            pairing=objective.pairing,
-            reduce=objective.reduce,
-            temperature=objective.temperature,
-            inverse=pairs.samples_inverse,
-        )
+        contrastive_N, similarity = contrastive_loss(output.z_RD, pairs, objective)
     total_N = ranking_N + objective.contrastive_weight * contrastive_N
     reward_2N = output.reward_2N.detach()
     statistics_N = (

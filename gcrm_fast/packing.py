@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gcrm_kernels import InverseIndex
+from gcrm_kernels import InverseIndex, RowTiles
 from torch import Tensor
 
 from gcrm_fast.data import TokenizedPair
@@ -27,7 +27,7 @@ QUANTILES = 11  # Q-values are read at 0, 10, ..., 100 % of a completion
 
 @dataclass(frozen=True)
 class Sampling:
-    """How source and goal positions are drawn (SPEC: ``paper`` or ``repo``)."""
+    """Which source and goal positions are compared: drawn (``paper`` or ``repo``), or all of them (``dense``)."""
 
     samples: int = 16
     variant: str = "paper"
@@ -37,11 +37,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class PairRows:
-    """What the losses read, as indices into the read rows R of a pack (all int64)."""
+    """What the losses read, as indices into the read rows R of a pack (int64 unless noted)."""
 
     end_2N: Tensor  # last token of chosen [0] and rejected [1]
-    samples_4NS: Tensor  # sources, goals, negative sources, negative goals
-    samples_inverse: InverseIndex
+    samples_4NS: Tensor  # sources, goals, negative sources, negative goals; S = 0 where all positions are compared
+    samples_tiles: RowTiles
+    positions_M: Tensor  # all compared positions: chosen 0, rejected 0, chosen 1, ...; M = 0 where they are sampled
+    positions_inverse: InverseIndex
+    positions_cu_seqlens: Tensor  # int32, [2N + 1]
+    max_pair_length: int  # longest chosen + rejected among the positions
     quantiles_2NQ: Tensor  # rows at 0..100 % of chosen and rejected; Q = 0 unless asked for
     has_positive_N: Tensor  # bool; False where the chosen completion has one token and so no (i < j)
     shared_negatives_N: Tensor  # float32, share of the negative goals that lie before the completions diverge
@@ -78,8 +82,8 @@ def _to(value: Any, device: torch.device) -> Any:
     """A field of a pack, or the pack itself, on ``device``."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
-    if isinstance(value, InverseIndex):
-        return InverseIndex(*(_to(v, device) for v in value))
+    if isinstance(value, (InverseIndex, RowTiles)):
+        return type(value)(*(_to(v, device) for v in value))
     if isinstance(value, (Pack, PairRows)):
         return replace(value, **{f.name: _to(getattr(value, f.name), device) for f in fields(value)})
     return value
@@ -95,6 +99,13 @@ def divergence(pair: TokenizedPair) -> int:
     return int(differs.argmax()) if differs.any() else n
 
 
+def first_negative(pair: TokenizedPair, sampling: Sampling) -> int:
+    """First position of the rejected completion that may be a negative goal."""
+    if sampling.negatives != "after-divergence":
+        return 0
+    return min(max(divergence(pair) - pair.rejected_start, 0), len(pair.rejected_ids) - pair.rejected_start - 1)
+
+
 def draw_samples(pair: TokenizedPair, sampling: Sampling, epoch: int) -> np.ndarray:
     """Positions [4, S] in the completions (0 = first completion token): sources, goals, negative sources (of chosen),
     negative goals (of rejected). Counter-based: depends on (seed, epoch, pair id) alone.
@@ -104,8 +115,7 @@ def draw_samples(pair: TokenizedPair, sampling: Sampling, epoch: int) -> np.ndar
     rng = np.random.Generator(np.random.Philox(key=[sampling.seed, epoch], counter=[0, 0, 0, pair.pair_id]))
     n_chosen = len(pair.chosen_ids) - pair.chosen_start
     n_rejected = len(pair.rejected_ids) - pair.rejected_start
-    first = max(divergence(pair) - pair.rejected_start, 0) if sampling.negatives == "after-divergence" else 0
-    first = min(first, n_rejected - 1)
+    first = first_negative(pair, sampling)
     s = sampling.samples
     if sampling.variant == "repo":
         # Fractions counted from the end: position -floor(f * na + 1) with na text tokens, -1 the end token.
@@ -200,41 +210,18 @@ def build_pack(
     ``quantiles`` adds the rows at 0, 10, ..., 100 % of both completions (index max(n * i // 10 - 1, 0) of n).
     """
     layout = _Layout()
-    end, samples, quantile_rows, has_positive, shared, margins, ids = [], [], [], [], [], [], []
+    pairs, wanted = [], []
     for group in groups:
         distinct = distinct_sequences(group)
         rows_of = dict(zip(distinct, layout.add(list(distinct.values())), strict=True))
         for pair in group:
             chosen = rows_of[pair.chosen_ids.tobytes()][pair.chosen_start :]
             rejected = rows_of[pair.rejected_ids.tobytes()][pair.rejected_start :]
-            drawn_4S = draw_samples(pair, sampling, epoch)
-            samples.append(np.concatenate([chosen[drawn_4S[:3]], rejected[drawn_4S[3:]]]))
-            end.append([chosen[-1], rejected[-1]])
-            if quantiles:
-                quantile_rows.append(
-                    [completion[quantile_positions(len(completion))] for completion in (chosen, rejected)]
-                )
-            has_positive.append(len(chosen) > 1)
-            shared.append((drawn_4S[3] < divergence(pair) - pair.rejected_start).mean())
-            margins.append(pair.margin)
-            ids.append(pair.pair_id)
+            pairs.append(pair)
+            wanted.append(_wanted_rows(pair, chosen, rejected, sampling, epoch, quantiles))
     if not groups:
         layout.add([np.zeros(1, dtype=np.int32)])
-
-    n, s = len(ids), sampling.samples
-    rows = [
-        np.array(end, dtype=np.int64).reshape(n, 2).swapaxes(0, 1),
-        np.array(samples, dtype=np.int64).reshape(n, 4, s).swapaxes(0, 1),
-        np.array(quantile_rows, dtype=np.int64).reshape(n, 2, QUANTILES if quantiles else 0).swapaxes(0, 1),
-    ]
-    # Each row once, in order; what is wanted becomes indices into them. A dummy pack reads its only token.
-    flat = np.concatenate([r.ravel() for r in rows])
-    read_rows, index = np.unique(flat if n else np.zeros(1, dtype=np.int64), return_inverse=True)
-    cuts = np.cumsum([0] + [r.size for r in rows])
-    end_2N, samples_4NS, quantiles_2NQ = (
-        index[a:b].reshape(r.shape) for r, a, b in zip(rows, cuts[:-1], cuts[1:], strict=True)
-    )
-
+    read_rows, pair_rows = _read_rows(pairs, wanted, sampling)
     kv_index = np.concatenate(layout.kv)
     return Pack(
         input_ids_T=_tensor(np.concatenate(layout.ids), np.int64),
@@ -247,16 +234,74 @@ def build_pack(
         kv_inverse=InverseIndex.of(kv_index, layout.tokens),
         read_rows_R=_tensor(read_rows, np.int64),
         read_inverse=InverseIndex.of(read_rows, layout.tokens),
-        pairs=PairRows(
-            end_2N=_tensor(end_2N, np.int64),
-            samples_4NS=_tensor(samples_4NS, np.int64),
-            samples_inverse=InverseIndex.of(samples_4NS.ravel(), len(read_rows)),
-            quantiles_2NQ=_tensor(quantiles_2NQ, np.int64),
-            has_positive_N=_tensor(np.array(has_positive), np.bool_),
-            shared_negatives_N=_tensor(np.array(shared), np.float32),
-            margin_N=_tensor(np.array(margins), np.float32),
-            pair_ids=tuple(ids),
-        ),
+        pairs=pair_rows,
+    )
+
+
+@dataclass(frozen=True)
+class _WantedRows:
+    """Flat rows of one pair's tokens that a loss or a metric reads."""
+
+    end_2: list[int]
+    samples_4S: np.ndarray
+    positions: list[np.ndarray]  # chosen and rejected positions that are all compared, or empty
+    quantiles_2Q: list[np.ndarray]
+    shared_negatives: float
+
+
+def _wanted_rows(
+    pair: TokenizedPair, chosen: np.ndarray, rejected: np.ndarray, sampling: Sampling, epoch: int, quantiles: bool
+) -> _WantedRows:
+    if sampling.variant == "dense":
+        samples_4S = np.zeros((4, 0), dtype=np.int64)
+        negative_goals = np.arange(first_negative(pair, sampling), len(rejected))
+        positions = [chosen, rejected[negative_goals]]
+    else:
+        drawn_4S = draw_samples(pair, sampling, epoch)
+        samples_4S = np.concatenate([chosen[drawn_4S[:3]], rejected[drawn_4S[3:]]])
+        negative_goals, positions = drawn_4S[3], [chosen[:0], rejected[:0]]
+    return _WantedRows(
+        end_2=[chosen[-1], rejected[-1]],
+        samples_4S=samples_4S,
+        positions=positions,
+        quantiles_2Q=[c[quantile_positions(len(c))] if quantiles else c[:0] for c in (chosen, rejected)],
+        shared_negatives=(negative_goals < divergence(pair) - pair.rejected_start).mean(),
+    )
+
+
+def _read_rows(
+    pairs: Sequence[TokenizedPair], wanted: Sequence[_WantedRows], sampling: Sampling
+) -> tuple[np.ndarray, PairRows]:
+    """The distinct rows that are read, ascending, and what is wanted as indices into them."""
+    n, s = len(pairs), 0 if sampling.variant == "dense" else sampling.samples
+    segments = [p for w in wanted for p in w.positions]
+    lengths = [len(p) for p in segments]
+    parts = [
+        np.array([w.end_2 for w in wanted], dtype=np.int64).reshape(n, 2).swapaxes(0, 1),
+        np.array([w.samples_4S for w in wanted], dtype=np.int64).reshape(n, 4, s).swapaxes(0, 1),
+        np.concatenate([*segments, np.zeros(0, dtype=np.int64)]),
+        np.array([w.quantiles_2Q for w in wanted], dtype=np.int64).reshape(n, 2, -1 if n else 0).swapaxes(0, 1),
+    ]
+    flat = np.concatenate([part.ravel() for part in parts])
+    # A dummy pack reads its only token.
+    read_rows, index = np.unique(flat if n else np.zeros(1, dtype=np.int64), return_inverse=True)
+    cuts = np.cumsum([0] + [part.size for part in parts])
+    end_2N, samples_4NS, positions_M, quantiles_2NQ = (
+        index[a:b].reshape(part.shape) for part, a, b in zip(parts, cuts[:-1], cuts[1:], strict=True)
+    )
+    return read_rows, PairRows(
+        end_2N=_tensor(end_2N, np.int64),
+        samples_4NS=_tensor(samples_4NS, np.int64),
+        samples_tiles=RowTiles.of(samples_4NS, len(read_rows)),
+        positions_M=_tensor(positions_M, np.int64),
+        positions_inverse=InverseIndex.of(positions_M, len(read_rows)),
+        positions_cu_seqlens=_tensor(_cumulative(lengths), np.int32),
+        max_pair_length=max((a + b for a, b in zip(lengths[::2], lengths[1::2], strict=True)), default=0),
+        quantiles_2NQ=_tensor(quantiles_2NQ, np.int64),
+        has_positive_N=_tensor(np.array([len(p.chosen_ids) - p.chosen_start > 1 for p in pairs]), np.bool_),
+        shared_negatives_N=_tensor(np.array([w.shared_negatives for w in wanted]), np.float32),
+        margin_N=_tensor(np.array([p.margin for p in pairs]), np.float32),
+        pair_ids=tuple(p.pair_id for p in pairs),
     )
 
 

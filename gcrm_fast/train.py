@@ -141,6 +141,7 @@ def objective_of(config: TrainConfig) -> Objective:
     released = config.objective_variant == "repo"
     return Objective(
         contrastive_weight=config.contrastive_weight if config.objective == "gcrm" else 0.0,
+        dense=config.objective_variant == "dense",
         pairing=("grid" if released else "paired") if config.pairing == "auto" else config.pairing,
         reduce=("mean_then_log" if released else "log_then_mean") if config.reduce == "auto" else config.reduce,
         temperature=config.temperature,

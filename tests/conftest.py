@@ -1,5 +1,6 @@
 """Small models and pairs that several test files share."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,18 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
+
+# Before anything imports triton: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.model import ModelConfig, RewardModel, initial_value
+
+# The same examples at every run, so that a red test is the change's own. --hypothesis-profile=default: fresh ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 VOCAB = 50
 SPECIAL = 3  # bos, eos, pad: no random token is one of them

@@ -1,7 +1,8 @@
 """Plants known faults, one at a time, in a copy of the project; each must turn a named test red (`make mutants`).
 
-A mutant is (file, text, replacement, test to run). The text must occur exactly once, so that a mutant cannot go stale
-unnoticed. Exit code 1 if a fault goes unseen, or if a test is red without one.
+A mutant is (file, text, replacement, test to run: a file, and after " -k " which of its tests). The text must occur
+exactly once, so that a mutant cannot go stale unnoticed. Exit code 1 if a fault goes unseen, or if a test is red
+without one.
 """
 
 import os
@@ -13,7 +14,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 INVARIANTS, OBJECTIVES, PARITY = "tests/test_invariants.py", "tests/test_objectives.py", "tests/test_parity.py"
-PACKING, DATA, ARITHMETIC, TRAIN = (f"tests/test_{name}.py" for name in ("packing", "data", "arithmetic", "train"))
+PACKING, DATA, ARITHMETIC = (f"tests/test_{name}.py" for name in ("packing", "data", "arithmetic"))
+TRAIN = "tests/test_train.py -k processes"
+KERNELS = "tests/test_kernels.py -k "
+GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
+ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or eps) and not {other}"
+                    for path, other in (("pytorch", "triton"), ("triton", "pytorch")))  # fmt: skip
+DENSE_ANALYTIC, DENSE_TRITON = (
+    KERNELS + f"dense_loss and not any_lengths and {path}" for path in ("pytorch", "triton")
+)
+Q_TRITON = KERNELS + "q_values and triton"
+CONTRASTIVE, SAMPLED, DENSE, DENSE_KERNELS, Q_KERNEL = (
+    f"kernels/gcrm_kernels/{name}.py"
+    for name in ("contrastive", "triton_contrastive", "dense", "triton_dense", "triton_qvalues")
+)
 
 MUTANTS = {
     "position off by one after a shared prefix": (
@@ -22,24 +36,60 @@ MUTANTS = {
     "segment boundary moved": (
         "gcrm_fast/packing.py", "self.q_lens.append(len(own))", "self.q_lens.append(len(own) - (i == 1) + (i == 0))",
         INVARIANTS),
-    "scatter instead of add": (
-        "kernels/gcrm_kernels/gather.py", ".index_add_(0, index, exact)", ".index_copy_(0, index, exact)", OBJECTIVES),
+    "gathered rows scattered instead of added": (
+        "kernels/gcrm_kernels/gather.py", ".index_add_(0, index, exact)", ".index_copy_(0, index, exact)", GATHER),
     "inverse index in the wrong order": (
         "kernels/gcrm_kernels/gather.py", "out=offsets[1:]", "out=offsets[:-1]", PACKING),
     "margin dropped": (
         "gcrm_fast/objectives.py", "reward_2N[1] - margin_N", "reward_2N[1]", OBJECTIVES),
+    "scatter instead of add": (
+        CONTRASTIVE, "out_RH.index_add_(0, index_I, values_IH)", "out_RH.index_copy_(0, index_I, values_IH)",
+        OBJECTIVES),
     "negative term with the wrong sign": (
-        "kernels/gcrm_kernels/reference.py", "_reduce(-negative / temperature", "_reduce(negative / temperature",
-        OBJECTIVES),
+        CONTRASTIVE, "cosine.new_tensor([1.0, -1.0])", "cosine.new_tensor([1.0, 1.0])", OBJECTIVES),
     "temperature applied twice": (
-        "kernels/gcrm_kernels/reference.py", "_reduce(positive / temperature", "_reduce(positive / temperature**2",
-        OBJECTIVES),
+        CONTRASTIVE, "x = cosine * (sign / temperature)", "x = cosine * (sign / temperature**2)", OBJECTIVES),
     "positive term kept for a completion of one token": (
-        "kernels/gcrm_kernels/reference.py", "torch.where(has_positive_N, positive_loss_N, 0.0)", "positive_loss_N",
-        OBJECTIVES),
+        CONTRASTIVE, "loss_2N.mul(counted_2N).sum(0)", "loss_2N.sum(0)", OBJECTIVES),
     "cosines in half precision": (
-        "kernels/gcrm_kernels/reference.py", "x = x if x.dtype == torch.float64 else x.float()", "x = x + 0",
-        OBJECTIVES),
+        CONTRASTIVE, "norms_4NS = hidden_RH.new_empty((2, 2, n, s), dtype=dtype)",
+        "norms_4NS = hidden_RH.new_empty((2, 2, n, s), dtype=hidden_RH.dtype)", OBJECTIVES),
+    "goals' own share taken for sources": (
+        CONTRASTIVE, "torch.stack([share.sum(-1), share.sum(-2)])", "torch.stack([share.sum(-2), share.sum(-1)])",
+        ANALYTIC),
+    "gradient through a clamped norm": (CONTRASTIVE, ".mul_(norms_4NS > EPS)", "", ANALYTIC),
+    "reference without its clamp": (
+        "kernels/gcrm_kernels/reference.py", ".clamp_min(EPS * EPS).sqrt()", ".sqrt()", ANALYTIC),
+    "a unit missing from a tile": (
+        CONTRASTIVE, "np.searchsorted(tile, np.arange(len(starts)))",
+        "np.searchsorted(tile, np.arange(len(starts)) + 1)", TILES),
+    "tiles built on the device off by one": (
+        CONTRASTIVE, "F.pad(position, (1, 0))[before]", "F.pad(position, (1, 0), value=1)[before]", TILES),
+    "kernel: padding samples counted": (
+        SAMPLED, "similarity = tl.sum(tl.where(counted, cosine, 0.0)) / count",
+        "similarity = tl.sum(cosine) / (SP * SP)", TRITON),
+    "kernel: repeated rows added once": (
+        SAMPLED, "named & (s[None, :] < slot[:, None])", "named & (s[None, :] < 0)", TRITON),
+    "kernel: last row of a tile not written": (
+        SAMPLED, "inside = (r < end)[:, None] & (h < width)[None, :]",
+        "inside = (r < end - 1)[:, None] & (h < width)[None, :]", TRITON),
+    "kernel: gradient of goals with the strides of sources": (
+        SAMPLED, "goal, source, 1, S, grad", "goal, source, S, 1, grad", TRITON),
+    "kernel: negatives without their gradient": (SAMPLED, "* direction * has_term", "* has_term", TRITON),
+    "dense: negatives weighed like positives": (
+        DENSE, "(1 / ((b - a) * (c - b)))", "(1 / (b - a) ** 2)", DENSE_ANALYTIC),
+    "dense kernel: a lone position takes part in a positive": (
+        DENSE_KERNELS, "tl.where(l_c > 1.0, 2.0 / tl.maximum(l_c * (l_c - 1.0), 1.0), 0.0)", "2.0 / (l_c * l_c)",
+        DENSE_TRITON),
+    "dense kernel: a turn starts at the first tile": (
+        DENSE_KERNELS, "i = a + (first_tile + slot % tiles) * TILE", "i = a + (slot % tiles) * TILE", DENSE_TRITON),
+    "dense kernel: the last pair of a turn skipped": (
+        DENSE_KERNELS, "min(pairs, n - first_pair)", "min(pairs, n - first_pair - 1) or 1", DENSE_TRITON),
+    "Q-values of goals that are not unit vectors": (
+        Q_KERNEL, "q = dots * largest[None, :]", "q = dots", Q_TRITON),
+    "dense: rejected positions before the divergence": (
+        "gcrm_fast/packing.py", "positions = [chosen, rejected[negative_goals]]", "positions = [chosen, rejected]",
+        PACKING),
     "causal mask aligned top-left": (
         "gcrm_fast/attention.py", "(q + (k_len - q_len)).unsqueeze(-1)", "(q + 0 * k_len).unsqueeze(-1)",
         INVARIANTS),
@@ -82,9 +132,9 @@ MUTANTS = {
 def is_red(folder: Path, test: str) -> bool:
     paths = f"{folder}{os.pathsep}{folder / 'kernels'}"
     environment = {**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
-    selected = ["-k", "processes"] if test == TRAIN else []
-    result = subprocess.run([*command, *selected], cwd=folder, env=environment, capture_output=True, check=False)
+    file, _, selected = test.partition(" -k ")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", selected]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
     return result.returncode == 1
 
 

@@ -43,6 +43,7 @@ VARIANTS = [
     (Sampling(samples=5), Objective(), {}),
     (Sampling(samples=4, variant="repo"), Objective(pairing="grid", reduce="mean_then_log"), {"projection_size": 7}),
     (Sampling(samples=3, negatives="after-divergence"), Objective(temperature=0.3), {"head": "mlp"}),
+    (Sampling(variant="dense", negatives="after-divergence"), Objective(dense=True), {"projection_size": 6}),
 ]
 
 
@@ -91,9 +92,10 @@ def test_any_cut_into_packs_gives_the_same_loss(pairs: list[TokenizedPair], worl
         assert_same(whole, loss_and_gradients(model, plan, sampling, objective))
 
 
-def test_a_dummy_pack_touches_every_parameter_and_adds_nothing() -> None:
+@pytest.mark.parametrize("variant", ["paper", "dense"])
+def test_a_dummy_pack_touches_every_parameter_and_adds_nothing(variant: str) -> None:
     model = small_model(small_config(projection_size=5, head="mlp"))
-    loss, gradients = loss_and_gradients(model, [[]], Sampling(), Objective())
+    loss, gradients = loss_and_gradients(model, [[]], Sampling(variant=variant), Objective(dense=variant == "dense"))
     assert loss.item() == 0.0
     assert gradients.keys() == dict(model.named_parameters()).keys()
     assert all(not g.any() for g in gradients.values())

@@ -180,3 +180,22 @@ def test_segment_attention_gradcheck_with_shared_keys_and_grouped_heads() -> Non
         )
         out = segment_attention(q, k, v, cu_q, cu_k)[rows_q].transpose(0, 1)
         torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("negatives", ["anywhere", "after-divergence"])
+def test_dense_positions_are_the_tokens_of_both_completions(pairs: list[TokenizedPair], negatives: str) -> None:
+    pack = build_pack(
+        [pairs[:2], pairs[2:5], [pairs[5]], [pairs[6]]], Sampling(variant="dense", negatives=negatives), 0
+    )
+    rows = pack.pairs
+    assert rows.samples_4NS.shape == (4, 7, 0)
+    tokens = pack.input_ids_T[pack.read_rows_R][rows.positions_M].split(rows.positions_cu_seqlens.diff().tolist())
+    lengths = []
+    for n, pair in enumerate(pairs):
+        first = 0 if negatives == "anywhere" else max(divergence(pair) - pair.rejected_start, 0)
+        assert tokens[2 * n].tolist() == pair.chosen_ids[pair.chosen_start :].tolist()
+        assert tokens[2 * n + 1].tolist() == pair.rejected_ids[pair.rejected_start + first :].tolist()
+        lengths.append(len(tokens[2 * n]) + len(tokens[2 * n + 1]))
+        before = max(divergence(pair) - pair.rejected_start, 0) / (len(pair.rejected_ids) - pair.rejected_start)
+        assert rows.shared_negatives_N[n].item() == pytest.approx(before if first == 0 else 0.0)
+    assert rows.max_pair_length == max(lengths)

@@ -158,6 +158,20 @@ def test_one_two_and_three_processes_give_the_same_losses_and_model(pair_file: P
             torch.testing.assert_close(models[other][name], tensor, rtol=2e-3, atol=2e-4)
 
 
+def test_comparing_all_positions_trains(pair_file: Path, tmp_path: Path) -> None:
+    """Every position makes the contrastive loss independent of the number of samples, and training lowers it."""
+    contrastive = []
+    for samples in ("1", "16"):
+        output = tmp_path / samples
+        code = main(["--data", str(pair_file), "--output", str(output), *TINY, "--vocab-size", "300", "--lr", "0.01",
+                     "--objective-variant", "dense", "--samples", samples, "--epochs", "8", "--log-every", "1",
+                     "--global-batch-pairs", "21"])  # fmt: skip
+        assert code == 0
+        contrastive.append([row["loss/contrastive"] for row in rows(output) if "loss/contrastive" in row])
+    assert contrastive[0] == contrastive[1]
+    assert contrastive[0][-1] < contrastive[0][0] - 0.05
+
+
 def test_dry_run_trains_and_writes_nothing(pair_file: Path, tmp_path: Path, gcrm: Gcrm) -> None:
     result = gcrm("--data", str(pair_file), "--output", str(tmp_path / "out"), "--vocab-size", "300", "--dry-run")
     assert result.returncode == 0, result.stderr
@@ -209,6 +223,9 @@ def test_bad_input_under_torchrun_fails_once_before_any_training(tmp_path: Path)
         (["--tokens-per-batch", "10"], "--tokens-per-batch"),
         (["--no-such-option", "3"], "--no-such-option"),
         (["--samples", "many"], "--samples"),
+        (["--samples", "65"], "--samples"),
+        (["--objective-variant", "dense", "--pairing", "grid"], "--pairing"),
+        (["--objective-variant", "dense", "--reduce", "mean_then_log"], "--reduce"),
         (["--config", "no.toml"], "no.toml"),
         (["--preset", "other"], "--preset other"),
         (["--preset", "arithmetic", "--data", "x.jsonl"], "--preset arithmetic"),

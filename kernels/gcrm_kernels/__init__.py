@@ -1,6 +1,16 @@
 """Tensor operations of goal-conditioned reward models. Knows tensors only; never imports gcrm_fast."""
 
+from gcrm_kernels.contrastive import ContrastiveStatistics, RowTiles, goal_contrastive_loss
+from gcrm_kernels.dense import dense_contrastive_loss
 from gcrm_kernels.gather import InverseIndex, gather_rows
-from gcrm_kernels.reference import goal_contrastive_loss, q_values
+from gcrm_kernels.qvalues import q_values
 
-__all__ = ["InverseIndex", "gather_rows", "goal_contrastive_loss", "q_values"]
+__all__ = [
+    "ContrastiveStatistics",
+    "InverseIndex",
+    "RowTiles",
+    "dense_contrastive_loss",
+    "gather_rows",
+    "goal_contrastive_loss",
+    "q_values",
+]

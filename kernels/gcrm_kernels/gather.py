@@ -31,6 +31,12 @@ class InverseIndex(NamedTuple):
         np.cumsum(np.bincount(index_I, minlength=rows), out=offsets[1:])
         return InverseIndex(torch.from_numpy(order), torch.from_numpy(offsets))
 
+    @staticmethod
+    def on_device(index_I: Tensor, rows: int) -> "InverseIndex":
+        """The same, built where the index is, without waiting for the device."""
+        ordered, order = index_I.sort(stable=True)
+        return InverseIndex(order, torch.searchsorted(ordered, torch.arange(rows + 1, device=index_I.device)))
+
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod

@@ -1,0 +1,194 @@
+"""Compiles every Triton kernel ahead of time and prints what it needs: no GPU is used.
+
+    python bench/kernel_resources.py [--targets sm_80 sm_90] [--dtypes bf16 fp16 fp32] [--samples 16 32 64] [--json]
+
+A row is one kernel in one specialisation for one target: registers a thread, stack bytes a thread (a spill shows here),
+shared memory a program, warps, and how many instructions of each kind its machine code holds. sm_100 and gfx942 are
+compiled as far as their assembler goes. Needs triton without TRITON_INTERPRET.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET"):
+    sys.exit("TRITON_INTERPRET is set: unset it, an interpreted kernel cannot be compiled")
+
+import triton
+from gcrm_kernels import contrastive, reference, triton_contrastive, triton_dense, triton_qvalues
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_90", "sm_100")} | {
+    "gfx942": GPUTarget("hip", "gfx942", 64)
+}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+INSTRUCTIONS = {
+    "tensor": r"\b(?:HMMA|HGMMA|UTCHMMA|QGMMA)", "fma": r"\bFFMA", "load": r"\bLDG", "async_load": r"\bLDGSTS",
+    "store": r"\bSTG", "wide": r"\.128\b", "atomic": r"\b(?:ATOM|RED)\b",
+}  # fmt: skip
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """A kernel with everything that its compilation depends on."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    types: dict[str, str]  # of the arguments that are not float32 tensors, int32 numbers or constants
+    num_warps: int
+    num_stages: int
+
+
+@dataclass
+class Resources:
+    """What one compiled specialisation needs."""
+
+    kernel: str
+    target: str
+    warps: int
+    registers: int | None = None
+    stack: int | None = None
+    shared: int = 0
+    shared_limit: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+
+
+def specialisations(dtype: str, samples: list[int]) -> Iterator[Specialisation]:
+    """Every kernel as it is launched for states of ``dtype``."""
+    itemsize = ITEMSIZE[dtype]
+    rows = dict.fromkeys(("rows_ptr", "starts_ptr", "offsets_ptr", "units_ptr"), "*i64")
+    types = {**rows, "hidden_ptr": "*" + dtype, "out_ptr": "*" + dtype, "has_positive_ptr": "*i1"}
+    for s in samples:
+        padded = triton_contrastive._padded(s)
+        for grid in (True, False):
+            form = f"{'grid' if grid else 'paired'} {dtype} S={s}"
+            config = triton_contrastive.forward_candidates(s, itemsize)[0]
+            constants = {"S": s, "SP": padded, "BLOCK_H": config.block, "GRID": grid}
+            for mean_then_log in (False, True):
+                name = f"contrastive forward {form} {'mean_then_log' if mean_then_log else 'log_then_mean'}"
+                more = {"EPS": reference.EPS, "MEAN_THEN_LOG": mean_then_log}
+                if s == samples[0]:
+                    yield Specialisation(f"{name} N=1", triton_contrastive._forward_kernel,
+                                         constants | more | {"n_pairs": 1}, types,
+                                         config.num_warps, config.num_stages)  # fmt: skip
+                yield Specialisation(name, triton_contrastive._forward_kernel, constants | more, types,
+                                     config.num_warps, config.num_stages)  # fmt: skip
+            config = triton_contrastive.backward_candidates(s, itemsize)[0]
+            constants |= {"TILE": contrastive.TILE_ROWS, "BLOCK_H": config.block}
+            if s == samples[0]:  # a number that is 1 becomes a constant when a kernel is launched
+                yield Specialisation(f"contrastive backward {form} N=1", triton_contrastive._backward_kernel,
+                                     constants | {"n_pairs": 1}, types,
+                                     config.num_warps, config.num_stages)  # fmt: skip
+            yield Specialisation(f"contrastive backward {form}", triton_contrastive._backward_kernel, constants, types,
+                                 config.num_warps, config.num_stages)  # fmt: skip
+    types = {"states_ptr": "*" + dtype, "high_ptr": "*" + dtype, "low_ptr": "*" + dtype}
+    for goals in (1, 64):
+        config = triton_qvalues.candidates(itemsize)[0]
+        constants = {"EPS": reference.EPS, "BLOCK_T": triton_qvalues.BLOCK_T, "GP": max(16, goals),
+                     "BLOCK_D": config.block} | ({"goals": 1} if goals == 1 else {})  # fmt: skip
+        yield Specialisation(f"q_values {dtype} G={goals}", triton_qvalues._q_kernel, constants, types,
+                             config.num_warps, config.num_stages)  # fmt: skip
+    types = {"states_ptr": "*" + dtype, "out_ptr": "*" + dtype, "cu_seqlens_ptr": "*i32"}
+    config = triton_dense.cosine_config(itemsize)
+    for backward in (False, True):
+        name = f"dense cosine {'backward' if backward else 'forward'} {dtype}"
+        constants = {"BACKWARD": backward, "TILE": triton_dense.TILE, "BLOCK_D": config.block}
+        yield Specialisation(name, triton_dense._cosine_kernel, constants, types,
+                             config.num_warps, config.num_stages)  # fmt: skip
+    config = triton_dense.gradient_config(itemsize)
+    constants = {"TILE": triton_dense.TILE, "BLOCK_D": config.block}
+    yield Specialisation(f"dense gradient {dtype}", triton_dense._gradient_kernel, constants, types,
+                         config.num_warps, config.num_stages)  # fmt: skip
+
+
+def argument_type(name: str, given: Specialisation) -> str:
+    if name in given.constants:
+        return "constexpr"
+    default = "*fp32" if name.endswith("_ptr") else "fp32" if name == "inverse_temperature" else "i32"
+    return given.types.get(name, default)
+
+
+def compile_one(given: Specialisation, target: str) -> Resources:
+    """Compiles with pointers, widths and row strides divisible by 16, as they are for the usual shapes."""
+    names = given.kernel.arg_names
+    signature = {name: argument_type(name, given) for name in names}
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or (signature[name] == "i32" and name in ("width", "row_stride"))
+    }
+    constants = {(names.index(name),): value for name, value in given.constants.items()}
+    source = ASTSource(given.kernel, signature, constexprs=constants, attrs=divisible)
+    compiled = triton.compile(
+        source, target=TARGETS[target], options={"num_warps": given.num_warps, "num_stages": given.num_stages}
+    )
+    row = Resources(given.name, target, given.num_warps, shared=compiled.metadata.shared,
+                    shared_limit=SHARED_LIMIT[target])  # fmt: skip
+    if "cubin" in compiled.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = tool("cuobjdump", "-res-usage", file.name)
+            machine_code = tool("nvdisasm", file.name)
+        row.registers, row.stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+        row.instructions = {what: len(re.findall(pattern, machine_code)) for what, pattern in INSTRUCTIONS.items()}
+    return row
+
+
+def tool(name: str, *arguments: str) -> str:
+    return subprocess.run([BINARIES / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def compile_at(dtype: str, samples: list[int], target: str, index: int) -> Resources:
+    return compile_one(list(specialisations(dtype, samples))[index], target)
+
+
+def table(rows: list[Resources]) -> str:
+    header = ["kernel", "target", "warps", "regs", "stack", "shared B", *INSTRUCTIONS]
+    lines = [header] + [
+        [r.kernel, r.target, str(r.warps), str(r.registers), str(r.stack), str(r.shared),
+         *(str(r.instructions.get(what, "-")) for what in INSTRUCTIONS)]
+        for r in rows
+    ]  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["sm_80", "sm_90"])
+    parser.add_argument("--dtypes", nargs="+", choices=ITEMSIZE, default=list(ITEMSIZE))
+    parser.add_argument("--samples", nargs="+", type=int, default=[16, 32, 64], help="S, 1 to 64")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object a row")
+    options = parser.parse_args()
+    jobs = [
+        (dtype, options.samples, target, index)
+        for target in options.targets
+        for dtype in options.dtypes
+        for index in range(len(list(specialisations(dtype, options.samples))))
+    ]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        rows = list(pool.map(compile_at, *zip(*jobs, strict=True)))
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    print(f"triton {triton.__version__}\n{table(rows)}")
+    spilled = [row.kernel for row in rows if row.stack]
+    print(f"\n{len(rows)} compiled; " + (f"SPILLS: {', '.join(spilled)}" if spilled else "no spills"))
+
+
+if __name__ == "__main__":
+    main()
