@@ -11,9 +11,10 @@ A saved model is a ``LlamaForSequenceClassification`` folder (one label) plus
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -24,14 +25,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.errors import UserError, one_line
+from gcrm_fast.llama_config import huggingface_config, read_json
 from gcrm_fast.model import ModelConfig, RewardModel, initial_value
 from gcrm_fast.tokenization import save_tokenizer
 
 END_POLICY = "completion ends with the tokenizer's eos token, which is scored"
 COMPANION = "gcrm.safetensors"
 BESIDE = (COMPANION, "value_head.safetensors")  # files read beside the shards; the second is LLaMA-Factory's
-HUB_FILES = ["config.json", "gcrm.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
-             "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.json", "merges.txt"]  # fmt: skip
+TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+                   "vocab.json", "merges.txt"]  # fmt: skip
+SUBFOLDERS = "*/*"  # other copies of the weights: not fetched
+MODEL_FILES = [*TOKENIZER_FILES, "adapter_config.json", "*.safetensors", "*.safetensors.index.json"]
 # Where reward models keep one linear layer from H to 1, as NAME.weight and, in some, NAME.bias.
 HEADS = (
     "score",  # transformers' sequence and token classification, and with them OpenRLHF and veRL
@@ -41,14 +45,16 @@ HEADS = (
     "score_head",  # safe-rlhf
     "reward_head",  # MOSS-RLHF
     "regression_head",  # UltraRM
+    "scalar_head",  # the TL;DR reproduction of Huang et al.
 )
+LEFT_OUT = {  # tensors that are left out knowingly: a pattern of their names, with a dot before; and why
+    "*.lm_head.weight": "a reward model has no use for it",
+    "*.rotary_emb.inv_freq": "computed from config.json",
+    ".normalizer.*": "it moves and scales all rewards alike",  # safe-rlhf
+}
+BIAS_LEFT_OUT = "it moves all rewards alike, so that no comparison changes"
 FIRST_TENSOR = "layers.0.input_layernorm.weight"  # what stands before it is the trunk's prefix
 FLOATS = ("BF16", "F16", "F32", "F64")
-ROPE_FIELDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
 
 RowReader = Callable[[str, torch.Size, slice], Tensor]  # (parameter name, its full shape, rows) -> those rows
 
@@ -63,17 +69,19 @@ class Weights(NamedTuple):
 # --------------------------------------------------------------------------------------------------------- finding
 
 
-def locate(name: str, flag: str) -> Path:
-    """The folder ``name``, or the copy of the hub repository ``name``, downloaded unless it is in the hub's cache.
+def locate(name: str, flag: str, files: list[str]) -> Path:
+    """The folder ``name``, or the copy of the hub repository ``name``, of which ``files`` (patterns) are downloaded
+    unless they are in the hub's cache.
 
-    Any number of processes may call it at once: the hub's own file locks let one of them download each file. Pickles
-    are never downloaded.
+    Any number of processes may call it at once: the hub's own file locks let one of them download each file.
 
     Raises:
-        UserError: neither a folder nor a repository that can be had.
+        UserError: neither a folder that may be read nor a repository that can be had.
     """
     # os.path answers False where pathlib raises: names too long, or folders that may not be entered.
     if os.path.isdir(name):
+        if not os.access(name, os.R_OK | os.X_OK):
+            raise UserError(f"{flag} {name}: permission denied: make the folder readable")
         return Path(name)
     if os.path.exists(name):
         raise UserError(f"{flag} {name}: is a file: name the folder of a Hugging Face model")
@@ -82,115 +90,11 @@ def locate(name: str, flag: str) -> Path:
     except HFValidationError:
         raise UserError(f"{flag} {name}: no such folder") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=SUBFOLDERS))
     except Exception as error:  # the hub lets through errors of its HTTP library, which depends on its version
         raise UserError(
             f"{flag} {name}: no such folder, and not to be had from the Hugging Face hub ({one_line(error)})"
         ) from None
-
-
-# ---------------------------------------------------------------------------------------------------------- config
-
-
-def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig:
-    """The shape of the Llama in ``folder``, from a config.json of transformers 4 or 5.
-
-    Raises:
-        UserError: no such file, another architecture, a quantised model or an adapter, a field of the wrong type or
-            value, or a RoPE type that is not supported.
-    """
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: holds an adapter (adapter_config.json): merge it into its base model first")
-    path = folder / "config.json"
-    raw = read_json(path, "name the folder of a Hugging Face Llama")
-    if raw.get("model_type") != "llama":
-        raise UserError(f"{path}: field 'model_type' is {raw.get('model_type')!r}: only 'llama' is supported")
-    if raw.get("quantization_config"):
-        raise UserError(f"{path}: field 'quantization_config': a quantised model cannot be trained: use the original")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: field 'hidden_act' is {raw['hidden_act']!r}: only 'silu' is supported")
-    hidden, heads = (_field(raw, path, name, int) for name in ("hidden_size", "num_attention_heads"))
-    if raw.get("head_dim") is None and hidden % heads:
-        raise UserError(f"{path}: field 'hidden_size' is {hidden}, not a multiple of the {heads} attention heads")
-    theta, scaling = _rope(raw, path)
-    config = ModelConfig(
-        vocab_size=_field(raw, path, "vocab_size", int),
-        hidden_size=hidden,
-        intermediate_size=_field(raw, path, "intermediate_size", int),
-        num_hidden_layers=_field(raw, path, "num_hidden_layers", int),
-        num_attention_heads=heads,
-        num_key_value_heads=_field(raw, path, "num_key_value_heads", int, heads),
-        head_dim=_field(raw, path, "head_dim", int, hidden // heads),
-        rms_norm_eps=_field(raw, path, "rms_norm_eps", float, 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        attention_bias=_field(raw, path, "attention_bias", bool, False),
-        mlp_bias=_field(raw, path, "mlp_bias", bool, False),
-        max_position_embeddings=_field(raw, path, "max_position_embeddings", int, 2048),
-        head=head,
-        projection_size=projection_size,
-    )
-    if heads % config.num_key_value_heads:
-        raise UserError(f"{path}: field 'num_key_value_heads' is {config.num_key_value_heads}: must divide {heads}")
-    if config.head_dim % 2:
-        raise UserError(f"{path}: field 'head_dim' is {config.head_dim}: rotary embeddings need an even one")
-    return config
-
-
-def _field(raw: Mapping[str, Any], path: Path, name: str, kind: type, default: Any = None) -> Any:
-    """``raw[name]``: a boolean, or a positive finite number. Absent and null are ``default``, or an error without one.
-
-    ``kind`` is bool, int or float.
-    """
-    value = raw.get(name)
-    if value is None:
-        if default is None:
-            raise UserError(f"{path}: field {name!r} is missing")
-        return default
-    if kind is bool:
-        fits = isinstance(value, bool)
-    else:
-        accepted = int if kind is int else (int, float)
-        fits = isinstance(value, accepted) and not isinstance(value, bool) and 0 < value < 2**31
-    if not fits:
-        what = {bool: "true or false", int: "a positive integer", float: "a positive number"}[kind]
-        raise UserError(f"{path}: field {name!r} is {value!r}: must be {what}")
-    return value
-
-
-def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling or None) from ``rope_parameters`` (transformers 5) or ``rope_theta``/``rope_scaling`` (4)."""
-    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    parameters = raw.get(name) or {}
-    if not isinstance(parameters, dict):
-        raise UserError(f"{path}: field {name!r} is {type(parameters).__name__}: must be an object or null")
-    theta = float(_field({"rope_theta": 10000.0, **raw, **parameters}, path, "rope_theta", float))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if not isinstance(kind, str) or kind not in ROPE_FIELDS or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"{path}: field {name!r} asks for RoPE of type {kind!r}"
-            f"{' on part of each head' if 'partial_rotary_factor' in parameters else ''}: "
-            f"supported are {', '.join(ROPE_FIELDS)}"
-        )
-    if kind == "default":
-        return theta, None
-    scaling = {field: _field(parameters, path, field, float) for field in ROPE_FIELDS[kind]}
-    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise UserError(f"{path}: field {name!r}: low_freq_factor must be below high_freq_factor")
-    return theta, {**scaling, "rope_type": kind}
-
-
-def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """A JSON object from a file, or a UserError that ends in ``hint``."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): {hint}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}): {hint}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object: {hint}")
-    return value
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -206,7 +110,7 @@ class Stored(NamedTuple):
 
 def open_weights(folder: Path, config: ModelConfig, seed: int) -> Weights:
     """A reader of parameter rows for ``parallel.materialize``; all names, shapes and dtypes are checked before it
-    returns, and every tensor of the folder is used, known to be of no use (``lm_head``, rotary tables), or an error.
+    returns, and every tensor of the folder is used, known to be of no use (LEFT_OUT, with a note), or an error.
 
     Tensors are read from safetensors, one at a time and only the rows asked for. The trunk may stand behind any one
     prefix (none, ``model.``, ``pretrained_model.model.`` ...). The linear reward head may have any name of HEADS; its
@@ -271,18 +175,17 @@ def _match(
     stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], folder: Path, config: ModelConfig
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """(stored name of each parameter that is not to be started anew, notes). Raises UserError, see open_weights."""
-    source = _match_trunk(stored, wanted, folder)
-    notes, left_out = [], set()
+    source, left_out, notes = _match_trunk(stored, wanted, folder), dict(LEFT_OUT), []
     head = _linear_head(stored, folder, config)
     if head:
         source["score.weight"] = f"{head}.weight"
+        left_out[f".{head}.bias"] = BIAS_LEFT_OUT
         if f"{head}.bias" in stored:
-            notes.append(_bias_note(stored, f"{head}.bias"))
-            left_out.add(f"{head}.bias")
+            _check(f"{head}.bias", stored[f"{head}.bias"], (1,))
     for part, what in (("score", "reward head"), ("projection", "projection")):
-        own = [name for name in wanted if name.startswith(f"{part}.") and name not in source]
-        if any(name in stored for name in own):
-            source.update({name: name for name in own})
+        own = {name: name for name in wanted if name.startswith(f"{part}.") and name not in source}
+        if own.keys() & stored.keys():
+            source |= own
         elif own:
             notes.append(f"holds no {what}: a new one is started")
     missing = [key for key in source.values() if key not in stored]
@@ -290,13 +193,14 @@ def _match(
         raise UserError(f"{folder}: {_some(missing)} missing from its safetensors files: download it again")
     for name, key in source.items():
         _check(key, stored[key], wanted[name])
-    for key in stored.keys() - source.values():
-        if f".{key}".endswith(".lm_head.weight"):
-            notes.append(f"{key} is left out: a reward model has no use for it")
-            left_out.add(key)
-        elif key.endswith("rotary_emb.inv_freq"):  # computed from config.json
-            left_out.add(key)
-    _refuse(sorted(stored.keys() - source.values() - left_out), stored, folder)
+    rest = stored.keys() - source.values()
+    for pattern, why in left_out.items():
+        known = {key for key in rest if fnmatchcase(f".{key}", pattern)}
+        if known:
+            notes.append(f"{_some(known)} left out: {why}")
+        rest -= known
+    if rest:
+        raise UserError(f"{folder}: {_some(rest)} without a place in this model: {_hint(rest, stored)}")
     return source, tuple(f"{folder}: {note}" for note in notes)
 
 
@@ -310,8 +214,7 @@ def _match_trunk(stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, .
     source = {name: prefix + name.removeprefix("model.") for name in wanted if name.startswith("model.")}
     # Of two tied tensors safetensors' save_model keeps the first by name.
     embedding = source["model.embed_tokens.weight"]
-    tied = read_json(folder / "config.json", "download it again").get("tie_word_embeddings") is True
-    if embedding not in stored and tied and "lm_head.weight" in stored:
+    if embedding not in stored and "lm_head.weight" in stored and _stated(folder, "tie_word_embeddings") is True:
         source["model.embed_tokens.weight"] = "lm_head.weight"
     return source
 
@@ -326,14 +229,16 @@ def _linear_head(stored: Mapping[str, Stored], folder: Path, config: ModelConfig
             f"{folder}: its reward head '{heads[0]}.weight' is linear: leave out --head {config.head}, or start from "
             f"the language model"
         )
+    if not heads and config.head == "linear" and "Classification" in str(_stated(folder, "architectures")):
+        raise UserError(
+            f"{folder}: tensor 'score.weight' missing from its safetensors files, though config.json, field "
+            f"'architectures', speaks of a head: download it again, or write LlamaForCausalLM there for a new head"
+        )
     return heads[0] if heads else ""
 
 
-def _bias_note(stored: Mapping[str, Stored], key: str) -> str:
-    _check(key, stored[key], (1,))
-    with safe_open(stored[key].path, framework="pt") as file:
-        value = file.get_tensor(key).item()
-    return f"{key} ({value:g}) is left out: it moves every reward alike, so that no comparison changes"
+def _stated(folder: Path, field: str) -> object:
+    return read_json(folder / "config.json", "download it again").get(field)
 
 
 def _check(key: str, tensor: Stored, shape: tuple[int, ...]) -> None:
@@ -348,22 +253,19 @@ def _check(key: str, tensor: Stored, shape: tuple[int, ...]) -> None:
         )
 
 
-def _refuse(leftover: list[str], stored: Mapping[str, Stored], folder: Path) -> None:
-    """Raises UserError for tensors without a place, which would be lost in silence."""
-    if not leftover:
-        return
+def _hint(rest: Collection[str], stored: Mapping[str, Stored]) -> str:
+    """What to do about tensors without a place, which would be lost in silence."""
     options = []  # of a model that this program saved
-    if "score.0.weight" in leftover:
+    if "score.0.weight" in rest:
         options.append("--head mlp")
-    if "projection.weight" in leftover:
+    if "projection.weight" in rest:
         options.append(f"--projection-size {stored['projection.weight'].shape[0]}")
-    hint = "merge adapters into the weights, and make a head one linear layer 'score.weight'"
     if options:
-        hint = f"pass {' '.join(options)}, with which it was trained"
-    raise UserError(f"{folder}: {_some(leftover)} without a place in this model: {hint}")
+        return f"pass {' '.join(options)}, with which it was trained"
+    return "merge adapters into the weights, and make a head one linear layer 'score.weight'"
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Collection[str]) -> str:
     """How many names and the first few: "5 tensors ('a', 'b', 'c', ...)"."""
     shown = ", ".join(repr(name) for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
@@ -384,45 +286,6 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(state[name].shape)}{state[name].dtype}".encode())
         digest.update(state[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def huggingface_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json that transformers 4 and 5 read alike.
-
-    ``problem_type: regression`` keeps servers from putting the reward through a sigmoid. A folder with an MLP head
-    names the bare trunk as its architecture, so that nobody loads it with a random linear head by accident.
-    """
-    rope = config.rope_scaling or {"rope_type": "default"}
-    name = str(dtype).removeprefix("torch.")
-    return {
-        "architectures": ["LlamaForSequenceClassification" if config.head == "linear" else "LlamaModel"],
-        "model_type": "llama",
-        "num_labels": 1,
-        "id2label": {"0": "reward"},
-        "label2id": {"reward": 0},
-        "problem_type": "regression",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling,
-        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": False,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "torch_dtype": name,
-        "dtype": name,
-    }
 
 
 def save_model(

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import normalizers
-from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gcrm_fast.errors import UserError, one_line
 
@@ -22,22 +23,46 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         UserError: none that loads, one without character offsets or eos, or a sentencepiece model that transformers
             cannot reproduce.
     """
-    bare = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
     try:
-        if bare:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = _from_json(folder)
+        elif (folder / "tokenizer.model").is_file():
             tokenizer = _from_sentencepiece(folder)
-        else:
+        else:  # files of other kinds, which transformers converts
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
-        raise UserError(f"{folder}: no tokenizer that transformers can load ({one_line(error)})") from None
+        raise UserError(
+            f"{folder}: no tokenizer that transformers can load ({one_line(error)}): name another with --tokenizer"
+        ) from None
     if not tokenizer.is_fast:
         raise UserError(
             f"{folder}: the tokenizer gives no character offsets: convert it to a fast one (tokenizer.json)"
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no eos token, where rewards are read: add one")
+    return tokenizer
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _from_json(folder: Path) -> PreTrainedTokenizerBase:
+    """AutoTokenizer's, with the text rules of tokenizer.json as they stand, under transformers 4 and 5 alike.
+
+    transformers 5 gives a Llama tokenizer that 4 saved another rule for leading spaces. transformers 4 knows neither
+    the class nor the list of extra special tokens that 5 writes (tokenizer.json has these tokens too).
+    """
+    known = _settings(folder).get("tokenizer_class") != "TokenizersBackend"
+    tokenizer = (AutoTokenizer if known else PreTrainedTokenizerFast).from_pretrained(
+        str(folder), local_files_only=True, extra_special_tokens={}
+    )
+    stated = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.backend_tokenizer.normalizer = stated.normalizer
+    tokenizer.backend_tokenizer.pre_tokenizer = stated.pre_tokenizer
     return tokenizer
 
 
@@ -49,10 +74,9 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
     put that space before text that begins with one; sentencepiece always adds it.
     """
     original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    settings_file = folder / "tokenizer_config.json"
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    add_bos = _settings(folder).get("add_bos_token", True)
     tokenizer = LlamaTokenizerFast.from_pretrained(
-        str(folder), local_files_only=True, legacy=True, add_bos_token=settings.get("add_bos_token", True)
+        str(folder), local_files_only=True, legacy=True, add_bos_token=add_bos
     )
     backend = tokenizer.backend_tokenizer
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -37,6 +37,7 @@ from gcrm_fast.data import (
 )
 from gcrm_fast.errors import UserError
 from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
+from gcrm_fast.llama_config import read_config
 from gcrm_fast.model import ModelConfig, RewardModel
 from gcrm_fast.objectives import STATISTICS, Objective, losses
 from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs, split_to_budget
@@ -78,34 +79,34 @@ def load_pairs(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     return train[: config.train_pairs or None], held_out
 
 
-def load_model(
-    config: TrainConfig, train: list[Pair]
-) -> tuple[PreTrainedTokenizerBase, ModelConfig, checkpoint.Weights]:
-    """Tokenizer, shape and weights: those of --model, or new ones for the training text."""
-    tokenizer = load_tokenizer(checkpoint.locate(config.tokenizer, "--tokenizer")) if config.tokenizer else None
-    if config.model:
-        folder = checkpoint.locate(config.model, "--model")
-        model_config = checkpoint.read_config(folder, head=config.head, projection_size=config.projection_size)
-        weights = checkpoint.open_weights(folder, model_config, config.seed)
-        tokenizer = tokenizer or load_tokenizer(folder)
-    else:
-        texts = (p.prompt + side for p in train for side in (p.chosen, p.rejected))
-        tokenizer = tokenizer or train_tokenizer(texts, config.vocab_size)
-        model_config = ModelConfig(
-            vocab_size=max(tokenizer.get_vocab().values()) + 1,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.hidden_size // config.heads,
-            max_position_embeddings=config.max_length,
-            head=config.head,
-            projection_size=config.projection_size,
-        )
-        weights = checkpoint.fresh_weights(model_config, config.seed)
-    choose_pad(tokenizer, model_config.vocab_size, config.tokenizer or config.model or "the trained tokenizer")
-    return tokenizer, model_config, weights
+def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of --tokenizer, or else of --model; None without either."""
+    flag, name = ("--tokenizer", config.tokenizer) if config.tokenizer else ("--model", config.model)
+    return load_tokenizer(checkpoint.locate(name, flag, checkpoint.TOKENIZER_FILES)) if name else None
+
+
+def open_model(config: TrainConfig) -> tuple[ModelConfig, checkpoint.Weights]:
+    """Shape and weights of --model."""
+    folder = checkpoint.locate(config.model, "--model", checkpoint.MODEL_FILES)
+    model_config = read_config(folder, head=config.head, projection_size=config.projection_size)
+    return model_config, checkpoint.open_weights(folder, model_config, config.seed)
+
+
+def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ModelConfig, checkpoint.Weights]:
+    """Shape and weights of a model from scratch."""
+    model_config = ModelConfig(
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.hidden_size // config.heads,
+        max_position_embeddings=config.max_length,
+        head=config.head,
+        projection_size=config.projection_size,
+    )
+    return model_config, checkpoint.fresh_weights(model_config, config.seed)
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -115,8 +116,14 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is not a folder")
+    model = open_model(config) if config.model else None
+    tokenizer = open_tokenizer(config)
     train, held_out = load_pairs(config)
-    tokenizer, model_config, weights = load_model(config, train)
+    if tokenizer is None:
+        texts = (p.prompt + side for p in train for side in (p.chosen, p.rejected))
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    model_config, weights = model or new_model(config, tokenizer)
+    choose_pad(tokenizer, model_config.vocab_size, config.tokenizer or config.model or "the trained tokenizer")
     tokenized, lengths = tokenize_pairs(tokenizer, train, config.max_length)
     tokenized_held_out = tokenize_pairs(tokenizer, held_out, config.max_length)[0] if held_out else []
     budget = Budget(config.tokens_per_batch, model_config.hidden_size)

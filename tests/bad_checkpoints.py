@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from bad_input import Case
 from folders import CONFIG, llama, tokenizer, trunk
@@ -134,6 +135,13 @@ def model_name(name: str, message: str, value: str, *more: str) -> Case:
     return Case(f"--model: {name}", lambda folder: [*arguments(folder), "--model", value, *more], message)
 
 
+def _unreadable_folder(folder: Path) -> list[str]:
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    llama(folder / "m").chmod(0)
+    return arguments(folder)
+
+
 def _file_as_model(folder: Path) -> list[str]:
     (folder / "weights").write_text("x")
     return [*arguments(folder), "--model", "weights"]
@@ -150,6 +158,7 @@ CASES = [
     model_name("a path of several folders", r"--model a/b/c: no such folder$", "a/b/c"),
     model_name("a hub name without network", r"--model nobody/none: no such folder, .*hub \(.+\)$", "nobody/none"),
     model_name("too long for a path", r"--model x{5000}: no such folder$", "x" * 5000),
+    Case("--model: a folder that may not be read", _unreadable_folder, r"--model \S+/m: permission denied"),
     Case("--model: a file", _file_as_model, r"--model weights: is a file"),
     Case("--tokenizer: no such folder", _bad_tokenizer_name, r"--tokenizer no/such/tokenizer: no such folder"),
     # ---- config.json
@@ -182,8 +191,10 @@ CASES = [
     config("RoPE not an object", r"field 'rope_parameters' is list", rope_parameters=["linear"]),
     config("RoPE type not text", r"asks for RoPE of type \['linear'\]", rope_scaling={"type": ["linear"]}),
     config("RoPE without a factor", r"field 'factor' is missing", rope_scaling={"type": "linear"}),
-    config("RoPE on part of a head", r"'rope_parameters' asks for RoPE of type 'default' on part of each head",
+    config("RoPE on part of a head", r"field 'partial_rotary_factor' is 0\.5: only RoPE on whole heads",
            rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+    config("RoPE on part of a head, transformers 4", r"field 'partial_rotary_factor' is 0\.5",
+           partial_rotary_factor=0.5),
     config("llama3 without its context", r"field 'original_max_position_embeddings' is missing", rope_scaling=LLAMA3),
     config("llama3 with swapped factors", r"low_freq_factor must be below high_freq_factor",
            rope_scaling=LLAMA3 | {"low_freq_factor": 4.0, "original_max_position_embeddings": 8192}),
@@ -236,6 +247,10 @@ CASES = [
     # ---- heads
     tensors("unknown head", r"m: 1 tensor \('regression_layer\.weight'\) without a place",
             {"regression_layer.weight": torch.ones(19, H)}),
+    config("classifier without a head", r"m: tensor 'score\.weight' missing .*field 'architectures'",
+           architectures=["LlamaForSequenceClassification"]),
+    tensors("bias of a head that is not there", r"m: 1 tensor \('score\.bias'\) without",
+            {"score.bias": torch.ones(1)}),
     tensors("head of two labels", r"tensor 'score\.weight' has shape \(2, 32\), not \(1, 32\): a reward head has one",
             {"score.weight": torch.ones(2, H)}),
     tensors("head of two layers", r"m: 2 tensors \('v_head\.0\.weight', 'v_head\.2\.weight'\) without a place",
@@ -259,6 +274,8 @@ CASES = [
     damaged("tokenizer: none", r"m: no tokenizer that transformers can load", without_tokenizer),
     damaged("tokenizer: damaged", r"m: no tokenizer that transformers can load",
             lambda m: (m / "tokenizer.json").write_text("{}")),
+    damaged("tokenizer: settings that are no object", r"m: no tokenizer that transformers can load .*--tokenizer",
+            lambda m: (m / "tokenizer_config.json").write_text("[]")),
     damaged("tokenizer: no eos", r"m: the tokenizer has no eos token", lambda m: with_tokenizer(m, bos_token=BOS)),
     damaged("tokenizer: pad is eos and nothing else can pad", r"m: the tokenizer has no pad, unk or bos token that "
             r"differs from eos", with_nothing_to_pad),

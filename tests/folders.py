@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gcrm_fast.checkpoint import Weights, open_weights, read_config
+from gcrm_fast.checkpoint import Weights, open_weights
 from gcrm_fast.data import train_tokenizer
+from gcrm_fast.llama_config import read_config
 from gcrm_fast.model import ModelConfig, RewardModel
 
 VOCAB = 300

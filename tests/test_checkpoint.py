@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import small_config
 from folders import CONFIG, VOCAB, llama, load, tokenizer, trunk
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,7 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForSequenceClassification
 
 from gcrm_fast import parallel
-from gcrm_fast.checkpoint import HEADS, locate, open_weights, read_config
+from gcrm_fast.checkpoint import HEADS, MODEL_FILES, SUBFOLDERS, TOKENIZER_FILES, locate, open_weights
+from gcrm_fast.llama_config import read_config
 from gcrm_fast.model import RewardModel
 from gcrm_fast.train import main
 
@@ -52,6 +54,7 @@ CONVENTIONS = {
     "safe-rlhf": ("model.", "score_head", 0.25),
     "MOSS-RLHF": ("model.", "reward_head", None),
     "UltraRM": ("model.", "regression_head", None),
+    "TL;DR reproduction": ("lm_backbone.", "scalar_head", 0.25),
 }
 
 
@@ -65,11 +68,15 @@ def test_reward_heads_of_other_projects(prefix: str, head: str, bias: float | No
     stored = behind(prefix) | {f"{head}.weight": weight}
     if bias is not None:
         stored[f"{head}.bias"] = torch.tensor([bias])
+    notes = [] if bias is None else [f"1 tensor ('{head}.bias') left out: it moves all rewards alike, so that no "
+                                     f"comparison changes"]  # fmt: skip
+    if head == "score_head":  # safe-rlhf keeps statistics of rewards
+        stored |= {f"normalizer.{name}": torch.zeros(1) for name in ("mean", "var")}
+        notes.insert(0, "2 tensors ('normalizer.mean', 'normalizer.var') left out: it moves and scales all rewards "
+                        "alike")  # fmt: skip
     model, weights, _ = load(llama(tmp_path, stored))
     assert_trunk(model)
     assert torch.equal(model.score.weight, weight)
-    notes = [] if bias is None else [f"{head}.bias ({bias:g}) is left out: it moves every reward alike, so that no "
-                                     f"comparison changes"]  # fmt: skip
     assert list(weights.notes) == [f"{tmp_path}: {note}" for note in notes]
 
 
@@ -81,7 +88,7 @@ def test_head_in_a_file_of_its_own(tmp_path: Path) -> None:
               tmp_path / "value_head.safetensors")  # fmt: skip
     model, weights, _ = load(tmp_path)
     assert torch.equal(model.score.weight, weight)
-    assert [note.split(": ")[1].split()[0] for note in weights.notes] == ["v_head.summary.bias", "lm_head.weight"]
+    assert [note.split("'")[1] for note in weights.notes] == ["lm_head.weight", "v_head.summary.bias"]
 
 
 @pytest.mark.parametrize(("prefix", "more"), [("", {}), ("model.", LM_HEAD)], ids=["bare trunk", "language model"])
@@ -90,17 +97,17 @@ def test_without_a_head_a_new_one_starts_and_says_so(prefix: str, more: dict[str
     model, weights, _ = load(llama(tmp_path, behind(prefix) | more | tables), projection_size=4)
     assert_trunk(model)
     assert 0 < model.score.weight.std() < 3 / (H + 1)  # normal with standard deviation 1 / (H + 1)
-    notes = [f"{tmp_path}: {note}" for note in (
-        "holds no reward head: a new one is started", "holds no projection: a new one is started",
-        "lm_head.weight is left out: a reward model has no use for it")]  # fmt: skip
-    assert list(weights.notes) == notes[: 2 + len(more)]
+    notes = ["holds no reward head: a new one is started", "holds no projection: a new one is started",
+             *(f"1 tensor ('{name}') left out: a reward model has no use for it" for name in more),
+             f"1 tensor ('{next(iter(tables))}') left out: computed from config.json"]  # fmt: skip
+    assert list(weights.notes) == [f"{tmp_path}: {note}" for note in notes]
 
 
 def test_notes_are_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     llama(tmp_path / "m")
     (tmp_path / "pairs.jsonl").write_text(PAIR)
     assert main(["--data", str(tmp_path / "pairs.jsonl"), "--model", str(tmp_path / "m"), "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("lm_head.weight is left out") == 1
+    assert capsys.readouterr().out.count("('lm_head.weight') left out") == 1
 
 
 # ------------------------------------------------------------------------------------------------- shards and ranks
@@ -208,15 +215,24 @@ def test_a_hub_name_is_read_from_the_cache_without_network(tmp_path: Path, monke
     llama(repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    folder = locate("some/llama", "--model")
+    folder = locate("some/llama", "--model", MODEL_FILES)
     assert folder == repository / "snapshots" / commit
     assert_trunk(load(folder)[0])
+
+
+def test_what_is_fetched_from_the_hub() -> None:
+    there = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+             "tokenizer.json", "tokenizer.model", "chat_template.jinja", "original/model.safetensors"]  # fmt: skip
+    assert list(filter_repo_objects(there, allow_patterns=MODEL_FILES, ignore_patterns=SUBFOLDERS)) == [
+        *there[:3], *there[4:7]]  # fmt: skip
+    assert list(filter_repo_objects(there, allow_patterns=TOKENIZER_FILES, ignore_patterns=SUBFOLDERS)) == [
+        there[0], *there[4:7]]  # fmt: skip
 
 
 def test_a_folder_comes_before_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     llama(tmp_path / "some" / "llama")
-    assert locate("some/llama", "--model") == Path("some/llama")
+    assert locate("some/llama", "--model", MODEL_FILES) == Path("some/llama")
 
 
 def test_tokenizer_of_another_folder_trains_and_is_saved(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from conftest import VOCAB
 from folders import tokenizer
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gcrm_fast.data import encode_completions, train_tokenizer
@@ -56,6 +57,31 @@ def test_sentencepiece_model_follows_its_tokenizer_config(llama2: Path, tmp_path
     loaded = load_tokenizer(tmp_path)
     assert (loaded("fox")["input_ids"][0] == 1) is add_bos_token
     assert loaded.chat_template == "{{ messages }}"
+
+
+# What transformers 4.57 and 5 write beside the tokenizer.json of a Llama 2, and 5 beside that of a Llama 3.
+WRITTEN: dict[str, dict[str, Any]] = {
+    "4.57": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
+             "extra_special_tokens": {}, "additional_special_tokens": ["fox"]},
+    "5": {"tokenizer_class": "LlamaTokenizer", "backend": "tokenizers", "is_local": True, "add_bos_token": True,
+          "extra_special_tokens": ["fox"]},
+    "5, other classes": {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True,
+                         "extra_special_tokens": ["fox"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN.keys())
+def test_tokenizer_json_counts_as_it_stands(written: dict[str, Any], llama2: Path, tmp_path: Path) -> None:
+    original = load_tokenizer(llama2)
+    original.add_tokens(AddedToken("fox", special=True))
+    save_tokenizer(original, tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    special = {name: token for name, token in json.loads(path.read_text()).items() if name.endswith("_token")}
+    path.write_text(json.dumps(special | written))
+    loaded, stated = load_tokenizer(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert loaded.bos_token_id == 1
+    for text in TEXTS:
+        assert loaded(text)["input_ids"] == stated.encode(text).ids
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
