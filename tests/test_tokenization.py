@@ -63,6 +63,7 @@ def test_sentencepiece_model_follows_its_tokenizer_config(llama2: Path, tmp_path
 WRITTEN: dict[str, dict[str, Any]] = {
     "4.57": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
              "extra_special_tokens": {}, "additional_special_tokens": ["fox"]},
+    "4.57, CodeLlama": {"tokenizer_class": "CodeLlamaTokenizer", "additional_special_tokens": ["fox"]},
     "5": {"tokenizer_class": "LlamaTokenizer", "backend": "tokenizers", "is_local": True, "add_bos_token": True,
           "extra_special_tokens": ["fox"]},
     "5, other classes": {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True,
