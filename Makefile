@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help setup train test lint mutants clean
+.PHONY: help setup train test lint mutants bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -31,6 +31,9 @@ lint: $(INSTALLED)  ## ruff and mypy
 
 mutants: $(INSTALLED)  ## plant known faults; every one must turn a test red
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+bench: $(INSTALLED)  ## contrastive loss: naive, compiled, bmm and ours side by side
+	$(BIN)/python bench/contrastive_loss.py $(ARGS)
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build

@@ -317,12 +317,12 @@ def share_of_step(device: torch.device, dtype: torch.dtype, seconds: float) -> l
 
 
 def plot(rows: list[dict[str, Any]], path: str, title: str) -> None:
-    """Time against compulsory bytes, one line a method and input form; and extra memory likewise."""
+    """Time and extra memory against compulsory bytes without projection, one line a method and input form."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for source, style in (("tokens", "--"), ("rows", "-")):
         for method, colour in zip(("naive", "compiled", "bmm", "ours"), ("C3", "C1", "C0", "C2"), strict=True):
-            mine = sorted((r for r in rows if (r["input"], r["method"]) == (source, method) and r.get("GB/s")),
-                          key=lambda r: r["compulsory MB"])  # fmt: skip
+            mine = [r for r in rows if (r["input"], r["method"], r.get("D")) == (source, method, 0) and r.get("GB/s")]
+            mine.sort(key=lambda r: r["compulsory MB"])
             label = f"{method}, from {'all tokens' if source == 'tokens' else 'read rows'}"
             for axis, column in zip(axes, ("forward+backward ms", "extra MB"), strict=True):
                 axis.plot([r["compulsory MB"] for r in mine], [r[column] for r in mine], style, color=colour,

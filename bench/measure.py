@@ -3,6 +3,7 @@
 import csv
 import datetime
 import json
+import os
 import platform
 import subprocess
 import time
@@ -19,6 +20,7 @@ if HAS_TRITON:
     import triton
 
 RESULTS = Path(__file__).resolve().parent / "results"
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no line of the profiler's own for every start and stop
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -24,10 +24,11 @@ ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or ep
 DENSE_ANALYTIC, DENSE_TRITON = (
     KERNELS + f"dense_loss and not any_lengths and {path}" for path in ("pytorch", "triton")
 )
+DENSE_CLAMPED, TRITON_NORMS = KERNELS + "clamped", KERNELS + "(different_norms or no_sample) and triton"
 Q_TRITON = KERNELS + "q_values and triton"
-CONTRASTIVE, SAMPLED, DENSE, DENSE_KERNELS, Q_KERNEL = (
+CONTRASTIVE, SAMPLED, DENSE, DENSE_KERNELS, Q_KERNEL, LAUNCH = (
     f"kernels/gcrm_kernels/{name}.py"
-    for name in ("contrastive", "triton_contrastive", "dense", "triton_dense", "triton_qvalues")
+    for name in ("contrastive", "triton_contrastive", "dense", "triton_dense", "triton_qvalues", "launch")
 )
 
 MUTANTS = {
@@ -77,6 +78,19 @@ MUTANTS = {
     "kernel: gradient of goals with the strides of sources": (
         SAMPLED, "goal, source, 1, S, grad", "goal, source, S, 1, grad", TRITON),
     "kernel: negatives without their gradient": (SAMPLED, "* direction * has_term", "* has_term", TRITON),
+    "kernel: one power of two for all rows": (
+        SAMPLED, "tl.max(tl.abs(coefficients), axis=1)", "tl.max(tl.abs(coefficients), axis=1) * 0 "
+        "+ tl.max(tl.abs(coefficients))", TRITON_NORMS),
+    "kernel: the own term of rows that no sample names": (
+        SAMPLED, "tl.where(own[:, None] != 0.0, own[:, None] * x.to(tl.float32), 0.0)",
+        "own[:, None] * x.to(tl.float32)", TRITON_NORMS),
+    "operators: autocast stays on": (
+        LAUNCH, "torch.autocast(first.device.type, enabled=False)",
+        'torch.autocast(first.device.type, enabled=torch.is_autocast_enabled("cpu"))', KERNELS + "autocast"),
+    "dense: a position compared with itself": (
+        DENSE, " & (position[rows, None] != position)", "", DENSE_CLAMPED),
+    "dense kernel: a position compared with itself": (
+        DENSE_KERNELS, " & (i[:, None] != j[None, :])", "", DENSE_CLAMPED),
     "dense: negatives weighed like positives": (
         DENSE, "(1 / ((b - a) * (c - b)))", "(1 / (b - a) ** 2)", DENSE_ANALYTIC),
     "dense kernel: a lone position takes part in a positive": (

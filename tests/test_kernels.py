@@ -228,10 +228,65 @@ def test_gradients_only_where_required(path: str) -> None:
     assert not any(s.requires_grad for s in statistics)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("pairing", contrastive.PAIRINGS)
+def test_rows_of_very_different_norms(path: str, dtype: torch.dtype, tolerance: float, pairing: str) -> None:
+    """Coefficients go with 1 / norm: what 16-bit products keep of them must suit the largest and the smallest rows."""
+    case = Case(4, 16, 64, 48, dtype)
+    hidden = (case.hidden.double() * torch.logspace(-2, 2, 64, device=DEVICE)[:, None]).to(dtype)
+    grad = case.grad * 64  # small float16 gradients would be subnormal
+    options = {"has_positive_N": case.has_positive, "pairing": pairing}
+    _, _, found = with_gradient(lambda h: goal_contrastive_loss(h, *case.rows, **options), hidden, grad)
+    _, _, exact = with_gradient(
+        lambda h: reference.goal_contrastive_loss(h, case.rows, reduce="log_then_mean", temperature=1.0, **options),
+        hidden.double(), grad,
+    )  # fmt: skip
+    error_R = (found - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-3)
+    assert error_R.max() < tolerance
+
+
+def test_rows_that_no_sample_names_may_hold_anything(path: str) -> None:
+    case = Case(2, 3, 20, 8, torch.float32)
+    free = sorted(set(range(20)) - set(case.rows.flatten().tolist()))
+    hidden = case.hidden.clone()
+    hidden[free[0]], hidden[free[1]] = torch.inf, torch.nan
+    _, _, gradient = with_gradient(
+        lambda h: goal_contrastive_loss(h, *case.rows, has_positive_N=case.has_positive), hidden, case.grad
+    )
+    assert torch.isfinite(gradient).all()
+    assert not gradient[free].any()
+
+
+def test_strided_and_narrow_inputs(path: str) -> None:
+    case = Case(6, 3, 20, 8, torch.float32)
+    keep = torch.arange(6, device=DEVICE) % 3 > 0
+    wide = keep.repeat_interleave(2)
+    expected, _ = goal_contrastive_loss(case.hidden, *case.rows, has_positive_N=keep)
+    found, _ = goal_contrastive_loss(case.hidden, *case.rows.int(), has_positive_N=wide[::2])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_autocast_changes_nothing(path: str) -> None:
+    case = Case(4, 3, 20, 8, torch.float32)
+    cuts, goals = torch.tensor([0, 9, 20], device=DEVICE), torch.randn(2, 8, device=DEVICE)
+
+    def all_three(h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sampled, _ = goal_contrastive_loss(h, *case.rows, has_positive_N=case.has_positive, pairing="grid")
+        dense, _ = dense_contrastive_loss(h, cuts, 20)
+        return sampled, dense, q_values(h, goals), *torch.autograd.grad(sampled.sum() + dense.sum(), h)
+
+    expected = all_three(case.hidden.clone().requires_grad_())
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = all_three(case.hidden.clone().requires_grad_())
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"pairing": "other"}, "pairing"),
+        ({"has_positive_N": torch.ones(1, dtype=torch.bool)}, "has_positive_N"),
         ({"reduce": "other"}, "reduce"),
         ({"temperature": 0.0}, "temperature"),
         ({"rows": torch.zeros(4, 2, 65, dtype=torch.long)}, "S from 1 to 64"),
@@ -302,6 +357,29 @@ def test_dense_loss(path: str, lengths: list[tuple[int, int]], dtype: torch.dtyp
     if path == "triton" and dtype == torch.float64:
         pytest.skip("float64 takes the PyTorch path")
     assert_dense(lengths, 33, dtype, 0.7)
+
+
+def test_dense_loss_of_clamped_norms_and_strided_inputs(path: str) -> None:
+    """Below eps a norm is a constant: a position's cosine with itself would not cancel out of its gradient."""
+    cuts = torch.tensor([0, 0, 4, 0, 9, 0, 12, 0, 17, 0], device=DEVICE)[::2]
+    z = (torch.randn(17, 5, dtype=torch.float64) * torch.logspace(-10, 0, 17)[:, None]).float().to(DEVICE)
+    grad = torch.tensor([1.0, -2.0], dtype=torch.float64, device=DEVICE)
+    exact = with_gradient(lambda z: reference.dense_contrastive_loss(z, cuts), z.double(), grad)
+    for states in (z, z.T.contiguous().T):
+        found = with_gradient(lambda z: dense_contrastive_loss(z, cuts, 9), states, grad)
+        for f, e in zip(found, exact, strict=True):
+            torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_of_no_pairs_have_a_gradient(path: str) -> None:
+    for z in (torch.ones(1, 4, device=DEVICE), torch.ones(0, 4, device=DEVICE)):
+        z.requires_grad_()
+        rows = torch.zeros(4, 0, 3, dtype=torch.long, device=DEVICE)
+        sampled, _ = goal_contrastive_loss(z, *rows, has_positive_N=torch.ones(0, dtype=torch.bool, device=DEVICE))
+        dense, _ = dense_contrastive_loss(z[:0], torch.zeros(1, dtype=torch.int32, device=DEVICE), 0)
+        (sampled.sum() + dense.sum()).backward()
+        assert z.grad is not None
+        assert not z.grad.any()
 
 
 def test_dense_loss_in_several_turns_and_blocks(path: str) -> None:
@@ -378,7 +456,8 @@ def test_operators_keep_pytorchs_contract(path: str, grid: bool) -> None:
         (hidden, case.rows, case.has_positive, *case.tiles(), grid, True, 0.7),
     )
     cu_seqlens = torch.tensor([0, 3, 5, 6, 8], dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(torch.ops.gcrm.dense_contrastive_loss.default, (hidden, cu_seqlens, 5, 0.7))
+    for states in (hidden, hidden.detach().T.contiguous().T.requires_grad_()):
+        torch.library.opcheck(torch.ops.gcrm.dense_contrastive_loss.default, (states, cu_seqlens, 5, 0.7))
     torch.library.opcheck(torch.ops.gcrm.q_values.default, (case.hidden, torch.ones(2, 6, device=DEVICE)))
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gcrm_kernels.gather import InverseIndex, gather_rows
-from gcrm_kernels.launch import HAS_TRITON, use_triton
+from gcrm_kernels.launch import HAS_TRITON, operator_body, use_triton
 from gcrm_kernels.reference import EPS
 
 if HAS_TRITON:
@@ -178,6 +178,7 @@ def _add_rows(out_RH: Tensor, index_I: Tensor, values_IH: Tensor) -> None:
 
 
 @torch.library.custom_op("gcrm::goal_contrastive_loss", mutates_args=())
+@operator_body
 def _forward(
     hidden: Tensor, rows: Tensor, has_positive: Tensor, starts: Tensor, offsets: Tensor, units: Tensor,
     grid: bool, mean_then_log: bool, temperature: float,
@@ -200,6 +201,7 @@ def _(
 
 
 @torch.library.custom_op("gcrm::goal_contrastive_loss_backward", mutates_args=())
+@operator_body
 def _backward(
     grad: Tensor, hidden: Tensor, rows: Tensor, weights: Tensor, own: Tensor, starts: Tensor, offsets: Tensor,
     units: Tensor,
@@ -244,7 +246,7 @@ def goal_contrastive_loss(
 
     Args:
         hidden_RH: hidden states, [R, H], any float dtype: all tokens, or only the rows that are read.
-        sources_NS, goals_NS: rows of ``hidden_RH`` of the positive samples, [N, S] int64, 1 <= S <= 64.
+        sources_NS, goals_NS: rows of ``hidden_RH`` of the positive samples, [N, S] integers, 1 <= S <= 64.
         negative_sources_NS, negative_goals_NS: the same for the negative samples. Rows may repeat: gradients add.
         projection_DH: W [D, H]; states are compared as W h. None compares h itself.
         has_positive_N: [N] bool; False (a chosen completion of one token) makes the positive term 0.
@@ -255,7 +257,8 @@ def goal_contrastive_loss(
             it an equivalent is computed there. Ignored where states are gathered before they are projected.
 
     Raises:
-        ValueError: an unknown ``pairing`` or ``reduce``, index shapes that differ, S not in 1..64, temperature <= 0.
+        ValueError: an unknown ``pairing`` or ``reduce``, index shapes that differ, S not in 1..64, another shape of
+            ``has_positive_N``, temperature <= 0.
     """
     if pairing not in PAIRINGS:
         raise ValueError(f"pairing={pairing!r}: must be one of {', '.join(PAIRINGS)}")
@@ -267,7 +270,9 @@ def goal_contrastive_loss(
     shapes = [tuple(index.shape) for index in indices]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2 or not 1 <= shapes[0][1] <= 64:
         raise ValueError(f"index shapes {shapes}: must be four times the same [N, S], S from 1 to 64")
-    rows_4NS = torch.stack(indices)
+    if has_positive_N.shape != shapes[0][:1]:
+        raise ValueError(f"has_positive_N of shape {tuple(has_positive_N.shape)}: must be [N] = [{shapes[0][0]}]")
+    rows_4NS = torch.stack(indices).long()
     states = hidden_RH
     if projection_DH is not None:
         if len(hidden_RH) > rows_4NS.numel():  # fewer rows are projected if they are gathered first
@@ -278,6 +283,6 @@ def goal_contrastive_loss(
     if tiles is None:
         tiles = RowTiles.on_device(rows_4NS, len(states))
     loss_N, similarity_2N, _, _ = _forward(
-        states, rows_4NS, has_positive_N, *tiles, pairing == "grid", reduce == "mean_then_log", temperature
+        states, rows_4NS, has_positive_N.contiguous(), *tiles, pairing == "grid", reduce == "mean_then_log", temperature
     )
     return loss_N, ContrastiveStatistics(*similarity_2N)

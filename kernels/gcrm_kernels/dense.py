@@ -4,8 +4,8 @@ For a pair with chosen positions i < j (P = L_c (L_c - 1) / 2 of them) and rejec
 
     loss = -1/P sum_{i<j} log sigmoid(c_ij / tau) - 1/(L_c L_r) sum_{i,n} log sigmoid(-c_in / tau),   c = cosine
 
-In the backward every row of a pair is treated alike, with e_ij = dloss/dc_ij, symmetric, 0 between two rejected
-positions (on the diagonal the two terms below cancel, whatever e_ii is):
+In the backward every row of a pair is treated alike, with e_ij = dloss/dc_ij, symmetric, 0 on the diagonal and between
+two rejected positions:
 
     dz_i = sum_j w_ij z_j - own_i z_i,   w_ij = e_ij / (|z_i| |z_j|),   own_i = sum_j e_ij c_ij / |z_i|^2
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gcrm_kernels.contrastive import ContrastiveStatistics
-from gcrm_kernels.launch import HAS_TRITON, use_triton
+from gcrm_kernels.launch import HAS_TRITON, operator_body, use_triton
 from gcrm_kernels.reference import EPS
 
 if HAS_TRITON:
@@ -51,7 +51,7 @@ def _blocks(states_MD: Tensor, cu_seqlens: Tensor, temperature: float) -> Iterat
             rows = slice(start, min(start + BLOCK_ROWS, c - a))
             scale = inverse[rows, None] * inverse
             cosine = (z[rows] @ z.mT).mul_(scale)
-            positive = chosen[rows, None] & chosen
+            positive = chosen[rows, None] & chosen & (position[rows, None] != position)
             negative = chosen[rows, None] ^ chosen
             weight = positive.to(z.dtype) * (2 / ((b - a) * (b - a - 1)) if b - a > 1 else 0.0)
             weight += negative.to(z.dtype) * (1 / ((b - a) * (c - b)))
@@ -76,7 +76,7 @@ def _analytic_forward(states_MD: Tensor, cu_seqlens: Tensor, temperature: float)
 
 
 def _analytic_backward(grad_N: Tensor, states_MD: Tensor, cu_seqlens: Tensor, temperature: float) -> Tensor:
-    out_MD = torch.zeros_like(states_MD)
+    out_MD = states_MD.new_zeros(states_MD.shape)
     for n, at, (z, rows, scale, own_scale, cosine, _, _, weight, sign, _) in _blocks(
         states_MD, cu_seqlens, temperature
     ):
@@ -90,6 +90,7 @@ def _analytic_backward(grad_N: Tensor, states_MD: Tensor, cu_seqlens: Tensor, te
 
 
 @torch.library.custom_op("gcrm::dense_contrastive_loss", mutates_args=())
+@operator_body
 def _forward(states: Tensor, cu_seqlens: Tensor, max_pair_length: int, temperature: float) -> tuple[Tensor, Tensor]:
     """(loss [N], mean similarity [2, N])"""
     if use_triton(states):
@@ -105,6 +106,7 @@ def _(states: Tensor, cu_seqlens: Tensor, max_pair_length: int, temperature: flo
 
 
 @torch.library.custom_op("gcrm::dense_contrastive_loss_backward", mutates_args=())
+@operator_body
 def _backward(grad: Tensor, states: Tensor, cu_seqlens: Tensor, max_pair_length: int, temperature: float) -> Tensor:
     if use_triton(states):
         return triton_dense.backward(grad, states, cu_seqlens, max_pair_length, temperature)
@@ -113,7 +115,7 @@ def _backward(grad: Tensor, states: Tensor, cu_seqlens: Tensor, max_pair_length:
 
 @_backward.register_fake
 def _(grad: Tensor, states: Tensor, cu_seqlens: Tensor, max_pair_length: int, temperature: float) -> Tensor:
-    return torch.empty_like(states)
+    return states.new_empty(states.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -148,5 +150,5 @@ def dense_contrastive_loss(
         raise ValueError(f"cu_seqlens of length {len(cu_seqlens)}: must be 2 N + 1, two segments a pair")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be more than 0")
-    loss_N, similarity_2N = _forward(states_MD, cu_seqlens, max_pair_length, temperature)
+    loss_N, similarity_2N = _forward(states_MD, cu_seqlens.contiguous(), max_pair_length, temperature)
     return loss_N, ContrastiveStatistics(*similarity_2N)

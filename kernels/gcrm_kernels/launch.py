@@ -1,8 +1,10 @@
 """How a Triton kernel is launched: an analytic rule, or, if GCRM_AUTOTUNE=1, the fastest of a few candidates."""
 
+import functools
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ except ImportError:  # macOS, or a CPU-only installation: the analytic PyTorch p
     HAS_TRITON = False
 else:
     HAS_TRITON = True
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,8 +39,21 @@ def use_triton(x: Tensor) -> bool:
     return HAS_TRITON and x.is_cuda and x.dtype in TRITON_DTYPES
 
 
+def operator_body(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """Runs an operator's implementation on the device of its first argument, as Triton launches on the current one, and
+    without autocast, which would round what is meant to be float32."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(first), torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return run
+
+
 def pick(key: Hashable, candidates: Sequence[LaunchConfig], run: Callable[[LaunchConfig], object]) -> LaunchConfig:
-    """The first of ``candidates``; with GCRM_AUTOTUNE=1 the fastest, timed once for each ``key``.
+    """The first of ``candidates``; with GCRM_AUTOTUNE=1 the fastest, timed once for each ``key`` and process: the order
+    of sums may then differ from run to run.
 
     Timing is outside the kernel's decorator, because ``triton.autotune`` needs a driver where it is written.
     """

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gcrm_kernels.launch import HAS_TRITON, use_triton
+from gcrm_kernels.launch import HAS_TRITON, operator_body, use_triton
 from gcrm_kernels.reference import EPS, unit_rows
 
 if HAS_TRITON:
@@ -20,6 +20,7 @@ CHUNK_BYTES = 2**21  # of states that are converted at a time in the PyTorch pat
 
 
 @torch.library.custom_op("gcrm::q_values", mutates_args=())
+@operator_body
 def _q_values(states: Tensor, goals: Tensor) -> Tensor:
     """[T, G] of states [T, D] and goals [G, D]."""
     unit_GD = unit_rows(goals)

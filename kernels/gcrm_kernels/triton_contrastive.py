@@ -10,8 +10,9 @@ Backward: a program a tile of consecutive gradient rows and BLOCK_H columns. For
 negatives) that touches the tile, the tile's rows look up their rows of w, repeated samples one after another, and
 w [tile rows, S] @ partners [S, BLOCK_H] is added. Every gradient row, also one that no sample names, is written exactly
 once: no atomics, no zero-filled buffer.
-Coefficients of 16-bit states are split into two 16-bit terms after scaling by a power of two: 2^-16 (bfloat16) or 2^-22
-(float16) relative to the largest of them, below the rounding of the 16-bit gradient.
+Coefficients of 16-bit states are split into two 16-bit terms, for float16 after scaling a gradient row's by a power of
+two: what is lost is 2^-16 of each (bfloat16) or 2^-22 of the row's largest (float16), below the rounding of the 16-bit
+gradient. A state that is not finite makes the gradients of all rows in the tiles of its pair not finite.
 """
 
 import torch
@@ -113,8 +114,9 @@ def add_product(acc, coefficients, states):
         low = (coefficients - high.to(tl.float32)).to(tl.bfloat16)
         acc = tl.dot(low, states, tl.dot(high, states, acc))
     else:
-        largest = tl.max(tl.abs(coefficients))
-        power = tl.exp2(tl.ceil(tl.log2(tl.where(largest > 0.0, largest, 1.0))))
+        largest = tl.max(tl.abs(coefficients), axis=1)
+        # Not below 2^-100: a subnormal power would be flushed to 0.
+        power = tl.exp2(tl.maximum(tl.ceil(tl.log2(tl.where(largest > 0.0, largest, 1.0))), -100.0))[:, None]
         high = (coefficients / power).to(tl.float16)
         low = (coefficients / power - high.to(tl.float32)).to(tl.float16)
         acc += power * tl.dot(low, states, tl.dot(high, states))
@@ -181,7 +183,7 @@ def _backward_kernel(
         )  # fmt: skip
     inside = (r < end)[:, None] & (h < width)[None, :]
     x = tl.load(hidden_ptr + r[:, None] * row_stride + h[None, :], mask=inside, other=0.0)
-    out = acc - own[:, None] * x.to(tl.float32)
+    out = acc - tl.where(own[:, None] != 0.0, own[:, None] * x.to(tl.float32), 0.0)  # rows not named may hold inf
     tl.store(out_ptr + r[:, None] * width + h[None, :], out.to(x.dtype), mask=inside)
 
 
@@ -227,7 +229,7 @@ def forward(
         )  # fmt: skip
 
     if n:
-        key = ("forward", n, s, hidden_RH.shape[1], hidden_RH.dtype, grid)
+        key = ("forward", s, hidden_RH.shape[1], hidden_RH.dtype, grid)
         run(pick(key, forward_candidates(s, hidden_RH.itemsize), run))
     return loss, similarity, weights, own
 
@@ -253,6 +255,6 @@ def backward(
         )  # fmt: skip
 
     if out_RH.numel():
-        key = ("backward", tiles, s, width, hidden_RH.dtype, weights.dim())
+        key = ("backward", s, width, hidden_RH.dtype, weights.dim())
         run(pick(key, backward_candidates(s, hidden_RH.itemsize), run))
     return out_RH

@@ -57,7 +57,7 @@ def _cosine_kernel(
         cosine = dots * scale
         chosen_j = j < b
         inside = (i < c)[:, None] & (j < c)[None, :]
-        positive = chosen_i[:, None] & chosen_j[None, :] & inside
+        positive = chosen_i[:, None] & chosen_j[None, :] & (i[:, None] != j[None, :]) & inside
         negative = (chosen_i[:, None] != chosen_j[None, :]) & inside
         weight = tl.where(positive, weight_positive, 0.0) + tl.where(negative, weight_negative, 0.0)
         sign = tl.where(positive, 1.0, -1.0)
@@ -154,7 +154,7 @@ def backward(grad_N: Tensor, states_MD: Tensor, cu_seqlens: Tensor, max_pair_len
     own_M = torch.empty_like(inverse_M)
     out_MD = states_MD.new_empty(m, width)
     # So many row tiles a turn that the scratch is no larger than the states: whole pairs, or tiles of one pair.
-    scratch_width = triton.cdiv(max_pair_length, 16) * 16
+    scratch_width = max(1, triton.cdiv(max_pair_length, 16)) * 16
     affordable = max(1, m * width * states_MD.itemsize // (4 * TILE * scratch_width))
     pairs, tiles = max(1, min(n, affordable // max(1, all_tiles))), min(all_tiles, affordable)
     scratch = states_MD.new_empty((pairs * tiles * TILE, scratch_width), dtype=torch.float32)

@@ -70,6 +70,6 @@ def q_values(states_TD: Tensor, unit_GD: Tensor) -> Tensor:
         )  # fmt: skip
 
     if out_TG.numel():
-        key = ("q_values", tokens, goals, width, states_TD.dtype)
+        key = ("q_values", padded, width, states_TD.dtype)
         run(pick(key, candidates(states_TD.itemsize), run))
     return out_TG
