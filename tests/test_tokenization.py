@@ -45,7 +45,7 @@ def test_sentencepiece_model_alone_gives_its_own_ids_with_bos_and_offsets(llama2
     [(ids, start, _)] = encode_completions(converted, ["the quick fox"], [" jumps over"])
     assert ids[:start].tolist() == [1, *original.encode("the quick fox")]
     assert ids[start:].tolist() == [*original.encode("jumps over"), 2]
-    [(ids, _)] = encode_completions(converted, ["the"], [" fox</s>"])
+    [(ids, _, _)] = encode_completions(converted, ["the"], [" fox</s>"])
     assert ids.tolist() == [1, *original.encode("the fox"), 2]  # the text's own eos is one token, and the last
 
 
