@@ -1,4 +1,5 @@
-"""Hugging Face Llama folders: reading them row by row, writing a reward model that transformers loads.
+"""Hugging Face Llama checkpoints: finding, checking and reading them row by row; writing a reward model that
+transformers loads.
 
 A saved model is a ``LlamaForSequenceClassification`` folder (one label) plus
 
@@ -9,167 +10,273 @@ A saved model is a ``LlamaForSequenceClassification`` folder (one label) plus
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.errors import UserError
+from gcrm_fast.errors import UserError, one_line
+from gcrm_fast.llama_config import huggingface_config, read_json
 from gcrm_fast.model import ModelConfig, RewardModel, initial_value
+from gcrm_fast.tokenization import save_tokenizer
 
 END_POLICY = "completion ends with the tokenizer's eos token, which is scored"
 COMPANION = "gcrm.safetensors"
+BESIDE = (COMPANION, "value_head.safetensors")  # files read beside the shards; the second is LLaMA-Factory's
+TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+                   "vocab.json", "merges.txt"]  # fmt: skip
+SUBFOLDERS = "*/*"  # other copies of the weights: not fetched
+MODEL_FILES = [*TOKENIZER_FILES, "adapter_config.json", "*.safetensors", "*.safetensors.index.json"]
+# Where reward models keep one linear layer from H to 1, as NAME.weight and, in some, NAME.bias.
+HEADS = (
+    "score",  # transformers' sequence and token classification, and with them OpenRLHF and veRL
+    "v_head.summary",  # TRL, LLaMA-Factory
+    "v_head",  # DeepSpeed-Chat, trlX
+    "value_head",  # older OpenRLHF, ColossalChat
+    "score_head",  # safe-rlhf
+    "reward_head",  # MOSS-RLHF
+    "regression_head",  # UltraRM
+    "scalar_head",  # the TL;DR reproduction of Huang et al.
+)
+LEFT_OUT = {  # tensors that are left out knowingly: a pattern of their names, with a dot before; and why
+    "*.lm_head.weight": "a reward model has no use for it",
+    "*.rotary_emb.inv_freq": "computed from config.json",
+    ".normalizer.*": "it moves and scales all rewards alike",  # safe-rlhf
+}
+BIAS_LEFT_OUT = "it moves all rewards alike, so that no comparison changes"
+FIRST_TENSOR = "layers.0.input_layernorm.weight"  # what stands before it is the trunk's prefix
+FLOATS = ("BF16", "F16", "F32", "F64")
 
 RowReader = Callable[[str, torch.Size, slice], Tensor]  # (parameter name, its full shape, rows) -> those rows
 
 
-# ---------------------------------------------------------------------------------------------------------- config
+class Weights(NamedTuple):
+    """Where a model's values come from, and what its user should know about it (a line each)."""
+
+    rows: RowReader
+    notes: tuple[str, ...] = ()
 
 
-def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig:
-    """The shape of the Llama in ``folder``, from a config.json of transformers 4 or 5.
+# --------------------------------------------------------------------------------------------------------- finding
+
+
+def locate(name: str, flag: str, files: list[str]) -> Path:
+    """The folder ``name``, or the copy of the hub repository ``name``, of which ``files`` (patterns) are downloaded
+    unless they are in the hub's cache.
+
+    Any number of processes may call it at once: the hub's own file locks let one of them download each file.
 
     Raises:
-        UserError: no such folder or file, another architecture, or a RoPE type that is not supported.
+        UserError: neither a folder that may be read nor a repository that can be had.
     """
-    path = folder / "config.json"
-    raw = read_json(path, "--model must name a Hugging Face Llama folder")
-    if raw.get("model_type") != "llama":
-        raise UserError(f"{path}: field 'model_type' is {raw.get('model_type')!r}: only 'llama' is supported")
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for name in names:
-        if not isinstance(raw.get(name), int):
-            raise UserError(f"{path}: field {name!r} is missing or not an integer")
-    theta, scaling = _rope(raw, path)
-    heads = raw["num_attention_heads"]
-    return ModelConfig(
-        **{name: raw[name] for name in names},
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        attention_bias=raw.get("attention_bias", False),
-        mlp_bias=raw.get("mlp_bias", False),
-        max_position_embeddings=raw.get("max_position_embeddings", 2048),
-        head=head,
-        projection_size=projection_size,
-    )
-
-
-def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling or None) from ``rope_parameters`` (transformers 5) or ``rope_theta``/``rope_scaling`` (4)."""
-    parameters = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"{path}: RoPE type {kind!r} is not supported: use a model with default, linear or llama3 RoPE")
-    if kind == "default":
-        return theta, None
-    return theta, {**{k: v for k, v in parameters.items() if k not in ("type", "rope_theta")}, "rope_type": kind}
-
-
-def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """A JSON object from a file, or a UserError that ends in ``hint``."""
+    # os.path answers False where pathlib raises: names too long, or folders that may not be entered.
+    if os.path.isdir(name):
+        if not os.access(name, os.R_OK | os.X_OK):
+            raise UserError(f"{flag} {name}: permission denied: make the folder readable")
+        return Path(name)
+    if os.path.exists(name):
+        raise UserError(f"{flag} {name}: is a file: name the folder of a Hugging Face model")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): {hint}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}): {hint}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object: {hint}")
-    return value
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"{flag} {name}: no such folder") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=SUBFOLDERS))
+    except Exception as error:  # the hub lets through errors of its HTTP library, which depends on its version
+        raise UserError(
+            f"{flag} {name}: no such folder, and not to be had from the Hugging Face hub ({one_line(error)})"
+        ) from None
 
 
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def open_weights(folder: Path, config: ModelConfig, seed: int) -> RowReader:
-    """A reader of parameter rows for ``parallel.materialize``; checks the folder's names and shapes before returning.
+class Stored(NamedTuple):
+    """A tensor in a safetensors file; ``dtype`` is safetensors' name."""
 
-    Trunk tensors are read from safetensors, only the rows asked for. ``score.weight`` is taken where the folder has it;
-    heads and projections that it lacks start from ``initial_value``. ``lm_head.weight`` and rotary tables are left
-    where they are.
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def open_weights(folder: Path, config: ModelConfig, seed: int) -> Weights:
+    """A reader of parameter rows for ``parallel.materialize``; all names, shapes and dtypes are checked before it
+    returns, and every tensor of the folder is used, known to be of no use (LEFT_OUT, with a note), or an error.
+
+    Tensors are read from safetensors, one at a time and only the rows asked for. The trunk may stand behind any one
+    prefix (none, ``model.``, ``pretrained_model.model.`` ...). The linear reward head may have any name of HEADS; its
+    bias, if any, is left out with a note, since it moves every reward alike. A head or projection of which the folder
+    has no tensor starts from ``initial_value``, with a note.
 
     Raises:
-        UserError: no safetensors, a missing shard, an unreadable file, a missing tensor of the trunk, a wrong shape.
+        UserError: no safetensors, a missing shard, an unreadable file, tensors missing, left over, in two files, or of
+            the wrong shape or dtype, a head that is not the one that ``config`` asks for.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = set(read_json(index, "download the checkpoint again").get("weight_map", {}).values())
-    else:
-        names = {"model.safetensors"}
-    if (folder / COMPANION).exists():
-        names.add(COMPANION)
-    location, found = {}, {}
-    for name in sorted(names):
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing: weights are read from safetensors files only")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (a file handle, not a dict)
-                    location[key] = path
-                    found[key] = tuple(file.get_slice(key).get_shape())
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    # A bare LlamaModel is saved without the "model." prefix.
-    prefix = "" if "model.embed_tokens.weight" in location else "model."
+    stored = _scan(_weight_files(folder))
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in RewardModel(config).named_parameters()}
-    for name, shape in shapes.items():
-        key = name.removeprefix(prefix)
-        if key in found and found[key] != shape:
-            raise UserError(f"{location[key]}: tensor {key!r} has shape {found[key]}, config.json asks for {shape}")
-        if key not in found and name.startswith("model."):
-            raise UserError(f"{folder}: tensor {name!r} is missing from its safetensors files")
+        wanted = {name: tuple(p.shape) for name, p in RewardModel(config).named_parameters()}
+    source, notes = _match(stored, wanted, folder, config)
 
     def rows(name: str, shape: torch.Size, rows: slice) -> Tensor:
-        key = name.removeprefix(prefix)
-        if key not in location:
+        if name not in source:
             return initial_value(name, shape, config, seed)[rows]
-        with safe_open(location[key], framework="pt") as file:
-            return file.get_slice(key)[rows]
+        with safe_open(stored[source[name]].path, framework="pt") as file:
+            return file.get_slice(source[name])[rows]
 
-    return rows
+    return Weights(rows, notes)
 
 
-def fresh_weights(config: ModelConfig, seed: int) -> RowReader:
-    """A reader like ``open_weights`` for a model trained from scratch."""
-    return lambda name, shape, rows: initial_value(name, shape, config, seed)[rows]
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files to read: ``model.safetensors``, or else the shards of its index, and those BESIDE."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    names = {single.name}
+    if index.is_file() and not single.is_file():
+        weight_map = read_json(index, "download the checkpoint again").get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not files or any(not isinstance(name, str) or Path(name).name != name for name in files):
+            raise UserError(f"{index}: field 'weight_map' must name a file of this folder for each tensor")
+        names = set(files)
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+            found = f" ({pickles[0]} is a pickle: convert it)" if pickles else ""
+            raise UserError(f"{folder / name}: missing: weights are read from safetensors files only{found}")
+    if (folder / "value_head.bin").is_file() and not (folder / "value_head.safetensors").is_file():
+        raise UserError(f"{folder / 'value_head.bin'}: a reward head in a pickle: convert it to value_head.safetensors")
+    return [folder / name for name in (*sorted(names), *BESIDE) if (folder / name).is_file()]
+
+
+def _scan(files: Iterable[Path]) -> dict[str, Stored]:
+    """All tensors of the files, from their headers."""
+    stored: dict[str, Stored] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a file handle, not a dict)
+                    if name in stored:
+                        raise UserError(f"{path}: tensor {name!r} is also in {stored[name].path.name}: remove one")
+                    tensor = file.get_slice(name)
+                    stored[name] = Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({one_line(error)}): download it again") from None
+    return stored
+
+
+def _match(
+    stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], folder: Path, config: ModelConfig
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """(stored name of each parameter that is not to be started anew, notes). Raises UserError, see open_weights."""
+    source, left_out, notes = _match_trunk(stored, wanted, folder), dict(LEFT_OUT), []
+    head = _linear_head(stored, folder, config)
+    if head:
+        source["score.weight"] = f"{head}.weight"
+        left_out[f".{head}.bias"] = BIAS_LEFT_OUT
+        if f"{head}.bias" in stored:
+            _check(f"{head}.bias", stored[f"{head}.bias"], (1,))
+    for part, what in (("score", "reward head"), ("projection", "projection")):
+        own = {name: name for name in wanted if name.startswith(f"{part}.") and name not in source}
+        if own.keys() & stored.keys():
+            source |= own
+        elif own:
+            notes.append(f"holds no {what}: a new one is started")
+    missing = [key for key in source.values() if key not in stored]
+    if missing:
+        raise UserError(f"{folder}: {_some(missing)} missing from its safetensors files: download it again")
+    for name, key in source.items():
+        _check(key, stored[key], wanted[name])
+    rest = stored.keys() - source.values()
+    for pattern, why in left_out.items():
+        known = {key for key in rest if fnmatchcase(f".{key}", pattern)}
+        if known:
+            notes.append(f"{_some(known)} left out: {why}")
+        rest -= known
+    if rest:
+        raise UserError(f"{folder}: {_some(rest)} without a place in this model: {_hint(rest, stored)}")
+    return source, tuple(f"{folder}: {note}" for note in notes)
+
+
+def _match_trunk(stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, str]:
+    """Stored names of the trunk's parameters, whether they are there or not."""
+    anchors = [key for key in stored if f".{key}".endswith(f".{FIRST_TENSOR}")]
+    if len(anchors) != 1:
+        found = _some(anchors) if anchors else f"no tensor {FIRST_TENSOR!r}"
+        raise UserError(f"{folder}: {found} in its safetensors files: one Llama is expected there")
+    prefix = anchors[0].removesuffix(FIRST_TENSOR)
+    source = {name: prefix + name.removeprefix("model.") for name in wanted if name.startswith("model.")}
+    # Of two tied tensors safetensors' save_model keeps the first by name.
+    embedding = source["model.embed_tokens.weight"]
+    if embedding not in stored and "lm_head.weight" in stored and _stated(folder, "tie_word_embeddings") is True:
+        source["model.embed_tokens.weight"] = "lm_head.weight"
+    return source
+
+
+def _linear_head(stored: Mapping[str, Stored], folder: Path, config: ModelConfig) -> str:
+    """Which of HEADS the files hold; empty for none."""
+    heads = [head for head in HEADS if f"{head}.weight" in stored]
+    if len(heads) > 1:
+        raise UserError(f"{folder}: holds {len(heads)} reward heads ({', '.join(heads)}): remove all but one")
+    if heads and config.head != "linear":
+        raise UserError(
+            f"{folder}: its reward head '{heads[0]}.weight' is linear: leave out --head {config.head}, or start from "
+            f"the language model"
+        )
+    if not heads and config.head == "linear" and "Classification" in str(_stated(folder, "architectures")):
+        raise UserError(
+            f"{folder}: tensor 'score.weight' missing from its safetensors files, though config.json, field "
+            f"'architectures', speaks of a head: download it again, or write LlamaForCausalLM there for a new head"
+        )
+    return heads[0] if heads else ""
+
+
+def _stated(folder: Path, field: str) -> object:
+    return read_json(folder / "config.json", "download it again").get(field)
+
+
+def _check(key: str, tensor: Stored, shape: tuple[int, ...]) -> None:
+    """Raises UserError for a tensor of another shape or a dtype that is no plain float."""
+    if tensor.shape != shape:
+        cause = "a reward head has one output" if shape[0] == 1 else "see config.json and --projection-size"
+        raise UserError(f"{tensor.path}: tensor {key!r} has shape {tensor.shape}, not {shape}: {cause}")
+    if tensor.dtype not in FLOATS:
+        raise UserError(
+            f"{tensor.path}: tensor {key!r} has dtype {tensor.dtype}, not one of {', '.join(FLOATS)}: "
+            f"use a checkpoint that is not quantised"
+        )
+
+
+def _hint(rest: Collection[str], stored: Mapping[str, Stored]) -> str:
+    """What to do about tensors without a place, which would be lost in silence."""
+    options = []  # of a model that this program saved
+    if "score.0.weight" in rest:
+        options.append("--head mlp")
+    if "projection.weight" in rest:
+        options.append(f"--projection-size {stored['projection.weight'].shape[0]}")
+    if options:
+        return f"pass {' '.join(options)}, with which it was trained"
+    return "merge adapters into the weights, and make a head one linear layer 'score.weight'"
+
+
+def _some(names: Collection[str]) -> str:
+    """How many names and the first few: "5 tensors ('a', 'b', 'c', ...)"."""
+    shown = ", ".join(repr(name) for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def fresh_weights(config: ModelConfig, seed: int) -> Weights:
+    """Weights for a model trained from scratch."""
+    return Weights(lambda name, shape, rows: initial_value(name, shape, config, seed)[rows])
 
 
 # --------------------------------------------------------------------------------------------------------- writing
-
-
-def choose_pad(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> int:
-    """Sets and returns a pad token that is below ``vocab_size`` and never ends a completion (so not eos).
-
-    transformers reads the reward at the last token that is not pad: with pad == eos it would read the one before.
-
-    Raises:
-        UserError: the tokenizer's ids exceed the embedding, or no token can serve.
-    """
-    vocab = tokenizer.get_vocab()
-    largest = max(vocab.values())
-    if largest >= vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer has ids up to {largest}, the model's vocab_size is {vocab_size}: "
-            f"use the tokenizer that belongs to the model"
-        )
-    known = (tokenizer.pad_token, "<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "<unk>", tokenizer.bos_token)
-    for token in known:
-        if token is not None and token in vocab and token != tokenizer.eos_token:
-            tokenizer.pad_token = token
-            return int(vocab[token])
-    raise UserError(f"{where}: the tokenizer has no pad, unk or bos token that differs from eos: add a pad token")
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -179,45 +286,6 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(state[name].shape)}{state[name].dtype}".encode())
         digest.update(state[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def huggingface_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json that transformers 4 and 5 read alike.
-
-    ``problem_type: regression`` keeps servers from putting the reward through a sigmoid. A folder with an MLP head
-    names the bare trunk as its architecture, so that nobody loads it with a random linear head by accident.
-    """
-    rope = config.rope_scaling or {"rope_type": "default"}
-    name = str(dtype).removeprefix("torch.")
-    return {
-        "architectures": ["LlamaForSequenceClassification" if config.head == "linear" else "LlamaModel"],
-        "model_type": "llama",
-        "num_labels": 1,
-        "id2label": {"0": "reward"},
-        "label2id": {"reward": 0},
-        "problem_type": "regression",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling,
-        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": False,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "torch_dtype": name,
-        "dtype": name,
-    }
 
 
 def save_model(
@@ -243,4 +311,4 @@ def save_model(
     }
     (folder / "gcrm.json").write_text(json.dumps(gcrm, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(huggingface_config(config, tokenizer, dtype), indent=2) + "\n")
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

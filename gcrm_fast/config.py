@@ -59,7 +59,9 @@ class TrainConfig:
 
     # ---- model
     model: str = ""
-    """Local Hugging Face Llama folder to start from. Empty: a model from scratch with the sizes below."""
+    """Hugging Face Llama to start from: a folder or a hub name. Empty: a model from scratch with the sizes below."""
+    tokenizer: str = ""
+    """Folder or hub name of another tokenizer than that of --model; from scratch, than the one trained on the text."""
     hidden_size: int = 128
     """Width of a model from scratch."""
     layers: int = 4

@@ -9,14 +9,13 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tokenizers
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gcrm_fast.errors import UserError
 from gcrm_fast.records import Pair
@@ -73,22 +72,6 @@ def _summary(lengths: np.ndarray) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizers
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local Hugging Face folder. Raises UserError if there is none, or it lacks offsets or eos."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: no tokenizer that transformers can load ({reason})") from None
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"{folder}: the tokenizer gives no character offsets: convert it to a fast one (tokenizer.json)"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer has no eos token, where rewards are read: add one")
-    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -30,9 +30,10 @@ from transformers import PreTrainedTokenizerBase
 from gcrm_fast import arithmetic, checkpoint, parallel
 from gcrm_fast.accounting import Meter, choose_recompute, memory_limit, peak_flops, predicted_memory, work
 from gcrm_fast.config import ARITHMETIC, TrainConfig, parse, parse_columns, to_toml
-from gcrm_fast.data import TokenizedPair, TokenReport, end_tokens, load_tokenizer, tokenize_pairs, train_tokenizer
+from gcrm_fast.data import TokenizedPair, TokenReport, end_tokens, tokenize_pairs, train_tokenizer
 from gcrm_fast.errors import UserError
 from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
+from gcrm_fast.llama_config import read_config
 from gcrm_fast.loader import Steps, load
 from gcrm_fast.model import ModelConfig, RewardModel
 from gcrm_fast.objectives import STATISTICS, Objective, losses
@@ -41,6 +42,7 @@ from gcrm_fast.records import Overlap, Pair, overlap, read_pairs
 from gcrm_fast.report import MetricsLog, plot_curves, table
 from gcrm_fast.sources import BadRecords
 from gcrm_fast.token_cache import TokenCache, cache_folder
+from gcrm_fast.tokenization import choose_pad, load_tokenizer
 
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
 
@@ -60,7 +62,7 @@ class Prepared:
     held_out_report: TokenReport | None
     overlap: Overlap
     skipped: list[str]  # what was wrong with each bad record
-    weights: checkpoint.RowReader
+    weights: checkpoint.Weights
     budget: Budget
     sampling: Sampling
     steps: int
@@ -85,6 +87,36 @@ def load_pairs(
     return train[: config.train_pairs or None], held_out
 
 
+def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of --tokenizer, or else of --model; None without either."""
+    flag, name = ("--tokenizer", config.tokenizer) if config.tokenizer else ("--model", config.model)
+    return load_tokenizer(checkpoint.locate(name, flag, checkpoint.TOKENIZER_FILES)) if name else None
+
+
+def open_model(config: TrainConfig) -> tuple[ModelConfig, checkpoint.Weights]:
+    """Shape and weights of --model."""
+    folder = checkpoint.locate(config.model, "--model", checkpoint.MODEL_FILES)
+    model_config = read_config(folder, head=config.head, projection_size=config.projection_size)
+    return model_config, checkpoint.open_weights(folder, model_config, config.seed)
+
+
+def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ModelConfig, checkpoint.Weights]:
+    """Shape and weights of a model from scratch."""
+    model_config = ModelConfig(
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.hidden_size // config.heads,
+        max_position_embeddings=config.max_length,
+        head=config.head,
+        projection_size=config.projection_size,
+    )
+    return model_config, checkpoint.fresh_weights(model_config, config.seed)
+
+
 def prepare(config: TrainConfig) -> Prepared:
     """Reads and checks all inputs; writes nothing."""
     output = Path(config.output or default_output(config))
@@ -92,12 +124,8 @@ def prepare(config: TrainConfig) -> Prepared:
         raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is not a folder")
-    tokenizer = None
-    if config.model:  # before the records, some of which its chat template writes out
-        folder = Path(config.model)
-        model_config = checkpoint.read_config(folder, head=config.head, projection_size=config.projection_size)
-        tokenizer = load_tokenizer(folder)
-        weights = checkpoint.open_weights(folder, model_config, config.seed)
+    model = open_model(config) if config.model else None
+    tokenizer = open_tokenizer(config)  # before the records, some of which its chat template writes out
     bad = BadRecords(skip=config.on_bad_record == "skip")
     train, held_out = load_pairs(config, tokenizer, bad)
     shared = overlap(train, held_out)
@@ -107,25 +135,13 @@ def prepare(config: TrainConfig) -> Prepared:
             "held-out pairs: take others, or pass --allow-overlap"
         )
     if tokenizer is None:
-        tokenizer = train_tokenizer(
-            (p.prompt + side for p in train for side in (p.chosen, p.rejected)), config.vocab_size
-        )
-        model_config = ModelConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.hidden_size // config.heads,
-            max_position_embeddings=config.max_length,
-            head=config.head,
-            projection_size=config.projection_size,
-        )
-        weights = checkpoint.fresh_weights(model_config, config.seed)
-    checkpoint.choose_pad(tokenizer, model_config.vocab_size, config.model or "the trained tokenizer")
+        texts = (p.prompt + side for p in train for side in (p.chosen, p.rejected))
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    model_config, weights = model or new_model(config, tokenizer)
+    source = config.tokenizer or config.model or "the trained tokenizer"
+    choose_pad(tokenizer, model_config.vocab_size, source)
     if tokenizer.pad_token_id in end_tokens(tokenizer):
-        raise UserError(f"{config.model}: pad token {tokenizer.pad_token!r} also ends a turn: set another pad token")
+        raise UserError(f"{source}: pad token {tokenizer.pad_token!r} also ends a turn: set another pad token")
     budget = Budget(config.tokens_per_batch, model_config.hidden_size)
     with TokenCache(cache_folder(config.cache)) as cache:
 
@@ -338,7 +354,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
     if config.compile:
         model.compile_blocks()
     parallel.shard(model, mesh, dtype)
-    parallel.materialize(model, mesh, device, prepared.weights)
+    parallel.materialize(model, mesh, device, prepared.weights.rows)
     optimizer, schedule = optimizer_and_schedule(model, config, prepared.steps)
 
     log = None
@@ -438,13 +454,15 @@ def finish(
 def run(config: TrainConfig) -> None:
     """Checks all inputs on every rank before any process group work, then trains. Raises UserError."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    is_first = os.environ.get("RANK", "0") == "0"
     prepared = prepare(config)
+    if is_first and prepared.weights.notes:
+        print(*prepared.weights.notes, sep="\n", flush=True)
     if config.dry_run:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first:
             print(describe(prepared, config, world_size))
         return
     keep_freed_memory()
-    is_first = os.environ.get("RANK", "0") == "0"
     with locked(prepared.output) if is_first else contextlib.nullcontext(), parallel.process_group() as (mesh, device):
         train(config, prepared, mesh, device)
 

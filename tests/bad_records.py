@@ -15,7 +15,8 @@ from chat import CHATML, LLAMA2, chat_tokenizer
 from conftest import small_config, small_model
 from pyarrow import parquet
 
-from gcrm_fast.checkpoint import choose_pad, save_model
+from gcrm_fast.checkpoint import save_model
+from gcrm_fast.tokenization import choose_pad
 
 Build = Callable[[Path], list[str]]
 

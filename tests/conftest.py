@@ -50,6 +50,12 @@ def _fixed_seed() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hub names are looked up in the local cache only, on machines with a network too."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture
 def make_pair() -> Callable[..., TokenizedPair]:
     """make_pair(id, prompt length, chosen length, rejected length, shared=...) with random tokens."""

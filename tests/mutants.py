@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 INVARIANTS, OBJECTIVES, PARITY = "tests/test_invariants.py", "tests/test_objectives.py", "tests/test_parity.py"
 PACKING, DATA, ARITHMETIC = (f"tests/test_{name}.py" for name in ("packing", "data", "arithmetic"))
-TRAIN, RECORDS = "tests/test_train.py -k processes", "tests/test_records.py"
-CACHE, BAD_INPUT = "tests/test_token_cache.py", "tests/test_bad_input.py -k "
+CHECKPOINT, TOKENIZATION, BAD_INPUT = (f"tests/test_{name}.py" for name in ("checkpoint", "tokenization", "bad_input"))
+TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.py", "tests/test_token_cache.py"
 KERNELS = "tests/test_kernels.py -k "
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
 ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or eps) and not {other}"
@@ -120,13 +120,44 @@ MUTANTS = {
     "llama3 rope not interpolated": (
         "gcrm_fast/model.py", "torch.where(between, smooth, scaled)", "scaled", PARITY),
     "norm epsilon of another model": (
-        "gcrm_fast/checkpoint.py", '"rms_norm_eps": config.rms_norm_eps', '"rms_norm_eps": 0.1', PARITY),
+        "gcrm_fast/llama_config.py", '"rms_norm_eps": config.rms_norm_eps', '"rms_norm_eps": 0.1', PARITY),
     "reward scaled by a sigmoid in servers": (
-        "gcrm_fast/checkpoint.py", '"problem_type": "regression",', "", PARITY),
+        "gcrm_fast/llama_config.py", '"problem_type": "regression",', "", PARITY),
     "pad equal to eos": (
-        "gcrm_fast/checkpoint.py", " and token != tokenizer.eos_token", "", PARITY),
+        "gcrm_fast/tokenization.py", " and token != tokenizer.eos_token", "", TOKENIZATION),
     "missing trunk tensor re-initialised": (
-        "gcrm_fast/checkpoint.py", 'if key not in found and name.startswith("model."):', "if False:", PARITY),
+        "gcrm_fast/checkpoint.py", "    missing = [key for key in source.values() if key not in stored]\n",
+        "    missing = []\n    source = {name: key for name, key in source.items() if key in stored}\n",
+        f"{BAD_INPUT} -k missing"),
+    "lost head of a classifier re-initialised": (
+        "gcrm_fast/checkpoint.py", '"Classification" in', '"Never" in', f"{BAD_INPUT} -k classifier"),
+    "tensors without a place ignored": (
+        "gcrm_fast/checkpoint.py", "    if rest:\n", "    if False:\n", f"{BAD_INPUT} -k unknown"),
+    "shape of a tensor not checked": (
+        "gcrm_fast/checkpoint.py", "if tensor.shape != shape:", "if False:", f"{BAD_INPUT} -k shape"),
+    "dtype of a tensor not checked": (
+        "gcrm_fast/checkpoint.py", "if tensor.dtype not in FLOATS:", "if False:", f"{BAD_INPUT} -k int8"),
+    "every rank reads whole tensors": (
+        "gcrm_fast/checkpoint.py", "file.get_slice(source[name])[rows]", "file.get_tensor(source[name])[rows]",
+        CHECKPOINT),
+    "tied embedding under the name of lm_head not found": (
+        "gcrm_fast/checkpoint.py", 'source["model.embed_tokens.weight"] = "lm_head.weight"', "pass",
+        f"{PARITY} -k tied"),
+    "head_dim of config.json ignored": (
+        "gcrm_fast/llama_config.py", '_field(raw, path, "head_dim", int, hidden // heads)', "hidden // heads", PARITY),
+    "rope scaling of transformers 4 ignored": (
+        "gcrm_fast/llama_config.py", 'else "rope_scaling"', 'else "rope_parameters"', PARITY),
+    "older name of the rope type ignored": (
+        "gcrm_fast/llama_config.py", 'parameters.get("type", "default")', '"default"', PARITY),
+    "rope theta of transformers 5 ignored": (
+        "gcrm_fast/llama_config.py", "**raw, **parameters}, path, \"rope_theta\"", "**raw}, path, \"rope_theta\"",
+        PARITY),
+    "bos of a bare sentencepiece model lost": (
+        "gcrm_fast/tokenization.py", '"add_bos_token", True', '"add_bos_token", False', TOKENIZATION),
+    "sentencepiece model not compared with sentencepiece": (
+        "gcrm_fast/tokenization.py", "for text in PROBES:", "for text in ():", f"{BAD_INPUT} -k sentencepiece"),
+    "text rules of another transformers version": (
+        "gcrm_fast/tokenization.py", "normalizer = stated.normalizer", "normalizer = None", TOKENIZATION),
     "goal not strictly after its source": (
         "gcrm_fast/packing.py", "i, j + (j >= i)", "i, j", PACKING),
     "sampling depends on the epoch only": (
@@ -149,7 +180,7 @@ MUTANTS = {
     "data: a pair one token too long": (
         "gcrm_fast/data.py", "if longest > max_length:", "if longest > max_length + 1:", DATA),
     "data: a cut completion without tokens": (
-        "gcrm_fast/data.py", "if starts[k] == len(ids[k])", "if False", BAD_INPUT + "cut"),
+        "gcrm_fast/data.py", "if starts[k] == len(ids[k])", "if False", f"{BAD_INPUT} -k cut"),
     "data: dialogue split at the first answer": (
         "gcrm_fast/records.py", "text.rpartition(ASSISTANT)", "text.partition(ASSISTANT)", RECORDS),
     "data: earlier turns lost": (
@@ -164,9 +195,9 @@ MUTANTS = {
         "gcrm_fast/records.py", 'return "".join(text.split())', "return text", RECORDS),
     "data: NaN taken for a number": (
         "gcrm_fast/records.py", "if not abs(value) <= sys.float_info.max:", "if abs(value) > sys.float_info.max:",
-        BAD_INPUT + "NaN"),
+        f"{BAD_INPUT} -k NaN"),
     "data: bad records skipped unasked": (
-        "gcrm_fast/sources.py", "if not self.skip:", "if False:", BAD_INPUT + "UTF"),
+        "gcrm_fast/sources.py", "if not self.skip:", "if False:", f"{BAD_INPUT} -k UTF"),
     "data: blank lines not counted": (
         "gcrm_fast/sources.py", "number += 1\n                yield number",
         "number += bool(line.strip())\n                yield number", RECORDS),

@@ -14,7 +14,6 @@ from gcrm_fast.data import (
     EOS,
     encode_completions,
     end_tokens,
-    load_tokenizer,
     tokenize_pairs,
     train_tokenizer,
 )
@@ -55,33 +54,6 @@ def test_vocabulary_that_is_too_small():
     assert len(train_tokenizer(TEXTS, 259)) == 259
     with pytest.raises(UserError, match="--vocab-size 258: must be at least 259"):
         train_tokenizer(TEXTS, 258)
-
-
-def test_saved_tokenizer_loads_as_it_was(tmp_path):
-    TOKENIZER.save_pretrained(tmp_path)
-    loaded = load_tokenizer(tmp_path)
-    assert loaded.backend_tokenizer.to_str() == TOKENIZER.backend_tokenizer.to_str()
-    assert (loaded.bos_token_id, loaded.eos_token_id) == (TOKENIZER.bos_token_id, TOKENIZER.eos_token_id)
-    assert encode("hel", "lo 漢字", loaded) == encode("hel", "lo 漢字")
-
-
-@pytest.mark.parametrize("content", ["{", "{}", '{"added_tokens": [], "model": {"type": "none"}}'])
-def test_damaged_tokenizer(tmp_path, content):
-    TOKENIZER.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match="no tokenizer that transformers can load"):
-        load_tokenizer(tmp_path)
-
-
-def test_no_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="no tokenizer that transformers can load"):
-        load_tokenizer(tmp_path / "none")
-
-
-def test_tokenizer_without_eos(tmp_path):
-    PreTrainedTokenizerFast(tokenizer_object=TOKENIZER.backend_tokenizer, bos_token=BOS).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="has no eos token"):
-        load_tokenizer(tmp_path)
 
 
 # ----------------------------------------------------------------------------- where a completion starts and ends

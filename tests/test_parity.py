@@ -1,20 +1,29 @@
 """Invariants 5 and 7: transformers' hidden states and rewards, checkpoints in and out."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import small_config, small_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaModel
+from folders import load, tokenizer
+from safetensors.torch import load_file, save_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
-from gcrm_fast.checkpoint import choose_pad, fingerprint, open_weights, read_config, save_model
-from gcrm_fast.data import TokenizedPair, train_tokenizer
-from gcrm_fast.errors import UserError
+from gcrm_fast import checkpoint
+from gcrm_fast.data import TokenizedPair
 from gcrm_fast.model import ModelConfig, RewardModel
 from gcrm_fast.packing import Sampling, build_pack
+from gcrm_fast.tokenization import choose_pad
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -23,46 +32,58 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-CONFIGS = {
-    "gqa": {},
-    "multi-head": {"num_key_value_heads": 4},
-    "head_dim differs": {"head_dim": 12},
-    "attention bias": {"attention_bias": True, "mlp_bias": True},
+CONFIGS: dict[str, dict[str, Any]] = {
+    "Llama 2 7B": {"num_key_value_heads": 4},
+    "Llama 2 70B": {},
+    "CodeLlama": {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    "Llama 3": {"rope_theta": 5e5},
+    "Llama 3.1": {"rope_scaling": LLAMA3, "rope_theta": 5e5},
+    "Llama 3.2": {"rope_scaling": LLAMA3 | {"factor": 32.0}, "rope_theta": 5e5, "num_attention_heads": 8},
     "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "llama3 rope": {"rope_scaling": LLAMA3, "rope_theta": 500000.0},
+    "head_dim differs": {"head_dim": 12},
+    "attention bias": {"attention_bias": True},
+    "MLP bias": {"mlp_bias": True},
 }
 
 
-def load(folder: Path, config: ModelConfig) -> RewardModel:
-    model = RewardModel(config)
-    rows = open_weights(folder, config, seed=0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(rows(name, parameter.shape, slice(None)))
-    return model
-
-
-def tokenizer_of(vocab_size: int = 300):
-    return train_tokenizer(["one two three four, five six; seven"] * 30, vocab_size)
-
-
 def save(folder: Path, config: ModelConfig) -> tuple[RewardModel, dict[str, torch.Tensor]]:
+    """A random model, saved by us."""
     model = small_model(config, torch.float32)
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
-    tokenizer = tokenizer_of(config.vocab_size)
-    choose_pad(tokenizer, config.vocab_size, "test")
-    save_model(folder, state, config, tokenizer, torch.ones(config.projection_size or config.hidden_size), 3)
+    choose_pad(tokenizer(), config.vocab_size, "test")
+    goal = torch.ones(config.projection_size or config.hidden_size)
+    checkpoint.save_model(folder, state, config, tokenizer(), goal, 3)
     return model, state
 
 
-@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
-def test_hidden_states_and_rewards_equal_transformers(
-    changes: dict[str, object], pairs: list[TokenizedPair], tmp_path: Path
-) -> None:
-    config = small_config(vocab_size=300, **changes)
-    model, _ = save(tmp_path / "m", config)
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
-    assert theirs.config.num_labels == 1
+def theirs_of(config: ModelConfig, kind: type = LlamaForSequenceClassification, **more: object) -> PreTrainedModel:
+    """transformers' model with random weights (std 0.1), in the words of whichever version is installed."""
+    raw = asdict(config) | {"num_labels": 1, "pad_token_id": 2} | more
+    raw["rope_parameters"] = (config.rope_scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}
+    theirs = kind(LlamaConfig(**raw)).eval()
+    theirs.load_state_dict(small_model(config, torch.float32).state_dict(), strict=False)
+    return theirs
+
+
+def write_config(folder: Path, config: ModelConfig, dialect: str) -> None:
+    """Puts RoPE into config.json in the words of one version of transformers."""
+    path = folder / "config.json"
+    raw = json.loads(path.read_text())
+    for name in ("rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype"):
+        raw.pop(name, None)
+    scaling = dict(config.rope_scaling or {})
+    if dialect == "transformers 5":
+        raw["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": config.rope_theta}
+        raw["dtype"] = "float32"
+    else:
+        raw |= {"rope_theta": config.rope_theta, "rope_scaling": scaling or None, "torch_dtype": "float32"}
+        if dialect == "transformers 4, old" and scaling:
+            scaling["type"] = scaling.pop("rope_type")
+    path.write_text(json.dumps(raw))
+
+
+def assert_same(model: RewardModel, theirs: PreTrainedModel, pairs: list[TokenizedPair]) -> None:
+    """Rewards of both completions and the hidden state at the end of the chosen one."""
     pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=4), 0)
     with torch.no_grad():
         reward_2N, states = model(pack)
@@ -75,49 +96,58 @@ def test_hidden_states_and_rewards_equal_transformers(
             torch.testing.assert_close(states[next(chosen_rows)], hidden, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dialect", ["transformers 4", "transformers 5"])
-def test_config_of_either_transformers_version(dialect: str, tmp_path: Path) -> None:
-    theirs = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    raw = theirs.to_dict()
-    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
-        raw.pop(name, None)
-    old = {"rope_theta": 500000.0, "rope_scaling": LLAMA3}
-    new = {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}}
-    (tmp_path / "config.json").write_text(json.dumps(raw | (old if dialect == "transformers 4" else new)))
-    config = read_config(tmp_path, head="linear", projection_size=0)
-    assert (config.rope_theta, config.rope_scaling, config.head_dim) == (500000.0, LLAMA3, 8)
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_what_we_save_transformers_scores_alike(
+    changes: dict[str, object], pairs: list[TokenizedPair], tmp_path: Path
+) -> None:
+    model, _ = save(tmp_path / "m", small_config(vocab_size=300, **changes))
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m", dtype=torch.float32).eval()
+    assert theirs.config.num_labels == 1
+    assert_same(model, theirs, pairs)
+
+
+@pytest.mark.parametrize("dialect", ["transformers 4, old", "transformers 4", "transformers 5"])
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+def test_what_transformers_saves_we_score_alike(
+    changes: dict[str, object], dialect: str, pairs: list[TokenizedPair], tmp_path: Path
+) -> None:
+    config = small_config(vocab_size=300, **changes)
+    theirs = theirs_of(config)
+    theirs.save_pretrained(tmp_path)
+    write_config(tmp_path, config, dialect)
+    model, weights, read = load(tmp_path)
+    assert (read.rope_theta, read.rope_scaling) == (config.rope_theta, config.rope_scaling)
+    assert weights.notes == ()
+    assert_same(model, theirs, pairs)
+
+
+@pytest.mark.parametrize("kept", ["embed_tokens", "lm_head"])
+def test_tied_embeddings(kept: str, tmp_path: Path) -> None:
+    """transformers writes the embedding; safetensors' own save_model writes lm_head in its place."""
+    theirs = theirs_of(small_config(vocab_size=300), LlamaForCausalLM, tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    if kept == "lm_head":
+        save_model(theirs, str(tmp_path / "model.safetensors"))
+    embeddings = {name for name in load_file(tmp_path / "model.safetensors") if "embed" in name or "lm_head" in name}
+    assert embeddings == {"model.embed_tokens.weight" if kept == "embed_tokens" else "lm_head.weight"}
+    model, weights, _ = load(tmp_path)
+    assert weights.notes == (f"{tmp_path}: holds no reward head: a new one is started",)
+    for name, tensor in theirs.model.state_dict().items():
+        assert torch.equal(dict(model.model.named_parameters())[name], tensor)
 
 
 @pytest.mark.parametrize("changes", [{}, {"head": "mlp", "projection_size": 5}])
-def test_round_trip_is_bitwise(changes: dict[str, object], tmp_path: Path) -> None:
+def test_round_trip_is_bitwise(changes: dict[str, Any], tmp_path: Path) -> None:
     config = small_config(vocab_size=300, **changes)
     _, state = save(tmp_path / "m", config)
-    again = load(tmp_path / "m", config)
+    again, weights, read = load(tmp_path / "m", **changes)
+    assert (read, weights.notes) == (small_config(vocab_size=300, rms_norm_eps=1e-5, **changes), ())
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, state[name]), name
     meta = json.loads((tmp_path / "m" / "gcrm.json").read_text())
-    assert meta["fingerprint"] == fingerprint(state)
+    assert meta["fingerprint"] == checkpoint.fingerprint(state)
     assert load_file(tmp_path / "m" / "goal.safetensors")["default"].shape == (config.projection_size or 32,)
     assert ("score.weight" in load_file(tmp_path / "m" / "model.safetensors")) == (config.head == "linear")
-
-
-def test_a_bare_trunk_and_a_causal_model_load_with_a_new_head(tmp_path: Path) -> None:
-    config = small_config(vocab_size=300)
-    theirs = LlamaModel(LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                                    num_attention_heads=4, num_key_value_heads=2))  # fmt: skip
-    state = {k: v.contiguous() for k, v in theirs.state_dict().items()}
-    bare, causal = tmp_path / "bare", tmp_path / "causal"
-    for folder, tensors in (
-        (bare, state),
-        (causal, {f"model.{k}": v for k, v in state.items()} | {"lm_head.weight": torch.zeros(300, 32)}),
-    ):
-        folder.mkdir()
-        save_file(tensors, folder / "model.safetensors")
-        model = load(folder, config)
-        for name, tensor in state.items():
-            assert torch.equal(dict(model.model.named_parameters())[name], tensor)
-        assert 0 < model.score.weight.std() < 3 / 33  # normal with standard deviation 1 / (H + 1)
 
 
 def test_saved_config_protects_against_the_usual_accidents(tmp_path: Path) -> None:
@@ -143,38 +173,3 @@ def test_padding_and_batching_do_not_change_a_reward(pairs: list[TokenizedPair],
         padded = theirs(batch, attention_mask=(batch != pad).long()).logits[:, 0]
         ours = torch.cat([model(build_pack([[p]], Sampling(), 0)).reward_2N[0] for p in pairs])
     torch.testing.assert_close(ours, padded, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: missing"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"no"), "not a readable safetensors"),
-        (lambda d: (d / "config.json").unlink(), "config.json: cannot be read"),
-        (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
-        (lambda d: (d / "config.json").write_text('{"model_type": "gpt2"}'), "model_type"),
-        (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "vocab_size"),
-    ],
-)
-def test_damaged_folders_are_named(damage, message: str, tmp_path: Path) -> None:
-    save(tmp_path / "m", small_config(vocab_size=300))
-    damage(tmp_path / "m")
-    with pytest.raises(UserError, match=message):
-        open_weights(tmp_path / "m", read_config(tmp_path / "m", head="linear", projection_size=0), 0)
-
-
-def test_wrong_shape_and_missing_tensor_are_named(tmp_path: Path) -> None:
-    save(tmp_path / "m", small_config(vocab_size=300))
-    with pytest.raises(UserError, match=r"gate_proj.*shape"):
-        load(tmp_path / "m", small_config(vocab_size=300, intermediate_size=64))
-    with pytest.raises(UserError, match=r"layers\.3\..*missing"):
-        load(tmp_path / "m", small_config(vocab_size=300, num_hidden_layers=4))
-
-
-def test_pad_is_never_eos_and_tokenizer_must_fit() -> None:
-    tokenizer = tokenizer_of()
-    tokenizer.pad_token = tokenizer.eos_token
-    pad = choose_pad(tokenizer, 300, "test")
-    assert pad != tokenizer.eos_token_id
-    with pytest.raises(UserError, match="vocab_size"):
-        choose_pad(tokenizer, 200, "test")
