@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from gcrm_kernels import gather_rows
+from gcrm_kernels import gather_rows, rms_norm, swiglu
 from torch import Tensor, nn
 
 from gcrm_fast.attention import packed_attention, resolve_backend
@@ -123,12 +122,15 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(f, h, bias=bias)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH))
+        return self.down_proj(swiglu(self.gate_proj(x_TH), self.up_proj(x_TH)))
 
 
 class Block(nn.Module):
+    """Its norms hold the weights only: the second one is computed together with the addition of the residual."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.eps = config.rms_norm_eps
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -136,11 +138,14 @@ class Block(nn.Module):
 
     def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], pack: Pack, backend: str, prune: bool) -> Tensor:
         """[T, H] -> [T, H], or [R, H] at the read rows with ``prune``."""
-        attended = self.self_attn(self.input_layernorm(x_TH), rope, pack, backend)
+        normed_TH = rms_norm(x_TH, self.input_layernorm.weight, self.eps)
+        attended = self.self_attn(normed_TH, rope, pack, backend)
         if prune:
             attended, x_TH = (gather_rows(x, pack.read_rows_R, pack.read_inverse) for x in (attended, x_TH))
-        x_TH = x_TH + self.self_attn.o_proj(attended)
-        return x_TH + self.mlp(self.post_attention_layernorm(x_TH))
+        normed_TH, x_TH = rms_norm(
+            self.self_attn.o_proj(attended), self.post_attention_layernorm.weight, self.eps, residual_TH=x_TH
+        )
+        return x_TH + self.mlp(normed_TH)
 
 
 class Llama(nn.Module):
@@ -166,7 +171,7 @@ class Llama(nn.Module):
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, pack, backend, prune=i == len(self.layers) - 1)
-        return self.norm(x)
+        return rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
 
 
 class MLPHead(nn.Sequential):
