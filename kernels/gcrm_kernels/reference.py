@@ -85,4 +85,4 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, residual_TH: Tensor | N
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up"""
-    return gate / (1 + torch.exp(-gate)) * up
+    return gate * torch.sigmoid(gate) * up
