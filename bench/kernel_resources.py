@@ -136,14 +136,13 @@ def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisati
             constants = {"RESIDUAL": residual, "BLOCK_H": config.block}
             yield Specialisation(f"rms_norm forward {form}", triton_rms_norm._forward_kernel, constants, types,
                                  config.num_warps, config.num_stages)  # fmt: skip
-            constants |= {"WEIGHT": True}
-            yield Specialisation(f"rms_norm backward {form}", triton_rms_norm._backward_kernel, constants, types,
-                                 config.num_warps, config.num_stages)  # fmt: skip
+            yield Specialisation(f"rms_norm backward {form}", triton_rms_norm._backward_kernel,
+                                 constants | {"WEIGHT": True}, types, config.num_warps, config.num_stages)  # fmt: skip
     config = triton_rms_norm.candidates(1, lanes)[0]  # a number that is 1 becomes a constant when a kernel is launched
     constants = {"RESIDUAL": False, "BLOCK_H": config.block, "width": 1}
     yield Specialisation(f"rms_norm forward {dtype} H=1", triton_rms_norm._forward_kernel, constants, types,
                          config.num_warps, config.num_stages)  # fmt: skip
-    constants |= {"WEIGHT": False, "tokens": 1, "rows": 1}
+    constants = constants | {"WEIGHT": False, "tokens": 1, "rows": 1}
     yield Specialisation(f"rms_norm backward {dtype} H=1 T=1", triton_rms_norm._backward_kernel, constants, types,
                          config.num_warps, config.num_stages)  # fmt: skip
     config = triton_swiglu.candidates()[0]
@@ -185,6 +184,11 @@ def compile_one(given: Specialisation, target: str) -> Resources:
             machine_code = tool("nvdisasm", file.name)
         row.registers, row.stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
         row.instructions = {what: len(re.findall(pattern, machine_code)) for what, pattern in INSTRUCTIONS.items()}
+    elif "amdgcn" in compiled.asm:  # the assembler's own count stands in its text
+        row.registers, row.stack = (
+            int(re.search(rf"\.{what}:\s*(\d+)", compiled.asm["amdgcn"])[1])
+            for what in ("vgpr_count", "private_segment_fixed_size")
+        )
     return row
 
 
