@@ -24,7 +24,16 @@ if os.environ.get("TRITON_INTERPRET"):
     sys.exit("TRITON_INTERPRET is set: unset it, an interpreted kernel cannot be compiled")
 
 import triton
-from gcrm_kernels import contrastive, reference, triton_contrastive, triton_dense, triton_gather, triton_qvalues
+from gcrm_kernels import (
+    contrastive,
+    reference,
+    triton_contrastive,
+    triton_dense,
+    triton_gather,
+    triton_qvalues,
+    triton_rms_norm,
+    triton_swiglu,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -66,8 +75,8 @@ class Resources:
     instructions: dict[str, int] = field(default_factory=dict)
 
 
-def specialisations(dtype: str, samples: list[int]) -> Iterator[Specialisation]:
-    """Every kernel as it is launched for states of ``dtype``."""
+def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Specialisation]:
+    """Every kernel as it is launched for states of ``dtype`` on ``target``."""
     itemsize = ITEMSIZE[dtype]
     rows = dict.fromkeys(("rows_ptr", "starts_ptr", "offsets_ptr", "units_ptr"), "*i64")
     types = {**rows, "hidden_ptr": "*" + dtype, "out_ptr": "*" + dtype, "has_positive_ptr": "*i1"}
@@ -116,11 +125,42 @@ def specialisations(dtype: str, samples: list[int]) -> Iterator[Specialisation]:
     yield Specialisation(f"dense gradient {dtype}", triton_dense._gradient_kernel, constants, types,
                          config.num_warps, config.num_stages)  # fmt: skip
 
+    yield from elementwise_specialisations(dtype, TARGETS[target].warp_size)
+
+
+def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisation]:
+    """RMSNorm of the widths of a small, an 8B and a 405B Llama, in the forms that a model uses, and SwiGLU."""
+    element = "*" + dtype
+    types = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "s_ptr", "grad_y_ptr", "grad_s_ptr",
+                           "out_ptr", "gate_ptr", "up_ptr", "grad_ptr", "dgate_ptr", "dup_ptr"), element)  # fmt: skip
+    for width in (256, 4096, 16384):
+        config = triton_rms_norm.candidates(width, lanes)[0]
+        for residual in (False, True):
+            form = f"{dtype} H={width}{' residual' if residual else ''}"
+            constants = {"RESIDUAL": residual, "BLOCK_H": config.block}
+            yield Specialisation(f"rms_norm forward {form}", triton_rms_norm._forward_kernel, constants, types,
+                                 config.num_warps, config.num_stages)  # fmt: skip
+            yield Specialisation(f"rms_norm backward {form}", triton_rms_norm._backward_kernel,
+                                 constants | {"WEIGHT": True}, types, config.num_warps, config.num_stages)  # fmt: skip
+    config = triton_rms_norm.candidates(1, lanes)[0]  # a number that is 1 becomes a constant when a kernel is launched
+    constants = {"RESIDUAL": False, "BLOCK_H": config.block, "width": 1}
+    yield Specialisation(f"rms_norm forward {dtype} H=1", triton_rms_norm._forward_kernel, constants, types,
+                         config.num_warps, config.num_stages)  # fmt: skip
+    constants = constants | {"WEIGHT": False, "tokens": 1, "rows": 1}
+    yield Specialisation(f"rms_norm backward {dtype} H=1 T=1", triton_rms_norm._backward_kernel, constants, types,
+                         config.num_warps, config.num_stages)  # fmt: skip
+    config = triton_swiglu.candidates()[0]
+    for name, kernel in (("forward", triton_swiglu._forward_kernel), ("backward", triton_swiglu._backward_kernel)):
+        for one in (False, True):
+            constants = {"BLOCK": config.block} | ({"count": 1} if one else {})
+            yield Specialisation(f"swiglu {name} {dtype}{' of one element' if one else ''}", kernel, constants, types,
+                                 config.num_warps, config.num_stages)  # fmt: skip
+
 
 def argument_type(name: str, given: Specialisation) -> str:
     if name in given.constants:
         return "constexpr"
-    default = "*fp32" if name.endswith("_ptr") else "fp32" if name == "inverse_temperature" else "i32"
+    default = "*fp32" if name.endswith("_ptr") else "fp32" if name in ("inverse_temperature", "eps") else "i32"
     return given.types.get(name, default)
 
 
@@ -131,7 +171,7 @@ def compile_one(given: Specialisation, target: str) -> Resources:
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or (signature[name] == "i32" and name in ("width", "row_stride"))
+        if signature[name].startswith("*") or (signature[name] == "i32" and name in ("width", "row_stride", "count"))
     }
     constants = {(names.index(name),): value for name, value in given.constants.items()}
     source = ASTSource(given.kernel, signature, constexprs=constants, attrs=divisible)
@@ -148,6 +188,11 @@ def compile_one(given: Specialisation, target: str) -> Resources:
             machine_code = tool("nvdisasm", file.name)
         row.registers, row.stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
         row.instructions = {what: len(re.findall(pattern, machine_code)) for what, pattern in INSTRUCTIONS.items()}
+    elif "amdgcn" in compiled.asm:  # the assembler's own count stands in its text
+        row.registers, row.stack = (
+            int(re.search(rf"\.{what}:\s*(\d+)", compiled.asm["amdgcn"])[1])
+            for what in ("vgpr_count", "private_segment_fixed_size")
+        )
     return row
 
 
@@ -156,7 +201,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def compile_at(dtype: str, samples: list[int], target: str, index: int) -> Resources:
-    return compile_one(list(specialisations(dtype, samples))[index], target)
+    return compile_one(list(specialisations(dtype, samples, target))[index], target)
 
 
 def table(rows: list[Resources]) -> str:
@@ -181,7 +226,7 @@ def main() -> None:
         (dtype, options.samples, target, index)
         for target in options.targets
         for dtype in options.dtypes
-        for index in range(len(list(specialisations(dtype, options.samples))))
+        for index in range(len(list(specialisations(dtype, options.samples, target))))
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(compile_at, *zip(*jobs, strict=True)))

@@ -157,8 +157,9 @@ def kept_for_backward(config: ModelConfig, tokens: int, keys: int, recompute: st
     """Bytes of activations that L layers keep until their backward, ``width`` bytes an element."""
     h, f = config.hidden_size, config.intermediate_size
     q, g = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = tokens * (2 * h + 2 * q) + keys * 2 * g  # input and its norm, queries, output; gathered keys and values
-    mlp_input, mlp = tokens * h, tokens * (h + 3 * f)  # residual; its norm, gate, up, their product
+    # The block's input and its norm, queries, output; gathered keys and values.
+    attention = tokens * (2 * h + 2 * q) + keys * 2 * g
+    mlp_input, mlp = tokens * 2 * h, tokens * 3 * f  # residual and its norm; gate, up, their product
     kept = {"none": attention + mlp_input + mlp, "mlp": attention + mlp_input, "block": tokens * h}[recompute]
     return config.num_hidden_layers * kept * width
 

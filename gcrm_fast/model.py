@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from gcrm_kernels import gather_rows
+from gcrm_kernels import gather_rows, rms_norm, swiglu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -129,14 +128,18 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(f, h, bias=bias)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TH)) * self.up_proj(x_TH))
+        return self.down_proj(swiglu(self.gate_proj(x_TH), self.up_proj(x_TH)))
 
 
 class Block(nn.Module):
-    """``recompute``: what the backward computes again instead of keeping it: ``none``, ``mlp`` or ``block``."""
+    """Its norms hold the weights only: the second one is computed together with the addition of the residual.
+
+    ``recompute``: what the backward computes again instead of keeping it: ``none``, ``mlp`` or ``block``.
+    """
 
     def __init__(self, config: ModelConfig, recompute: str) -> None:
         super().__init__()
+        self.eps = config.rms_norm_eps
         self.recompute = recompute
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
@@ -148,14 +151,14 @@ class Block(nn.Module):
         return self._again("block", self._forward, x_TH, rope, pack, backend, prune)
 
     def _forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], pack: Pack, backend: str, prune: bool) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x_TH), rope, pack, backend)
+        normed_TH = rms_norm(x_TH, self.input_layernorm.weight, self.eps)
+        attended = self.self_attn(normed_TH, rope, pack, backend)
         if prune:
             attended, x_TH = (gather_rows(x, pack.read_rows_R, pack.read_inverse) for x in (attended, x_TH))
-        x_TH = x_TH + self.self_attn.o_proj(attended)
-        return x_TH + self._again("mlp", self._mlp, x_TH)
-
-    def _mlp(self, x_TH: Tensor) -> Tensor:
-        return self.mlp(self.post_attention_layernorm(x_TH))
+        normed_TH, x_TH = rms_norm(
+            self.self_attn.o_proj(attended), self.post_attention_layernorm.weight, self.eps, residual_TH=x_TH
+        )
+        return x_TH + self._again("mlp", self.mlp, normed_TH)
 
     def _again(self, part: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
         """``function(*args)``, its activations dropped and computed again in the backward if ``part`` is recomputed."""
@@ -187,7 +190,7 @@ class Llama(nn.Module):
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, pack, backend, prune=i == len(self.layers) - 1)
-        return self.norm(x)
+        return rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
 
 
 class MLPHead(nn.Sequential):

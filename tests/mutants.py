@@ -26,10 +26,14 @@ DENSE_ANALYTIC, DENSE_TRITON = (
 )
 DENSE_CLAMPED, TRITON_NORMS = KERNELS + "clamped", KERNELS + "(different_norms or no_sample) and triton"
 Q_TRITON = KERNELS + "q_values and triton"
+ELEMENTWISE = "tests/test_elementwise.py -k "
+NORM, NORM_KERNELS = (ELEMENTWISE + f"test_rms_norm and {path} and not any_shape" for path in ("pytorch", "triton"))
+SWIGLU, SWIGLU_KERNELS = (ELEMENTWISE + f"test_swiglu and {path} and not any_shape" for path in ("pytorch", "triton"))
 CONTRASTIVE, SAMPLED, DENSE, DENSE_KERNELS, Q_KERNEL, LAUNCH = (
     f"kernels/gcrm_kernels/{name}.py"
     for name in ("contrastive", "triton_contrastive", "dense", "triton_dense", "triton_qvalues", "launch")
 )
+RMS_NORM, SWIGLU_KERNEL = (f"kernels/gcrm_kernels/triton_{name}.py" for name in ("rms_norm", "swiglu"))
 
 MUTANTS = {
     "position off by one after a shared prefix": (
@@ -105,6 +109,35 @@ MUTANTS = {
         DENSE_KERNELS, "min(pairs, n - first_pair)", "min(pairs, n - first_pair - 1) or 1", DENSE_TRITON),
     "Q-values of goals that are not unit vectors": (
         Q_KERNEL, "q = dots * largest[None, :]", "q = dots", Q_TRITON),
+    "norm: its statistics taken for constants": (
+        "kernels/gcrm_kernels/rms_norm.py", ".addcmul_(s, own_T[:, None])", "", NORM),
+    "norm: the gradient through the sum dropped": (
+        "kernels/gcrm_kernels/rms_norm.py", "ds_TH += grad_s", "pass", NORM),
+    "norm: the sum normalized but not returned": (
+        "kernels/gcrm_kernels/rms_norm.py", "else s_TH, inverse_T", "else residual_TH.clone(), inverse_T", NORM),
+    "norm kernel: mean over the padded row": (
+        RMS_NORM, "tl.sum(s32 * s32) / width", "tl.sum(s32 * s32) / BLOCK_H", NORM_KERNELS),
+    "norm kernel: eps forgotten": (RMS_NORM, "/ width + eps", "/ width", NORM_KERNELS),
+    "norm kernel: the sum not rounded before it is normalized": (
+        RMS_NORM, "s32 = s.to(tl.float32)\n    inverse",
+        "s32 = s.to(tl.float32)\n    if RESIDUAL:\n        s32 = tl.load(x_ptr + at, mask=inside, other=0.0).to("
+        "tl.float32) + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)\n    inverse", NORM_KERNELS),
+    "norm kernel: the last row of the last part left out": (
+        RMS_NORM, "(part + 1) * rows, tokens)", "(part + 1) * rows, tokens - 1)", NORM_KERNELS),
+    "norm kernel: the weight's gradient without 1 / rms": (
+        RMS_NORM, "dweight += dy * normal", "dweight += dy * s.to(tl.float32)", NORM_KERNELS),
+    "norm kernel: the gradient through the sum dropped": (
+        RMS_NORM, "RESIDUAL=grad_s is not None", "RESIDUAL=False", NORM_KERNELS),
+    "SwiGLU: gate and up exchanged": (
+        "kernels/gcrm_kernels/swiglu.py", "F.silu(gate_TF) * up_TF", "F.silu(up_TF) * gate_TF", SWIGLU),
+    "SwiGLU kernel: the gate's gradient is that of a product": (
+        SWIGLU_KERNEL, " * (1.0 + g * (1.0 - sigmoid))", "", SWIGLU_KERNELS),
+    "SwiGLU kernel: the last element left out": (
+        SWIGLU_KERNEL, "gate, up, out, count, BLOCK", "gate, up, out, count - 1, BLOCK", SWIGLU_KERNELS),
+    "residual lost at the second norm": (
+        "gcrm_fast/model.py", "return x_TH + self.mlp(normed_TH)", "return normed_TH + self.mlp(normed_TH)", PARITY),
+    "weights of the two norms exchanged": (
+        "gcrm_fast/model.py", "self.input_layernorm.weight", "self.post_attention_layernorm.weight", PARITY),
     "dense: rejected positions before the divergence": (
         "gcrm_fast/packing.py", "positions = [chosen, rejected[negative_goals]]", "positions = [chosen, rejected]",
         PACKING),

@@ -4,6 +4,8 @@ from gcrm_kernels.contrastive import ContrastiveStatistics, RowTiles, goal_contr
 from gcrm_kernels.dense import dense_contrastive_loss
 from gcrm_kernels.gather import InverseIndex, gather_rows
 from gcrm_kernels.qvalues import q_values
+from gcrm_kernels.rms_norm import rms_norm
+from gcrm_kernels.swiglu import swiglu
 
 __all__ = [
     "ContrastiveStatistics",
@@ -13,4 +15,6 @@ __all__ = [
     "gather_rows",
     "goal_contrastive_loss",
     "q_values",
+    "rms_norm",
+    "swiglu",
 ]

@@ -75,3 +75,14 @@ def dense_contrastive_loss(states_MD: Tensor, cu_seqlens: Tensor, *, temperature
 def q_values(hidden_TH: Tensor, goals: Tensor, projection_DH: Tensor | None = None) -> Tensor:
     """Cosine of every row of hidden_TH [T, H], projected if asked, to each goal state [G, H or D]: [T, G]."""
     return unit_rows(_project(hidden_TH, projection_DH)) @ unit_rows(goals).mT
+
+
+def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, residual_TH: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(y, s): s = x + residual of x, residual [T, H], or x without one, and y = w s / sqrt(mean(s^2) + eps)."""
+    s_TH = x_TH if residual_TH is None else x_TH + residual_TH
+    return weight_H * s_TH * (s_TH.square().mean(-1, keepdim=True) + eps).rsqrt(), s_TH
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up"""
+    return gate * torch.sigmoid(gate) * up
