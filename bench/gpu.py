@@ -32,8 +32,8 @@ SECONDS = 600  # for everything
 TESTS = ("kernels", "invariants", "objectives", "parity", "bench")
 BEGIN, END = "<!-- gpu:begin (written by python bench/gpu.py --readme) -->", "<!-- gpu:end -->"
 NOT_MEASURED = (
-    "Not yet measured on a GPU: the CUDA paths (nccl, bfloat16, Triton kernels, flash-attn and torch's varlen attention) "
-    "are written but not run."
+    "Not yet measured on a GPU: the CUDA paths (nccl, bfloat16, Triton kernels, flash-attn and torch's varlen\n"
+    "attention) are written but not run."
 )
 
 # ---------------------------------------------------------------------------------------------------- what is installed

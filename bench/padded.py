@@ -31,7 +31,7 @@ SCHEDULE_STEPS = 1_000_000  # so many that the learning rate does not change
 
 
 def naive_contrastive(z_RD: Tensor, rows_4NS: Tensor, has_positive_N: Tensor) -> Tensor:
-    """The default objective, paired and log_then_mean, as people write it: index, cosine_similarity, log-sigmoid; [N]."""
+    """The default objective (paired, log_then_mean) as people write it: index, cosine_similarity, log-sigmoid; [N]."""
     a, b, m, n = z_RD[rows_4NS].float()
     positive = -F.logsigmoid(torch.cosine_similarity(a, b, dim=-1)).mean(-1)
     negative = -F.logsigmoid(-torch.cosine_similarity(m, n, dim=-1)).mean(-1)

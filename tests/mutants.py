@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INVARIANTS, OBJECTIVES, PARITY = "tests/test_invariants.py", "tests/test_objectives.py", "tests/test_parity.py"
 PACKING, DATA, ARITHMETIC = (f"tests/test_{name}.py" for name in ("packing", "data", "arithmetic"))
 TRAIN = "tests/test_train.py -k processes"
+BENCH = "tests/test_bench.py -k "
 KERNELS = "tests/test_kernels.py -k "
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
 ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or eps) and not {other}"
@@ -126,6 +127,25 @@ MUTANTS = {
         "gcrm_fast/train.py", "dist.get_world_size() / n_pairs", "(1 + dist.get_rank()) / n_pairs", TRAIN),
     "every rank trains on the same packs": (
         "gcrm_fast/train.py", "for p in plan[rank::world_size]", "for p in plan[0::world_size]", TRAIN),
+    "benchmark: the reference reads negative goals on the chosen completion": (
+        "bench/padded.py", "torch.tensor([0, 0, 0, n])", "torch.tensor([0, 0, 0, 0])", BENCH + "lever"),
+    "benchmark: sharing not removed": (
+        "bench/train_step.py", 'return_value=0) if without == "sharing"', 'return_value=0) if without == "none"',
+        BENCH + "lever"),
+    "benchmark: differences in gradients pass": (
+        "bench/train_step.py", "ok = loss_error <= tolerance and errors[worst] <= tolerance",
+        "ok = loss_error <= tolerance", BENCH + "lever"),
+    "benchmark: FLOPs of the last layer counted for all tokens twice": (
+        "bench/train_step.py", "(layers - 1) * tail", "layers * tail", BENCH + "flops"),
+    "benchmark: medians over steps and not over rounds": (
+        "bench/train_step.py", "np.median(seconds, axis=0)", "np.median(seconds, axis=1)", BENCH + "speed"),
+    "benchmark: TRL without checkpointing called as shipped": (
+        "bench/padded.py", "{} if as_shipped else", "{} if not as_shipped else", BENCH + "trl_runs"),
+    "README's GPU table from the oldest file": (
+        "bench/gpu.py", "key=lambda p: (p.stem[-10:], p.stem))", "key=lambda p: (p.stem[-10:], p.stem), reverse=True)",
+        BENCH + "newest"),
+    "README's GPU table with numbers of a CPU": (
+        "bench/gpu.py", 'if rows and "threads" not in rows[0]["device"]', "if rows", BENCH + "newest"),
 }  # fmt: skip
 
 
