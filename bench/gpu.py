@@ -73,11 +73,11 @@ def stages(python: str, scratch: Path) -> list[tuple[str, list[str], int]]:
     tests = [f"tests/test_{name}.py" for name in TESTS]
     return [
         ("tests", [python, "-m", "pytest", "-q", "-x", f"--junit-xml={scratch / 'tests.xml'}", *tests], 180),
-        ("train_step", [python, "bench/train_step.py", "--quick"], 150),
+        ("train_step", [python, "bench/train_step.py", "--quick"], 240),
         ("train_step-profile", [python, "bench/train_step.py", "--profile"], 60),
+        ("training", [python, "gcrm_fast/train.py", "--steps", "200", "--output", str(scratch / "run")], 90),
         ("train_step-scaling", [python, "bench/train_step.py", "--scaling", "--quick"], 90),
         ("contrastive_loss", [python, "bench/contrastive_loss.py", "--quick"], 120),
-        ("training", [python, "gcrm_fast/train.py", "--steps", "200", "--output", str(scratch / "run")], 90),
     ]
 
 
@@ -221,7 +221,7 @@ def run_all(scratch: Path, started: float) -> bool:
 
     where = measure.environment(torch.device("cuda"))
     paths = [str(ROOT), str(ROOT / "kernels"), str(scratch / "packages"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     rows = []
     for name, command, limit in stages(sys.executable, scratch):
         begun = time.monotonic()

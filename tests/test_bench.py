@@ -172,7 +172,7 @@ def test_nothing_is_timed_where_contestants_differ(step: ModuleType, monkeypatch
     monkeypatch.setattr(step.padded, "trl_missing", lambda: "not asked for")
     monkeypatch.setattr(step, "race", lambda *_: pytest.fail("timed"))
     with parallel.process_group() as (mesh, device), pytest.raises(SystemExit) as end:
-        step.compare("gsm8k_pairs", CONFIG, OPTIONS, 1, 1, torch.float32, mesh, device)
+        step.compare(["gsm8k_pairs"], CONFIG, OPTIONS, 1, 1, torch.float32, mesh, device)
     assert end.value.code == 1
 
 
