@@ -139,13 +139,9 @@ MUTANTS = {
         "bench/train_step.py", "(layers - 1) * tail", "layers * tail", BENCH + "flops"),
     "benchmark: medians over steps and not over rounds": (
         "bench/train_step.py", "np.median(seconds, axis=0)", "np.median(seconds, axis=1)", BENCH + "speed"),
-    "benchmark: TRL without checkpointing called as shipped": (
-        "bench/padded.py", "{} if as_shipped else", "{} if not as_shipped else", BENCH + "trl_runs"),
     "README's GPU table from the oldest file": (
         "bench/gpu.py", "key=lambda p: (p.stem[-10:], p.stem))", "key=lambda p: (p.stem[-10:], p.stem), reverse=True)",
         BENCH + "newest"),
-    "README's GPU table with numbers of a CPU": (
-        "bench/gpu.py", 'if rows and "threads" not in rows[0]["device"]', "if rows", BENCH + "newest"),
 }  # fmt: skip
 
 
