@@ -1,9 +1,10 @@
-# make train, make test: each sets up .venv on first use. ARGS="..." is handed on.
+# make train, make test: each sets up .venv on first use; make gpu uses PYTHON itself. ARGS="..." is handed on.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+WITH_BENCH := .venv/.bench
 
-.PHONY: help setup train test lint mutants bench clean
+.PHONY: help setup train test lint mutants bench gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -32,8 +33,17 @@ lint: $(INSTALLED)  ## ruff and mypy
 mutants: $(INSTALLED)  ## plant known faults; every one must turn a test red
 	$(BIN)/python tests/mutants.py $(ARGS)
 
-bench: $(INSTALLED)  ## contrastive loss: naive, compiled, bmm and ours side by side
+$(WITH_BENCH): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	touch $@
+
+bench: $(WITH_BENCH)  ## training step and contrastive loss, side by side with what people run
+	$(BIN)/python bench/train_step.py $(ARGS)
 	$(BIN)/python bench/contrastive_loss.py $(ARGS)
+
+# No set-up and no download: the machine's own torch is what is measured. WHEELS=FOLDER holds packages that it lacks.
+gpu:  ## tests, benchmarks and a training run on a CUDA device, at most ten minutes
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) bench/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build

@@ -2,12 +2,15 @@
 
 import csv
 import datetime
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,12 @@ if HAS_TRITON:
     import triton
 
 RESULTS = Path(__file__).resolve().parent / "results"
+KERNELS = RESULTS.parents[1] / "kernels" / "gcrm_kernels"
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no line of the profiler's own for every start and stop
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Device, versions and commit: part of every recorded row."""
+    """Device, versions, commit and a hash of the kernels' sources: part of every recorded row."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads"
     commit = subprocess.run(
@@ -36,8 +40,17 @@ def environment(device: torch.device) -> dict[str, str]:
         "triton": triton.__version__ if HAS_TRITON else "none",
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or "unknown",
+        "kernels": kernel_hash(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def kernel_hash() -> str:
+    """Names and sources of gcrm_kernels, 12 hexadecimal digits: which kernels a number belongs to."""
+    digest = hashlib.sha256()
+    for path in sorted(KERNELS.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _cpu_name() -> str:
@@ -45,6 +58,13 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a running clock, after all work of the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def times(
@@ -77,26 +97,43 @@ def graph_time(function: Callable[[], object]) -> float:
     return triton.testing.do_bench_cudagraph(function, return_mode="median")
 
 
-def peak_memory(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes allocated at the worst moment of a call beyond what was allocated before it."""
-    function()
+@dataclass
+class Peak:
+    """Bytes allocated at the worst moment beyond what was allocated at the start."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def recorded_peak(device: torch.device) -> Iterator[Peak]:
+    """Fills in the peak of its block at the end. CPU: of tensors, from the profiler's record of every allocation, since
+    the resident size of a process also counts what the allocator keeps. CUDA: of the caching allocator."""
+    peak = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        function()
+        yield peak
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        peak.bytes = torch.cuda.max_memory_allocated() - before
+        return
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
+        yield peak
     kineto = recorded.profiler
     assert kineto is not None
     events = [e for e in kineto.kineto_results.events() if e.name() == "[memory]"]
-    allocated = peak = 0
+    allocated = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         allocated += event.nbytes()
-        peak = max(peak, allocated)
-    return peak
+        peak.bytes = max(peak.bytes, allocated)
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> int:
+    """Bytes allocated at the worst moment of a call, after one to warm up, beyond what was allocated before it."""
+    function()
+    with recorded_peak(device) as peak:
+        function()
+    return peak.bytes
 
 
 def launches(function: Callable[[], object]) -> int:
@@ -114,6 +151,15 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     milliseconds = times({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"][0]
     return 2 * source.nbytes / (milliseconds / 1000)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of a large square matrix product, median: what this machine can do in ``dtype``."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    out = torch.empty_like(a)
+    milliseconds = times({"matmul": lambda: torch.mm(a, b, out=out)}, device, seconds)["matmul"][0]
+    return 2 * n**3 / (milliseconds / 1000)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

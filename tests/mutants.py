@@ -17,6 +17,7 @@ INVARIANTS, OBJECTIVES, PARITY = "tests/test_invariants.py", "tests/test_objecti
 PACKING, DATA, ARITHMETIC = (f"tests/test_{name}.py" for name in ("packing", "data", "arithmetic"))
 CHECKPOINT, TOKENIZATION, BAD_INPUT = (f"tests/test_{name}.py" for name in ("checkpoint", "tokenization", "bad_input"))
 TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.py", "tests/test_token_cache.py"
+BENCH = "tests/test_bench.py -k "
 KERNELS = "tests/test_kernels.py -k "
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
 ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or eps) and not {other}"
@@ -246,6 +247,21 @@ MUTANTS = {
         "gcrm_fast/train.py", "dist.get_world_size() / n_pairs", "(1 + dist.get_rank()) / n_pairs", TRAIN),
     "every rank trains on the same packs": (
         "gcrm_fast/train.py", "for p in plan[rank::world_size]", "for p in plan[0::world_size]", TRAIN),
+    "benchmark: the reference reads negative goals on the chosen completion": (
+        "bench/padded.py", "torch.tensor([0, 0, 0, n])", "torch.tensor([0, 0, 0, 0])", BENCH + "lever"),
+    "benchmark: sharing not removed": (
+        "bench/train_step.py", 'return_value=0) if without == "sharing"', 'return_value=0) if without == "none"',
+        BENCH + "lever"),
+    "benchmark: differences in gradients pass": (
+        "bench/train_step.py", "ok = loss_error <= tolerance and errors[worst] <= tolerance",
+        "ok = loss_error <= tolerance", BENCH + "lever"),
+    "benchmark: FLOPs of the last layer counted for all tokens twice": (
+        "bench/train_step.py", "(layers - 1) * tail", "layers * tail", BENCH + "flops"),
+    "benchmark: medians over steps and not over rounds": (
+        "bench/train_step.py", "np.median(seconds, axis=0)", "np.median(seconds, axis=1)", BENCH + "speed"),
+    "README's GPU table from the oldest file": (
+        "bench/gpu.py", "key=lambda p: (p.stem[-10:], p.stem))", "key=lambda p: (p.stem[-10:], p.stem), reverse=True)",
+        BENCH + "newest"),
 }  # fmt: skip
 
 

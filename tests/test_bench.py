@@ -1,23 +1,35 @@
-"""The contrastive benchmark: its contestants agree, and a disagreement is reported instead of a time."""
+"""The benchmarks: contestants agree, a disagreement is reported instead of a time, and numbers have their files."""
 
 import importlib
+import importlib.util
+import json
 import sys
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, small_config
-from gcrm_kernels import launch
+from gcrm_kernels import launch, reference
+from torch.utils.flop_counter import FlopCounterMode
+
+from gcrm_fast import objectives, parallel
+from gcrm_fast.config import TrainConfig
+from gcrm_fast.packing import Sampling
 
 CPU = torch.device("cpu")
+MODULES = ("contrastive_loss", "measure", "fused_projection", "train_step", "padded", "records", "gpu")
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     yield importlib.import_module("contrastive_loss")
-    for name in ("contrastive_loss", "measure", "fused_projection"):
+    for name in MODULES:
         sys.modules.pop(name, None)
 
 
@@ -88,3 +100,222 @@ def test_fused_projection_agrees(bench: ModuleType) -> None:
     case = next(bench.cases(2, 5, 40, 24, device, torch.float32))
     found = fused.fused_forward(case.hidden, case.rows, case.projection)
     torch.testing.assert_close(found, bench.naive(case.hidden, case.rows, case.projection))
+
+
+# ------------------------------------------------------------------------------------------------- the training step
+
+
+@pytest.fixture
+def step(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """bench/train_step.py on built-in lengths."""
+    monkeypatch.delenv("GCRM_DATA", raising=False)
+    return importlib.import_module("train_step")
+
+
+CONFIG = small_config(vocab_size=32_000)
+OPTIONS = TrainConfig(global_batch_pairs=8)
+
+
+def contestants(step: ModuleType) -> tuple[Any, list[Any]]:
+    """(the padded reference, a global batch of 8 pairs, one a group)"""
+    pairs = step.records.records("gsm8k_pairs", 8)
+    model = step.padded.Padded(CONFIG, OPTIONS, objectives.Objective(), Sampling(), torch.float32, CPU)
+    return model, [[pair] for pair in pairs]
+
+
+def test_sampled_records_have_the_lengths_that_were_measured(step: ModuleType) -> None:
+    pairs = step.records.records("gsm8k_pairs", 48)
+    assert len(pairs) == 48
+    assert len({p.prompt_key for p in pairs}) == 4
+    lengths = {(chosen, rejected) for _, chosen, rejected in step.records.LENGTHS["gsm8k_pairs"]}
+    for pair in pairs:
+        assert (len(pair.chosen_ids) - pair.chosen_start, len(pair.rejected_ids) - pair.rejected_start) in lengths
+        assert pair.chosen_ids[0] == pair.rejected_ids[0] == step.records.BOS
+        assert pair.chosen_ids[-1] == pair.rejected_ids[-1] == step.records.EOS
+    mates = [p for p in pairs if p.prompt_key == 0]
+    assert all(np.array_equal(p.chosen_ids[: p.chosen_start], mates[0].chosen_ids[: p.chosen_start]) for p in mates)
+    assert step.group_sizes(pairs) == [1, 4, 16]
+    assert step.group_sizes(step.records.records("hh_pairs_train", 8)) == [1]
+
+
+def test_naive_contrastive_loss_is_the_default_objective(step: ModuleType) -> None:
+    hidden, rows = torch.randn(9, 6), torch.randint(9, (4, 3, 5))
+    has_positive = torch.tensor([True, False, True])
+    found = step.padded.naive_contrastive(hidden, rows, has_positive)
+    torch.testing.assert_close(found, reference.goal_contrastive_loss(hidden, rows, has_positive_N=has_positive)[0])
+
+
+def test_padded_and_ours_agree_with_every_lever(step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step.padded, "trl_missing", lambda: "not asked for")
+    model, batch = contestants(step)
+    with parallel.process_group() as (mesh, device):
+        ours = step.Ours(CONFIG, OPTIONS, torch.float32, mesh, device)
+        expected = step.references(model, step.flat(batch))
+        assert step.check(ours, expected, batch, 1e-4)
+        # Each lever removed costs what it should, and only that.
+        work = {without: step.packed_work(CONFIG, ours.packs(batch, without)) for without in ("", *step.LEVERS)}
+        assert len(ours.packs(batch)) == 1
+        assert len(ours.packs(batch, "packing")) == 8
+    prompts = sum(pair.chosen_start for pair in step.flat(batch))
+    assert work["packing"] == work["fused loss"] == work[""]
+    assert work["sharing"].tokens == work[""].tokens + prompts
+    assert work["read rows"].tokens == work[""].tokens
+    assert work["read rows"].flops > work[""].flops
+    loss, gradients = expected["naive"]
+    for wrong in ((loss * 1.001, gradients), (loss, {**gradients, "score.weight": gradients["score.weight"] * 1.001})):
+        assert not step.agrees("wrong", wrong, expected["naive"], 1e-4)
+
+
+def test_nothing_is_timed_where_contestants_differ(step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = step.padded.ranking_loss
+    monkeypatch.setattr(step.padded, "ranking_loss", lambda *inputs: 1.01 * right(*inputs))
+    monkeypatch.setattr(step.padded, "trl_missing", lambda: "not asked for")
+    monkeypatch.setattr(step, "race", lambda *_: pytest.fail("timed"))
+    with parallel.process_group() as (mesh, device), pytest.raises(SystemExit) as end:
+        step.compare(["gsm8k_pairs"], CONFIG, OPTIONS, 1, 1, torch.float32, mesh, device)
+    assert end.value.code == 1
+
+
+def test_flops_are_those_that_torch_counts(step: ModuleType) -> None:
+    model, batch = contestants(step)
+    model.model.set_attn_implementation("eager")  # the counter knows matrix products
+    pairs = step.flat(batch)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(pairs).backward()
+    tokens = step.padded_work(CONFIG, [pairs]).tokens
+    length = tokens // 16
+    full = step.model_flops(CONFIG, tokens, tokens * length, tokens)
+    assert counter.get_total_flops() == pytest.approx(full, rel=0.01)
+    half = step.padded_work(CONFIG, [pairs]).flops
+    attention = full - step.model_flops(CONFIG, tokens, 0, tokens)
+    assert full - half == pytest.approx(attention / 2, rel=1 / length)
+
+
+def test_speed_is_all_pairs_over_the_sum_of_median_step_times(step: ModuleType) -> None:
+    _, batch = contestants(step)
+    work = step.Work(tokens=100, flops=3e9)
+    c = step.Contestant("x", [batch, batch], lambda _: [], lambda _: 0, lambda _: work, {})
+    row = step.summary(c, np.array([[1.0, 2.0], [1.0, 4.0], [3.0, 3.0]]), 3e9, CPU)
+    assert row["pairs/s"] == 16 / (1 + 3)
+    assert row["computed/pair"] == 200 / 16
+    assert (row["GFLOP/s"], row["% matmul"]) == (6 / 4, 50)
+    rows = [{"method": name, "pairs/s": speed, "peak": 1}
+            for name, speed in ((step.TRL, 2.0), (step.OURS, 10.0))]  # fmt: skip
+    finished = [step.finished(r, rows, "gsm8k_pairs", CPU) | {"% matmul": 50.0} for r in rows]
+    assert finished[1]["x TRL"] == 5
+    assert finished[1]["x TRL shipped"] is None
+    assert "5.0 times TRL without checkpointing" in step.verdict(finished)
+
+
+def test_one_that_does_not_fit_is_a_note(step: ModuleType) -> None:
+    _, batch = contestants(step)
+
+    def run(batches: list[Any]) -> list[float]:
+        raise torch.OutOfMemoryError
+
+    c = step.Contestant("large", [batch], run, run, lambda _: step.Work(1, 1.0), {})
+    rows = [step.finished(r, [], "gsm8k_pairs", CPU) for r in step.race([c], 1, CPU, torch.float32)]
+    assert rows[0]["note"] == "out of memory"
+    assert "pairs/s" not in rows[0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+def test_trl_runs_its_own_trainer_and_computes_the_same_ranking_loss(step: ModuleType) -> None:
+    model, batch = contestants(step)
+    pairs = step.flat(batch)
+    assert step.references(model, pairs).keys() >= {"naive", "TRL"}
+    half = [pairs[:4], pairs[4:]]
+    shipped = step.padded.trl_steps(model, half, 2, True)
+    off = step.padded.trl_steps(model, half, 2, False, with_memory=True)
+    assert (len(shipped.seconds), len(off.seconds)) == (2, 2)
+    assert (shipped.checkpointing, off.checkpointing) == (True, False)
+    assert all(peak.bytes > 0 for peak in off.peaks)
+
+
+# ---------------------------------------------------------------------------------------------------------- make gpu
+
+
+@pytest.fixture
+def gpu(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("gpu")
+
+
+STEP = {"device": "NVIDIA H200", "date": "2026-01-02", "commit": "abc1234", "kernels": "0123456789ab", "model": "1b",
+        "dtype": "bfloat16", "data": "gsm8k_pairs", "method": "ours", "pairs/s": 151.25, "MFU %": 51.0,
+        "peak MB": 12_000.0}  # fmt: skip
+
+
+def test_every_number_of_readmes_gpu_table_has_its_file(gpu: ModuleType) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count(gpu.BEGIN) == text.count(gpu.END) == 1
+    part = text.partition(gpu.BEGIN)[2].partition(gpu.END)[0].strip()
+    assert part == gpu.readme_part(gpu.RESULTS), "write it anew: python bench/gpu.py --readme"
+
+
+def test_readmes_table_is_written_from_the_newest_files(gpu: ModuleType, tmp_path: Path) -> None:
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    results.mkdir()
+    readme.write_text(f"before\n{gpu.BEGIN}\nold 1\n{gpu.END}\nafter\n")
+    for date, speed in (("2026-01-02", 151.25), ("2025-12-31", 99.0)):
+        rows = [{**STEP, "date": date, "pairs/s": speed}]
+        (results / f"train_step-1b-bfloat16-nvidia-h200-{date}.json").write_text(json.dumps(rows))
+    (results / "train_step-cpu-2026-01-02.json").write_text(json.dumps([{**STEP, "device": "CPU, 2 threads"}]))
+    gpu.write_readme(readme, results)
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "CPU" not in text
+    line = next(line for line in text.splitlines() if "ours" in line)
+    for part in ("NVIDIA H200", "151.2 pairs/s", "2026-01-02", "abc1234", "0123456789ab",
+                 "`train_step-1b-bfloat16-nvidia-h200-2026-01-02.json`"):  # fmt: skip
+        assert part in line
+    for path in results.glob("*.json"):
+        path.unlink()
+    gpu.write_readme(readme, results)
+    assert gpu.NOT_MEASURED in readme.read_text()
+    assert "151" not in readme.read_text()
+
+
+def test_without_cuda_make_gpu_says_so_in_one_line(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert gpu.main() == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "CUDA" in captured.err
+
+
+def test_missing_packages_are_named_or_taken_from_wheels(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gpu.unsatisfied(["torch>=2.11", "numpy"]) == []
+    assert gpu.unsatisfied(["torch<2", "gcrm-absent>=1"]) == [
+        f"torch<2 (found {torch.__version__})", "gcrm-absent>=1 (not installed)"
+    ]  # fmt: skip
+    wheels, target = tmp_path / "wheels", tmp_path / "packages"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "gcrm_absent-1.0-py3-none-any.whl", "w") as wheel:
+        info = "gcrm_absent-1.0.dist-info"
+        wheel.writestr("gcrm_absent.py", "")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: gcrm-absent\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    (wheels / "torch-1.0-py3-none-any.whl").touch()  # installed already: never touched
+    assert gpu.install_wheels(wheels, target) == ["gcrm-absent"]
+    monkeypatch.syspath_prepend(str(target))
+    assert gpu.unsatisfied(["gcrm-absent>=1"]) == []
+
+
+def test_a_stage_that_fails_or_takes_too_long_says_why(gpu: ModuleType, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert gpu.run_stage([sys.executable, "-c", "print('fine')"], 60, {}, log) == "ok"
+    failing = [sys.executable, "-c", "print('why'); raise SystemExit(3)"]
+    assert gpu.run_stage(failing, 60, {}, log) == "exit code 3: why"
+    assert "stopped" in gpu.run_stage([sys.executable, "-c", "import time; time.sleep(60)"], 0.5, {}, log)
+    xml = tmp_path / "tests.xml"
+    xml.write_text('<testsuites name="x"><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="10">')
+    assert gpu.tests_row(xml) == {"passed": 4, "failed": 3, "skipped": 3}

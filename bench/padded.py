@@ -1,0 +1,224 @@
+"""What people run today, for the training step's benchmark: transformers on padded batches, and TRL's RewardTrainer.
+
+Both are one ``LlamaForSequenceClassification`` with float32 weights, under autocast for bfloat16, and one fused AdamW.
+A pair is two sequences, each with its own copy of the prompt; a micro-batch of n pairs is one padded [2n, L] batch.
+"""
+
+import contextlib
+import importlib.util
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import measure
+import numpy as np
+import torch
+import torch.nn.functional as F
+from records import BOS, EOS, PAD
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
+
+from gcrm_fast.config import TrainConfig
+from gcrm_fast.data import TokenizedPair, train_tokenizer
+from gcrm_fast.model import ModelConfig, initial_value
+from gcrm_fast.objectives import Objective, ranking_loss
+from gcrm_fast.packing import Sampling, draw_samples
+from gcrm_fast.train import clip_gradients, optimizer_and_schedule
+
+SCHEDULE_STEPS = 1_000_000  # so many that the learning rate does not change
+
+
+def naive_contrastive(z_RD: Tensor, rows_4NS: Tensor, has_positive_N: Tensor) -> Tensor:
+    """The default objective (paired, log_then_mean) as people write it: index, cosine_similarity, log-sigmoid; [N]."""
+    a, b, m, n = z_RD[rows_4NS].float()
+    positive = -F.logsigmoid(torch.cosine_similarity(a, b, dim=-1)).mean(-1)
+    negative = -F.logsigmoid(-torch.cosine_similarity(m, n, dim=-1)).mean(-1)
+    return torch.where(has_positive_N, positive, 0.0) + negative
+
+
+def cut(pairs: Sequence[TokenizedPair], size: int, bucketed: bool) -> list[list[TokenizedPair]]:
+    """Micro-batches of ``size`` pairs, in order, or sorted by length within the global batch with ``bucketed``."""
+    order = sorted(pairs, key=longest, reverse=True) if bucketed else list(pairs)
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def longest(pair: TokenizedPair) -> int:
+    return max(len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+@contextlib.contextmanager
+def renamed_options() -> Iterator[None]:
+    """Without the warnings that gradient checkpointing has another name in transformers 5: 4.57 and TRL have only this
+    one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+class Padded:
+    """The model, its optimizer, and one optimizer step over a global batch."""
+
+    def __init__(
+        self, config: ModelConfig, options: TrainConfig, objective: Objective, sampling: Sampling, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        flash = device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
+        self.attention = "flash_attention_2" if flash else "sdpa"
+        shape = LlamaConfig(
+            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim,
+            rms_norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            num_labels=1, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, use_cache=False,
+            attn_implementation=self.attention,
+        )  # fmt: skip
+        with torch.device(device):
+            self.model = LlamaForSequenceClassification(shape).train()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(initial_value(name, parameter.shape, config, options.seed))
+        self.optimizer, self.schedule = optimizer_and_schedule(self.model, options, SCHEDULE_STEPS)
+        self.objective, self.sampling, self.clip = objective, sampling, options.clip
+        self.device, self.dtype = device, dtype
+
+    def checkpointing(self, on: bool) -> None:
+        with renamed_options():
+            if on:
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                self.model.gradient_checkpointing_disable()
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def loss(self, pairs: Sequence[TokenizedPair]) -> Tensor:
+        """Sum of the total loss over the pairs: ranking, and contrastive on hidden states at the sampled positions."""
+        n, device = len(pairs), self.device
+        sequences = [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs]
+        ids_BL = pad_sequence([torch.from_numpy(s).long() for s in sequences], batch_first=True, padding_value=PAD)
+        lengths_B = torch.tensor([len(s) for s in sequences])
+        mask_BL = torch.arange(ids_BL.shape[1]) < lengths_B[:, None]
+        drawn_N4S = np.stack([draw_samples(p, self.sampling, 0) for p in pairs])
+        # Sources, goals and negative sources lie on the chosen completion, negative goals on the rejected one.
+        sequence_4N1 = torch.arange(n)[:, None] + torch.tensor([0, 0, 0, n])[:, None, None]
+        start_4N1 = torch.tensor([[p.chosen_start for p in pairs]] * 3 + [[p.rejected_start for p in pairs]])[..., None]
+        rows_4NS = sequence_4N1 * ids_BL.shape[1] + start_4N1 + torch.from_numpy(drawn_N4S).transpose(0, 1)
+        has_positive_N = torch.tensor([len(p.chosen_ids) - p.chosen_start > 1 for p in pairs])
+        margin_N = torch.tensor([p.margin for p in pairs])
+        with self.autocast():
+            hidden_BLH = self.model.model(
+                input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), use_cache=False
+            ).last_hidden_state
+            end_BH = hidden_BLH[torch.arange(2 * n, device=device), lengths_B.to(device) - 1]
+            reward_2N = self.model.score(end_BH).float().view(2, n)
+        contrastive_N = naive_contrastive(hidden_BLH.flatten(0, 1), rows_4NS.to(device), has_positive_N.to(device))
+        ranking_N = ranking_loss(reward_2N, margin_N.to(device))
+        return (ranking_N + self.objective.contrastive_weight * contrastive_N).sum()
+
+    def accumulate(self, pairs: Sequence[TokenizedPair], size: int, bucketed: bool) -> None:
+        for micro_batch in cut(pairs, size, bucketed):
+            (self.loss(micro_batch) / len(pairs)).backward()
+
+    def step(self, pairs: Sequence[TokenizedPair], size: int, bucketed: bool) -> None:
+        self.accumulate(pairs, size, bucketed)
+        clip_gradients(self.model, self.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+
+
+# ------------------------------------------------------------------------------------------------------------- TRL
+
+
+def trl_missing() -> str:
+    """Why TRL cannot run here, or an empty string."""
+    missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
+    return f"{', '.join(missing)} not installed: pip install '.[bench]'" if missing else ""
+
+
+class _Clock(TrainerCallback):
+    """Seconds and peak bytes of each optimizer step: from the end of the one before, so with fetching its batches."""
+
+    def __init__(self, device: torch.device, with_memory: bool) -> None:
+        self.device, self.with_memory = device, with_memory
+        self.seconds: list[float] = []
+        self.peaks: list[measure.Peak] = []
+        self.recording = contextlib.ExitStack()
+        self.checkpointing = False
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.started = measure.now(self.device)
+
+    def on_step_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        with renamed_options():
+            self.checkpointing = model.is_gradient_checkpointing
+        if self.with_memory:
+            self.peaks.append(self.recording.enter_context(measure.recorded_peak(self.device)))
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.recording.close()
+        ended = measure.now(self.device)
+        self.seconds.append(ended - self.started)
+        self.started = ended
+
+
+@contextlib.contextmanager
+def trl_trainer(
+    padded: Padded, batches: Sequence[Sequence[TokenizedPair]], size: int, as_shipped: bool, clock: TrainerCallback
+) -> Iterator[Any]:
+    """TRL's RewardTrainer over ``batches`` in order, ``size`` pairs a micro-batch, with the model and optimizer of
+    ``padded``; ``as_shipped`` leaves gradient checkpointing as TRL sets it."""
+    import datasets
+    from transformers import logging
+    from transformers.trainer_callback import PrinterCallback
+    from trl import RewardConfig, RewardTrainer
+
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()  # transformers: that a process group of one is there, which is ours
+    pairs = [pair for batch in batches for pair in batch]
+    rows = [{"chosen_ids": p.chosen_ids.tolist(), "rejected_ids": p.rejected_ids.tolist()} for p in pairs]
+    checkpointing = {} if as_shipped else {"gradient_checkpointing": False}
+    padded.checkpointing(False)
+    with tempfile.TemporaryDirectory() as folder, renamed_options():
+        options = RewardConfig(
+            output_dir=folder, per_device_train_batch_size=min(size, len(batches[0])),
+            gradient_accumulation_steps=max(len(batches[0]) // size, 1), max_steps=len(batches),
+            max_grad_norm=padded.clip, bf16=padded.dtype == torch.bfloat16, use_cpu=padded.device.type == "cpu",
+            dataloader_pin_memory=padded.device.type == "cuda", disable_tqdm=True, report_to=[],
+            logging_strategy="no", save_strategy="no", eval_strategy="no", **checkpointing,
+        )  # fmt: skip
+        trainer = RewardTrainer(
+            padded.model, options, train_dataset=datasets.Dataset.from_list(rows), callbacks=[clock],
+            processing_class=train_tokenizer(["text"], 259), optimizers=(padded.optimizer, padded.schedule),
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
+        try:
+            yield trainer
+        finally:
+            # Accelerate replaces the model's forward by one under autocast: a second trainer would wrap it again.
+            vars(padded.model).pop("forward", None)
+            padded.checkpointing(False)
+
+
+def trl_steps(
+    padded: Padded, batches: Sequence[Sequence[TokenizedPair]], size: int, as_shipped: bool, with_memory: bool = False
+) -> _Clock:
+    """Runs ``trainer.train()`` for one optimizer step a batch; start-up, logging and saving are not timed."""
+    clock = _Clock(padded.device, with_memory)
+    with trl_trainer(padded, batches, size, as_shipped, clock) as trainer:
+        trainer.train()
+    return clock
+
+
+def trl_gradients(padded: Padded, pairs: Sequence[TokenizedPair]) -> Tensor:
+    """Mean ranking loss of the pairs as TRL computes it; gradients are left in the model."""
+    with trl_trainer(padded, [pairs], len(pairs), False, TrainerCallback()) as trainer:
+        batch = next(iter(trainer.get_train_dataloader()))
+        with padded.autocast():
+            loss = trainer.compute_loss(padded.model, batch)
+        loss.backward()
+    return loss.detach()

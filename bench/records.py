@@ -1,0 +1,107 @@
+"""The records that a training step is timed on: real text where GCRM_DATA names it, else a sample of its lengths.
+
+Lengths are those of a byte-level BPE of 32,000 tokens. With GCRM_DATA it is trained on pairs of both files, and the
+records are real text, shared starts of completions included. Without, lengths are drawn from LENGTHS, measured that
+way, and tokens at random, so that nothing but the prompt is shared.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from gcrm_fast.data import Pair, TokenizedPair, read_pairs, tokenize_pairs, train_tokenizer
+
+VOCABULARY = 32_000
+TOKENIZER_PAIRS = 2000  # of each file
+MAX_LENGTH = 1024  # TRL's default; longer pairs are left out for everybody
+BOS, EOS, PAD, FIRST = 0, 1, 2, 3  # as train_tokenizer numbers them; text starts at FIRST
+
+DATA = ("gsm8k_pairs", "hh_pairs_train")
+
+# (prompt, chosen, rejected) tokens of 32 pairs, evenly spaced in the order of their sum.
+LENGTHS = {
+    "gsm8k_pairs": (
+        (48, 42, 67), (35, 85, 53), (50, 58, 79), (53, 65, 80), (55, 113, 40), (44, 68, 106), (63, 97, 66),
+        (74, 87, 75), (43, 117, 84), (56, 121, 75), (59, 111, 89), (39, 169, 58), (44, 123, 106), (49, 119, 112),
+        (81, 86, 120), (50, 139, 109), (47, 105, 155), (49, 127, 141), (81, 132, 118), (68, 131, 144),
+        (68, 146, 144), (51, 187, 136), (28, 253, 113), (76, 223, 118), (63, 234, 142), (36, 238, 196),
+        (36, 238, 236), (74, 262, 220), (36, 296, 271), (93, 283, 289), (62, 342, 363), (75, 431, 405),
+    ),
+    "hh_pairs_train": (
+        (22, 14, 22), (14, 32, 22), (50, 17, 12), (21, 29, 40), (62, 5, 38), (51, 33, 34), (37, 17, 74),
+        (49, 23, 71), (76, 30, 48), (26, 73, 67), (92, 74, 7), (16, 73, 94), (181, 3, 8), (17, 102, 84),
+        (142, 39, 36), (156, 43, 29), (23, 89, 128), (193, 30, 34), (180, 46, 43), (218, 46, 26), (264, 3, 40),
+        (214, 57, 56), (280, 49, 14), (125, 143, 93), (377, 7, 6), (18, 142, 247), (244, 155, 39), (290, 84, 97),
+        (287, 130, 87), (472, 3, 73), (342, 126, 131), (401, 213, 115),
+    ),
+}  # fmt: skip
+PAIRS_A_PROMPT = {"gsm8k_pairs": 12, "hh_pairs_train": 1}
+
+
+def records(name: str, count: int, seed: int = 0) -> list[TokenizedPair]:
+    """``count`` pairs of ``name``: all pairs of one random prompt after another, in random order."""
+    folder = os.environ.get("GCRM_DATA")
+    return real(name, count, seed, Path(folder)) if folder else sampled(name, count, seed)
+
+
+def source() -> str:
+    """Where ``records`` come from, for people."""
+    return "real text from GCRM_DATA" if os.environ.get("GCRM_DATA") else "built-in lengths, random tokens"
+
+
+def sampled(name: str, count: int, seed: int) -> list[TokenizedPair]:
+    """Random tokens with lengths from LENGTHS. Pairs of one prompt take its length and completions of their own."""
+    rng = np.random.default_rng(seed)
+    lengths, group = LENGTHS[name], PAIRS_A_PROMPT[name]
+    order = rng.permutation(count) % len(lengths)
+    pairs = []
+    for i, k in enumerate(order):
+        prompt = lengths[order[i - i % group]][0]
+        pairs.append(random_pair(i, i // group, prompt, *lengths[k][1:], seed))
+    return [pairs[i] for i in rng.permutation(count)]
+
+
+def random_pair(pair_id: int, prompt_key: int, prompt: int, chosen: int, rejected: int, seed: int = 0) -> TokenizedPair:
+    """A pair of the given lengths: bos and prompt depend on ``prompt_key`` alone, completions end with eos."""
+    head = np.random.default_rng([seed, prompt_key]).integers(FIRST, VOCABULARY, size=prompt)
+    head[:1] = BOS
+    rng = np.random.default_rng([seed, prompt_key, pair_id])
+    sides = [np.r_[head, rng.integers(FIRST, VOCABULARY, size=n - 1), EOS].astype(np.int32) for n in (chosen, rejected)]
+    return TokenizedPair(pair_id, *sides, prompt, prompt, 0.0, prompt_key, {})
+
+
+def real(name: str, count: int, seed: int, folder: Path) -> list[TokenizedPair]:
+    """Records of the file ``name`` of ``folder``, tokenized as the trainer does."""
+    tokenizer = _tokenizer(folder)
+    by_prompt: dict[str, list[Pair]] = {}
+    for pair in _read(folder, name):
+        by_prompt.setdefault(pair.prompt, []).append(pair)
+    rng = np.random.default_rng(seed)
+    prompts = list(by_prompt)
+    chosen: list[Pair] = []
+    for i in rng.permutation(len(prompts)):
+        chosen += by_prompt[prompts[i]]
+        if len(chosen) >= 2 * count:  # room for those that are too long
+            break
+    pairs = tokenize_pairs(tokenizer, chosen, MAX_LENGTH)[0][:count]
+    return [pairs[i] for i in rng.permutation(len(pairs))]
+
+
+@functools.cache
+def _read(folder: Path, name: str) -> list[Pair]:
+    return read_pairs(folder / f"{name}.jsonl.gz")
+
+
+@functools.cache
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    texts = (pair.prompt + side for name in DATA for pair in _every(_read(folder, name), TOKENIZER_PAIRS)
+             for side in (pair.chosen, pair.rejected))  # fmt: skip
+    return train_tokenizer(texts, VOCABULARY)
+
+
+def _every(pairs: list[Pair], count: int) -> list[Pair]:
+    """About ``count`` pairs, evenly spaced."""
+    return pairs[:: max(len(pairs) // count, 1)]
