@@ -31,7 +31,7 @@ DATA_SHEET = {
 }
 
 # Bytes a parameter: weights, gradient, two moments.
-OPTIMIZER_BYTES = {"adamw": 16.0, "adamw-bf16": 8.0, "adamw-8bit": 6.1}
+OPTIMIZER_BYTES = {"adamw": 16.0, "adamw-bf16": 8.0, "adamw-8bit": 10.1}
 RECOMPUTE = ("none", "mlp", "block")  # the less memory, the more work
 
 

@@ -123,9 +123,8 @@ class TrainConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute precision; master weights are float32. auto: bfloat16 on CUDA, float32 on the CPU."""
     optimizer: Literal["adamw", "adamw-bf16", "adamw-8bit"] = "adamw"
-    """adamw: weights and moments in float32, 16 bytes a parameter with the gradient. adamw-bf16: all of them in
-    bfloat16, stochastically rounded, 8 bytes. adamw-8bit: the same with moments of 8 bits, 6 bytes. The last two need
-    torchao."""
+    """adamw: weights, gradient and moments in float32, 16 bytes a parameter. adamw-8bit: moments of 8 bits, 10 bytes.
+    adamw-bf16: all in bfloat16, weights stochastically rounded, 8 bytes. The last two need torchao."""
     recompute: Literal["auto", "none", "mlp", "block"] = "auto"
     """What the backward computes again instead of keeping it. auto: as little as memory allows."""
     compile: bool = False

@@ -218,7 +218,7 @@ def optimizer_and_schedule(
         from torchao.optim import AdamW8bit, _AdamW
 
         kind = AdamW8bit if config.optimizer == "adamw-8bit" else _AdamW
-        optimizer = kind(model.parameters(), **values, bf16_stochastic_round=True)
+        optimizer = kind(model.parameters(), **values, bf16_stochastic_round=True)  # of those that are bfloat16
     warmup = math.ceil(config.warmup * steps)
 
     def factor(step: int) -> float:
@@ -231,7 +231,7 @@ def optimizer_and_schedule(
 
 def cast_weights(model: RewardModel, optimizer: str) -> None:
     """Stores the trunk's weights as the optimizer keeps them; the reward head stays float32."""
-    if optimizer != "adamw":
+    if optimizer == "adamw-bf16":
         model.model.to(torch.bfloat16)
 
 

@@ -195,7 +195,9 @@ def test_compiled_blocks_equal_eager_ones_and_compile_once(
         for a, b in zip(backward(eager, pack)[0].values(), backward(compiled, pack)[0].values(), strict=True):
             torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
         compiled_so_far.append(len(graphs))
-    assert compiled_so_far == [2] * 4, "a block of each kind, whole and pruned, and no other sizes or layers"
+    # Whole and pruned blocks; one of them can be handed over twice, when a number in it turns out to be constant.
+    assert 2 <= compiled_so_far[0] <= 3
+    assert compiled_so_far == compiled_so_far[:1] * 4, "other sizes and layers compile nothing"
 
 
 class _NoWaiting(TorchDispatchMode):
@@ -232,7 +234,8 @@ def test_optimizers_learn_with_the_memory_they_promise(pairs: list[TokenizedPair
     from gcrm_fast.accounting import OPTIMIZER_BYTES
 
     pack = build_pack([[pair] for pair in pairs], Sampling(samples=4), 0)
-    with parallel.process_group() as (mesh, device), torch.compiler.set_stance("force_eager"):
+    # Compiled, as it is meant to run: 8-bit states of sharded parameters work no other way.
+    with parallel.process_group() as (mesh, device):
         model = small_model(small_config(hidden_size=128, intermediate_size=256), torch.float32)
         train.cast_weights(model, name)
         parallel.shard(model, mesh, torch.float32)
