@@ -101,21 +101,64 @@ def _buckets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[_Bucket]:
     return buckets
 
 
-def _probabilities(q_bGMqD: Tensor, k_bG1kD: Tensor, hidden: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) over the keys that are not hidden, [b, G, M, q, k], at least float32."""
-    scores = q_bGMqD @ k_bG1kD.mT * q_bGMqD.shape[-1] ** -0.5
+def _folded(x_bGMqD: Tensor) -> Tensor:
+    """[b, G, M, q, ...] -> [b, G, M * q, ...]: query heads that share keys are rows of one product."""
+    return x_bGMqD.flatten(2, 3)
+
+
+def _bias(hidden: Tensor, q_bGMqD: Tensor) -> Tensor:
+    """-inf where hidden, else 0, for the folded queries: [b, 1, M * q, k]."""
+    b, _, _, q, k = hidden.shape
+    bias = q_bGMqD.new_zeros(b, 1, 1, q, k).masked_fill_(hidden, -torch.inf)
+    return bias.expand(b, 1, q_bGMqD.shape[2], q, k).flatten(2, 3)
+
+
+def _scores(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
+    """q k^T / sqrt(D), -inf where hidden, [b, G, M, q, k], at least float32."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    return scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    return scores.masked_fill(hidden, -torch.inf)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Output [b, G, M, q, D] and logsumexp of the scores [b, G, M, q], for q [b, G, M, q, D], k and v [b, G, 1, k, D].
+
+    On a CPU PyTorch's flash kernel, called below autograd, where scaled_dot_product_attention itself would have no
+    backward; elsewhere written out.
+    """
+    if q.is_cpu:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _folded(q), k.squeeze(2), v.squeeze(2), attn_mask=_bias(hidden, q)
+        )
+        return out.unflatten(2, q.shape[2:4]), lse.unflatten(2, q.shape[2:4])
+    scores = _scores(q, k, hidden)
+    return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
+
+
+def _attend_backward(
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q [b, G, M, q, D], k and v [b, G, k, D]."""
+    if q.is_cpu:
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _folded(grad), _folded(q), k.squeeze(2), v.squeeze(2), _folded(out), _folded(lse), 0.0, False,
+            attn_mask=_bias(hidden, q),
+        )  # fmt: skip
+        return dq.unflatten(2, q.shape[2:4]), dk, dv
+    p = (_scores(q, k, hidden) - lse.unsqueeze(-1)).exp()
+    ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    ds, p = ds.to(q.dtype), p.to(q.dtype)
+    return ds @ k, (ds.mT @ q).sum(2), (p.mT @ grad).sum(2)
 
 
 def _queries(x_TND: Tensor, rows_bq: Tensor, kv_heads: int) -> Tensor:
-    """[T, N, D] -> [b, G, M, q, D]: the M = N / G query heads that share a key/value head side by side."""
-    return x_TND[rows_bq].unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
+    """[T, N, ...] -> [b, G, M, q, ...]: the M = N / G query heads that share a key/value head side by side."""
+    return x_TND[rows_bq].unflatten(2, (kv_heads, -1)).movedim(1, 3)
 
 
 def _rows(x_bGMqD: Tensor) -> Tensor:
-    """The inverse: [b, G, M, q, D] -> [b, q, N, D]."""
-    return x_bGMqD.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    """The inverse: [b, G, M, q, ...] -> [b, q, N, ...]."""
+    return x_bGMqD.movedim(3, 1).flatten(2, 3)
 
 
 def _keys(x_KGD: Tensor, rows_bk: Tensor) -> Tensor:
@@ -124,61 +167,74 @@ def _keys(x_KGD: Tensor, rows_bk: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("gcrm::segment_attention", mutates_args=())
-def segment_attention(
+def _segment_attention(
     q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
-) -> Tensor:
-    """The backend of the CPU, float32 and float64: matrix products over all segments of similar length.
-
-    A custom op because its Python loop over segment lengths would break a compiled graph. Below autograd, where it
-    runs, scaled_dot_product_attention has no backward, so both directions are written out.
-    """
-    out_TND = torch.empty_like(q_TND)
+) -> tuple[Tensor, Tensor]:
+    """Output [T, N, D] and logsumexp [T, N], at least float32, for the backward."""
+    out_TND, lse_TN = _empty_results(q_TND)
     for rows_q, rows_k, real_q, _, hidden in _buckets(cu_seqlens_q, cu_seqlens_k):
         q, k, v = _queries(q_TND, rows_q, k_KGD.shape[1]), _keys(k_KGD, rows_k), _keys(v_KGD, rows_k)
-        out_TND[rows_q[real_q]] = _rows(_probabilities(q, k, hidden).to(v.dtype) @ v)[real_q]
-    return out_TND
+        out, lse = _attend(q, k, v, hidden)
+        out_TND[rows_q[real_q]] = _rows(out)[real_q]
+        lse_TN[rows_q[real_q]] = _rows(lse)[real_q].to(lse_TN.dtype)
+    return out_TND, lse_TN
 
 
-@segment_attention.register_fake
-def _(q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
-    return torch.empty_like(q_TND)
+def _empty_results(q_TND: Tensor) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q_TND.dtype == torch.float64 else torch.float32
+    return q_TND.new_empty(q_TND.shape), q_TND.new_empty(q_TND.shape[:2], dtype=lse_dtype)
+
+
+@_segment_attention.register_fake
+def _(q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_results(q_TND)
 
 
 @torch.library.custom_op("gcrm::segment_attention_backward", mutates_args=())
 def _segment_attention_backward(
-    grad_TND: Tensor, out_TND: Tensor, q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    grad_TND: Tensor, out_TND: Tensor, lse_TN: Tensor, q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v. Each row belongs to one segment, so writing is enough: nothing adds up here."""
-    dq_TND, dk_KGD, dv_KGD = torch.empty_like(q_TND), torch.empty_like(k_KGD), torch.empty_like(v_KGD)
-    kv_heads, scale = k_KGD.shape[1], q_TND.shape[-1] ** -0.5
+    dq_TND, dk_KGD, dv_KGD = (x.new_empty(x.shape) for x in (q_TND, k_KGD, v_KGD))
+    kv_heads = k_KGD.shape[1]
     for rows_q, rows_k, real_q, real_k, hidden in _buckets(cu_seqlens_q, cu_seqlens_k):
         q, k, v = _queries(q_TND, rows_q, kv_heads), _keys(k_KGD, rows_k), _keys(v_KGD, rows_k)
-        grad, out = _queries(grad_TND, rows_q, kv_heads), _queries(out_TND, rows_q, kv_heads)
+        grad, out, lse = (_queries(x, rows_q, kv_heads) for x in (grad_TND, out_TND, lse_TN))
         grad = grad * real_q[:, None, None, :, None]  # a padded query repeats a real one: it must not count again
-        p = _probabilities(q, k, hidden)
-        ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * scale
-        ds, p = ds.to(q.dtype), p.to(q.dtype)
-        dq_TND[rows_q[real_q]] = _rows(ds @ k)[real_q]
-        dk_KGD[rows_k[real_k]] = (ds.mT @ q).sum(2).transpose(1, 2)[real_k]
-        dv_KGD[rows_k[real_k]] = (p.mT @ grad).sum(2).transpose(1, 2)[real_k]
+        dq, dk, dv = _attend_backward(grad, out, lse, q, k, v, hidden)
+        dq_TND[rows_q[real_q]] = _rows(dq)[real_q]
+        dk_KGD[rows_k[real_k]] = dk.transpose(1, 2)[real_k]
+        dv_KGD[rows_k[real_k]] = dv.transpose(1, 2)[real_k]
     return dq_TND, dk_KGD, dv_KGD
 
 
 @_segment_attention_backward.register_fake
 def _(
-    grad_TND: Tensor, out_TND: Tensor, q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    grad_TND: Tensor, out_TND: Tensor, lse_TN: Tensor, q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor,
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(q_TND), torch.empty_like(k_KGD), torch.empty_like(v_KGD)
+    dq_TND, dk_KGD, dv_KGD = (x.new_empty(x.shape) for x in (q_TND, k_KGD, v_KGD))
+    return dq_TND, dk_KGD, dv_KGD
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output, *inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *inputs)
 
 
-def _backward(ctx: Any, grad_TND: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_TND: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     return *_segment_attention_backward(grad_TND, *ctx.saved_tensors), None, None
 
 
-segment_attention.register_autograd(_backward, setup_context=_save)
+_segment_attention.register_autograd(_backward, setup_context=_save)
+
+
+def segment_attention(
+    q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> Tensor:
+    """The backend of the CPU, float32 and float64: one product over all segments of similar length.
+
+    An operator of its own because its Python loop over segment lengths would break a compiled graph.
+    """
+    return _segment_attention(q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k)[0]

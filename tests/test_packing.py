@@ -170,7 +170,7 @@ def test_segment_attention_gradcheck_with_shared_keys_and_grouped_heads() -> Non
     q = torch.randn(27, 4, 6, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(31, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda q, k, v: segment_attention(q, k, v, cu_q, cu_k), (q, k, v), fast_mode=True)
-    torch.library.opcheck(segment_attention, (q, k, v, cu_q, cu_k))
+    torch.library.opcheck(torch.ops.gcrm.segment_attention.default, (q, k, v, cu_q, cu_k))
     for b in range(3):
         rows_q, rows_k = slice(int(cu_q[b]), int(cu_q[b + 1])), slice(int(cu_k[b]), int(cu_k[b + 1]))
         mask = torch.ones(rows_q.stop - rows_q.start, rows_k.stop - rows_k.start, dtype=torch.bool)
