@@ -11,6 +11,7 @@ gathered as [P C1 | P C2 | ...] that makes one call compute a shared prefix once
 import importlib.util
 import inspect
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,33 +72,59 @@ def packed_attention(
     return segment_attention(q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k)
 
 
-class _Bucket(NamedTuple):
-    """Segments padded to one shape: row indices [b, q] and [b, k] (padding repeats a segment's last row), which of them
-    are real, and the mask [b, 1, 1, q, k] of the keys that a query must not see."""
+class _Rows(NamedTuple):
+    """Rows of a flat axis that segments take: a slice for a single one, else indices [b, n], padded with each segment's
+    last row, and which of them are real."""
 
-    rows_q: Tensor
-    rows_k: Tensor
-    real_q: Tensor
-    real_k: Tensor
+    at: slice | Tensor
+    real: Tensor
+
+    @staticmethod
+    def of(starts: Sequence[int], lengths: Sequence[int], size: int, device: torch.device) -> "_Rows":
+        if len(starts) == 1:
+            return _Rows(slice(starts[0], starts[0] + size), torch.ones(1, size, dtype=torch.bool, device=device))
+        start, length = torch.tensor([starts, lengths], device=device).unsqueeze(-1)
+        n = torch.arange(size, device=device)
+        return _Rows(start + n.minimum(length - 1), n < length)
+
+    def take(self, x_T: Tensor) -> Tensor:
+        """[T, ...] -> [b, n, ...]"""
+        return x_T[self.at].unsqueeze(0) if isinstance(self.at, slice) else x_T[self.at]
+
+    def put(self, x_T: Tensor, values: Tensor) -> None:
+        """Writes the real ones of values [b, n, ...]."""
+        if isinstance(self.at, slice):
+            x_T[self.at] = values[0]
+        else:
+            x_T[self.at[self.real]] = values[self.real].to(x_T.dtype)
+
+
+class _Bucket(NamedTuple):
+    """Segments padded to one shape, and the mask [b, 1, 1, q, k] of the keys that a query must not see."""
+
+    queries: _Rows
+    keys: _Rows
     hidden: Tensor
 
 
 def _buckets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[_Bucket]:
     """All segments, those of equal lengths after rounding up to ``PADDING`` side by side."""
+    device = cu_seqlens_q.device
     q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     members: dict[tuple[int, int], list[tuple[int, int, int, int]]] = defaultdict(list)
     for b in range(len(q_bounds) - 1):
         q_len, k_len = q_bounds[b + 1] - q_bounds[b], k_bounds[b + 1] - k_bounds[b]
-        shape = -(-q_len // PADDING) * PADDING, -(-k_len // PADDING) * PADDING
+        shape = -(-q_len // PADDING), -(-k_len // PADDING)
         members[shape].append((q_bounds[b], k_bounds[b], q_len, k_len))
     buckets = []
-    for (q_size, k_size), segments in members.items():
-        q_start, k_start, q_len, k_len = torch.tensor(segments, device=cu_seqlens_q.device).T.unsqueeze(-1)
-        q, k = torch.arange(q_size, device=q_len.device), torch.arange(k_size, device=q_len.device)
+    for segments in members.values():
+        q_starts, k_starts, q_lens, k_lens = zip(*segments, strict=True)
+        q, k = torch.arange(max(q_lens), device=device), torch.arange(max(k_lens), device=device)
+        earlier = torch.tensor(k_lens, device=device) - torch.tensor(q_lens, device=device)
         # Bottom-right causal; this also hides the padded keys from every real query.
-        hidden = k > (q + (k_len - q_len)).unsqueeze(-1)
-        rows_q, rows_k = q_start + q.minimum(q_len - 1), k_start + k.minimum(k_len - 1)
-        buckets.append(_Bucket(rows_q, rows_k, q < q_len, k < k_len, hidden[:, None, None]))
+        hidden = k > q.unsqueeze(-1) + earlier[:, None, None]
+        rows_q, rows_k = (_Rows.of(*of, device) for of in ((q_starts, q_lens, len(q)), (k_starts, k_lens, len(k))))
+        buckets.append(_Bucket(rows_q, rows_k, hidden[:, None, None]))
     return buckets
 
 
@@ -151,19 +178,19 @@ def _attend_backward(
     return ds @ k, (ds.mT @ q).sum(2), (p.mT @ grad).sum(2)
 
 
-def _queries(x_TND: Tensor, rows_bq: Tensor, kv_heads: int) -> Tensor:
-    """[T, N, ...] -> [b, G, M, q, ...]: the M = N / G query heads that share a key/value head side by side."""
-    return x_TND[rows_bq].unflatten(2, (kv_heads, -1)).movedim(1, 3)
+def _queries(x_bqN: Tensor, kv_heads: int) -> Tensor:
+    """[b, q, N, ...] -> [b, G, M, q, ...]: the M = N / G query heads that share a key/value head side by side."""
+    return x_bqN.unflatten(2, (kv_heads, -1)).movedim(1, 3)
 
 
-def _rows(x_bGMqD: Tensor) -> Tensor:
-    """The inverse: [b, G, M, q, ...] -> [b, q, N, ...]."""
-    return x_bGMqD.movedim(3, 1).flatten(2, 3)
+def _keys(x_bkGD: Tensor) -> Tensor:
+    """[b, k, G, D] -> [b, G, 1, k, D]."""
+    return x_bkGD.transpose(1, 2).unsqueeze(2)
 
 
-def _keys(x_KGD: Tensor, rows_bk: Tensor) -> Tensor:
-    """[K, G, D] -> [b, G, 1, k, D]."""
-    return x_KGD[rows_bk].transpose(1, 2).unsqueeze(2)
+def _flat(x_bGMq: Tensor) -> Tensor:
+    """[b, G, M, q, ...] -> [b, q, N, ...]."""
+    return x_bGMq.movedim(3, 1).flatten(2, 3)
 
 
 @torch.library.custom_op("gcrm::segment_attention", mutates_args=())
@@ -172,11 +199,11 @@ def _segment_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, N, D] and logsumexp [T, N], at least float32, for the backward."""
     out_TND, lse_TN = _empty_results(q_TND)
-    for rows_q, rows_k, real_q, _, hidden in _buckets(cu_seqlens_q, cu_seqlens_k):
-        q, k, v = _queries(q_TND, rows_q, k_KGD.shape[1]), _keys(k_KGD, rows_k), _keys(v_KGD, rows_k)
-        out, lse = _attend(q, k, v, hidden)
-        out_TND[rows_q[real_q]] = _rows(out)[real_q]
-        lse_TN[rows_q[real_q]] = _rows(lse)[real_q].to(lse_TN.dtype)
+    for queries, keys, hidden in _buckets(cu_seqlens_q, cu_seqlens_k):
+        k, v = _keys(keys.take(k_KGD)), _keys(keys.take(v_KGD))
+        out, lse = _attend(_queries(queries.take(q_TND), k_KGD.shape[1]), k, v, hidden)
+        queries.put(out_TND, _flat(out))
+        queries.put(lse_TN, _flat(lse))
     return out_TND, lse_TN
 
 
@@ -198,14 +225,14 @@ def _segment_attention_backward(
     """Gradients of q, k, v. Each row belongs to one segment, so writing is enough: nothing adds up here."""
     dq_TND, dk_KGD, dv_KGD = (x.new_empty(x.shape) for x in (q_TND, k_KGD, v_KGD))
     kv_heads = k_KGD.shape[1]
-    for rows_q, rows_k, real_q, real_k, hidden in _buckets(cu_seqlens_q, cu_seqlens_k):
-        q, k, v = _queries(q_TND, rows_q, kv_heads), _keys(k_KGD, rows_k), _keys(v_KGD, rows_k)
-        grad, out, lse = (_queries(x, rows_q, kv_heads) for x in (grad_TND, out_TND, lse_TN))
-        grad = grad * real_q[:, None, None, :, None]  # a padded query repeats a real one: it must not count again
+    for queries, keys, hidden in _buckets(cu_seqlens_q, cu_seqlens_k):
+        k, v = _keys(keys.take(k_KGD)), _keys(keys.take(v_KGD))
+        grad, out, lse, q = (_queries(queries.take(x), kv_heads) for x in (grad_TND, out_TND, lse_TN, q_TND))
+        grad = grad * queries.real[:, None, None, :, None]  # padding repeats a real query: it must not count again
         dq, dk, dv = _attend_backward(grad, out, lse, q, k, v, hidden)
-        dq_TND[rows_q[real_q]] = _rows(dq)[real_q]
-        dk_KGD[rows_k[real_k]] = dk.transpose(1, 2)[real_k]
-        dv_KGD[rows_k[real_k]] = dv.transpose(1, 2)[real_k]
+        queries.put(dq_TND, _flat(dq))
+        keys.put(dk_KGD, dk.transpose(1, 2))
+        keys.put(dv_KGD, dv.transpose(1, 2))
     return dq_TND, dk_KGD, dv_KGD
 
 
