@@ -90,18 +90,18 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
                 name = f"contrastive forward {form} {'mean_then_log' if mean_then_log else 'log_then_mean'}"
                 more = {"EPS": reference.EPS, "MEAN_THEN_LOG": mean_then_log}
                 if s == samples[0]:
-                    yield Specialisation(f"{name} N=1", triton_contrastive._forward_kernel,
+                    yield Specialisation(f"{name} N=1", triton_contrastive._contrastive_forward_kernel,
                                          constants | more | {"n_pairs": 1}, types,
                                          config.num_warps, config.num_stages)  # fmt: skip
-                yield Specialisation(name, triton_contrastive._forward_kernel, constants | more, types,
+                yield Specialisation(name, triton_contrastive._contrastive_forward_kernel, constants | more, types,
                                      config.num_warps, config.num_stages)  # fmt: skip
             config = triton_contrastive.backward_candidates(s, itemsize)[0]
             constants |= {"TILE": contrastive.TILE_ROWS, "BLOCK_H": config.block}
             if s == samples[0]:  # a number that is 1 becomes a constant when a kernel is launched
-                yield Specialisation(f"contrastive backward {form} N=1", triton_contrastive._backward_kernel,
+                yield Specialisation(f"contrastive backward {form} N=1", triton_contrastive._contrastive_backward_kernel,
                                      constants | {"n_pairs": 1}, types,
                                      config.num_warps, config.num_stages)  # fmt: skip
-            yield Specialisation(f"contrastive backward {form}", triton_contrastive._backward_kernel, constants, types,
+            yield Specialisation(f"contrastive backward {form}", triton_contrastive._contrastive_backward_kernel, constants, types,
                                  config.num_warps, config.num_stages)  # fmt: skip
     types = {"grad_ptr": "*" + dtype, "out_ptr": "*" + dtype, "order_ptr": "*i64", "offsets_ptr": "*i64"}
     yield Specialisation(f"gather backward {dtype}", triton_gather._add_rows_kernel,
@@ -138,19 +138,22 @@ def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisati
         for residual in (False, True):
             form = f"{dtype} H={width}{' residual' if residual else ''}"
             constants = {"RESIDUAL": residual, "BLOCK_H": config.block}
-            yield Specialisation(f"rms_norm forward {form}", triton_rms_norm._forward_kernel, constants, types,
+            yield Specialisation(f"rms_norm forward {form}", triton_rms_norm._rms_norm_forward_kernel, constants, types,
                                  config.num_warps, config.num_stages)  # fmt: skip
-            yield Specialisation(f"rms_norm backward {form}", triton_rms_norm._backward_kernel,
+            yield Specialisation(f"rms_norm backward {form}", triton_rms_norm._rms_norm_backward_kernel,
                                  constants | {"WEIGHT": True}, types, config.num_warps, config.num_stages)  # fmt: skip
     config = triton_rms_norm.candidates(1, lanes)[0]  # a number that is 1 becomes a constant when a kernel is launched
     constants = {"RESIDUAL": False, "BLOCK_H": config.block, "width": 1}
-    yield Specialisation(f"rms_norm forward {dtype} H=1", triton_rms_norm._forward_kernel, constants, types,
+    yield Specialisation(f"rms_norm forward {dtype} H=1", triton_rms_norm._rms_norm_forward_kernel, constants, types,
                          config.num_warps, config.num_stages)  # fmt: skip
     constants = constants | {"WEIGHT": False, "tokens": 1, "rows": 1}
-    yield Specialisation(f"rms_norm backward {dtype} H=1 T=1", triton_rms_norm._backward_kernel, constants, types,
+    yield Specialisation(f"rms_norm backward {dtype} H=1 T=1", triton_rms_norm._rms_norm_backward_kernel, constants, types,
                          config.num_warps, config.num_stages)  # fmt: skip
     config = triton_swiglu.candidates()[0]
-    for name, kernel in (("forward", triton_swiglu._forward_kernel), ("backward", triton_swiglu._backward_kernel)):
+    for name, kernel in (
+        ("forward", triton_swiglu._swiglu_forward_kernel),
+        ("backward", triton_swiglu._swiglu_backward_kernel),
+    ):
         for one in (False, True):
             constants = {"BLOCK": config.block} | ({"count": 1} if one else {})
             yield Specialisation(f"swiglu {name} {dtype}{' of one element' if one else ''}", kernel, constants, types,

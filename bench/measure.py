@@ -153,15 +153,6 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / (milliseconds / 1000)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """FLOP/s of a large square matrix product, median: what this machine can do in ``dtype``."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    out = torch.empty_like(a)
-    milliseconds = times({"matmul": lambda: torch.mm(a, b, out=out)}, device, seconds)["matmul"][0]
-    return 2 * n**3 / (milliseconds / 1000)
-
-
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     lines = [list(columns)] + [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.data import Pair, TokenizedPair, read_pairs, tokenize_pairs, train_tokenizer
+from gcrm_fast.data import TokenizedPair, tokenize_pairs, train_tokenizer
+from gcrm_fast.records import Pair, read_pairs
 
 VOCABULARY = 32_000
 TOKENIZER_PAIRS = 2000  # of each file
@@ -92,7 +93,7 @@ def real(name: str, count: int, seed: int, folder: Path) -> list[TokenizedPair]:
 
 @functools.cache
 def _read(folder: Path, name: str) -> list[Pair]:
-    return read_pairs(folder / f"{name}.jsonl.gz")
+    return read_pairs([str(folder / f"{name}.jsonl.gz")])
 
 
 @functools.cache

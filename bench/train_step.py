@@ -6,8 +6,9 @@
              naive contrastive loss; 8 pairs a micro-batch with gradient checkpointing off and on, and sorted by length
              within the global batch at its best micro-batch
     TRL      the real RewardTrainer (ranking loss only), 8 pairs a micro-batch, as shipped and without checkpointing
-    ours     what gcrm_fast.train runs: packs, shared prefixes, read rows, fused contrastive loss; then with each of
-             them removed, one at a time, and with more pairs of one prompt in a step
+    ours     what gcrm_fast.train runs: packs, shared prefixes, read rows, fused contrastive loss, on a GPU Triton
+             kernels; then with each of them removed, one at a time, with --recompute mlp and block, and with more
+             pairs of one prompt in a step
 
 The same records, weights, global batches, AdamW and dtype for all; TRL and naive share one model, ours is another.
 bfloat16 is compute in bfloat16 over float32 weights (autocast there, FSDP's mixed precision here). Before any timing,
@@ -24,6 +25,7 @@ contestants run with freed memory kept by glibc, as the trainer sets it, which h
 import argparse
 import contextlib
 import gc
+import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +44,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from gcrm_fast import checkpoint, objectives, packing, parallel, train
+from gcrm_fast import accounting, checkpoint, objectives, packing, parallel, train
 from gcrm_fast.config import TrainConfig
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.model import ModelConfig, RewardModel
@@ -59,12 +61,13 @@ MODELS = {
     "8b": ModelConfig(vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                       num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=500_000.0),
 }  # fmt: skip
-LEVERS = ("packing", "sharing", "read rows", "fused loss")
+LEVERS = ("packing", "sharing", "read rows", "fused loss") + (("Triton",) if torch.cuda.is_available() else ())
+RECOMPUTING = {"recomputing mlp": "mlp", "recomputing block": "block"}  # forms that spare memory: --recompute
+KERNELS = ("contrastive", "gather", "rms_norm", "swiglu")  # modules of gcrm_kernels that a step uses
 PAIRS = 8  # a micro-batch, as people run it
 SIZES = (4, 8, 16, 32)  # micro-batches of which the padded reference may choose its best
 CHECKED_PAIRS = 4
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the loss, and of each parameter's gradient, by its norm
-H200_FLOPS = 989e12  # bfloat16 tensor cores of H100 and H200, dense, on paper
 COLUMNS = ("data", "method", "pairs/s", "p10", "p90", "x naive", "x TRL", "x TRL shipped", "sequence tokens/s",
            "computed/pair", "GFLOP/s", "% matmul", "MFU %", "peak MB")  # fmt: skip
 SCALING_COLUMNS = ("what", "n", "tokens", "ms", "us/token", "pairs/s", "GFLOP/s", "peak MB")
@@ -84,24 +87,9 @@ class Work:
     flops: float
 
 
-def model_flops(config: ModelConfig, tokens: int, products: int, last_rows: int) -> float:
-    """Forward + backward: linear layers for ``tokens``, the last layer's tail for ``last_rows``, attention for
-    ``products`` query-key products that the causal mask leaves. A backward is twice its forward."""
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    qkv, tail = 2 * config.hidden_size * (q + 2 * kv), 2 * config.hidden_size * (q + 3 * config.intermediate_size)
-    layers = config.num_hidden_layers
-    forward = tokens * (layers * qkv + (layers - 1) * tail) + last_rows * tail + 4.0 * q * products * layers
-    return 3 * forward
-
-
 def packed_work(config: ModelConfig, packs: Sequence[Pack]) -> Work:
-    tokens, flops = 0, 0.0
-    for pack in packs:
-        q, k = pack.cu_seqlens_q.diff().long(), pack.cu_seqlens_k.diff().long()
-        products = int((q * k - q * (q - 1) // 2).sum())
-        tokens += len(pack.input_ids_T)
-        flops += model_flops(config, len(pack.input_ids_T), products, len(pack.read_rows_R))
-    return Work(tokens, flops)
+    done = [accounting.work(pack, config, "none") for pack in packs]
+    return Work(int(sum(w.tokens for w in done)), sum(w.model_flops for w in done))
 
 
 def padded_work(config: ModelConfig, micro_batches: Sequence[Sequence[TokenizedPair]]) -> Work:
@@ -109,7 +97,9 @@ def padded_work(config: ModelConfig, micro_batches: Sequence[Sequence[TokenizedP
     for pairs in micro_batches:
         sequences, length = 2 * len(pairs), max(map(padded.longest, pairs))
         tokens += sequences * length
-        flops += model_flops(config, sequences * length, sequences * length * (length + 1) // 2, sequences * length)
+        flops += 3 * accounting.forward_flops(
+            config, sequences * length, sequences * length * (length + 1) // 2, sequences * length
+        )
     return Work(tokens, flops)
 
 
@@ -144,22 +134,33 @@ class Ours:
                  device: torch.device) -> None:  # fmt: skip
         with torch.device("meta"):
             self.model = RewardModel(config, options.attention)
+        train.cast_weights(self.model, options.optimizer)
+        if options.compile:
+            self.model.compile_blocks()
         parallel.shard(self.model, mesh, dtype)
-        parallel.materialize(self.model, mesh, device, checkpoint.fresh_weights(config, options.seed))
+        parallel.materialize(self.model, mesh, device, checkpoint.fresh_weights(config, options.seed).rows)
         self.optimizer, self.schedule = train.optimizer_and_schedule(self.model, options, padded.SCHEDULE_STEPS)
         self.objective, self.sampling = train.objective_of(options), sampling_of(options)
         self.budget = Budget(options.tokens_per_batch, config.hidden_size)
         self.clip, self.device = options.clip, device
 
     def packs(self, batch: Groups, without: str = "") -> list[Pack]:
-        """The trainer's packs of a global batch, or those with a lever of LEVERS removed."""
+        """The trainer's packs of a global batch, or those without a lever of LEVERS that decides over them."""
         with mock.patch.object(packing, "common_prefix", return_value=0) if without == "sharing" else no_change():
             plan = [[group] for group in batch] if without == "packing" else plan_packs(batch, self.budget, 1)
             packs = [build_pack(groups, self.sampling, 0) for groups in plan]
         return [reading_all_rows(pack) for pack in packs] if without == "read rows" else packs
 
     def accumulate(self, packs: list[Pack], n_pairs: int, without: str = "") -> Tensor:
-        with mock.patch.object(objectives, "contrastive_loss", naive_loss) if without == "fused loss" else no_change():
+        for layer in self.model.model.layers:
+            layer.recompute = RECOMPUTING.get(without, "none")
+        with contextlib.ExitStack() as removed:
+            if without == "fused loss":
+                removed.enter_context(mock.patch.object(objectives, "contrastive_loss", naive_loss))
+            if without == "Triton":
+                for name in KERNELS:
+                    module = importlib.import_module(f"gcrm_kernels.{name}")
+                    removed.enter_context(mock.patch.object(module, "use_triton", return_value=False))
             return train.accumulate(self.model, packs, n_pairs, self.objective, self.device)
 
     def step(self, batch: Groups, without: str = "") -> None:
@@ -233,6 +234,7 @@ def check(ours: Ours, expected: dict[str, tuple[float, Gradients]], batch: Group
     # One after the other: the gradients of a large model fill the host's memory.
     results = [agrees(OURS, run(), expected["naive"], tolerance)]
     results += [agrees(f"ours without {lever}", run(lever), expected["naive"], tolerance) for lever in LEVERS]
+    results += [agrees(f"ours, {form}", run(form), expected["naive"], tolerance) for form in RECOMPUTING]
     if "TRL" in expected:
         with mock.patch.object(ours, "objective", replace(ours.objective, contrastive_weight=0.0)):
             results.append(agrees("ranking loss, against TRL", run(), expected["TRL"], tolerance))
@@ -283,6 +285,7 @@ def our_contestants(ours: Ours, batches: dict[int, list[Groups]]) -> Iterator[Co
     """Ours, ours without each lever, and with each number of pairs a prompt in ``batches`` above one."""
     config, device = ours.model.config, ours.device
     forms = [(OURS, "", 1)] + [(f"ours without {lever}", lever, 1) for lever in LEVERS]
+    forms += [(f"ours, {form}", form, 1) for form in RECOMPUTING]
     forms += [(f"ours, up to {size} pairs a prompt", "", size) for size in batches if size > 1]
     for name, without, group in forms:
 
@@ -369,11 +372,11 @@ def race(contestants: list[Contestant], rounds: int, device: torch.device, dtype
     seconds: dict[str, list[list[float]]] = {c.name: [] for c in running}
     rates = []
     for i in range(rounds):
-        rates.append(measure.matmul_rate(device, dtype))
+        rates.append(accounting.matmul_rate(device, dtype))
         for c in running:
             seconds[c.name].append(c.run(c.batches))
         print(f"round {i + 1} of {rounds}", flush=True)
-    rates.append(measure.matmul_rate(device, dtype))
+    rates.append(accounting.matmul_rate(device, dtype))
     for c in running:
         rows[c.name] |= summary(c, np.array(seconds[c.name]), float(np.median(rates)), device)
     return list(rows.values())
@@ -391,7 +394,8 @@ def summary(c: Contestant, seconds: np.ndarray, matmul: float, device: torch.dev
         "pairs/s": float(pairs.sum()) / total, "p10": float(rates[0]), "p90": float(rates[1]),
         "sequence tokens/s": sequence_tokens / total, "computed/pair": sum(w.tokens for w in work) / float(pairs.sum()),
         "GFLOP/s": flops / 1e9, "matmul GFLOP/s": matmul / 1e9, "% matmul": 100 * flops / matmul,
-        "MFU %": 100 * flops / H200_FLOPS if device.type == "cuda" else None, "seconds": seconds.tolist(),
+        "MFU %": 100 * flops / accounting.peak_flops(device, torch.bfloat16)[0] if device.type == "cuda" else None,
+        "seconds": seconds.tolist(),
     }  # fmt: skip
 
 
@@ -536,7 +540,8 @@ def profiled(ours: Ours, batch: Groups) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-FUSED_KERNELS = ("_forward_kernel", "_backward_kernel")  # of gcrm_kernels.triton_contrastive
+FUSED_KERNELS = ("_add_rows_kernel", *(f"_{op}_{way}_kernel" for op in ("contrastive", "rms_norm", "swiglu")
+                                       for way in ("forward", "backward")))  # fmt: skip
 
 
 def missing_kernels(rows: list[dict[str, Any]]) -> list[str]:
@@ -608,6 +613,8 @@ def arguments() -> argparse.Namespace:
                         help="most tokens of a pack, default: the trainer's")  # fmt: skip
     parser.add_argument("--steps", type=int, help="different global batches; default: 3, 8 on CUDA")
     parser.add_argument("--rounds", type=int, default=3, help="times that each contestant does them")
+    parser.add_argument("--optimizer", choices=accounting.OPTIMIZER_BYTES, default="adamw", help="of ours")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
     parser.add_argument("--quick", action="store_true",
                         help=f"one round; on a CPU one global batch of {PAIRS} pairs of each data set")  # fmt: skip
     parser.add_argument("--scaling", action="store_true", help="only how ours scales with packs and shared prompts")
@@ -629,14 +636,16 @@ def main() -> None:
     train.keep_freed_memory()
     config, dtype = MODELS[options.model], getattr(torch, options.dtype)
     settings = TrainConfig(
-        lr=1e-5, global_batch_pairs=options.global_batch, tokens_per_batch=options.tokens_per_batch
+        lr=1e-5, global_batch_pairs=options.global_batch, tokens_per_batch=options.tokens_per_batch,
+        optimizer=options.optimizer, compile=options.compile,
     )  # fmt: skip
     with parallel.process_group() as (mesh, device):
         where = measure.environment(device)
         print(", ".join(f"{k} {v}" for k, v in where.items()))
-        rates = {d: measure.matmul_rate(device, getattr(torch, d)) for d in ("float32", "bfloat16")}
+        rates = {d: accounting.matmul_rate(device, getattr(torch, d)) for d in ("float32", "bfloat16")}
         print("measured matmul rate:", ", ".join(f"{d} {r / 1e9:.0f} GFLOP/s" for d, r in rates.items()))
-        about = {"model": options.model, "dtype": options.dtype, "records": records.source(),
+        about = {"model": options.model, "dtype": options.dtype, "optimizer of ours": options.optimizer,
+                 "compiled": options.compile, "records": records.source(),
                  "global batch": options.global_batch, "tokens a pack": options.tokens_per_batch,
                  **{f"matmul {d} GFLOP/s": r / 1e9 for d, r in rates.items()}}  # fmt: skip
         print(", ".join(f"{k} {v}" for k, v in about.items() if not k.startswith("matmul")), flush=True)

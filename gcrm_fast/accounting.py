@@ -45,22 +45,24 @@ class Work(NamedTuple):
     extra_flops: float  # what is computed again in the backward
 
 
+def forward_flops(config: ModelConfig, tokens: int, products: int, read_rows: int) -> int:
+    """Of the trunk: linear layers for ``tokens``, the last layer's output projection and MLP for ``read_rows``,
+    attention for ``products`` query-key products that the causal mask leaves."""
+    h, layers = config.hidden_size, config.num_hidden_layers
+    q, g = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    projections, tail = 2 * h * (q + 2 * g), 2 * h * (q + 3 * config.intermediate_size)
+    return layers * (projections * tokens + 4 * q * products) + tail * ((layers - 1) * tokens + read_rows)
+
+
 def work(pack: Pack, config: ModelConfig, recompute: str) -> Work:
     """What training on ``pack`` takes. A backward pass counts twice the forward (Kaplan et al. 2020, section 2.1), of
     attention too: what flash attention computes again belongs to neither number."""
-    t, r, layers = len(pack.input_ids_T), len(pack.read_rows_R), config.num_hidden_layers
-    h, q = config.hidden_size, config.num_attention_heads * config.head_dim
-    mlp, projections = (
-        2 * 3 * h * config.intermediate_size,
-        2 * h * (q + 2 * config.num_key_value_heads * config.head_dim),
-    )
+    t, r, h = len(pack.input_ids_T), len(pack.read_rows_R), config.hidden_size
     q_B, k_B = pack.cu_seqlens_q.diff().long(), pack.cu_seqlens_k.diff().long()
-    attention = 4 * q * int((q_B * k_B - q_B * (q_B - 1) // 2).sum())
-    tail_rows = (layers - 1) * t + r  # the last layer's output projection and MLP run at the read rows
-    forward = layers * (projections * t + attention) + (2 * q * h + mlp) * tail_rows
-    # The last product of a recomputed part is not needed, so it is left out.
-    down = 2 * h * config.intermediate_size
-    again = {"none": 0, "mlp": (mlp - down) * tail_rows, "block": forward - down * tail_rows}[recompute]
+    forward = forward_flops(config, t, int((q_B * k_B - q_B * (q_B - 1) // 2).sum()), r)
+    # One of the MLP's three products; the last of a recomputed part is not needed again.
+    product = 2 * h * config.intermediate_size * ((config.num_hidden_layers - 1) * t + r)
+    again = {"none": 0, "mlp": 2 * product, "block": forward - product}[recompute]
     heads = 2 * h * (config.projection_size * r + 2 * pack.n_pairs)
     return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, 3 * (forward + heads), again)
 
@@ -73,6 +75,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         known = [key for key in DATA_SHEET if all(word in name for word in key.split())]
         if known:
             return DATA_SHEET[max(known, key=len)], f"data sheet of {max(known, key=len)}"
+    return matmul_rate(device, dtype), f"measured, {str(dtype).removeprefix('torch.')} matrix product"
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the fastest of six large square matrix products."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = torch.ones(n, n, dtype=dtype, device=device), torch.ones(n, n, dtype=dtype, device=device)
     best = float("inf")
@@ -82,7 +89,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         torch.mm(a, b)
         _synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best, f"measured, {n} x {n} {str(dtype).removeprefix('torch.')} product"
+    return 2 * n**3 / best
 
 
 def _synchronize(device: torch.device) -> None:

@@ -27,7 +27,7 @@ from gcrm_kernels.reference import EPS
 
 
 @triton.jit
-def _forward_kernel(
+def _contrastive_forward_kernel(
     hidden_ptr, rows_ptr, has_positive_ptr, loss_ptr, similarity_ptr, weights_ptr, own_ptr,
     n_pairs, width, row_stride, inverse_temperature,
     EPS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -154,7 +154,7 @@ def _add_role(
 
 
 @triton.jit
-def _backward_kernel(
+def _contrastive_backward_kernel(
     grad_ptr, hidden_ptr, rows_ptr, weights_ptr, own_ptr, starts_ptr, offsets_ptr, units_ptr, out_ptr,
     n_pairs, width, row_stride, column_blocks,
     S: tl.constexpr, SP: tl.constexpr, TILE: tl.constexpr, BLOCK_H: tl.constexpr, GRID: tl.constexpr,
@@ -221,7 +221,7 @@ def forward(
     )
 
     def run(config: LaunchConfig) -> None:
-        _forward_kernel[(n,)](
+        _contrastive_forward_kernel[(n,)](
             hidden_RH, rows_4NS, has_positive_N, loss, similarity, weights, own,
             n, hidden_RH.shape[1], hidden_RH.stride(0), 1.0 / temperature,
             EPS=EPS, S=s, SP=_padded(s), BLOCK_H=config.block, GRID=grid, MEAN_THEN_LOG=mean_then_log,
@@ -247,7 +247,7 @@ def backward(
 
     def run(config: LaunchConfig) -> None:
         column_blocks = triton.cdiv(width, config.block)
-        _backward_kernel[(tiles * column_blocks,)](
+        _contrastive_backward_kernel[(tiles * column_blocks,)](
             grad_N, hidden_RH, rows_4NS, weights, own_4NS, starts, offsets, units, out_RH,
             n, width, hidden_RH.stride(0), column_blocks,
             S=s, SP=_padded(s), TILE=tile_rows, BLOCK_H=config.block, GRID=weights.dim() == 4,

@@ -21,7 +21,7 @@ LANES = 64 if torch.version.hip else 32  # of a warp
 
 
 @triton.jit
-def _forward_kernel(
+def _rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, s_ptr, inverse_ptr, width, eps,
     RESIDUAL: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +41,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _rms_norm_backward_kernel(
     grad_y_ptr, grad_s_ptr, s_ptr, weight_ptr, inverse_ptr, out_ptr, part_ptr, tokens, width, rows,
     RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def forward(x_TH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, eps: flo
     s_TH = x_TH.new_empty(0) if residual_TH is None else torch.empty_like(x_TH)
 
     def run(config: LaunchConfig) -> None:
-        _forward_kernel[(tokens,)](
+        _rms_norm_forward_kernel[(tokens,)](
             x_TH, residual_TH, weight_H, y_TH, s_TH, inverse_T, width, eps,
             RESIDUAL=residual_TH is not None, BLOCK_H=config.block,
             num_warps=config.num_warps, num_stages=config.num_stages,
@@ -107,7 +107,7 @@ def backward(
     part_PH = s_TH.new_empty((parts, width) if needs_weight else 0, dtype=torch.float32)
 
     def run(config: LaunchConfig) -> None:
-        _backward_kernel[(parts,)](
+        _rms_norm_backward_kernel[(parts,)](
             grad_y, grad_s, s_TH, weight_H, inverse_T, ds_TH, part_PH, tokens, width, rows,
             RESIDUAL=grad_s is not None, WEIGHT=needs_weight, BLOCK_H=config.block,
             num_warps=config.num_warps, num_stages=config.num_stages,

@@ -9,7 +9,7 @@ from gcrm_kernels.launch import LaunchConfig, pick
 
 
 @triton.jit
-def _forward_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
+def _swiglu_forward_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     gate = tl.load(gate_ptr + i, mask=inside, other=0.0)
@@ -18,7 +18,7 @@ def _forward_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, count, BLOCK: tl.constexpr):
+def _swiglu_backward_kernel(grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, count, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     gate = tl.load(gate_ptr + i, mask=inside, other=0.0)
@@ -38,7 +38,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     count, out = gate.numel(), torch.empty_like(gate)
 
     def run(config: LaunchConfig) -> None:
-        _forward_kernel[(triton.cdiv(count, config.block),)](
+        _swiglu_forward_kernel[(triton.cdiv(count, config.block),)](
             gate, up, out, count, BLOCK=config.block, num_warps=config.num_warps, num_stages=config.num_stages
         )
 
@@ -52,7 +52,7 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     count, dgate, dup = gate.numel(), torch.empty_like(gate), torch.empty_like(up)
 
     def run(config: LaunchConfig) -> None:
-        _backward_kernel[(triton.cdiv(count, config.block),)](
+        _swiglu_backward_kernel[(triton.cdiv(count, config.block),)](
             grad, gate, up, dgate, dup, count,
             BLOCK=config.block, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
