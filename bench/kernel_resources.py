@@ -98,11 +98,11 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
             config = triton_contrastive.backward_candidates(s, itemsize)[0]
             constants |= {"TILE": contrastive.TILE_ROWS, "BLOCK_H": config.block}
             if s == samples[0]:  # a number that is 1 becomes a constant when a kernel is launched
-                yield Specialisation(f"contrastive backward {form} N=1", triton_contrastive._contrastive_backward_kernel,
-                                     constants | {"n_pairs": 1}, types,
+                yield Specialisation(f"contrastive backward {form} N=1",
+                                     triton_contrastive._contrastive_backward_kernel, constants | {"n_pairs": 1}, types,
                                      config.num_warps, config.num_stages)  # fmt: skip
-            yield Specialisation(f"contrastive backward {form}", triton_contrastive._contrastive_backward_kernel, constants, types,
-                                 config.num_warps, config.num_stages)  # fmt: skip
+            yield Specialisation(f"contrastive backward {form}", triton_contrastive._contrastive_backward_kernel,
+                                 constants, types, config.num_warps, config.num_stages)  # fmt: skip
     types = {"grad_ptr": "*" + dtype, "out_ptr": "*" + dtype, "order_ptr": "*i64", "offsets_ptr": "*i64"}
     yield Specialisation(f"gather backward {dtype}", triton_gather._add_rows_kernel,
                          {"BLOCK": triton_gather.BLOCK}, types, 4, 3)  # fmt: skip
@@ -147,8 +147,8 @@ def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisati
     yield Specialisation(f"rms_norm forward {dtype} H=1", triton_rms_norm._rms_norm_forward_kernel, constants, types,
                          config.num_warps, config.num_stages)  # fmt: skip
     constants = constants | {"WEIGHT": False, "tokens": 1, "rows": 1}
-    yield Specialisation(f"rms_norm backward {dtype} H=1 T=1", triton_rms_norm._rms_norm_backward_kernel, constants, types,
-                         config.num_warps, config.num_stages)  # fmt: skip
+    yield Specialisation(f"rms_norm backward {dtype} H=1 T=1", triton_rms_norm._rms_norm_backward_kernel, constants,
+                         types, config.num_warps, config.num_stages)  # fmt: skip
     config = triton_swiglu.candidates()[0]
     for name, kernel in (
         ("forward", triton_swiglu._swiglu_forward_kernel),
