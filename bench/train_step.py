@@ -44,7 +44,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from gcrm_fast import accounting, checkpoint, objectives, packing, parallel, train
+from gcrm_fast import accounting, checkpoint, objectives, packing, parallel, prepare, train
 from gcrm_fast.config import TrainConfig
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.model import ModelConfig, RewardModel
@@ -140,7 +140,7 @@ class Ours:
         parallel.shard(self.model, mesh, dtype)
         parallel.materialize(self.model, mesh, device, checkpoint.fresh_weights(config, options.seed).rows)
         self.optimizer, self.schedule = train.optimizer_and_schedule(self.model, options, padded.SCHEDULE_STEPS)
-        self.objective, self.sampling = train.objective_of(options), sampling_of(options)
+        self.objective, self.sampling = prepare.objective_of(options), sampling_of(options)
         self.budget = Budget(options.tokens_per_batch, config.hidden_size)
         self.clip, self.device = options.clip, device
 
@@ -430,7 +430,7 @@ def compare(names: Sequence[str], config: ModelConfig, options: TrainConfig, ste
 
 
 def padded_model(config: ModelConfig, options: TrainConfig, dtype: torch.dtype, device: torch.device) -> padded.Padded:
-    return padded.Padded(config, options, train.objective_of(options), sampling_of(options), dtype, device)
+    return padded.Padded(config, options, prepare.objective_of(options), sampling_of(options), dtype, device)
 
 
 def equal_to_padded(config: ModelConfig, options: TrainConfig, batch: Groups, dtype: torch.dtype, mesh: DeviceMesh,

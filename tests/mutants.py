@@ -17,7 +17,7 @@ INVARIANTS, OBJECTIVES, PARITY = "tests/test_invariants.py", "tests/test_objecti
 PACKING, DATA, ARITHMETIC = (f"tests/test_{name}.py" for name in ("packing", "data", "arithmetic"))
 CHECKPOINT, TOKENIZATION, BAD_INPUT = (f"tests/test_{name}.py" for name in ("checkpoint", "tokenization", "bad_input"))
 TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.py", "tests/test_token_cache.py"
-BENCH = "tests/test_bench.py -k "
+BENCH, STEP = "tests/test_bench.py -k ", "tests/test_step.py -k "
 KERNELS = "tests/test_kernels.py -k "
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
 ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or eps) and not {other}"
@@ -136,17 +136,14 @@ MUTANTS = {
     "SwiGLU kernel: the last element left out": (
         SWIGLU_KERNEL, "gate, up, out, count, BLOCK", "gate, up, out, count - 1, BLOCK", SWIGLU_KERNELS),
     "residual lost at the second norm": (
-        "gcrm_fast/model.py", "return x_TH + self.mlp(normed_TH)", "return normed_TH + self.mlp(normed_TH)", PARITY),
+        "gcrm_fast/model.py", 'return x_TH + self._again("mlp"', 'return normed_TH + self._again("mlp"', PARITY),
     "weights of the two norms exchanged": (
         "gcrm_fast/model.py", "self.input_layernorm.weight", "self.post_attention_layernorm.weight", PARITY),
     "dense: rejected positions before the divergence": (
         "gcrm_fast/packing.py", "positions = [chosen, rejected[negative_goals]]", "positions = [chosen, rejected]",
         PACKING),
     "causal mask aligned top-left": (
-        "gcrm_fast/attention.py", "(q + (k_len - q_len)).unsqueeze(-1)", "(q + 0 * k_len).unsqueeze(-1)",
-        INVARIANTS),
-    "padded queries counted in the backward": (
-        "gcrm_fast/attention.py", "grad = grad * real_q[:, None, None, :, None]", "grad = grad * 1", INVARIANTS),
+        "gcrm_fast/attention.py", "+ earlier[:, None, None]", "+ 0 * earlier[:, None, None]", INVARIANTS),
     "read rows shifted": (
         "gcrm_fast/model.py", "prune=i == len(self.layers) - 1", "prune=i == 0", INVARIANTS),
     "wrong rotary pairing": (
@@ -197,7 +194,7 @@ MUTANTS = {
     "sampling depends on the epoch only": (
         "gcrm_fast/packing.py", "counter=[0, 0, 0, pair.pair_id]", "counter=[0, 0, 0, 0]", PACKING),
     "negatives before the divergence": (
-        "gcrm_fast/packing.py", 'if sampling.negatives == "after-divergence" else 0', "if False else 0", PACKING),
+        "gcrm_fast/packing.py", 'if sampling.negatives != "after-divergence":', "if True:", PACKING),
     "a pair lost at a batch boundary": (
         "gcrm_fast/packing.py", "rest[room:], room - len(batch[-1])",
         "rest[room + 1 :], room - len(batch[-1])", PACKING),
@@ -246,7 +243,28 @@ MUTANTS = {
     "one rank's scale wrong": (
         "gcrm_fast/train.py", "dist.get_world_size() / n_pairs", "(1 + dist.get_rank()) / n_pairs", TRAIN),
     "every rank trains on the same packs": (
-        "gcrm_fast/train.py", "for p in plan[rank::world_size]", "for p in plan[0::world_size]", TRAIN),
+        "gcrm_fast/loader.py", "[self.rank :: self.world_size]", "[0 :: self.world_size]", STEP + "ranks"),
+    "an epoch's order from another epoch": (
+        "gcrm_fast/loader.py", "if epoch != self._epoch:", "if self._epoch < 0:", STEP + "who_builds"),
+    "attention of the last layer not counted": (
+        "gcrm_fast/accounting.py", "return layers * (projections * tokens + 4 * q * products)",
+        "return layers * projections * tokens + (layers - 1) * 4 * q * products", STEP + "counted"),
+    "kept activations without the MLP's product": (
+        "gcrm_fast/accounting.py", "mlp = tokens * 2 * h, tokens * 3 * f", "mlp = tokens * 2 * h, tokens * f",
+        STEP + "recomputing"),
+    "recomputation ignored": (
+        "gcrm_fast/model.py", "if self.recompute != part or not", "if self.recompute == part or not",
+        STEP + "recomputing"),
+    "sizes of packs compiled in": (
+        "gcrm_fast/model.py", "dynamic=True", "dynamic=False", STEP + "compiled_blocks"),
+    "a host sync in the step": (
+        "gcrm_fast/train.py", "        sums += statistics\n", "        sums += statistics * bool(total.isfinite())\n",
+        STEP + "never_waits"),
+    "bfloat16 weights without stochastic rounding": (
+        "gcrm_fast/train.py", "bf16_stochastic_round=True", "bf16_stochastic_round=False", STEP + "stochastic"),
+    "padded queries counted again in attention": (
+        "gcrm_fast/attention.py", "grad = grad * queries.real[:, None, None, :, None]", "grad = grad * 1.0",
+        PACKING + " -k segment_attention"),
     "benchmark: the reference reads negative goals on the chosen completion": (
         "bench/padded.py", "torch.tensor([0, 0, 0, n])", "torch.tensor([0, 0, 0, 0])", BENCH + "lever"),
     "benchmark: sharing not removed": (
@@ -255,8 +273,8 @@ MUTANTS = {
     "benchmark: differences in gradients pass": (
         "bench/train_step.py", "ok = loss_error <= tolerance and errors[worst] <= tolerance",
         "ok = loss_error <= tolerance", BENCH + "lever"),
-    "benchmark: FLOPs of the last layer counted for all tokens twice": (
-        "bench/train_step.py", "(layers - 1) * tail", "layers * tail", BENCH + "flops"),
+    "benchmark: all of causal attention counted": (
+        "bench/train_step.py", "length * (length + 1) // 2", "length * length", BENCH + "flops"),
     "benchmark: medians over steps and not over rounds": (
         "bench/train_step.py", "np.median(seconds, axis=0)", "np.median(seconds, axis=1)", BENCH + "speed"),
     "README's GPU table from the oldest file": (

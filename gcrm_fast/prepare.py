@@ -1,0 +1,225 @@
+"""What is checked and known before training: data, tokenizer, weights, budgets, memory; and its description."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gcrm_fast import arithmetic, checkpoint
+from gcrm_fast.accounting import choose_recompute, memory_limit, predicted_memory, work
+from gcrm_fast.config import ARITHMETIC, TrainConfig, parse_columns
+from gcrm_fast.data import TokenizedPair, TokenReport, end_tokens, tokenize_pairs, train_tokenizer
+from gcrm_fast.errors import UserError
+from gcrm_fast.llama_config import read_config
+from gcrm_fast.loader import Steps
+from gcrm_fast.model import ModelConfig
+from gcrm_fast.objectives import Objective
+from gcrm_fast.packing import Budget, Sampling, split_to_budget
+from gcrm_fast.records import Overlap, Pair, overlap, read_pairs
+from gcrm_fast.report import table
+from gcrm_fast.sources import BadRecords
+from gcrm_fast.token_cache import TokenCache, cache_folder
+from gcrm_fast.tokenization import choose_pad, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is checked and known before training: the same on every rank."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model_config: ModelConfig
+    train: list[TokenizedPair]
+    held_out: list[TokenizedPair]
+    report: TokenReport
+    held_out_report: TokenReport | None
+    overlap: Overlap
+    skipped: list[str]  # what was wrong with each bad record
+    weights: checkpoint.Weights
+    budget: Budget
+    sampling: Sampling
+    steps: int
+    output: Path
+
+
+def load_pairs(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, bad: BadRecords
+) -> tuple[list[Pair], list[Pair]]:
+    """(training, held-out) pairs, read or generated."""
+    if config.data == (ARITHMETIC,):
+        n_train, n_eval = config.train_pairs or 60_000, config.eval_pairs or 1000
+        return arithmetic.generate(n_train, n_eval, config.seed, config.arithmetic_steps)
+    train, held_out = (
+        read_pairs(sources, fields=config.eval_by, columns=parse_columns(config.columns), tokenizer=tokenizer,
+                   pairs_per_prompt=config.pairs_per_prompt, bad=bad)
+        for sources in (config.data, config.eval_data)
+    )  # fmt: skip
+    if config.eval_pairs and len(held_out) > config.eval_pairs:
+        chosen = np.random.default_rng(config.seed).permutation(len(held_out))[: config.eval_pairs]
+        held_out = [held_out[i] for i in sorted(chosen)]
+    return train[: config.train_pairs or None], held_out
+
+
+def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of --tokenizer, or else of --model; None without either."""
+    flag, name = ("--tokenizer", config.tokenizer) if config.tokenizer else ("--model", config.model)
+    return load_tokenizer(checkpoint.locate(name, flag, checkpoint.TOKENIZER_FILES)) if name else None
+
+
+def open_model(config: TrainConfig) -> tuple[ModelConfig, checkpoint.Weights]:
+    """Shape and weights of --model."""
+    folder = checkpoint.locate(config.model, "--model", checkpoint.MODEL_FILES)
+    model_config = read_config(folder, head=config.head, projection_size=config.projection_size)
+    return model_config, checkpoint.open_weights(folder, model_config, config.seed)
+
+
+def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ModelConfig, checkpoint.Weights]:
+    """Shape and weights of a model from scratch."""
+    model_config = ModelConfig(
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.hidden_size // config.heads,
+        max_position_embeddings=config.max_length,
+        head=config.head,
+        projection_size=config.projection_size,
+    )
+    return model_config, checkpoint.fresh_weights(model_config, config.seed)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Reads and checks all inputs; writes nothing."""
+    output = Path(config.output or default_output(config))
+    if (output / "model").exists() and not config.overwrite:
+        raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is not a folder")
+    model = open_model(config) if config.model else None
+    tokenizer = open_tokenizer(config)  # before the records, some of which its chat template writes out
+    bad = BadRecords(skip=config.on_bad_record == "skip")
+    train, held_out = load_pairs(config, tokenizer, bad)
+    shared = overlap(train, held_out)
+    if shared.prompts and not config.allow_overlap:
+        raise UserError(
+            f"{shared.example}: field 'prompt' is also in the training data, as in {shared.prompts} of {len(held_out)} "
+            "held-out pairs: take others, or pass --allow-overlap"
+        )
+    if tokenizer is None:
+        texts = (p.prompt + side for p in train for side in (p.chosen, p.rejected))
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    model_config, weights = model or new_model(config, tokenizer)
+    source = config.tokenizer or config.model or "the trained tokenizer"
+    choose_pad(tokenizer, model_config.vocab_size, source)
+    if tokenizer.pad_token_id in end_tokens(tokenizer):
+        raise UserError(f"{source}: pad token {tokenizer.pad_token!r} also ends a turn: set another pad token")
+    budget = Budget(config.tokens_per_batch, model_config.hidden_size)
+    with TokenCache(cache_folder(config.cache)) as cache:
+
+        def tokenize(pairs: list[Pair]) -> tuple[list[TokenizedPair], TokenReport]:
+            return tokenize_pairs(tokenizer, pairs, config.max_length, overlong=config.overlong, bad=bad, cache=cache)
+
+        tokenized, report = tokenize(train)
+        tokenized_held_out, held_out_report = tokenize(held_out) if held_out else ([], None)
+        if all(pair.chosen_cut for pair in tokenized):
+            raise UserError(f"--data {' '.join(config.data)}: every chosen completion is cut: none has an end state")
+        for pair in tokenized + tokenized_held_out:
+            split_to_budget([pair], budget)  # raises where a pair does not fit
+    sampling = Sampling(config.samples, config.objective_variant, config.negatives, config.seed)
+    per_epoch = -(-len(tokenized) // config.global_batch_pairs)
+    steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
+    return Prepared(
+        tokenizer, model_config, tokenized, tokenized_held_out, report, held_out_report, shared, bad.skipped, weights,
+        budget, sampling, steps, output,
+    )  # fmt: skip
+
+
+def default_output(config: TrainConfig) -> str:
+    """runs/<data>-<objective>[-<variant>]-seed<n>, e.g. runs/arithmetic-gcrm-paper-seed0."""
+    name = re.split(r"[.:]", Path(config.data[0]).name)[0]
+    objective = config.objective if config.objective == "ranking" else f"gcrm-{config.objective_variant}"
+    return f"runs/{name}-{objective}-seed{config.seed}"
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    released = config.objective_variant == "repo"
+    return Objective(
+        contrastive_weight=config.contrastive_weight if config.objective == "gcrm" else 0.0,
+        dense=config.objective_variant == "dense",
+        pairing=("grid" if released else "paired") if config.pairing == "auto" else config.pairing,
+        reduce=("mean_then_log" if released else "log_then_mean") if config.reduce == "auto" else config.reduce,
+        temperature=config.temperature,
+    )
+
+
+def steps_of(prepared: Prepared, config: TrainConfig, rank: int, world_size: int) -> Steps:
+    return Steps(
+        prepared.train, prepared.budget, prepared.sampling, global_batch_pairs=config.global_batch_pairs,
+        group_prompts=config.group_prompts, rank=rank, world_size=world_size,
+    )  # fmt: skip
+
+
+def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    name = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def memory_plan(prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device) -> tuple[str, int]:
+    """What is recomputed, and the predicted memory of one process for the largest pack that the budget allows."""
+    shape: dict[str, Any] = {
+        "config": prepared.model_config, "tokens": prepared.budget.tokens, "keys": prepared.budget.keys,
+        "optimizer": config.optimizer, "width": compute_dtype(config, device).itemsize, "world_size": world_size,
+    }  # fmt: skip
+    chosen = config.recompute
+    recompute = choose_recompute(memory_limit(device), **shape) if chosen == "auto" else chosen
+    return recompute, predicted_memory(recompute=recompute, **shape)
+
+
+def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
+    """What became of the records: shown by --dry-run and at the start of a run."""
+
+    def count(pairs: list[TokenizedPair], report: TokenReport) -> str:
+        return (f"{len(pairs)} ({report.dropped} dropped: longer than --max-length {config.max_length} tokens; "
+                f"{report.shortened} with a shortened prompt)")  # fmt: skip
+
+    report, held_out_report, shared = prepared.report, prepared.held_out_report, prepared.overlap
+    rows = [
+        ("training pairs", count(prepared.train, report)),
+        ("held-out pairs", count(prepared.held_out, held_out_report) if held_out_report else "0"),
+        ("held out and trained on", f"{shared.prompts} prompts, {shared.completions} completions"),
+        ("completion ends", f"{report.own_end} of their own, {report.added_end} with eos added, {report.cut} cut"),
+    ]
+    if prepared.skipped:
+        rows.append(("bad records", f"{len(prepared.skipped)} skipped; the first: {prepared.skipped[0]}"))
+    return rows
+
+
+def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
+    """What --dry-run prints: lengths, drops, packs, steps, predicted memory."""
+    steps, sampled_steps = steps_of(prepared, config, 0, 1), min(8, prepared.steps)
+    packs = [pack for i in range(sampled_steps) for pack in steps[i].packs]
+    done = [work(pack, prepared.model_config, "none") for pack in packs]
+    tokens = [int(w.tokens) for w in done]
+    m = prepared.model_config
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recompute, predicted = memory_plan(prepared, config, world_size, device)
+    return table(
+        [
+            *data_rows(prepared, config),
+            ("prompt tokens", prepared.report.prompt_summary()),
+            ("completion tokens", prepared.report.completion_summary()),
+            ("steps", f"{prepared.steps} of {config.global_batch_pairs} pairs"),
+            ("packs a step", f"{len(packs) / sampled_steps:.1f} over all processes (first {sampled_steps} steps)"),
+            ("pack fill", f"{100 * sum(tokens) / len(tokens) / config.tokens_per_batch:.0f}% of --tokens-per-batch"),
+            ("padded / packed", f"{sum(w.padded_tokens for w in done) / sum(tokens):.2f} times the tokens, were the "
+                                "packs padded"),
+            ("parameters", f"{m.parameters() / 1e6:.2f} M"),
+            ("predicted memory", f"{predicted / 2**30:.2f} GiB a process, --recompute {recompute}"),
+        ]
+    )  # fmt: skip
