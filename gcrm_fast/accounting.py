@@ -160,19 +160,28 @@ class Meter:
         return row
 
 
-def kept_for_backward(config: ModelConfig, tokens: int, keys: int, recompute: str, width: int) -> int:
-    """Bytes of activations that L layers keep until their backward, ``width`` bytes an element."""
+def kept_for_backward(config: ModelConfig, tokens: int, keys: int, recompute: str, width: int, kernels: bool) -> int:
+    """Bytes of activations that L layers keep until their backward, ``width`` bytes an element. ``kernels``: whether
+    the Triton kernels run, with which the MLP's product is not kept."""
     h, f = config.hidden_size, config.intermediate_size
     q, g = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     # The block's input and its norm, queries, output; gathered keys and values.
     attention = tokens * (2 * h + 2 * q) + keys * 2 * g
-    mlp_input, mlp = tokens * 2 * h, tokens * 3 * f  # residual and its norm; gate, up, their product
+    mlp_input, mlp = tokens * 2 * h, tokens * (2 if kernels else 3) * f  # residual and its norm; gate, up, product
     kept = {"none": attention + mlp_input + mlp, "mlp": attention + mlp_input, "block": tokens * h}[recompute]
     return config.num_hidden_layers * kept * width
 
 
 def predicted_memory(
-    config: ModelConfig, tokens: int, keys: int, *, recompute: str, optimizer: str, width: int, world_size: int
+    config: ModelConfig,
+    tokens: int,
+    keys: int,
+    *,
+    recompute: str,
+    optimizer: str,
+    width: int,
+    kernels: bool,
+    world_size: int,
 ) -> int:
     """Bytes of tensors of one process at its peak, in the backward of a pack of ``tokens`` and ``keys``.
 
@@ -183,9 +192,9 @@ def predicted_memory(
     block, embedding = config.parameters_per_layer(), config.vocab_size * h
     # What FSDP holds whole: weights in the compute dtype and their gradients, of the root and of two blocks.
     whole = (embedding + 2 * block) * 2 * width
-    working = kept_for_backward(config, tokens, keys, "none", width) // config.num_hidden_layers
+    working = kept_for_backward(config, tokens, keys, "none", width, False) // config.num_hidden_layers
     working += tokens * (2 * h + 3 * f) * width  # gradients on their way
-    kept = kept_for_backward(config, tokens, keys, recompute, width)
+    kept = kept_for_backward(config, tokens, keys, recompute, width, kernels)
     return int(config.parameters() * OPTIMIZER_BYTES[optimizer] / world_size) + whole + kept + working
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from gcrm_kernels import gather_rows, rms_norm, swiglu
+from gcrm_kernels.launch import use_triton
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -128,7 +129,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(f, h, bias=bias)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_TH), self.up_proj(x_TH)))
+        gate_TF, up_TF = self.gate_proj(x_TH), self.up_proj(x_TH)
+        if use_triton(gate_TF) and torch.is_grad_enabled():
+            # The product, which down_proj would keep, is one kernel to compute again: what follows it is not repeated.
+            return checkpoint(self._down, gate_TF, up_TF, use_reentrant=False, preserve_rng_state=False)
+        return self._down(gate_TF, up_TF)
+
+    def _down(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        return self.down_proj(swiglu(gate_TF, up_TF))
 
 
 class Block(nn.Module):

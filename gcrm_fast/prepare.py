@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gcrm_kernels.launch import HAS_TRITON
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast import arithmetic, checkpoint
@@ -175,6 +176,7 @@ def memory_plan(prepared: Prepared, config: TrainConfig, world_size: int, device
     shape: dict[str, Any] = {
         "config": prepared.model_config, "tokens": prepared.budget.tokens, "keys": prepared.budget.keys,
         "optimizer": config.optimizer, "width": compute_dtype(config, device).itemsize, "world_size": world_size,
+        "kernels": HAS_TRITON and device.type == "cuda",
     }  # fmt: skip
     chosen = config.recompute
     recompute = choose_recompute(memory_limit(device), **shape) if chosen == "auto" else chosen

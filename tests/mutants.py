@@ -250,7 +250,7 @@ MUTANTS = {
         "gcrm_fast/accounting.py", "return layers * (projections * tokens + 4 * q * products)",
         "return layers * projections * tokens + (layers - 1) * 4 * q * products", STEP + "counted"),
     "kept activations without the MLP's product": (
-        "gcrm_fast/accounting.py", "mlp = tokens * 2 * h, tokens * 3 * f", "mlp = tokens * 2 * h, tokens * f",
+        "gcrm_fast/accounting.py", "tokens * (2 if kernels else 3) * f", "tokens * 2 * f",
         STEP + "recomputing"),
     "recomputation ignored": (
         "gcrm_fast/model.py", "if self.recompute != part or not", "if self.recompute == part or not",
