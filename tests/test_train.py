@@ -22,6 +22,7 @@ from gcrm_fast.config import TrainConfig, parse, to_toml
 from gcrm_fast.errors import UserError
 from gcrm_fast.train import locked, main
 
+SPEED = {"pairs_per_s", "tokens_per_s", "padded_equivalent_tokens_per_s", "mfu", "hfu", "data_wait", "peak_memory_gib"}
 TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32"]
 
 
@@ -79,7 +80,11 @@ def test_default_run_learns_what_shortcuts_cannot(finished: Path) -> None:
     assert baselines["baseline/auroc_length"] <= 0.6
     assert baselines["baseline/auroc_bag_of_tokens"] <= 0.6
     steps = [row for row in log if "pairs_per_s" in row]
-    assert {"step", "loss", "loss/ranking", "loss/contrastive", "lr", "grad_norm"} <= steps[-1].keys()
+    assert {"step", "loss", "loss/ranking", "loss/contrastive", "lr", "grad_norm"} | SPEED <= steps[-1].keys()
+    for row in steps:
+        assert 0 < row["mfu"] <= row["hfu"] < 2  # of a peak that was measured in passing
+        assert 0 < row["tokens_per_s"] <= row["padded_equivalent_tokens_per_s"]
+        assert 0 <= row["data_wait"] < 1
     assert steps[-1]["lr"] < 0.01 * max(row["lr"] for row in steps)
 
 
@@ -154,7 +159,7 @@ def test_one_two_and_three_processes_give_the_same_losses_and_model(pair_file: P
     for other in (1, 2):
         for a, b in zip(logs[0], logs[other], strict=True):
             assert a.keys() == b.keys()
-            for name in a.keys() - {"pairs_per_s", "tokens_per_s"}:
+            for name in a.keys() - SPEED:
                 assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), (other, a["step"], name)
         for name, tensor in models[0].items():
             torch.testing.assert_close(models[other][name], tensor, rtol=2e-3, atol=2e-4)
