@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 TOOLS = ("pytest", "hypothesis")
 SECONDS = 600  # for everything
-TESTS = ("kernels", "invariants", "objectives", "parity", "bench")
+TESTS = ("kernels", "elementwise", "invariants", "objectives", "parity", "step", "bench")
 BEGIN, END = "<!-- gpu:begin (written by python bench/gpu.py --readme) -->", "<!-- gpu:end -->"
 NOT_MEASURED = (
     "Not yet measured on a GPU: the CUDA paths (nccl, bfloat16, Triton kernels, flash-attn and torch's varlen\n"
@@ -72,7 +72,7 @@ def stages(python: str, scratch: Path) -> list[tuple[str, list[str], int]]:
     """(name, command, limit in seconds) in order of importance: the last ones are cut where time runs out."""
     tests = [f"tests/test_{name}.py" for name in TESTS]
     return [
-        ("tests", [python, "-m", "pytest", "-q", "-x", f"--junit-xml={scratch / 'tests.xml'}", *tests], 180),
+        ("tests", [python, "-m", "pytest", "-q", f"--junit-xml={scratch / 'tests.xml'}", *tests], 180),
         ("train_step", [python, "bench/train_step.py", "--quick"], 240),
         ("train_step-profile", [python, "bench/train_step.py", "--profile"], 60),
         ("training", [python, "gcrm_fast/train.py", "--steps", "200", "--output", str(scratch / "run")], 90),

@@ -4,6 +4,7 @@ Letters: T tokens of a pack, K gathered key rows, R read rows, H hidden size, F 
 width of all query heads and of all key/value heads.
 """
 
+import contextlib
 import os
 import resource
 import sys
@@ -24,6 +25,7 @@ DATA_SHEET = {
     "A100": 312e12,
     "H100": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
     "B200": 2250e12,
@@ -81,7 +83,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of the fastest of six large square matrix products."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.ones(n, n, dtype=dtype, device=device), torch.ones(n, n, dtype=dtype, device=device)
+    a, b = torch.randn(2, n, n, device=device).to(dtype)  # a GPU is faster on numbers that are all alike
     best = float("inf")
     for _ in range(6):
         _synchronize(device)
@@ -136,9 +138,13 @@ class Meter:
         for pack in packs:
             self.done = Work(*(a + b for a, b in zip(self.done, work(pack, self.config, self.recompute), strict=True)))
 
-    def pause(self, seconds: float) -> None:
-        """Leaves out time that was not training."""
-        self.started += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out time that is not training; what the device still has to do is."""
+        _synchronize(self.device)
+        start = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - start
 
     def read(self) -> dict[str, float]:
         """A row for the log, the same on every rank; starts the next reading. All ranks must call it."""
@@ -182,6 +188,7 @@ def predicted_memory(
     width: int,
     kernels: bool,
     world_size: int,
+    several_packs: bool,
 ) -> int:
     """Bytes of tensors of one process at its peak, in the backward of a pack of ``tokens`` and ``keys``.
 
@@ -190,8 +197,9 @@ def predicted_memory(
     """
     h, f = config.hidden_size, config.intermediate_size
     block, embedding = config.parameters_per_layer(), config.vocab_size * h
-    # What FSDP holds whole: weights in the compute dtype and their gradients, of the root and of two blocks.
-    whole = (embedding + 2 * block) * 2 * width
+    # What FSDP holds whole: weights in the compute dtype and their gradients, of the root and of two blocks; and, until
+    # the last pack of a step, all gradients in float32.
+    whole = (embedding + 2 * block) * 2 * width + (4 * config.parameters() if several_packs else 0)
     working = kept_for_backward(config, tokens, keys, "none", width, False) // config.num_hidden_layers
     working += tokens * (2 * h + 3 * f) * width  # gradients on their way
     kept = kept_for_backward(config, tokens, keys, recompute, width, kernels)

@@ -36,3 +36,7 @@ def main() -> int:
     from gcrm_fast import train  # here, so that --help and --version need no torch
 
     return train.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

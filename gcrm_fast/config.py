@@ -35,7 +35,8 @@ class TrainConfig:
     """Names that the records use for this project's fields: prompt=instruction,chosen=good,rejected=bad. No other
     fields are read then."""
     pairs_per_prompt: int = 20
-    """Most pairs made of one record with several completions, the clearest first; 0 is all."""
+    """Most pairs made of one record with several completions, every one about equally often and neighbours in order
+    last; 0 is all."""
     on_bad_record: Literal["error", "skip"] = "error"
     """A record that cannot be used ends the run, or is counted and listed in the run's skipped_records.txt."""
     allow_overlap: bool = False
@@ -283,6 +284,13 @@ def check(config: TrainConfig) -> None:
         need(config.reduce in ("auto", "log_then_mean"), "reduce", "log_then_mean with --objective-variant dense")
     need(0 <= config.warmup < 1, "warmup", "in [0, 1)")
     need(0 < config.beta2 < 1, "beta2", "in (0, 1)")
+    need(config.seed < 2**31, "seed", "below 2^31")
+    need(bool(config.cache), "cache", "a folder, auto or none")
+    for name, value in dataclasses.asdict(config).items():
+        if any("\0" in v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, str)):
+            raise UserError(f"option {name!r} holds a NUL character: no file has such a name")
+    if config.attention == "flash_attn":
+        need(importlib.util.find_spec("flash_attn") is not None, "attention", "another unless flash-attn is installed")
     need(config.max_length >= 3, "max_length", "at least 3")
     need(config.attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)}")
     if not config.model:
@@ -333,4 +341,4 @@ def to_toml(config: TrainConfig) -> str:
 
 def _toml_string(value: str) -> str:
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in escaped) + '"'

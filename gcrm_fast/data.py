@@ -196,7 +196,7 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> str:
         digest.update(raw)
 
     add(f"{TOKENS_VERSION} {tokenizers.__version__} {tokenizer.bos_token_id} {tokenizer.eos_token_id} "
-        f"{sorted(end_tokens(tokenizer))}")  # fmt: skip
+        f"{sorted(end_tokens(tokenizer))} {tokenizer.split_special_tokens}")  # fmt: skip
     add(tokenizer.backend_tokenizer.to_str())
     for pair in pairs:
         add(pair.prompt)

@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from gcrm_fast.data import TokenizedPair
+from gcrm_fast.errors import UserError
 from gcrm_fast.objectives import STATISTICS, Objective, losses
 from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, plan_packs
 
@@ -80,6 +81,8 @@ def score_pairs(
     order = np.argsort(np.concatenate([np.array(i, dtype=np.int64) for i, _ in gathered]))
     back = np.argsort(np.argsort([pair.pair_id for pair in pairs]))  # from pair-id order to the order of `pairs`
     values = values[:, order][:, back]
+    if not np.isfinite(values).all():
+        raise UserError("rewards or Q-values are not finite: lower --lr, or mend --model's weights")
     statistics = dict(zip(STATISTICS, (sums / len(pairs)).tolist(), strict=True))
     return Scores(pairs, values[..., 0], values[..., 1:], statistics)
 

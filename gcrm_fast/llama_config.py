@@ -86,10 +86,14 @@ def _field(raw: Mapping[str, Any], path: Path, name: str, kind: type, default: A
 
 def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling or None) from ``rope_parameters`` (transformers 5) or ``rope_theta``/``rope_scaling`` (4)."""
+    if raw.get("rope_parameters") and raw.get("rope_scaling") not in (None, {}, raw["rope_parameters"]):
+        raise UserError(f"{path}: fields 'rope_parameters' and 'rope_scaling' differ: keep the one that holds")
     name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     parameters = raw.get(name) or {}
     if not isinstance(parameters, dict):
         raise UserError(f"{path}: field {name!r} is {type(parameters).__name__}: must be an object or null")
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise UserError(f"{path}: field {name!r} differs from layer to layer: only one RoPE for all is supported")
     theta = float(_field({"rope_theta": 10000.0, **raw, **parameters}, path, "rope_theta", float))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:

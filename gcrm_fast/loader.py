@@ -1,7 +1,10 @@
 """The packs of each step, built ahead of it by worker processes."""
 
 import multiprocessing
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -72,11 +75,20 @@ def load(steps: Steps, first: int, end: int, workers: int, device: torch.device)
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
         multiprocessing_context=fork if workers else None,
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=_end_with_the_parent,
         pin_memory=device.type == "cuda",
     )
     return iter(loader)
 
 
-def _leave_interrupts_to_the_parent(worker: int) -> None:
+def _end_with_the_parent(worker: int) -> None:
+    """An interrupt is the parent's to handle; a parent that was killed takes its workers along."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # also where the worker is blocked on a pipe that nobody reads
+
+    threading.Thread(target=watch, daemon=True).start()

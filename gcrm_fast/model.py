@@ -228,6 +228,8 @@ class RewardModel(nn.Module):
 
     def compile_blocks(self) -> None:
         """Compiles the forward of every block, and with it the backward; sizes of packs stay symbols."""
+        # Whole and pruned blocks, with and without gradient, of one token or row: more kinds than the default of 8.
+        torch._dynamo.config.recompile_limit = 32
         for layer in self.model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
 

@@ -39,7 +39,7 @@ class Prepared:
     report: TokenReport
     held_out_report: TokenReport | None
     overlap: Overlap
-    skipped: list[str]  # what was wrong with each bad record
+    bad: BadRecords
     weights: checkpoint.Weights
     budget: Budget
     sampling: Sampling
@@ -55,9 +55,9 @@ def load_pairs(
         n_train, n_eval = config.train_pairs or 60_000, config.eval_pairs or 1000
         return arithmetic.generate(n_train, n_eval, config.seed, config.arithmetic_steps)
     train, held_out = (
-        read_pairs(sources, fields=config.eval_by, columns=parse_columns(config.columns), tokenizer=tokenizer,
+        read_pairs(sources, fields=fields, columns=parse_columns(config.columns), tokenizer=tokenizer,
                    pairs_per_prompt=config.pairs_per_prompt, bad=bad)
-        for sources in (config.data, config.eval_data)
+        for sources, fields in ((config.data, ()), (config.eval_data, config.eval_by))
     )  # fmt: skip
     if config.eval_pairs and len(held_out) > config.eval_pairs:
         chosen = np.random.default_rng(config.seed).permutation(len(held_out))[: config.eval_pairs]
@@ -136,7 +136,7 @@ def prepare(config: TrainConfig) -> Prepared:
     per_epoch = -(-len(tokenized) // config.global_batch_pairs)
     steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
     return Prepared(
-        tokenizer, model_config, tokenized, tokenized_held_out, report, held_out_report, shared, bad.skipped, weights,
+        tokenizer, model_config, tokenized, tokenized_held_out, report, held_out_report, shared, bad, weights,
         budget, sampling, steps, output,
     )  # fmt: skip
 
@@ -173,10 +173,12 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 
 def memory_plan(prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device) -> tuple[str, int]:
     """What is recomputed, and the predicted memory of one process for the largest pack that the budget allows."""
+    tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in prepared.train) / len(prepared.train)
     shape: dict[str, Any] = {
         "config": prepared.model_config, "tokens": prepared.budget.tokens, "keys": prepared.budget.keys,
         "optimizer": config.optimizer, "width": compute_dtype(config, device).itemsize, "world_size": world_size,
         "kernels": HAS_TRITON and device.type == "cuda",
+        "several_packs": tokens * config.global_batch_pairs > prepared.budget.tokens * world_size,
     }  # fmt: skip
     chosen = config.recompute
     recompute = choose_recompute(memory_limit(device), **shape) if chosen == "auto" else chosen
@@ -197,8 +199,14 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
         ("held out and trained on", f"{shared.prompts} prompts, {shared.completions} completions"),
         ("completion ends", f"{report.own_end} of their own, {report.added_end} with eos added, {report.cut} cut"),
     ]
-    if prepared.skipped:
-        rows.append(("bad records", f"{len(prepared.skipped)} skipped; the first: {prepared.skipped[0]}"))
+    if prepared.bad.skipped:
+        rows.append(("bad records", f"{len(prepared.bad.skipped)} skipped; the first: {prepared.bad.skipped[0]}"))
+    if prepared.bad.tied:
+        rows.append(("records without a pair", f"{prepared.bad.tied}: all their completions tie"))
+    longest = max(len(ids) for pair in prepared.train for ids in (pair.chosen_ids, pair.rejected_ids))
+    if longest > prepared.model_config.max_position_embeddings:
+        rows.append(("longer than the model knows", f"up to {longest} tokens, its max_position_embeddings is "
+                     f"{prepared.model_config.max_position_embeddings}"))  # fmt: skip
     return rows
 
 

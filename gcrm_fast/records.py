@@ -4,7 +4,6 @@ Text stays as it is. Message lists are written out by the tokenizer's chat templ
 sees one kind of pair: a prompt, and two completions that follow it.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +20,7 @@ FORMATS = {
     "ranks": ("prompt", "completions", "ranks"),
 }
 CUTS = ("chosen_cut", "rejected_cut", "correct_cut", "incorrect_cut", "completions_cut")
+MOST = 1e30  # of a margin or a score: float32 holds it and sums of it
 FIELDS = sorted({name for names in FORMATS.values() for name in names} | {"margin", *CUTS})
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -68,9 +68,9 @@ class _Record:
     def number(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(name, f"is {type(value).__name__}, not a finite number")
-        # Compared, not converted: JSON integers have no bound, and a float holds only so much. NaN fails it too.
-        if not abs(value) <= sys.float_info.max:
-            raise self.error(name, "is not a finite number: write a number that a float can hold")
+        # Compared, not converted: JSON integers have no bound. NaN fails it too.
+        if not abs(value) <= MOST:
+            raise self.error(name, f"is not a finite number: write one between {-MOST:g} and {MOST:g}")
         return float(value)
 
     def items(self, name: str) -> list[Any]:
@@ -312,6 +312,7 @@ def read_pairs(
                 bad.add(error)
                 continue
             first = first or (format_, where)
+            bad.tied += not found
             pairs += [replace(pair, margin=margin, fields=extra) for pair in found]
         if len(pairs) == read and len(bad.skipped) > skipped:
             raise UserError(f"{source}: every record is bad; the first: {bad.skipped[skipped]}")

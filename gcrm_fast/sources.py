@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class BadRecords:
 
     skip: bool = False
     skipped: list[str] = field(default_factory=list)
+    tied: int = 0  # good records whose completions all tie: no pair comes of them
 
     def add(self, error: UserError) -> None:
         if not self.skip:
@@ -51,7 +53,7 @@ def rows(source: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: nothing of that name, or an unreadable or damaged file.
     """
-    folder, _, split = source.partition(":")
+    folder, _, split = source.rpartition(":") if ":" in source else (source, "", "")
     hub = HUB_NAME.fullmatch(source)
     if os.path.isdir(source):
         return _saved_rows(source, source, "")
@@ -70,6 +72,8 @@ def rows(source: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
 def _file_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
     """The kind of a file is told by its first bytes, not by its name."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # the first bytes of a pipe, once read, would be lost
+            raise UserError(f"{path}: is not a regular file: write the records to a file")
         with path.open("rb") as file:
             magic = file.read(4)
         yield from _parquet_rows(path, bad) if magic == b"PAR1" else _json_rows(path, magic[:2] == b"\x1f\x8b", bad)
@@ -86,7 +90,7 @@ def _json_rows(path: Path, packed: bool, bad: BadRecords) -> Iterator[tuple[str,
         try:
             if len(line) > MAX_LINE:
                 raise UserError(f"{where}: the line has more than {MAX_LINE >> 20} MiB: one JSON object a line")
-            record = json.loads(line.decode("utf-8"))
+            record = json.loads(line.decode("utf-8"), object_pairs_hook=_distinct)
         except UnicodeDecodeError as error:
             place = f"byte {error.start} of the line"
             bad.add(UserError(f"{where}: not UTF-8 text ({place}): save the file as UTF-8"))
@@ -96,6 +100,15 @@ def _json_rows(path: Path, packed: bool, bad: BadRecords) -> Iterator[tuple[str,
             bad.add(error)
         else:
             yield where, record
+
+
+def _distinct(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose fields have different names; json would keep the last of equal ones."""
+    record = dict(fields)
+    if len(record) < len(fields):
+        names = [name for name, _ in fields]
+        raise ValueError(f"field {max(names, key=names.count)!r} occurs twice in an object")
+    return record
 
 
 def _lines(path: Path, packed: bool) -> Iterator[tuple[int, bytes]]:

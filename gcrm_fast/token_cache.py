@@ -104,7 +104,7 @@ class TokenCache:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError, ValueError, TypeError):
+        except (OSError, SafetensorError, ValueError, TypeError, AttributeError):  # the last: a dtype NumPy lacks
             metadata, arrays = {}, {}
         if metadata != _metadata(key, arrays):
             if self.holds_lock:  # who has no lock reads once more

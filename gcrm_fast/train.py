@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,8 @@ def optimizer_and_schedule(
 def cast_weights(model: RewardModel, optimizer: str) -> None:
     """Stores the trunk's weights as the optimizer keeps them; the reward head stays float32."""
     if optimizer == "adamw-bf16":
-        model.model.to(torch.bfloat16)
+        for parameter in model.model.parameters():  # not buffers: RoPE's frequencies stay float32
+            parameter.data = parameter.data.bfloat16()
 
 
 def accumulate(
@@ -124,8 +124,9 @@ def list_skipped(prepared: Prepared) -> None:
     """Bad records, a line each, to skipped_records.txt; no such file where there are none."""
     path = prepared.output / "skipped_records.txt"
     path.unlink(missing_ok=True)
-    if prepared.skipped:
-        path.write_text("".join(line + "\n" for line in prepared.skipped), encoding="utf-8")
+    if prepared.bad.skipped:
+        lines = "".join(line + "\n" for line in prepared.bad.skipped)
+        path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
 
 
 # ------------------------------------------------------------------------------------------------------- the program
@@ -182,7 +183,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
         sums += accumulate(model, packs, n_pairs, objective, device)
         meter.add(packs)
         norm = clip_gradients(model, config.clip)
-        learning_rate = schedule.get_last_lr()[0]
+        learning_rate = float(schedule.get_last_lr()[0])  # torchao keeps it in a tensor, on the CPU
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -192,15 +193,16 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
             dist.all_reduce(sums)
             row = {name: value / pairs_since for name, value in zip(STATISTICS, sums.tolist(), strict=True)}
             row |= {"grad_norm": norm.item(), "lr": learning_rate} | meter.read()
+            if not math.isfinite(row["loss"] + row["grad_norm"]):
+                raise UserError(f"loss or gradient is not finite at step {step}: lower --lr, or mend --model's weights")
             if log:
                 log.write(step, row)
                 bar.set_postfix(loss=f"{row['loss']:.3f}", auroc=f"{last.get('eval/auroc', math.nan):.3f}")
             sums.zero_()
             pairs_since = 0
         if prepared.held_out and step % eval_every == 0 and step != prepared.steps:
-            paused = time.perf_counter()
-            last = evaluate(step, goal_state(model, goal_pairs[:EVALUATION_GOAL_PAIRS], budget, sampling, device))
-            meter.pause(time.perf_counter() - paused)
+            with meter.paused():
+                last = evaluate(step, goal_state(model, goal_pairs[:EVALUATION_GOAL_PAIRS], budget, sampling, device))
 
     goal = goal_state(model, goal_pairs, budget, sampling, device)
     if prepared.held_out:
@@ -261,9 +263,12 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
     try:
         run(parse(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"gcrm train: {error}", file=sys.stderr, flush=True)
+            print(f"gcrm train: {message}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,19 @@ def unknown_to_the_hub(folder: Path) -> list[str]:
     return ["--data", "no-such-owner/no-such-data"]
 
 
+def pipe(folder: Path) -> list[str]:
+    os.mkfifo(folder / "pairs.jsonl")
+    return ["--data", "pairs.jsonl"]
+
+
 AT = r"pairs\.jsonl:2: "
 
 CASES = [
     # ---- the file
     Case("no such file", lambda _: ["--data", "none.jsonl"], r"none\.jsonl: cannot be read \(No such file"),
+    Case("pipe", pipe, r"pairs\.jsonl: is not a regular file"),
+    Case("field named twice", raw(LINE + b'{"prompt": "p", "chosen": "a", "chosen": "b", "rejected": "c"}\n'),
+         AT + r"not valid JSON \(field 'chosen' occurs twice"),
     Case("folder of files", folder_of_files, r"data: not a folder that datasets can load"),
     Case("link to itself", looped_link, r"pairs\.jsonl: cannot be read \(Too many levels"),
     Case("name too long", lambda _: ["--data", "x" * 300], r"xx: cannot be read \(File name too long"),
@@ -273,9 +282,10 @@ CASES = [
     Case("column read as text",
          lines(GOOD | {"good": 5}, options=("--columns", "prompt=prompt,chosen=good,rejected=rejected")),
          r"jsonl:1: field 'good' is int, not a string"),
-    Case("--eval-by missing", lines(GOOD, options=("--eval-by", "kind")),
+    Case("--eval-by missing", lines(GOOD, options=("--eval-by", "kind", "--eval-data", "pairs.jsonl")),
          "field 'kind', named by --eval-by, is missing"),
-    Case("--eval-by null", lines(GOOD | {"kind": None}, options=("--eval-by", "kind")), "field 'kind', .* is NoneType"),
+    Case("--eval-by null", lines(GOOD | {"kind": None}, options=("--eval-by", "kind", "--eval-data", "pairs.jsonl")),
+         "field 'kind', .* is NoneType"),
     Case("all too long", lines(GOOD | {"chosen": "a b c d"}, options=("--max-length", "3")),
          "all 1 pairs are longer than --max-length 3"),
     Case("one too long",

@@ -168,7 +168,7 @@ def test_recomputing_changes_memory_and_nothing_else(
 def test_recomputation_is_chosen_by_memory() -> None:
     shape: dict[str, Any] = {
         "config": small_config(), "tokens": 10_000, "keys": 15_000, "optimizer": "adamw", "width": 4, "kernels": False,
-        "world_size": 1,
+        "world_size": 1, "several_packs": False,
     }  # fmt: skip
     needs = [predicted_memory(recompute=recompute, **shape) for recompute in RECOMPUTE]
     assert needs[0] > needs[1] > needs[2]
@@ -244,6 +244,7 @@ def test_optimizers_learn_with_the_memory_they_promise(pairs: list[TokenizedPair
         model = small_model(small_config(hidden_size=128, intermediate_size=256), torch.float32)
         train.cast_weights(model, name)
         parallel.shard(model, mesh, torch.float32)
+        assert model.model.inv_freq.dtype == torch.float32, "RoPE angles of far positions need it"
         optimizer, schedule = train.optimizer_and_schedule(model, TrainConfig(optimizer=name, lr=3e-3, warmup=0.0), 30)
         sums = []
         for _ in range(30):

@@ -179,6 +179,41 @@ def test_comparing_all_positions_trains(pair_file: Path, tmp_path: Path) -> None
     assert contrastive[0][-1] < contrastive[0][0] - 0.05
 
 
+@pytest.mark.parametrize("optimizer", ["adamw-bf16", "adamw-8bit"])
+def test_optimizers_that_spare_memory_train_and_save(pair_file: Path, tmp_path: Path, optimizer: str) -> None:
+    pytest.importorskip("torchao")
+    with torch.compiler.set_stance("force_eager"):
+        code = main(["--data", str(pair_file), "--output", str(tmp_path / "out"), *TINY, "--vocab-size", "300",
+                     "--steps", "4", "--log-every", "1", "--lr", "0.01", "--optimizer", optimizer,
+                     "--workers", "1"])  # fmt: skip
+    assert code == 0
+    losses = [row["loss"] for row in rows(tmp_path / "out") if "loss" in row]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_run_that_diverges_ends_with_one_line(pair_file: Path, tmp_path: Path, gcrm: Gcrm, evaluated: bool) -> None:
+    more = (
+        ["--eval-data", str(pair_file), "--allow-overlap", "--eval-every", "1"] if evaluated else ["--log-every", "1"]
+    )
+    result = gcrm("--data", str(pair_file), "--output", str(tmp_path / "out"), *TINY, "--vocab-size", "300", "--lr",
+                  "1e30", "--warmup", "0", "--steps", "9", *more)  # fmt: skip
+    assert result.returncode == 2
+    assert "not finite" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_an_output_that_cannot_be_made_is_one_line(pair_file: Path, tmp_path: Path, gcrm: Gcrm) -> None:
+    (tmp_path / "file").touch()
+    result = gcrm("--data", str(pair_file), "--output", str(tmp_path / "file" / "out"), *TINY, "--vocab-size", "300")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "file" in result.stderr
+
+
 def test_dry_run_trains_and_writes_nothing(pair_file: Path, tmp_path: Path, gcrm: Gcrm) -> None:
     result = gcrm("--data", str(pair_file), "--output", str(tmp_path / "out"), "--vocab-size", "300", "--dry-run")
     assert result.returncode == 0, result.stderr

@@ -19,7 +19,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from gcrm_kernels.launch import HAS_TRITON, use_triton
+from gcrm_kernels.launch import HAS_TRITON, operator_body, use_triton
 
 if HAS_TRITON:
     from gcrm_kernels import triton_rms_norm
@@ -58,6 +58,7 @@ def _analytic_backward(
 
 
 @torch.library.custom_op("gcrm::rms_norm", mutates_args=())
+@operator_body
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y [T, H], s [T, H], or empty where it would be x, r [T]); all inputs contiguous."""
     run = triton_rms_norm.forward if use_triton(x) else _analytic_forward
@@ -72,6 +73,7 @@ def _(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[T
 
 
 @torch.library.custom_op("gcrm::rms_norm_backward", mutates_args=())
+@operator_body
 def _backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, inverse: Tensor, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gcrm_kernels.launch import HAS_TRITON, use_triton
+from gcrm_kernels.launch import HAS_TRITON, operator_body, use_triton
 
 if HAS_TRITON:
     from gcrm_kernels import triton_swiglu
 
 
 @torch.library.custom_op("gcrm::swiglu", mutates_args=())
+@operator_body
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     """Inputs contiguous, in a dtype of the kernels."""
     return triton_swiglu.forward(gate, up)
@@ -34,6 +35,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("gcrm::swiglu_backward", mutates_args=())
+@operator_body
 def _backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """(dgate, dup); inputs contiguous."""
     return triton_swiglu.backward(grad, gate, up)

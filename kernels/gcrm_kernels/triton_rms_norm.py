@@ -91,7 +91,7 @@ def forward(x_TH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, eps: flo
         )  # fmt: skip
 
     if y_TH.numel():
-        key = ("rms_norm forward", tokens, width, x_TH.dtype, residual_TH is None)
+        key = ("rms_norm forward", width, x_TH.dtype, residual_TH is None)
         run(pick(key, candidates(width, LANES), run))
     return y_TH, s_TH, inverse_T
 
@@ -114,6 +114,6 @@ def backward(
         )  # fmt: skip
 
     if ds_TH.numel():
-        key = ("rms_norm backward", tokens, width, s_TH.dtype, grad_s is None, needs_weight)
+        key = ("rms_norm backward", width, s_TH.dtype, grad_s is None, needs_weight)
         run(pick(key, candidates(width, LANES), run))
     return ds_TH, part_PH.sum(0).to(weight_H.dtype) if needs_weight else weight_H.new_empty(0)

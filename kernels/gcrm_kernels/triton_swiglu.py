@@ -43,7 +43,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
         )
 
     if count:
-        run(pick(("swiglu forward", count, gate.dtype), candidates(), run))
+        run(pick(("swiglu forward", gate.dtype), candidates(), run))
     return out
 
 
@@ -58,5 +58,5 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         )  # fmt: skip
 
     if count:
-        run(pick(("swiglu backward", count, gate.dtype), candidates(), run))
+        run(pick(("swiglu backward", gate.dtype), candidates(), run))
     return dgate, dup
