@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -178,37 +179,39 @@ def kept_for_backward(config: ModelConfig, tokens: int, keys: int, recompute: st
     return config.num_hidden_layers * kept * width
 
 
-def predicted_memory(
-    config: ModelConfig,
-    tokens: int,
-    keys: int,
-    *,
-    recompute: str,
-    optimizer: str,
-    width: int,
-    kernels: bool,
-    world_size: int,
-    several_packs: bool,
-) -> int:
-    """Bytes of tensors of one process at its peak, in the backward of a pack of ``tokens`` and ``keys``.
+@dataclass(frozen=True)
+class MemoryShape:
+    """What the memory of one process depends on, beside what is recomputed."""
+
+    config: ModelConfig
+    tokens: int  # of the largest pack
+    keys: int
+    optimizer: str
+    width: int  # bytes of an activation's element
+    kernels: bool
+    world_size: int
+    several_packs: bool  # a step
+
+
+def predicted_memory(shape: MemoryShape, recompute: str) -> int:
+    """Bytes of tensors of one process at its peak, in the backward of the largest pack.
 
     Sharded weights, gradients and moments; the weights of the largest parts whole; what the layers keep; and what the
     backward of one block holds at a time, a recomputed part included.
     """
+    config, tokens, keys, width = shape.config, shape.tokens, shape.keys, shape.width
     h, f = config.hidden_size, config.intermediate_size
     block, embedding = config.parameters_per_layer(), config.vocab_size * h
     # What FSDP holds whole: weights in the compute dtype and their gradients, of the root and of two blocks; and, until
     # the last pack of a step, all gradients in float32.
-    whole = (embedding + 2 * block) * 2 * width + (4 * config.parameters() if several_packs else 0)
+    whole = (embedding + 2 * block) * 2 * width + (4 * config.parameters() if shape.several_packs else 0)
     working = kept_for_backward(config, tokens, keys, "none", width, False) // config.num_hidden_layers
     working += tokens * (2 * h + 3 * f) * width  # gradients on their way
-    kept = kept_for_backward(config, tokens, keys, recompute, width, kernels)
-    return int(config.parameters() * OPTIMIZER_BYTES[optimizer] / world_size) + whole + kept + working
+    kept = kept_for_backward(config, tokens, keys, recompute, width, shape.kernels)
+    return int(config.parameters() * OPTIMIZER_BYTES[shape.optimizer] / shape.world_size) + whole + kept + working
 
 
-def choose_recompute(limit: int, **shape: object) -> str:
+def choose_recompute(limit: int, shape: MemoryShape) -> str:
     """The least recomputation whose predicted memory stays within nine tenths of ``limit``; else the most."""
-    for recompute in RECOMPUTE:
-        if predicted_memory(recompute=recompute, **shape) < 0.9 * limit:  # type: ignore[arg-type]
-            return recompute
-    return RECOMPUTE[-1]
+    fitting = [recompute for recompute in RECOMPUTE if predicted_memory(shape, recompute) < 0.9 * limit]
+    return fitting[0] if fitting else RECOMPUTE[-1]

@@ -5,7 +5,7 @@ class UserError(Exception):
     """An error that the user can mend: one line that says what is wrong, where (file, line, field), what to do."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The start of another library's message, to be quoted in a UserError."""
-    first = next(iter(str(error).splitlines()), "").strip() or type(error).__name__
+    first = next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__
     return first if len(first) <= 200 else first[:200] + "..."

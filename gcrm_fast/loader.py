@@ -48,14 +48,10 @@ class Steps(Dataset[Step]):
     def __getitem__(self, step: int) -> Step:
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._batches = (
-                epoch,
-                list(
-                    epoch_batches(
-                        self._prompt_keys, self.global_batch_pairs, self.group_prompts, self.sampling.seed, epoch
-                    )
-                ),
+            batches = epoch_batches(
+                self._prompt_keys, self.global_batch_pairs, self.group_prompts, self.sampling.seed, epoch
             )
+            self._epoch, self._batches = epoch, list(batches)
         groups = [[self.pairs[i] for i in group] for group in self._batches[position]]
         plan = plan_packs(groups, self.budget, self.world_size)[self.rank :: self.world_size]
         return Step(sum(map(len, groups)), [build_pack(part, self.sampling, epoch) for part in plan])

@@ -120,6 +120,11 @@ class Attention(nn.Module):
         return out_TND.flatten(1)
 
 
+def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """``function(*args)`` that keeps only its arguments; the backward computes it again, but not its last product."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -132,7 +137,7 @@ class MLP(nn.Module):
         gate_TF, up_TF = self.gate_proj(x_TH), self.up_proj(x_TH)
         if use_triton(gate_TF) and torch.is_grad_enabled():
             # The product, which down_proj would keep, is one kernel to compute again: what follows it is not repeated.
-            return checkpoint(self._down, gate_TF, up_TF, use_reentrant=False, preserve_rng_state=False)
+            return recomputed(self._down, gate_TF, up_TF)
         return self._down(gate_TF, up_TF)
 
     def _down(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
@@ -172,7 +177,7 @@ class Block(nn.Module):
         """``function(*args)``, its activations dropped and computed again in the backward if ``part`` is recomputed."""
         if self.recompute != part or not torch.is_grad_enabled():
             return function(*args)
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return recomputed(function, *args)
 
 
 class Llama(nn.Module):

@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from gcrm_kernels.launch import HAS_TRITON
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast import arithmetic, checkpoint
-from gcrm_fast.accounting import choose_recompute, memory_limit, predicted_memory, work
+from gcrm_fast.accounting import MemoryShape, choose_recompute, memory_limit, predicted_memory, work
 from gcrm_fast.config import ARITHMETIC, TrainConfig, parse_columns
 from gcrm_fast.data import TokenizedPair, TokenReport, end_tokens, tokenize_pairs, train_tokenizer
 from gcrm_fast.errors import UserError
@@ -174,15 +173,19 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
 def memory_plan(prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device) -> tuple[str, int]:
     """What is recomputed, and the predicted memory of one process for the largest pack that the budget allows."""
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in prepared.train) / len(prepared.train)
-    shape: dict[str, Any] = {
-        "config": prepared.model_config, "tokens": prepared.budget.tokens, "keys": prepared.budget.keys,
-        "optimizer": config.optimizer, "width": compute_dtype(config, device).itemsize, "world_size": world_size,
-        "kernels": HAS_TRITON and device.type == "cuda",
-        "several_packs": tokens * config.global_batch_pairs > prepared.budget.tokens * world_size,
-    }  # fmt: skip
+    shape = MemoryShape(
+        config=prepared.model_config,
+        tokens=prepared.budget.tokens,
+        keys=prepared.budget.keys,
+        optimizer=config.optimizer,
+        width=compute_dtype(config, device).itemsize,
+        kernels=HAS_TRITON and device.type == "cuda",
+        world_size=world_size,
+        several_packs=tokens * config.global_batch_pairs > prepared.budget.tokens * world_size,
+    )
     chosen = config.recompute
-    recompute = choose_recompute(memory_limit(device), **shape) if chosen == "auto" else chosen
-    return recompute, predicted_memory(recompute=recompute, **shape)
+    recompute = choose_recompute(memory_limit(device), shape) if chosen == "auto" else chosen
+    return recompute, predicted_memory(shape, recompute)
 
 
 def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:

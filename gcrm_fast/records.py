@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.errors import UserError
-from gcrm_fast.sources import BadRecords, first_line, rows
+from gcrm_fast.errors import UserError, one_line
+from gcrm_fast.sources import BadRecords, rows
 
 FORMATS = {
     "chosen and rejected": ("chosen", "rejected"),
@@ -151,7 +151,7 @@ class _Record:
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
         except Exception as error:  # a template is a program, and may fail in any way
-            raise self.error(name, f"does not suit the chat template ({first_line(error)})") from None
+            raise self.error(name, f"does not suit the chat template ({one_line(error)})") from None
         return self.text(name, text)
 
 

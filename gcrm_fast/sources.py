@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gcrm_fast.errors import UserError
+from gcrm_fast.errors import UserError, one_line
 
 MAX_LINE = 2**24  # bytes; a file without line feeds must not fill the memory
 FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".ndjson", ".txt"}
@@ -36,12 +36,6 @@ class BadRecords:
         if not self.skip:
             raise error
         self.skipped.append(str(error))
-
-
-def first_line(error: BaseException) -> str:
-    """An exception of another library in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def rows(source: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
@@ -78,7 +72,7 @@ def _file_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
             magic = file.read(4)
         yield from _parquet_rows(path, bad) if magic == b"PAR1" else _json_rows(path, magic[:2] == b"\x1f\x8b", bad)
     except OSError as error:
-        reason = error.strerror or first_line(error)
+        reason = error.strerror or one_line(error)
         raise UserError(f"{path}: cannot be read ({reason}): name a file, a saved dataset or OWNER/NAME") from None
 
 
@@ -95,7 +89,7 @@ def _json_rows(path: Path, packed: bool, bad: BadRecords) -> Iterator[tuple[str,
             place = f"byte {error.start} of the line"
             bad.add(UserError(f"{where}: not UTF-8 text ({place}): save the file as UTF-8"))
         except (ValueError, RecursionError) as error:
-            bad.add(UserError(f"{where}: not valid JSON ({first_line(error)}): one JSON object a line"))
+            bad.add(UserError(f"{where}: not valid JSON ({one_line(error)}): one JSON object a line"))
         except UserError as error:
             bad.add(error)
         else:
@@ -136,12 +130,12 @@ def _parquet_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
                     try:
                         [record] = batch.slice(i, 1).to_pylist()
                     except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates out of range
-                        message = f"{path}:{number}: the row cannot be read ({first_line(error)}): write it again"
+                        message = f"{path}:{number}: the row cannot be read ({one_line(error)}): write it again"
                         bad.add(UserError(message))
                     else:
                         yield f"{path}:{number}", record
     except (pyarrow.ArrowException, OSError) as error:
-        message = f"{path}:{number + 1}: Parquet data is damaged ({first_line(error)}): copy the file again"
+        message = f"{path}:{number + 1}: Parquet data is damaged ({one_line(error)}): copy the file again"
         raise UserError(message) from None
 
 
@@ -160,7 +154,7 @@ def _saved_rows(source: str, folder: str, split: str) -> Iterator[tuple[str, Any
     try:
         dataset = datasets.load_from_disk(folder)
     except Exception as error:  # whatever its JSON, Arrow and file system libraries raise
-        raise UserError(f"{source}: not a folder that datasets can load ({first_line(error)}): name a file") from None
+        raise UserError(f"{source}: not a folder that datasets can load ({one_line(error)}): name a file") from None
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             known = ", ".join(f"{folder}:{name}" for name in dataset)
@@ -176,7 +170,7 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterato
     try:
         dataset = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the network, the Hub's answers, the dataset's own files
-        reason = first_line(error)
+        reason = one_line(error)
         raise UserError(f"{source}: no file, and no dataset that can be loaded ({reason}): check the name") from None
     yield from _dataset_rows(source, dataset)
 
@@ -187,4 +181,4 @@ def _dataset_rows(source: str, dataset: Any) -> Iterator[tuple[str, Any]]:
         for number, record in enumerate(dataset, start=1):
             yield f"{source}:{number}", record
     except Exception as error:  # a damaged Arrow file
-        raise UserError(f"{source}:{number + 1}: cannot be read ({first_line(error)}): save it again") from None
+        raise UserError(f"{source}:{number + 1}: cannot be read ({one_line(error)}): save it again") from None

@@ -1,5 +1,6 @@
 """Small models and pairs that several test files share."""
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from gcrm_kernels import launch
+
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.model import ModelConfig, RewardModel, initial_value
 
@@ -26,6 +29,10 @@ settings.load_profile("repeatable")
 VOCAB = 50
 SPECIAL = 3  # bos, eos, pad: no random token is one of them
 ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter's bfloat16 arithmetic is not that of any device; bfloat16 kernels are tested compiled.
+HALVES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
+OPERATORS = ("contrastive", "dense", "gather", "qvalues", "rms_norm", "swiglu")  # modules of gcrm_kernels with kernels
 
 
 def pytest_configure() -> None:
@@ -54,6 +61,26 @@ def _fixed_seed() -> Iterator[None]:
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hub names are looked up in the local cache only, on machines with a network too."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(params=["pytorch", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which implementation runs. float64 always takes the PyTorch path."""
+    if request.param == "triton" and not launch.HAS_TRITON:
+        pytest.skip("triton is not installed")
+    takes_triton = request.param == "triton"
+    for name in OPERATORS:  # some of these names are functions in the package
+        module = importlib.import_module(f"gcrm_kernels.{name}")
+        monkeypatch.setattr(module, "use_triton", lambda x: takes_triton and x.dtype in launch.TRITON_DTYPES)
+    return request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory is NaN, so that an element that a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True)  # which also fills empty tensors with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ Uninitialised memory is NaN in all of these tests, so that an element that a ker
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from conftest import small_config, small_model
-from gcrm_kernels import launch, reference, rms_norm, swiglu
+from conftest import DEVICE, HALVES, small_config, small_model
+from gcrm_kernels import reference, rms_norm, swiglu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,30 +18,9 @@ from torch import Tensor
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.packing import Sampling, build_pack
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter's bfloat16 arithmetic is not that of any device; bfloat16 kernels are tested compiled.
-HALVES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
+pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(0, 8), (1, 1), (1, 123), (7, 64), (3, 4097)]
 EPS = 1e-5
-
-
-@pytest.fixture(params=["pytorch", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which implementation runs. float64 always takes the PyTorch path."""
-    if request.param == "triton" and not launch.HAS_TRITON:
-        pytest.skip("triton is not installed")
-    takes_triton = request.param == "triton"
-    for name in ("rms_norm", "swiglu"):  # in the package these names are the functions
-        module = importlib.import_module(f"gcrm_kernels.{name}")
-        monkeypatch.setattr(module, "use_triton", lambda x: takes_triton and x.dtype in launch.TRITON_DTYPES)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # which also fills empty tensors with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -3,52 +3,30 @@
 Uninitialised memory is NaN in all of these tests, so that an element that a kernel does not write shows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE, HALVES
 from gcrm_kernels import (
     InverseIndex,
     RowTiles,
     contrastive,
-    dense,
     dense_contrastive_loss,
-    gather,
     gather_rows,
     goal_contrastive_loss,
     launch,
     q_values,
-    qvalues,
     reference,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter's bfloat16 arithmetic is not that of any device; bfloat16 kernels are tested compiled.
-HALVES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
+pytestmark = pytest.mark.usefixtures("poisoned")
 VARIANTS = [(pairing, reduce) for pairing in contrastive.PAIRINGS for reduce in contrastive.REDUCTIONS]
-
-
-@pytest.fixture(params=["pytorch", "triton"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which implementation runs. float64 always takes the PyTorch path."""
-    if request.param == "triton" and not launch.HAS_TRITON:
-        pytest.skip("triton is not installed")
-    takes_triton = request.param == "triton"
-    for module in (contrastive, dense, gather, qvalues):
-        monkeypatch.setattr(module, "use_triton", lambda x: takes_triton and x.dtype in launch.TRITON_DTYPES)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)  # which also fills empty tensors with NaN
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 class Case:

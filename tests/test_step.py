@@ -14,7 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcrm_fast import parallel, train
-from gcrm_fast.accounting import RECOMPUTE, choose_recompute, kept_for_backward, peak_flops, predicted_memory, work
+from gcrm_fast.accounting import (
+    RECOMPUTE,
+    MemoryShape,
+    choose_recompute,
+    kept_for_backward,
+    peak_flops,
+    predicted_memory,
+    work,
+)
 from gcrm_fast.config import TrainConfig
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.errors import UserError
@@ -166,15 +174,15 @@ def test_recomputing_changes_memory_and_nothing_else(
 
 
 def test_recomputation_is_chosen_by_memory() -> None:
-    shape: dict[str, Any] = {
-        "config": small_config(), "tokens": 10_000, "keys": 15_000, "optimizer": "adamw", "width": 4, "kernels": False,
-        "world_size": 1, "several_packs": False,
-    }  # fmt: skip
-    needs = [predicted_memory(recompute=recompute, **shape) for recompute in RECOMPUTE]
+    shape = MemoryShape(
+        small_config(), tokens=10_000, keys=15_000, optimizer="adamw", width=4, kernels=False, world_size=1,
+        several_packs=False,
+    )  # fmt: skip
+    needs = [predicted_memory(shape, recompute) for recompute in RECOMPUTE]
     assert needs[0] > needs[1] > needs[2]
     for recompute, need in zip(RECOMPUTE, needs, strict=True):
-        assert choose_recompute(int(need / 0.9) + 2, **shape) == recompute
-    assert choose_recompute(0, **shape) == "block"
+        assert choose_recompute(int(need / 0.9) + 2, shape) == recompute
+    assert choose_recompute(0, shape) == "block"
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
