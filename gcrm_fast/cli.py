@@ -1,12 +1,13 @@
 """The ``gcrm`` console program: one subcommand a task."""
 
 import argparse
+import importlib
 import sys
 from typing import NoReturn
 
 from gcrm_fast import __version__
 
-COMMANDS = {"train": "train a reward model on preference pairs"}
+COMMANDS = {"train": ("gcrm_fast.train", "train a reward model on preference pairs")}  # module with a main(argv)
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -23,7 +24,7 @@ def main() -> int:
         prog="gcrm",
         usage="gcrm [--help | --version] COMMAND [OPTIONS]",
         description="Goal-conditioned reward models for Llama-family language models.",
-        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {line}" for name, line in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {line}" for name, (_, line) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -33,9 +34,8 @@ def main() -> int:
     command = parser.parse_args(sys.argv[1:2]).command
     if command not in COMMANDS:
         parser.error(f"unknown command '{command}'")
-    from gcrm_fast import train  # here, so that --help and --version need no torch
-
-    return train.main(sys.argv[2:])
+    module = importlib.import_module(COMMANDS[command][0])  # here, so that --help and --version need no torch
+    return module.main(sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -3,18 +3,15 @@
 Order of precedence: command line, then ``--config`` file, then ``--preset``, then the defaults below.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
-import io
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from gcrm_fast.attention import BACKENDS
+from gcrm_fast.command_line import parse_options
 from gcrm_fast.errors import UserError
 from gcrm_fast.records import FIELDS, FORMATS
 
@@ -196,16 +193,7 @@ def parse(argv: list[str]) -> TrainConfig:
     data = (early["data"],) if "data" in early else from_file.get("data", default.data)
     preset = early.get("preset", from_file.get("preset", ARITHMETIC if data == (ARITHMETIC,) else ""))
     default = dataclasses.replace(default, **{**PRESETS[preset], **from_file, "preset": preset})
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(TrainConfig, default=default, args=argv, prog="gcrm train")
-    except SystemExit as end:
-        if end.code != 2:
-            raise
-        # tyro draws a box over several lines; an error here is one line, like every other.
-        words = " ".join(word for word in complaint.getvalue().split() if not set(word) & set("╭╮╰╯│─"))
-        raise UserError(words) from None
+    config = parse_options(TrainConfig, argv, "gcrm train", default)
     check(config)
     return config
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from gcrm_fast import checkpoint, parallel
 from gcrm_fast.accounting import Meter, peak_flops, peak_memory
+from gcrm_fast.command_line import exit_code
 from gcrm_fast.config import TrainConfig, parse, to_toml
 from gcrm_fast.errors import UserError
 from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
@@ -261,16 +262,7 @@ def run(config: TrainConfig) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
-    try:
-        run(parse(sys.argv[1:] if argv is None else argv))
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"gcrm train: {message}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    return exit_code("gcrm train", lambda: run(parse(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":
