@@ -32,7 +32,7 @@ from gcrm_kernels.reference import unit_rows
 from torch import Tensor
 
 from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig, RewardModel, initial_value
+from gcrm_fast.model import ModelConfig, LlamaRewardModel, initial_value
 from gcrm_fast.objectives import ranking_loss
 from gcrm_fast.packing import Sampling, build_pack
 
@@ -291,7 +291,7 @@ def share_of_step(device: torch.device, dtype: torch.dtype, seconds: float) -> l
         prompt, chosen, rejected = (rng.integers(3, 32000, size=k).astype(np.int32) for k in (100, 200, 180))
         pairs.append(TokenizedPair(i, np.r_[prompt, chosen], np.r_[prompt, rejected], 100, 100, 0.0, i, {}))
     pack = build_pack([[pair] for pair in pairs], Sampling(variant="repo"), 0).to(device)
-    model = RewardModel(config)
+    model = LlamaRewardModel(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(initial_value(name, parameter.shape, config, 0))

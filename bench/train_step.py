@@ -47,7 +47,7 @@ from torch.profiler import ProfilerActivity, profile
 from gcrm_fast import accounting, checkpoint, model, objectives, packing, parallel, prepare, train
 from gcrm_fast.config import TrainConfig
 from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig, RewardModel
+from gcrm_fast.model import ModelConfig, LlamaRewardModel
 from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs
 
 matplotlib.use("Agg")
@@ -144,7 +144,7 @@ class Ours:
     def __init__(self, config: ModelConfig, options: TrainConfig, dtype: torch.dtype, mesh: DeviceMesh,
                  device: torch.device) -> None:  # fmt: skip
         with torch.device("meta"):
-            self.model = RewardModel(config, options.attention)
+            self.model = LlamaRewardModel(config, options.attention)
         train.cast_weights(self.model, options.optimizer)
         if options.compile:
             self.model.compile_blocks()

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.errors import UserError, one_line
 from gcrm_fast.llama_config import huggingface_config, read_json
-from gcrm_fast.model import ModelConfig, RewardModel, initial_value
+from gcrm_fast.model import ModelConfig, LlamaRewardModel, initial_value
 from gcrm_fast.tokenization import save_tokenizer
 
 END_POLICY = "completion ends with the tokenizer's eos token, which is scored"
@@ -123,7 +123,7 @@ def open_weights(folder: Path, config: ModelConfig, seed: int) -> Weights:
     """
     stored = _scan(_weight_files(folder))
     with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in RewardModel(config).named_parameters()}
+        wanted = {name: tuple(p.shape) for name, p in LlamaRewardModel(config).named_parameters()}
     source, notes = _match(stored, wanted, folder, config)
 
     def rows(name: str, shape: torch.Size, rows: slice) -> Tensor:

@@ -216,7 +216,7 @@ class MLPHead(nn.Sequential):
         super().__init__(*layers, nn.Linear(hidden_size, 1))
 
 
-class RewardModel(nn.Module):
+class LlamaRewardModel(nn.Module):
     """Trunk, reward head and optional projection.
 
     ``attention_backend``: see attention.py; ``auto`` by default. ``recompute``: see ``Block``.

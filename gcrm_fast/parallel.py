@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from gcrm_fast.model import RewardModel
+from gcrm_fast.model import LlamaRewardModel
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def process_group() -> Iterator[tuple[DeviceMesh, torch.device]]:
         dist.destroy_process_group()
 
 
-def shard(model: RewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def shard(model: LlamaRewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
     """FSDP2: one unit a block, the reward head in float32, the rest in the root. Parameters stay float32 (master)."""
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:
@@ -53,7 +53,7 @@ def local_rows(rows: int, mesh: DeviceMesh) -> slice:
 
 @torch.no_grad()
 def materialize(
-    model: RewardModel, mesh: DeviceMesh, device: torch.device, value: Callable[[str, torch.Size, slice], Tensor]
+    model: LlamaRewardModel, mesh: DeviceMesh, device: torch.device, value: Callable[[str, torch.Size, slice], Tensor]
 ) -> None:
     """Gives a sharded model on the meta device its memory and values.
 

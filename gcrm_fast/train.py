@@ -29,7 +29,7 @@ from gcrm_fast.config import TrainConfig, parse, to_toml
 from gcrm_fast.errors import UserError
 from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
 from gcrm_fast.loader import load
-from gcrm_fast.model import RewardModel
+from gcrm_fast.model import LlamaRewardModel
 from gcrm_fast.objectives import STATISTICS, Objective, losses
 from gcrm_fast.packing import Pack
 from gcrm_fast.prepare import Prepared, compute_dtype, data_rows, describe, memory_plan, objective_of, prepare, steps_of
@@ -79,7 +79,7 @@ def optimizer_and_schedule(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def cast_weights(model: RewardModel, optimizer: str) -> None:
+def cast_weights(model: LlamaRewardModel, optimizer: str) -> None:
     """Stores the trunk's weights as the optimizer keeps them; the reward head stays float32."""
     if optimizer == "adamw-bf16":
         for parameter in model.model.parameters():  # not buffers: RoPE's frequencies stay float32
@@ -141,7 +141,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.Devic
     recompute, predicted = memory_plan(prepared, config, world_size, device)
 
     with torch.device("meta"):
-        model = RewardModel(prepared.model_config, config.attention, recompute)
+        model = LlamaRewardModel(prepared.model_config, config.attention, recompute)
     cast_weights(model, config.optimizer)
     if config.compile:
         model.compile_blocks()

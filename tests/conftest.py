@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 from gcrm_kernels import launch
 
 from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig, RewardModel, initial_value
+from gcrm_fast.model import ModelConfig, LlamaRewardModel, initial_value
 
 # The same examples at every run, so that a red test is the change's own. --hypothesis-profile=default: fresh ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -129,9 +129,9 @@ def small_config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
-def small_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> RewardModel:
+def small_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> LlamaRewardModel:
     """Weights of standard deviation of at least 0.1 everywhere: at 0.02 a wrong position hides in any tolerance."""
-    model = RewardModel(config).to(dtype)
+    model = LlamaRewardModel(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = 0.1 * torch.randn(parameter.shape, dtype=torch.float64)

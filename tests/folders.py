@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from gcrm_fast.checkpoint import Weights, open_weights
 from gcrm_fast.data import train_tokenizer
 from gcrm_fast.llama_config import read_config
-from gcrm_fast.model import ModelConfig, RewardModel
+from gcrm_fast.model import ModelConfig, LlamaRewardModel
 
 VOCAB = 300
 CONFIG: dict[str, Any] = {
@@ -58,11 +58,11 @@ def llama(folder: Path, tensors: Mapping[str, Tensor] | None = None, **config: o
     return folder
 
 
-def load(folder: Path, head: str = "linear", projection_size: int = 0) -> tuple[RewardModel, Weights, ModelConfig]:
+def load(folder: Path, head: str = "linear", projection_size: int = 0) -> tuple[LlamaRewardModel, Weights, ModelConfig]:
     """The model in ``folder`` in float32 on the CPU, as read for training."""
     config = read_config(folder, head=head, projection_size=projection_size)
     weights = open_weights(folder, config, seed=0)
-    model = RewardModel(config)
+    model = LlamaRewardModel(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.rows(name, parameter.shape, slice(None)))

@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification
 from gcrm_fast import parallel
 from gcrm_fast.checkpoint import HEADS, MODEL_FILES, SUBFOLDERS, TOKENIZER_FILES, locate, open_weights
 from gcrm_fast.llama_config import read_config
-from gcrm_fast.model import RewardModel
+from gcrm_fast.model import LlamaRewardModel
 from gcrm_fast.train import main
 
 H = CONFIG["hidden_size"]
@@ -35,7 +35,7 @@ def behind(prefix: str) -> dict[str, Tensor]:
     return {prefix + name.removeprefix("model."): tensor for name, tensor in trunk().items()}
 
 
-def assert_trunk(model: RewardModel) -> None:
+def assert_trunk(model: LlamaRewardModel) -> None:
     for name, tensor in trunk().items():
         assert torch.equal(model.get_parameter(name), tensor), name
 
@@ -141,7 +141,7 @@ def test_a_rank_reads_its_own_rows_one_tensor_at_a_time(
     llama(tmp_path, trunk() | {"score.weight": torch.randn(1, H)})
     shard(tmp_path, 3)
     config = read_config(tmp_path, head="linear", projection_size=0)
-    numbers = sum(p.numel() for p in RewardModel(config).parameters())
+    numbers = sum(p.numel() for p in LlamaRewardModel(config).parameters())
     opened: list[str] = []
 
     class Counting:
@@ -180,7 +180,7 @@ def test_a_rank_reads_its_own_rows_one_tensor_at_a_time(
         with rank_of(rank, world_size):
             mesh = init_device_mesh("cpu", (world_size,))
             with torch.device("meta"):
-                model = RewardModel(config)
+                model = LlamaRewardModel(config)
             parallel.shard(model, mesh, torch.float32)
             parallel.materialize(model, mesh, torch.device("cpu"), counting)
         assert read <= numbers / world_size + 64 * H  # what rounding up adds, at most a few rows a tensor
@@ -188,7 +188,7 @@ def test_a_rank_reads_its_own_rows_one_tensor_at_a_time(
     for name, parts in whole.items():
         if name in stored:
             assert torch.equal(torch.cat(parts), stored[name]), name
-    assert len(opened) == world_size * len(dict(RewardModel(config).named_parameters()))
+    assert len(opened) == world_size * len(dict(LlamaRewardModel(config).named_parameters()))
 
 
 def test_shards_and_one_file_give_the_same_model(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from conftest import small_config, small_model
 from gcrm_kernels import InverseIndex
 
 from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import RewardModel
+from gcrm_fast.model import LlamaRewardModel
 from gcrm_fast.objectives import Objective, losses
 from gcrm_fast.packing import Budget, Sampling, build_pack, plan_packs
 
@@ -18,7 +18,7 @@ Groups = Sequence[Sequence[TokenizedPair]]
 
 
 def loss_and_gradients(
-    model: RewardModel, packs: Sequence[Groups], sampling: Sampling, objective: Objective
+    model: LlamaRewardModel, packs: Sequence[Groups], sampling: Sampling, objective: Objective
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
     total = torch.zeros((), dtype=torch.float64)

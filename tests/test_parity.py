@@ -21,7 +21,7 @@ from transformers import (
 
 from gcrm_fast import checkpoint
 from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig, RewardModel
+from gcrm_fast.model import ModelConfig, LlamaRewardModel
 from gcrm_fast.packing import Sampling, build_pack
 from gcrm_fast.tokenization import choose_pad
 
@@ -46,7 +46,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def save(folder: Path, config: ModelConfig) -> tuple[RewardModel, dict[str, torch.Tensor]]:
+def save(folder: Path, config: ModelConfig) -> tuple[LlamaRewardModel, dict[str, torch.Tensor]]:
     """A random model, saved by us."""
     model = small_model(config, torch.float32)
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -82,7 +82,7 @@ def write_config(folder: Path, config: ModelConfig, dialect: str) -> None:
     path.write_text(json.dumps(raw))
 
 
-def assert_same(model: RewardModel, theirs: PreTrainedModel, pairs: list[TokenizedPair]) -> None:
+def assert_same(model: LlamaRewardModel, theirs: PreTrainedModel, pairs: list[TokenizedPair]) -> None:
     """Rewards of both completions and the hidden state at the end of the chosen one."""
     pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=4), 0)
     with torch.no_grad():

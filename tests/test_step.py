@@ -27,7 +27,7 @@ from gcrm_fast.config import TrainConfig
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.errors import UserError
 from gcrm_fast.loader import Step, Steps, load
-from gcrm_fast.model import RewardModel
+from gcrm_fast.model import LlamaRewardModel
 from gcrm_fast.objectives import Objective, losses
 from gcrm_fast.packing import Budget, Pack, Sampling, build_pack
 
@@ -107,7 +107,7 @@ def attention_flops(pack: Pack, config: Any) -> int:
 def test_counted_operations_are_those_of_the_model(pairs: list[TokenizedPair], recompute: str) -> None:
     config = small_config(projection_size=7)
     pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=2), 0)
-    model = RewardModel(config, recompute=recompute)
+    model = LlamaRewardModel(config, recompute=recompute)
     with FlopCounterMode(display=False) as counter:
         output = model(pack)
         (output.reward_2N.sum() + output.z_RD.sum()).backward()
@@ -132,7 +132,7 @@ def test_peak_of_this_machine_is_measured() -> None:
 # --------------------------------------------------------------------------------------------------------- recomputing
 
 
-def backward(model: RewardModel, pack: Pack) -> tuple[dict[str, torch.Tensor], int]:
+def backward(model: LlamaRewardModel, pack: Pack) -> tuple[dict[str, torch.Tensor], int]:
     """Gradients, and the bytes of distinct activations that the backward kept."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -162,7 +162,7 @@ def test_recomputing_changes_memory_and_nothing_else(
     expected, _ = backward(plain, pack)
     kept = []
     for recompute in RECOMPUTE:
-        model = RewardModel(config, recompute=recompute).double()
+        model = LlamaRewardModel(config, recompute=recompute).double()
         model.load_state_dict(plain.state_dict())
         found, size = backward(model, pack)
         assert found.keys() == expected.keys()
@@ -225,7 +225,7 @@ class _NoWaiting(TorchDispatchMode):
 def test_a_step_never_waits_for_the_device(pairs: list[TokenizedPair], variant: str) -> None:
     config = TrainConfig(lr=1e-3)
     with parallel.process_group() as (mesh, device):
-        model = RewardModel(small_config(projection_size=5))
+        model = LlamaRewardModel(small_config(projection_size=5))
         parallel.shard(model, mesh, torch.float32)
         optimizer, schedule = train.optimizer_and_schedule(model, config, 3)
         packs = [
