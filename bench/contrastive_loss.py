@@ -32,7 +32,7 @@ from gcrm_kernels.reference import unit_rows
 from torch import Tensor
 
 from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig, LlamaRewardModel, initial_value
+from gcrm_fast.model import LlamaRewardModel, ModelConfig, initial_value
 from gcrm_fast.objectives import ranking_loss
 from gcrm_fast.packing import Sampling, build_pack
 

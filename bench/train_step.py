@@ -47,7 +47,7 @@ from torch.profiler import ProfilerActivity, profile
 from gcrm_fast import accounting, checkpoint, model, objectives, packing, parallel, prepare, train
 from gcrm_fast.config import TrainConfig
 from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig, LlamaRewardModel
+from gcrm_fast.model import LlamaRewardModel, ModelConfig
 from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs
 
 matplotlib.use("Agg")

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.errors import UserError, one_line
 from gcrm_fast.llama_config import huggingface_config, read_json
-from gcrm_fast.model import ModelConfig, LlamaRewardModel, initial_value
+from gcrm_fast.model import LlamaRewardModel, ModelConfig, initial_value
 from gcrm_fast.tokenization import save_tokenizer
 
 END_POLICY = "completion ends with the tokenizer's eos token, which is scored"

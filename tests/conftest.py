@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 from gcrm_kernels import launch
 
 from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig, LlamaRewardModel, initial_value
+from gcrm_fast.model import LlamaRewardModel, ModelConfig, initial_value
 
 # The same examples at every run, so that a red test is the change's own. --hypothesis-profile=default: fresh ones.
 settings.register_profile("repeatable", derandomize=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from gcrm_fast.checkpoint import Weights, open_weights
 from gcrm_fast.data import train_tokenizer
 from gcrm_fast.llama_config import read_config
-from gcrm_fast.model import ModelConfig, LlamaRewardModel
+from gcrm_fast.model import LlamaRewardModel, ModelConfig
 
 VOCAB = 300
 CONFIG: dict[str, Any] = {

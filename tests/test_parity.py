@@ -21,7 +21,7 @@ from transformers import (
 
 from gcrm_fast import checkpoint
 from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig, LlamaRewardModel
+from gcrm_fast.model import LlamaRewardModel, ModelConfig
 from gcrm_fast.packing import Sampling, build_pack
 from gcrm_fast.tokenization import choose_pad
 
