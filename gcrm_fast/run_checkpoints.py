@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gcrm_fast.errors import UserError, one_line
@@ -203,7 +204,7 @@ class Checkpoints:
         """What ``work`` returned on every rank; raises on all of them where it failed on one."""
         try:
             outcome: tuple[str, Any] = "", work()
-        except Exception as error:  # of the disk, of torch's checkpointing, of another rank
+        except (Exception, CheckpointException) as error:  # of the disk, of torch's checkpointing, of another rank
             outcome = _reason(error), None
         outcomes: list[tuple[str, Any]] = [outcome] * dist.get_world_size()
         dist.all_gather_object(outcomes, outcome, group=self.group)
@@ -270,8 +271,8 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)  # CheckpointException: rank -> (exception, traceback)
     if failures:
         return _reason(next(iter(failures.values()))[0])
-    while error.__cause__ is not None:
-        error = error.__cause__
+    if "unexpected pos" in str(error):  # all that torch.save says of a write that was cut short
+        return "no room for a whole file"
     return error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from runs import write_pairs
 
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -28,7 +29,6 @@ settings.load_profile("repeatable")
 
 VOCAB = 50
 SPECIAL = 3  # bos, eos, pad: no random token is one of them
-ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 arithmetic is not that of any device; bfloat16 kernels are tested compiled.
 HALVES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
@@ -81,6 +81,12 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # which also fills empty tensors with NaN
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """21 pairs, two a prompt."""
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl.gz")
 
 
 @pytest.fixture
