@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 WITH_BENCH := .venv/.bench
 
-.PHONY: help setup train test lint mutants bench gpu clean
+.PHONY: help setup train test lint mutants torture bench gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -36,6 +36,9 @@ mutants: $(INSTALLED)  ## plant known faults; every one must turn a test red
 $(WITH_BENCH): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
+
+torture: $(INSTALLED)  ## kill and starve training runs, some twenty minutes
+	$(BIN)/python -m pytest tests/torture.py $(ARGS)
 
 bench: $(WITH_BENCH)  ## training step and contrastive loss, side by side with what people run
 	$(BIN)/python bench/train_step.py $(ARGS)
