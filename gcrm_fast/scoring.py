@@ -160,11 +160,10 @@ class RewardModel:
                     reward_R[rows] if per_token else None,
                     q_GR[:, rows] if q_GR is not None else None,
                 )
-        for i in range(len(encoded)):
-            if not np.isfinite(judged[i].reward):
-                raise UserError(
-                    f"{_name(i, names)} has a reward that is not finite: mend the weights, or take dtype float32"
-                )
+        wrong = [i for i, of_completion in judged.items() if not np.isfinite(of_completion.reward)]
+        if wrong:
+            what = "has a reward that is not finite: mend the model's weights, or take float32"
+            raise UserError(f"{_name(min(wrong), names)} {what}")
         return [judged[i] for i in range(len(encoded))]
 
     @torch.inference_mode()
