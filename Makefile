@@ -40,8 +40,9 @@ $(WITH_BENCH): $(INSTALLED)
 torture: $(INSTALLED)  ## kill and starve training runs, some twenty minutes
 	$(BIN)/python -m pytest tests/torture.py $(ARGS)
 
-bench: $(WITH_BENCH)  ## training step and contrastive loss, side by side with what people run
+bench: $(WITH_BENCH)  ## training step, scoring and contrastive loss, side by side with what people run
 	$(BIN)/python bench/train_step.py $(ARGS)
+	$(BIN)/python bench/scoring.py $(ARGS)
 	$(BIN)/python bench/contrastive_loss.py $(ARGS)
 
 # No set-up and no download: the machine's own torch is what is measured. WHEELS=FOLDER holds packages that it lacks.

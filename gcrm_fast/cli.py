@@ -7,7 +7,11 @@ from typing import NoReturn
 
 from gcrm_fast import __version__
 
-COMMANDS = {"train": ("gcrm_fast.train", "train a reward model on preference pairs")}  # module with a main(argv)
+COMMANDS = {  # name: (module with a main(argv), what it does)
+    "train": ("gcrm_fast.train", "train a reward model on preference pairs"),
+    "score": ("gcrm_fast.score", "rewards of completions, and Q-values of their tokens"),
+    "goals": ("gcrm_fast.build_goals", "a goal state from preferred completions"),
+}
 
 
 class _OneLineParser(argparse.ArgumentParser):

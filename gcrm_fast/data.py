@@ -47,6 +47,14 @@ class TokenizedPair:
     chosen_cut: bool = False
     where: str = ""  # 'source:line'
 
+    @property
+    def name(self) -> str:
+        return f"pair {self.pair_id}"
+
+    @property
+    def sequences(self) -> tuple[np.ndarray, ...]:
+        return self.chosen_ids, self.rejected_ids
+
 
 @dataclass(frozen=True)
 class TokenReport:

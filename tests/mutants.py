@@ -18,6 +18,7 @@ PACKING, DATA, ARITHMETIC = (f"tests/test_{name}.py" for name in ("packing", "da
 CHECKPOINT, TOKENIZATION, BAD_INPUT = (f"tests/test_{name}.py" for name in ("checkpoint", "tokenization", "bad_input"))
 TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.py", "tests/test_token_cache.py"
 BENCH, STEP = "tests/test_bench.py -k ", "tests/test_step.py -k "
+SCORING, GOALS = "tests/test_scoring.py -k ", "tests/test_goals.py -k "
 KERNELS = "tests/test_kernels.py -k "
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
 ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or eps) and not {other}"
@@ -280,6 +281,43 @@ MUTANTS = {
     "README's GPU table from the oldest file": (
         "bench/gpu.py", "key=lambda p: (p.stem[-10:], p.stem))", "key=lambda p: (p.stem[-10:], p.stem), reverse=True)",
         BENCH + "newest"),
+    "the rewards of a pack in another order": (
+        "gcrm_fast/packing.py", "indices=tuple(item.index for item in items),",
+        "indices=tuple(sorted(item.index for item in items)),", SCORING + "company"),
+    "the reward read before the end token": (
+        "gcrm_fast/packing.py", "item.start if per_token else -1 :]", "item.start if per_token else -2 :][:1]",
+        SCORING + "transformers"),
+    "a prompt computed for every completion": (
+        "gcrm_fast/scoring.py", "by_prompt.setdefault(ids[:start].tobytes(), [])",
+        "by_prompt.setdefault(ids.tobytes(), [])", SCORING + "computed_once"),
+    "a new reward head scores in silence": (
+        "gcrm_fast/scoring.py", "open_weights(folder, config, seed=None)", "open_weights(folder, config, seed=0)",
+        SCORING + "must_not_score"),
+    "a reward that is not finite is returned": (
+        "gcrm_fast/scoring.py", "if not np.isfinite(of_completion.reward)", "if of_completion.reward is None",
+        SCORING + "must_not_score"),
+    "another model's goal is taken": (
+        "gcrm_fast/goals.py", 'if metadata["fingerprint"] != fingerprint:', "if False:", GOALS + "another"),
+    "a cut completion's state is in the goal": (
+        "gcrm_fast/build_goals.py", "for candidate in wanted if not candidate.cut]", "for candidate in wanted]",
+        GOALS + "means"),
+    "the worse side of a pair is in the goal": (
+        "gcrm_fast/build_goals.py", 'if candidate.name in ("rejected", "incorrect"):', "if False:",
+        GOALS + "conditions"),
+    "a resumed output keeps what came after its last whole window": (
+        "gcrm_fast/score.py", "file.truncate()", "file.seek(0, 2)", SCORING + "killed"),
+    "a partial output of other records is continued": (
+        "gcrm_fast/score.py", "if read.hexdigest() != (done.records or hashlib.sha256().hexdigest()):",
+        "if False:", SCORING + "something_else"),
+    "a partial output of other options is continued": (
+        "gcrm_fast/score.py", "if found.made_by.get(name) != made_by[name]]", "if name not in found.made_by]",
+        SCORING + "something_else"),
+    "the processes' windows in another order": (
+        "gcrm_fast/score.py", 'output.append(b"".join(parts), done)', 'output.append(b"".join(parts[::-1]), done)',
+        SCORING + "share_the_work"),
+    "a record's own reward is lost": (
+        "gcrm_fast/score.py", "taken = sorted(raw.keys() & added.keys())", "taken = list[str]()",
+        SCORING + "bad_record"),
 }  # fmt: skip
 
 
