@@ -23,7 +23,7 @@ from gcrm_fast.config import TrainConfig
 from gcrm_fast.packing import Sampling
 
 CPU = torch.device("cpu")
-MODULES = ("contrastive_loss", "measure", "fused_projection", "train_step", "padded", "records", "gpu")
+MODULES = ("contrastive_loss", "measure", "fused_projection", "train_step", "scoring", "padded", "records", "gpu")
 
 
 @pytest.fixture
@@ -320,3 +320,45 @@ def test_a_stage_that_fails_or_takes_too_long_says_why(gpu: ModuleType, tmp_path
     xml = tmp_path / "tests.xml"
     xml.write_text('<testsuites name="x"><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="10">')
     assert gpu.tests_row(xml) == {"passed": 4, "failed": 3, "skipped": 3}
+
+
+@pytest.fixture
+def scoring(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """bench/scoring.py on a small model and built-in lengths."""
+    module = importlib.import_module("scoring")
+    monkeypatch.delenv("GCRM_DATA", raising=False)
+    monkeypatch.setattr(module, "MODELS", {"tiny": small_config(vocab_size=32_000, num_hidden_layers=1)})
+    monkeypatch.setattr(module, "BATCHES", (1, 4))
+    monkeypatch.setattr(module, "EACH", (1, 3, 6))
+    monkeypatch.setattr(module.measure, "RESULTS", tmp_path)
+    arguments = ["scoring", "--model", "tiny", "--dtype", "float32", "--completions", "6", "--quick"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--data", "hh_pairs_train"])
+    return module
+
+
+def test_scoring_is_raced_and_recorded(scoring: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scoring.main()
+    [path] = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())
+    assert [(r["a prompt"], r["method"]) for r in rows] == [
+        (each, method) for each in scoring.EACH for method in (scoring.PADDED, scoring.SORTED, scoring.OURS)
+    ]
+    assert all(0 < r["p10"] <= r["completions/s"] <= r["p90"] and r["peak MB"] > 0 for r in rows)
+    assert [r["completions"] for r in rows] == [6] * 9
+    by_method = {r["method"]: r for r in rows[6:]}
+    assert by_method[scoring.OURS]["computed/completion"] < by_method[scoring.SORTED]["computed/completion"]
+    assert by_method[scoring.OURS]["least work"] > 1.2
+    assert path.with_suffix(".png").exists()
+    assert "6 a prompt" in capsys.readouterr().out
+
+
+def test_scoring_that_differs_is_not_timed(
+    scoring: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = scoring.our_rewards
+    monkeypatch.setattr(scoring, "our_rewards", lambda *inputs: right(*inputs)[::-1])
+    with pytest.raises(SystemExit) as end:
+        scoring.main()
+    assert end.value.code == 1
+    assert "nothing is timed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
