@@ -1,8 +1,8 @@
 """How well rewards and Q-values tell right completions from wrong ones, and how far shortcuts get.
 
-Functions of arrays alone. Letters: N completions, P the eleven positions 0, 10, ..., 100 % of a completion, C questions,
-B bootstrap resamples. Completions of one question stand or fall together, so intervals draw questions, with all their
-completions, and not completions.
+Functions of arrays alone. Letters: N completions, P the eleven positions 0, 10, ..., 100 % of a completion, T tokens,
+C questions, B bootstrap resamples, K scores. Completions of one question stand or fall together, so intervals draw
+questions, with all their completions, and not completions.
 """
 
 import math
@@ -144,41 +144,42 @@ def ratio_interval(numerator_C: np.ndarray, denominator_C: np.ndarray) -> tuple[
 # -------------------------------------------------------------------------------------------------------- shortcuts
 
 
-def cross_fitted(labelled: Labelled, scores: Callable[[np.ndarray], np.ndarray]) -> float:
-    """AUROC of a score that is fitted: learned on one half of the questions and judged on the other, both ways, and
-    averaged by couples of right and wrong. Within what it is judged on, nothing has seen its own label.
+def cross_fitted(labelled: Labelled, scores: Callable[[np.ndarray], np.ndarray]) -> list[float]:
+    """AUROC of K scores that are fitted: learned on one half of the questions and judged on the other, both ways, and
+    averaged by couples of right and wrong. Nothing that is judged has seen its own label, or left it out.
 
-    ``scores`` takes which completions it may learn from, [N] bool, and gives scores of all, [N].
+    ``scores`` takes which completions it may learn from, [N] bool, and gives scores of all, [N, K].
     """
-    total = couples = 0.0
+    weights, values = [], []
     for half in (False, True):
-        judged_N = labelled.half_N == half
-        right = labelled.right_N[judged_N]
-        weight = float(right.sum() * (~right).sum())
-        if weight and not judged_N.all():
-            total += weight * auroc(right, scores(~judged_N)[judged_N])
-            couples += weight
-    return ratio(total, couples)
+        own_N = labelled.half_N == half
+        right = labelled.right_N[own_N]
+        if right.any() and not right.all() and not own_N.all():
+            weights.append(float(right.sum() * (~right).sum()))
+            values.append([auroc(right, score_N) for score_N in scores(~own_N)[own_N].T])
+    if not values:
+        return [math.nan] * scores(np.ones_like(labelled.half_N)).shape[1]
+    return list(np.average(values, axis=0, weights=weights))
 
 
 def group_scores(group_N: np.ndarray, right_N: np.ndarray, fitted_N: np.ndarray) -> np.ndarray:
     """For each completion the share of right ones in its group (numbers from 0) among those fitted; of a group that
-    is not there, the share of all, [N]."""
+    is not there, the share of all, [N, 1]."""
     size = int(group_N.max()) + 1
     count = np.bincount(group_N[fitted_N], minlength=size)
     share = np.full(size, right_N[fitted_N].mean())
     seen = count > 0
     share[seen] = np.bincount(group_N[fitted_N], right_N[fitted_N], minlength=size)[seen] / count[seen]
-    return share[group_N]
+    return share[group_N][:, None]
 
 
-def position_scores(q_N: Sequence[np.ndarray], position_N: np.ndarray, fitted_N: np.ndarray) -> np.ndarray:
-    """What Q is worth by position alone: the mean Q, over the completions fitted, at the token number of each
-    completion, [N]. Past the longest of them its last position counts."""
-    q_T = np.concatenate([q_N[i] for i in np.flatnonzero(fitted_N)]).astype(np.float64)
-    position_T = np.concatenate([np.arange(len(q_N[i])) for i in np.flatnonzero(fitted_N)])
-    mean = np.bincount(position_T, q_T) / np.bincount(position_T)  # every position up to the last occurs
-    return mean[np.minimum(position_N, len(mean) - 1)]
+def position_scores(q_N: Sequence[np.ndarray], position_NK: np.ndarray, fitted_N: np.ndarray) -> np.ndarray:
+    """What Q is worth by position alone: the mean Q of the completions fitted at given token numbers, [N, K]. Past the
+    longest of them its last position counts."""
+    fitted = [q for q, taken in zip(q_N, fitted_N, strict=True) if taken]
+    position_T = np.concatenate([np.arange(len(q)) for q in fitted])
+    mean = np.bincount(position_T, np.concatenate(fitted)) / np.bincount(position_T)  # every position up to the last
+    return mean[np.minimum(position_NK, len(mean) - 1)]
 
 
 # ------------------------------------------------------------------------------------------------------ all measures
@@ -209,13 +210,11 @@ def measures(labelled: Labelled) -> list[Measure]:
     longer = auroc(right, labelled.lengths_N)
     found += [Measure("auroc_longer", longer), Measure("baseline_length", max(longer, 1 - longer))]
     position_NP = np.array([quantile_positions(n) for n in labelled.lengths_N])
+    by_position = cross_fitted(labelled, lambda fitted: position_scores(labelled.q_N, position_NP, fitted))
     for p, percent in enumerate(PERCENT):
         found.append(Measure(f"auroc_reward@{percent}", auroc(right, labelled.reward_NP[:, p])))
         found.append(Measure(f"auroc_q@{percent}", auroc(right, q_NP[:, p])))
-        by_position = cross_fitted(
-            labelled, lambda fitted, p=p: position_scores(labelled.q_N, position_NP[:, p], fitted)
-        )
-        found.append(Measure(f"baseline_position_q@{percent}", by_position))
+        found.append(Measure(f"baseline_position_q@{percent}", by_position[p]))
     for percent in CORRELATED:
         p = PERCENT.index(percent)
         for name, other in (("q_running_reward", labelled.reward_NP[:, p]), ("q_reward", reward)):

@@ -65,13 +65,10 @@ def write_rows(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> N
 
 def columns(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table: the first column to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
-        ).rstrip()
-        for line in [head, *lines]
-    )
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in [head, *lines]]
+    first = [line[0].ljust(widths[0]) for line in [head, *lines]]
+    return "\n".join("  ".join([name, *cells[1:]]).rstrip() for name, cells in zip(first, aligned, strict=True))
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -95,20 +95,20 @@ def test_groups_score_nothing_where_the_group_says_nothing() -> None:
         return judging.group_scores(group, right, fitted)
 
     # A mean that holds the completion's own label, or one that leaves it out, is off by about 0.06 either way.
-    assert judging.cross_fitted(data, identity) == pytest.approx(0.5, abs=0.02)
-    assert judging.cross_fitted(data, lambda fitted: judging.group_scores(group * 0, right, fitted)) == 0.5
+    assert judging.cross_fitted(data, identity) == pytest.approx([0.5], abs=0.02)
+    assert judging.cross_fitted(data, lambda fitted: judging.group_scores(group * 0, right, fitted)) == [0.5]
 
 
 def test_group_scores_are_learned_from_the_other_half() -> None:
     group, right = np.array([0, 0, 1, 1, 2]), np.array([1, 0, 1, 1, 0], dtype=bool)
     fitted = np.array([1, 1, 1, 0, 0], dtype=bool)
-    assert judging.group_scores(group, right, fitted) == pytest.approx([0.5, 0.5, 1, 1, 2 / 3])
+    assert judging.group_scores(group, right, fitted)[:, 0] == pytest.approx([0.5, 0.5, 1, 1, 2 / 3])
 
 
 def test_position_scores_are_means_over_the_fitted_completions() -> None:
     q = [np.array([1.0, 2.0, 3.0]), np.array([3.0]), np.array([9.0, 9.0, 9.0, 9.0])]
     fitted = np.array([True, True, False])
-    assert judging.position_scores(q, np.array([0, 1, 3]), fitted).tolist() == [2, 2, 3]
+    assert judging.position_scores(q, np.array([[0], [1], [3]]), fitted).tolist() == [[2], [2], [3]]
 
 
 def test_halves_are_a_property_of_the_question_alone() -> None:
