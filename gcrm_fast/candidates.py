@@ -10,7 +10,7 @@ import tyro
 
 from gcrm_fast.config import parse_columns
 from gcrm_fast.errors import UserError
-from gcrm_fast.records import Candidate, read_completions
+from gcrm_fast.records import COMPLETION_FORMATS, Candidate, read_completions
 from gcrm_fast.scoring import Judged, RewardModel
 from gcrm_fast.sources import BadRecords
 
@@ -60,7 +60,7 @@ def open_model(name: str, options: JudgingOptions) -> RewardModel:
 
 def read(source: str, model: RewardModel, options: JudgingOptions) -> list[Candidate]:
     """The completions of one source, with all fields of their records."""
-    columns = parse_columns(options.columns)
+    columns = parse_columns(options.columns, COMPLETION_FORMATS)
     return read_completions([source], columns=columns, tokenizer=model.tokenizer, fields=("*",), bad=BadRecords())
 
 

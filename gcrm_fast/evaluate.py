@@ -95,6 +95,13 @@ def score(model: RewardModel, source: Source, goal: str) -> Labelled:
     )
 
 
+def identity_auroc(labelled: Labelled, group_N: np.ndarray) -> float:
+    """AUROC of knowing the group of a completion and nothing else."""
+    number_N = np.unique(group_N, return_inverse=True)[1]
+    [value] = cross_fitted(labelled, lambda fitted_N: group_scores(number_N, labelled.right_N, fitted_N))
+    return value
+
+
 def rows_of(source: str, labelled: Labelled, groups: dict[str, np.ndarray]) -> list[Row]:
     """Every measure of a source as a whole and of each group."""
     parts = {"all": np.ones_like(labelled.right_N)}
@@ -105,9 +112,7 @@ def rows_of(source: str, labelled: Labelled, groups: dict[str, np.ndarray]) -> l
         rows += [Row(source, group, "completions", len(part.right_N)), Row(source, group, "right", part.right_N.sum())]
         rows += [Row(source, group, *measure) for measure in measures(part)]
     for name, value_N in groups.items():
-        number_N = np.unique(value_N, return_inverse=True)[1]
-        [value] = cross_fitted(labelled, lambda fitted, n=number_N: group_scores(n, labelled.right_N, fitted))
-        rows.append(Row(source, "all", f"baseline_identity:{name}", value))
+        rows.append(Row(source, "all", f"baseline_identity:{name}", identity_auroc(labelled, value_N)))
     return rows
 
 

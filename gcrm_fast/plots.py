@@ -77,17 +77,13 @@ def plot_partial(rows: Sequence[Row], path: Path) -> None:
 def plot_histograms(scored: Mapping[str, Labelled], path: Path) -> None:
     """Reward and final Q of right and wrong completions, a row a source."""
     with _panels(path, 2 * len(scored), 2, 5, 3) as panels:
-        for i, (source, labelled) in enumerate(scored.items()):
-            for axes, score_N, name in zip(
-                panels[2 * i : 2 * i + 2],
-                (labelled.reward_NP[:, -1], labelled.q_NP[:, -1]),
-                ("reward", "Q"),
-                strict=True,
-            ):
-                edges = np.histogram_bin_edges(score_N, 50)
-                for label, mask_N in (("right", labelled.right_N), ("wrong", ~labelled.right_N)):
-                    axes.hist(score_N[mask_N], edges, density=True, alpha=0.55, label=f"{label} ({mask_N.sum()})")
-                axes.set(title=_title(source), xlabel=f"{name} at the last token", ylabel="density")
+        drawn = [(source, labelled, name, score_NP[:, -1]) for source, labelled in scored.items()
+                 for name, score_NP in (("reward", labelled.reward_NP), ("Q", labelled.q_NP))]  # fmt: skip
+        for axes, (source, labelled, name, score_N) in zip(panels, drawn, strict=True):
+            edges = np.histogram_bin_edges(score_N, 50).tolist()
+            for label, mask_N in (("right", labelled.right_N), ("wrong", ~labelled.right_N)):
+                axes.hist(score_N[mask_N], edges, density=True, alpha=0.55, label=f"{label} ({mask_N.sum()})")
+            axes.set(title=_title(source), xlabel=f"{name} at the last token", ylabel="density")
 
 
 def plot_savings(groups: Mapping[str, tuple[float, Saving, Sequence[Saving]]], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``gcrm vote``: answers questions by many samples of each, with and without a reward model, and says what that gains."""
+"""``gcrm vote``: answers questions by many samples of each, with and without a reward model, and what that gains."""
 
 import sys
 from collections.abc import Sequence
@@ -34,8 +34,8 @@ class Options(TableOptions):
     """Majority, Q-filtered and reward-weighted votes, best of n, and the majority of the top K, over many samples of
     each question.
 
-    Leaves results.json, results.csv and savings.png (accuracy against tokens saved) in the output folder. --limit counts
-    questions; --by also holds a vote among the samples of each value alone.
+    Leaves results.json, results.csv and savings.png (accuracy against tokens saved) in the output folder. --limit
+    counts questions; --by also holds a vote among the samples of each value alone.
     """
 
     model: tyro.conf.Positional[str]
@@ -47,8 +47,8 @@ class Options(TableOptions):
     expected: str = "expected_answer"
     """Field of the right answer. Answers are compared as text, without the white space around them."""
     threshold: float | Literal["auto"] = 0.0
-    """A sample is dropped once a Q-value falls below this. auto: what is best on one half of the questions, by a hash of
-    their text; the other half alone is then reported."""
+    """A sample is dropped once a Q-value falls below this. auto: what is best on one half of the questions, by a hash
+    of their text; the other half alone is then reported."""
     top_k: int = 5
     """Samples of greatest reward among which the re-ranked vote takes the majority."""
 
@@ -150,17 +150,21 @@ def rows_of(source: str, election: Election) -> list[Row]:
 
 
 def table(elections: Sequence[Election]) -> str:
-    """The printed summary: a block for each group."""
-    lines: list[list[str]] = []
+    """The printed summary: a line for each group and way to vote, and below what filtering saves in each group."""
+    lines, savings = [], []
     for election in elections:
-        chosen = election.saving
-        lines.append([f"{election.group}: {election.results[0].questions} questions, {election.samples} samples; "
-                      f"Q below {chosen.threshold:.3f} drops {100 * chosen.dropped:.1f}% of them and saves "
-                      f"{100 * chosen.saved:.1f}% of the tokens", "", "", "", ""])  # fmt: skip
         for r in election.results:
             accuracy = f"{number(r.accuracy)} [{number(r.low)}, {number(r.high)}]"
-            lines.append([f"  {r.name}", accuracy, str(r.won), str(r.lost), f"{r.p:.2g}"])
-    return columns(["", "accuracy", "won", "lost", "p"], lines)
+            lines.append([f"{election.group}: {r.name}", accuracy, str(r.won), str(r.lost), f"{r.p:.2g}"])
+        chosen = election.saving
+        shares = [f"{100 * share:.1f}%" for share in (chosen.dropped, chosen.saved)]
+        savings.append([election.group, str(election.results[0].questions), str(election.samples),
+                        number(chosen.threshold), *shares])  # fmt: skip
+    return (
+        columns(["", "accuracy", "won", "lost", "p"], lines)
+        + "\n\n"
+        + columns(["", "questions", "samples", "threshold", "dropped", "tokens saved"], savings)
+    )
 
 
 def run(options: Options) -> None:

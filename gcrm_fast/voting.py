@@ -1,7 +1,7 @@
 """Answers to a question from many samples of it: majority, filtered by Q, weighed by reward, best of n, the top K.
 
-Functions of plain numbers and texts. A sample without an answer takes part in no vote. Letters: n samples of a question,
-Q questions.
+Functions of plain numbers and texts. A sample without an answer takes part in no vote. Letters: n samples of a
+question, Q questions.
 """
 
 import math
