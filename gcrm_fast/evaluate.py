@@ -109,7 +109,10 @@ def rows_of(source: str, labelled: Labelled, groups: dict[str, np.ndarray]) -> l
     rows = []
     for group, mask_N in tqdm(parts.items(), desc="resampling", unit="group", leave=False, delay=1):
         part = labelled.subset(mask_N)
-        rows += [Row(source, group, "completions", len(part.right_N)), Row(source, group, "right", part.right_N.sum())]
+        rows += [
+            Row(source, group, "completions", len(part.right_N)),
+            Row(source, group, "right", int(part.right_N.sum())),
+        ]
         rows += [Row(source, group, *measure) for measure in measures(part)]
     for name, value_N in groups.items():
         rows.append(Row(source, "all", f"baseline_identity:{name}", identity_auroc(labelled, value_N)))
