@@ -109,12 +109,12 @@ def step_start(text_n: Sequence[str], step: int, step_end: str) -> int | None:
     return int(np.searchsorted(np.cumsum([len(piece) for piece in text_n]), position, "right"))
 
 
-def first_difference(one: Completion, other: Completion) -> int:
-    """How many leading tokens two completions of a prompt share."""
+def first_difference(one: Completion, other: Completion) -> int | None:
+    """How many leading tokens two completions of a prompt share; None where they are the same."""
     a, b = one.ids[one.start :], other.ids[other.start :]
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
-    return int(differs.argmax()) if differs.any() else n
+    return int(differs.argmax()) if differs.any() else n if len(a) != len(b) else None
 
 
 def columns_of(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tensor, options: Options) -> list[Column]:
@@ -126,8 +126,9 @@ def columns_of(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tens
         marks: dict[int, list[str]] = {}
         # Of two it is plain which one the first differs from.
         other = judged[0] if tokens is not judged[0].tokens else judged[1] if len(judged) == 2 else None
-        if other:
-            marks[first_difference(tokens, other.tokens)] = ["first difference"]
+        difference = first_difference(tokens, other.tokens) if other else None
+        if difference is not None:
+            marks[difference] = ["first difference"]
         step = error_step(candidate, options.error_field, options.count_from)
         start = step_start(text_n, step, options.step_end) if step is not None else None
         if step is not None and start is not None:

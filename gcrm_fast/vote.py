@@ -110,17 +110,12 @@ class Election:
 
 
 def elect(group: str, questions: dict[str, Question], threshold: float | Literal["auto"], top_k: int) -> Election:
-    """Raises UserError where --threshold auto finds one half of the questions empty."""
+    """All votes over a group's questions; with --threshold auto over the half that it was not chosen on."""
     reported = list(questions.values())
     if threshold == "auto":
-        half = halves(list(questions))
-        reported = [question for question, taken in zip(reported, half, strict=True) if taken]
-        tuned = [question for question, taken in zip(questions.values(), half, strict=True) if not taken]
-        if not reported or not tuned:
-            raise UserError(
-                f"--threshold auto: {len(questions)} questions of {group} do not split in two: give a number"
-            )
-        threshold = chosen_threshold(tuned)
+        taken_Q = halves(list(questions))
+        threshold = chosen_threshold([q for q, taken in zip(reported, taken_Q, strict=True) if not taken])
+        reported = [q for q, taken in zip(reported, taken_Q, strict=True) if taken]
     return Election(
         group=group,
         samples=sum(len(question.answers) for question in reported),
@@ -179,11 +174,14 @@ def run(options: Options) -> None:
     answers = [answer_of(candidate, options.answer) for candidate in candidates]
     expected = expected_of(candidates, questions, options.expected)
     groups = groups_of(candidates, options.by)
+    members = {"all": np.arange(len(candidates))}
+    members |= {f"{name}={value}": np.flatnonzero(value_N == value)
+                for name, value_N in groups.items() for value in np.unique(value_N)}  # fmt: skip
+    for group, own in members.items() if options.threshold == "auto" else ():
+        if len(set(halves([questions[i] for i in own]))) < 2:
+            raise UserError(f"--threshold auto: the questions of {group} are too few to split in two: give a number")
     with new_folder(options.output) as folder:
         judged = judge(model, candidates, goal_D)
-        members = {"all": np.arange(len(candidates))}
-        members |= {f"{name}={value}": np.flatnonzero(value_N == value)
-                    for name, value_N in groups.items() for value in np.unique(value_N)}  # fmt: skip
         elections = []
         for group, own in members.items():
             of_group = gather([questions[i] for i in own], [answers[i] for i in own], expected,
