@@ -1,10 +1,10 @@
 """Measures of scored completions: hand-computed cases, and properties that a wrong formula breaks."""
 
 import math
-from itertools import product
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from gcrm_fast import judging
 from gcrm_fast.judging import Labelled
@@ -25,16 +25,17 @@ def labelled(right: list[int], reward: list[float], question: list[int], **chang
     return Labelled(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def couples(right: np.ndarray, score: np.ndarray) -> float:
-    """AUROC by its definition."""
-    good, bad = score[right], score[~right]
-    return float(np.mean([(a > b) + (a == b) / 2 for a, b in product(good, bad)]))
-
-
 def test_auroc_of_one_class_alone_is_not_a_number() -> None:
     assert math.isnan(judging.auroc(np.array([True, True]), np.array([1.0, 2.0])))
     assert math.isnan(judging.auroc(np.array([False]), np.array([1.0])))
     assert judging.auroc(np.array([True, False, False]), np.array([1.0, 1.0, 0.0])) == 0.75
+
+
+def test_auroc_is_that_of_sklearn() -> None:
+    rng = np.random.default_rng(0)
+    for n in (2, 9, 400):
+        right, score = np.arange(n) % 3 == 0, rng.integers(0, 20, n).astype(float)  # with ties
+        assert judging.auroc(right, score) == pytest.approx(roc_auc_score(right, score), abs=1e-12)
 
 
 def test_within_questions_counts_couples_of_one_question_alone() -> None:
@@ -60,7 +61,7 @@ def test_a_weighed_draw_is_the_auroc_of_the_completions_drawn(monkeypatch: pytes
     monkeypatch.setattr(judging, "interval", interval)
     judging.auroc_interval(right, score, question)
     taken = [np.concatenate([np.flatnonzero(question == c) for c in range(6) for _ in range(row[c])]) for row in drawn]
-    np.testing.assert_allclose(seen[0], [couples(right[rows], score[rows]) for rows in taken], rtol=1e-12)
+    np.testing.assert_allclose(seen[0], [roc_auc_score(right[rows], score[rows]) for rows in taken], rtol=1e-12)
     assert seen[0][1] == pytest.approx(judging.auroc(right, score))
 
 
