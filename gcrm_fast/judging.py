@@ -18,6 +18,7 @@ from gcrm_fast.packing import QUANTILES, quantile_positions
 
 RESAMPLES = 1000
 COVERAGE = 0.95
+FEWEST = 10  # questions of which draws say anything about others
 PERCENT = tuple(range(0, 101, 100 // (QUANTILES - 1)))
 CORRELATED = (20, 40, 60, 80)  # % of a completion at which reward and Q are correlated
 CHUNK = 2**15  # weights held at once while resampling: they stay in a core's cache
@@ -98,10 +99,10 @@ def interval(questions: int, width: int, statistic: Callable[[np.ndarray], np.nd
     """Percentile bootstrap: the middle COVERAGE of ``statistic`` over RESAMPLES draws of questions with replacement.
 
     ``statistic`` takes how often each question was drawn, [B, C] float64, and gives [B]; NaN where a draw leaves it
-    undefined, which is not counted. ``width`` is the number of values that it computes with a draw. One question alone
-    has no interval: every draw of it is the same.
+    undefined, which is not counted. ``width`` is the number of values that it computes with a draw. NaN for fewer
+    than FEWEST questions: draws of two or three of them agree, and would make any result look sure.
     """
-    if questions < 2:
+    if questions < FEWEST:
         return math.nan, math.nan
     generator = np.random.default_rng(0)
     rows = max(1, CHUNK // max(width, 1))

@@ -86,6 +86,12 @@ def test_interval_covers_as_often_as_it_says() -> None:
     assert 180 <= inside <= 198  # 95 % of 200, give or take three standard deviations
 
 
+def test_few_questions_have_no_interval() -> None:
+    for questions in (9, 10):
+        low, high = judging.ratio_interval(np.ones(questions), np.ones(questions))
+        assert math.isnan(low) == math.isnan(high) == (questions < 10)
+
+
 def test_groups_score_nothing_where_the_group_says_nothing() -> None:
     rng = np.random.default_rng(4)
     right, question = rng.random(4000) < 0.5, rng.integers(0, 500, 4000)
@@ -119,7 +125,8 @@ def test_halves_are_a_property_of_the_question_alone() -> None:
     assert 400 < halves.sum() < 600
 
 
-def test_measures_of_a_small_set() -> None:
+def test_measures_of_a_small_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "FEWEST", 2)
     data = labelled([1, 0, 1, 0], [3, 1, 2, 2], [0, 0, 1, 1], lengths_N=np.array([1, 2, 3, 9]), pairs=True)
     found = {measure.name: measure for measure in judging.measures(data)}
     assert found["auroc_reward"].value == found["auroc_q"].value == (1 + 1 + 1 + 0.5) / 4
