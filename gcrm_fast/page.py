@@ -36,12 +36,8 @@ class Options(JudgingOptions):
     """Writes a web page of the completions of a record: chosen beside rejected, or all that it has, with the tokens
     coloured by Q-value or by running reward, their first difference and the place of the error."""
 
-    model: tyro.conf.Positional[str]
-    """Folder of a trained model, or a hub repository."""
-    file: tyro.conf.Positional[str]
-    """Completions or preference pairs: a source as for gcrm train."""
     row: int
-    """Number of the record in the file, from 0."""
+    """Number of the record, from 0."""
     output: Annotated[str, tyro.conf.arg(aliases=("-o",))]
     """The page, an HTML file."""
     error_field: str = ""
@@ -72,11 +68,11 @@ def read_row(options: Options, model: RewardModel) -> list[Candidate]:
     if options.row < 0:
         raise UserError(f"--row {options.row}: must be 0 or more")
     count = 0
-    for candidates in records(options.file, model, options):
+    for candidates in records(options.data, model, options):
         if count == options.row:
             return candidates
         count += 1
-    raise UserError(f"--row {options.row}: {options.file} holds {count} records, numbered from 0")
+    raise UserError(f"--row {options.row}: {' '.join(options.data)} holds {count} records, numbered from 0")
 
 
 def error_step(candidate: Candidate, field: str, count_from: str) -> int | None:
@@ -242,12 +238,12 @@ def page(title: str, about: str, prompt: str, columns: Sequence[Column]) -> str:
 
 def run(options: Options) -> None:
     """Raises UserError."""
-    output = output_file(options.output, [options.file])
-    model, goal_D = open_model(options.model, options)
+    output = output_file(options.output, options.data)
+    model, goal_D = open_model(options)
     candidates = read_row(options, model)
     goal = f", goal {options.goal}" if options.goal else ""
     text = page(
-        title=f"{Path(options.file).name}, record {options.row}",
+        title=f"{Path(options.data[0]).name}, record {options.row}",
         about=f"{candidates[0].where}; model {options.model}{goal}; point at a token for its numbers",
         prompt=candidates[0].prompt,
         columns=columns_of(model, candidates, goal_D, options),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import tyro
 
 from gcrm_fast.candidates import (
     Judgement,
@@ -38,10 +37,6 @@ class Options(TableOptions):
     counts questions; --by also holds a vote among the samples of each value alone.
     """
 
-    model: tyro.conf.Positional[str]
-    """Folder of a trained model, or a hub repository."""
-    file: tyro.conf.Positional[str]
-    """Samples with the answer of each and the expected one: a source as for gcrm train."""
     answer: str = "predicted_answer"
     """Field of a sample's answer; null or empty where it has none: such a sample takes part in no vote."""
     expected: str = "expected_answer"
@@ -167,8 +162,8 @@ def run(options: Options) -> None:
     check_folder(options.output, options.overwrite)
     if options.top_k < 1:
         raise UserError(f"--top-k {options.top_k}: must be at least 1")
-    model, goal_D = open_model(options.model, options)
-    candidates = [candidate for of_record in records(options.file, model, options) for candidate in of_record]
+    model, goal_D = open_model(options)
+    candidates = [candidate for of_record in records(options.data, model, options) for candidate in of_record]
     candidates = limited(candidates, questions_of(candidates, options.question), options.limit)
     questions = questions_of(candidates, options.question)
     answers = [answer_of(candidate, options.answer) for candidate in candidates]
@@ -196,7 +191,7 @@ def run(options: Options) -> None:
             "tested": "won and lost questions against the plain majority (the released metric against itself without "
             "the filter): exact McNemar test, two-sided",
         }
-        write_rows(folder, [row for election in elections for row in rows_of(options.file, election)], about)
+        write_rows(folder, [row for election in elections for row in rows_of(", ".join(options.data), election)], about)
     print(table(elections))
 
 

@@ -1,30 +1,9 @@
-"""A small saved reward model, and files of completions for the commands that judge them."""
+"""Files of completions for the commands that judge them."""
 
 import json
 from collections.abc import Iterable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
-from conftest import small_config, small_model
-from folders import VOCAB, tokenizer
-
-from gcrm_fast import checkpoint
-
-
-@cache
-def _model() -> tuple[dict[str, torch.Tensor], Any]:
-    config = small_config(vocab_size=VOCAB, num_hidden_layers=1)
-    return {name: p.detach() for name, p in small_model(config, torch.float32).named_parameters()}, config
-
-
-def reward_model(folder: Path) -> Path:
-    """Saves a reward model of one layer with a goal state, as training does."""
-    state, config = _model()
-    goal = torch.linspace(-1, 1, config.hidden_size)
-    checkpoint.save_model(folder, state, config, tokenizer(), goal, 3)
-    return folder
 
 
 def write(path: Path, records: Iterable[Mapping[str, Any]]) -> Path:

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import pytest
-from judged import reward_model, samples, write
+from judged import samples, write
 from sklearn.metrics import roc_auc_score
 
 from gcrm_fast import candidates, evaluate, results
@@ -27,7 +28,9 @@ def labelled() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reward_model(tmp_path_factory.mktemp("evaluate") / "model")
+    folder = tmp_path_factory.mktemp("evaluate") / "model"
+    models.save(folder)
+    return folder
 
 
 def test_evaluate_reports_labelled_completions_and_pairs(
@@ -105,8 +108,8 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
 def test_lists_of_labels_go_with_lists_of_completions(model: Path, tmp_path: Path) -> None:
     texts = ["one", "two", "three"]
     records = [{"prompt": "", "completions": texts, "is_correct": [True, 0, i == 0]} for i in (0, 1)]
-    options = evaluate.Options(model=str(model), files=(), output=tmp_path)
-    loaded, _ = candidates.open_model(str(model), options)
+    options = evaluate.Options(model=str(model), data=("-",), output=tmp_path)
+    loaded, _ = candidates.open_model(options)
     source = evaluate.read_source(str(write(tmp_path / "lists.jsonl", records)), loaded, options)
     assert source.right_N.tolist() == [True, False, True, True, False, False]
 
@@ -147,7 +150,7 @@ def test_what_cannot_be_read_or_written_is_said_first(
     file, empty = write(tmp_path / "good.jsonl", samples()), write(tmp_path / "empty.jsonl", [])
     for arguments, message in (
         ([str(empty), "-o", str(tmp_path / "out")], "empty.jsonl: holds no records"),
-        (["-o", str(tmp_path / "out")], "no FILE is given|required"),
+        (["-o", str(tmp_path / "out")], "no records are named|required"),
         ([str(file), "-o", str(empty)], "empty.jsonl: is not a folder"),
     ):
         assert evaluate.main([str(model), *arguments]) == 2

@@ -4,9 +4,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import models
 import numpy as np
 import pytest
-from judged import reward_model, write
+from judged import write
 
 from gcrm_fast import page
 from gcrm_fast.data import Completion
@@ -24,7 +25,9 @@ PAIR = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reward_model(tmp_path_factory.mktemp("page") / "model")
+    folder = tmp_path_factory.mktemp("page") / "model"
+    models.save(folder)
+    return folder
 
 
 class Reader(HTMLParser):

@@ -5,9 +5,10 @@ import json
 import re
 from pathlib import Path
 
+import models
 import numpy as np
 import pytest
-from judged import reward_model, samples, write
+from judged import samples, write
 
 from gcrm_fast import vote, voting
 from gcrm_fast.scoring import RewardModel
@@ -116,7 +117,9 @@ def test_every_way_to_vote_is_reported() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reward_model(tmp_path_factory.mktemp("vote") / "model")
+    folder = tmp_path_factory.mktemp("vote") / "model"
+    models.save(folder)
+    return folder
 
 
 def rows(folder: Path) -> dict[tuple[str, str], float]:
