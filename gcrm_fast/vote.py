@@ -128,6 +128,7 @@ def rows_of(source: str, election: Election) -> list[Row]:
         Row(source, group, "threshold", chosen.threshold),
         Row(source, group, "dropped", chosen.dropped),
         Row(source, group, "tokens_saved", chosen.saved),
+        Row(source, group, "none_left", chosen.none_left),
     ]
     for result in election.results:
         rows.append(Row(source, group, f"accuracy:{result.name}", result.accuracy, result.low, result.high))
@@ -135,7 +136,7 @@ def rows_of(source: str, election: Election) -> list[Row]:
                  for name, value in (("won", result.won), ("lost", result.lost), ("p", result.p))]  # fmt: skip
     for point in election.curve:
         rows += [Row(source, group, f"{name}@{point.threshold:.6g}", getattr(point, name))
-                 for name in ("accuracy", "dropped", "saved")]  # fmt: skip
+                 for name in ("accuracy", "dropped", "saved", "none_left")]  # fmt: skip
     return rows
 
 
@@ -147,13 +148,13 @@ def table(elections: Sequence[Election]) -> str:
             accuracy = f"{number(r.accuracy)} [{number(r.low)}, {number(r.high)}]"
             lines.append([f"{election.group}: {r.name}", accuracy, str(r.won), str(r.lost), f"{r.p:.2g}"])
         chosen = election.saving
-        shares = [f"{100 * share:.1f}%" for share in (chosen.dropped, chosen.saved)]
+        shares = [f"{100 * share:.1f}%" for share in (chosen.dropped, chosen.saved, chosen.none_left)]
         savings.append([election.group, str(election.results[0].questions), str(election.samples),
                         number(chosen.threshold), *shares])  # fmt: skip
     return (
         columns(["", "accuracy", "won", "lost", "p"], lines)
         + "\n\n"
-        + columns(["", "questions", "samples", "threshold", "dropped", "tokens saved"], savings)
+        + columns(["", "questions", "samples", "threshold", "dropped", "tokens saved", "none left"], savings)
     )
 
 

@@ -26,29 +26,29 @@ def question(answers: list[str], rewards: list[float], q: list[list[float]] | No
 
 def test_filter_judges_no_token_before_the_sixth() -> None:
     q = [[-1] * 5 + [1], [-1] * 5, [-1] * 3, [1] * 5 + [-1], [1] * 6]
-    kept_n, saved = voting.filtered(question([""] * 5, [0] * 5, q), 0.0)
+    kept_n, saved, _ = voting.filtered(question([""] * 5, [0] * 5, q), 0.0)
     assert kept_n.tolist() == [True, True, True, False, True]
     assert saved == 0  # the token that fell below was the last
 
 
 def test_filter_keeps_a_q_value_at_the_threshold_and_saves_what_follows_the_first_below() -> None:
     q = [[0] * 10, [9] * 7 + [-1, 9, -1], [9] * 5 + [-0.1] + [9] * 4]
-    kept_n, saved = voting.filtered(question([""] * 3, [0] * 3, q), 0.0)
+    kept_n, saved, _ = voting.filtered(question([""] * 3, [0] * 3, q), 0.0)
     assert kept_n.tolist() == [True, False, False]
     assert saved == 2 + 4
 
 
 def test_filter_that_drops_all_drops_none() -> None:
-    kept_n, saved = voting.filtered(question(["r", "w"], [0, 0], [[-1] * 9, [-1] * 20]), 0.0)
+    kept_n, *rest = voting.filtered(question(["r", "w"], [0, 0], [[-1] * 9, [-1] * 20]), 0.0)
     assert kept_n.tolist() == [True, True]
-    assert saved == 0
+    assert rest == [0, True]
 
 
 def test_savings_are_shares_of_all_completions_and_tokens() -> None:
     dropped = question(["w", "r", "w"], [0, 0, 0], [[9] * 5 + [-1] * 5, [9] * 10, [9] * 5 + [-1] * 5])
     whole = question(["w", "w"], [0, 0], [[-1] * 10, [-1] * 20])  # all below: nothing is dropped
     found = voting.saving([dropped, whole], 0.0)
-    assert found == (0.0, 0.5, 2 / 5, (4 + 4) / 60)
+    assert found == (0.0, 0.5, 2 / 5, (4 + 4) / 60, 0.5)
 
 
 # ------------------------------------------------------------------------------------------------------------- votes
