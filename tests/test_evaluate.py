@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,15 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
     assert not any(folder.iterdir())
 
 
-def test_lists_of_labels_go_with_lists_of_completions(model: Path, tmp_path: Path) -> None:
+def test_lists_of_labels_go_with_lists_of_completions_and_whole_records(model: Path, tmp_path: Path) -> None:
     texts = ["one", "two", "three"]
     records = [{"prompt": "", "completions": texts, "is_correct": [True, 0, i == 0]} for i in (0, 1)]
     options = evaluate.Options(model=str(model), data=("-",), output=tmp_path)
     loaded, _ = candidates.open_model(options)
     source = evaluate.read_source(str(write(tmp_path / "lists.jsonl", records)), loaded, options)
     assert source.right_N.tolist() == [True, False, True, True, False, False]
+    one = replace(options, limit=1)
+    assert len(evaluate.read_source(str(tmp_path / "lists.jsonl"), loaded, one).candidates) == 3
 
 
 @pytest.mark.parametrize(
