@@ -11,6 +11,9 @@ COMMANDS = {  # name: (module with a main(argv), what it does)
     "train": ("gcrm_fast.train", "train a reward model on preference pairs"),
     "score": ("gcrm_fast.score", "rewards of completions, and Q-values of their tokens"),
     "goals": ("gcrm_fast.build_goals", "a goal state from preferred completions"),
+    "evaluate": ("gcrm_fast.evaluate", "AUROC over completions known to be right or wrong, beside shortcuts"),
+    "vote": ("gcrm_fast.vote", "answers by many samples of a question, filtered and weighed"),
+    "inspect": ("gcrm_fast.page", "a web page of a record, its tokens coloured by Q and reward"),
 }
 
 

@@ -20,6 +20,7 @@ TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.
 BENCH, STEP, SURVIVAL = (f"tests/test_{name}.py -k " for name in ("bench", "step", "survival"))
 SCORING, GOALS = "tests/test_scoring.py -k ", "tests/test_goals.py -k "
 KERNELS = "tests/test_kernels.py -k "
+JUDGING, EVALUATE, VOTE, PAGE = (f"tests/test_{name}.py -k " for name in ("judging", "evaluate", "vote", "page"))
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
 ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or eps) and not {other}"
                     for path, other in (("pytorch", "triton"), ("triton", "pytorch")))  # fmt: skip
@@ -364,6 +365,59 @@ MUTANTS = {
         SURVIVAL + "left_out"),
     "run: second signal ignored": (
         "gcrm_fast/interrupts.py", "os._exit(128 + number)", "pass", SURVIVAL + "second"),
+    "judging: intervals draw completions": (
+        "gcrm_fast/judging.py", "_, number_N = np.unique(question_N, return_inverse=True)",
+        "number_N = np.arange(len(question_N))", JUDGING + "draw_questions"),
+    "judging: ties count for nothing in an interval": (
+        "gcrm_fast/judging.py", "(below[:, above] + below[:, level]) / 2", "below[:, above]", JUDGING + "weighed"),
+    "judging: ties count for nothing": (
+        "gcrm_fast/judging.py", "rankdata(score_N)", "rankdata(score_N, 'min')", JUDGING + "sklearn"),
+    "judging: a shortcut fitted on what it is judged on": (
+        "gcrm_fast/judging.py", "scores(~own_N)[own_N]", "scores(own_N)[own_N]", JUDGING + "groups_score_nothing"),
+    "judging: couples of different questions": (
+        "gcrm_fast/judging.py", "np.diff(question_N[order], prepend=-1)", "np.diff(question_N[order] * 0, prepend=-1)",
+        JUDGING + "within"),
+    "judging: a tied pair counts whole": (
+        "gcrm_fast/judging.py", "+ 1) / 2\n    _, number", "+ 1) > 0\n    _, number", JUDGING + "ties_counts"),
+    "judging: rejected completions taken for right": (
+        "gcrm_fast/candidates.py", '"rejected": False', '"rejected": True', EVALUATE + "reports"),
+    "judging: a limit cuts records in two": (
+        "gcrm_fast/evaluate.py", "[candidate.row for candidate in candidates]", "list(range(len(candidates)))",
+        EVALUATE + "whole_records"),
+    "judging: results written in place": (
+        "gcrm_fast/results.py", 'path.name + ".partial"', 'path.name', EVALUATE + "absent"),
+    "vote: the first tokens judged": (
+        "gcrm_fast/voting.py", "UNJUDGED = 5", "UNJUDGED = 0", VOTE + "sixth"),
+    "vote: a Q-value at the threshold dropped": (
+        "gcrm_fast/voting.py", "question.lowest_q() >= threshold", "question.lowest_q() > threshold",
+        VOTE + "at_the_threshold"),
+    "vote: the token that fell below saved too": (
+        "gcrm_fast/voting.py", "len(q) - UNJUDGED - 1 - int", "len(q) - UNJUDGED - int", VOTE + "first_below"),
+    "vote: all dropped": (
+        "gcrm_fast/voting.py", "if not kept_n.any():", "if False:", VOTE + "drops_all"),
+    "vote: ties not broken by reward": (
+        "gcrm_fast/voting.py", "reward_before + reward", "reward_before", VOTE + "ties_by_summed"),
+    "vote: samples without an answer vote": (
+        "gcrm_fast/voting.py", "        if answer:\n", "        if True:\n", VOTE + "empty_answers"),
+    "vote: weights depend on a constant": (
+        "gcrm_fast/voting.py", "softmax(question.rewards_n)", "question.rewards_n", VOTE + "constant"),
+    "vote: the released metric takes ties for wrong": (
+        "gcrm_fast/voting.py", "len(answers) - len(wrong) >= max", "len(answers) - len(wrong) > max",
+        VOTE + "released_metric"),
+    "vote: the test counts questions that agree": (
+        "gcrm_fast/voting.py", "binomtest(won, won + lost)", "binomtest(won, len(right_Q))", VOTE + "paired"),
+    "vote: the threshold reported where it was chosen": (
+        "gcrm_fast/vote.py", "for q, taken in zip(reported, taken_Q, strict=True) if taken]",
+        "for q, taken in zip(reported, taken_Q, strict=True) if not taken]", VOTE + "automatic"),
+    "inspect: text not escaped": (
+        "gcrm_fast/page.py", "shown = html.escape(text).replace", "shown = text.replace", PAGE + "escapes"),
+    "inspect: steps counted from 1 where they count from 0": (
+        "gcrm_fast/page.py", '"first_error_step": 0', '"first_error_step": 1', PAGE + "error_steps"),
+    "inspect: the token before a step marked": (
+        "gcrm_fast/page.py", 'position, "right"', 'position, "left"', PAGE + "steps_begin"),
+    "inspect: the difference counted from the prompt": (
+        "gcrm_fast/page.py", "a, b = one.ids[one.start :], other.ids[other.start :]", "a, b = one.ids, other.ids",
+        PAGE + "first_difference"),
 }  # fmt: skip
 
 
