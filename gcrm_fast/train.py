@@ -30,6 +30,7 @@ from gcrm_fast.errors import UserError
 from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
 from gcrm_fast.loader import load
 from gcrm_fast.model import LlamaRewardModel
+from gcrm_fast.model_card import model_card
 from gcrm_fast.objectives import STATISTICS, Objective, losses
 from gcrm_fast.packing import Pack
 from gcrm_fast.prepare import Prepared, compute_dtype, data_rows, describe, memory_plan, objective_of, prepare, steps_of
@@ -236,6 +237,8 @@ def finish(
     partial = output / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     checkpoint.save_model(partial, state, prepared.model_config, prepared.tokenizer, goal, goal_count)
+    card = model_card(config, data_rows(prepared, config), rows, last, dist.get_world_size())
+    (partial / "README.md").write_text(card, encoding="utf-8")
     if (output / "model").exists():
         shutil.rmtree(output / "model")
     partial.rename(output / "model")
