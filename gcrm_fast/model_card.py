@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -31,9 +32,7 @@ reward = model(**tokenizer("1+1=" + "2" + tokenizer.eos_token, return_tensors="p
 """
 
 
-def model_card(
-    config: TrainConfig, data: Rows, results: Rows, metrics: Mapping[str, float], world_size: int
-) -> str:  # fmt: skip
+def model_card(config: TrainConfig, data: Rows, results: Rows, metrics: Mapping[str, float], world_size: int) -> str:
     """The text of README.md.
 
     ``data`` and ``results`` are shown as they are; of ``metrics``, the last evaluation's (empty without held-out
@@ -80,7 +79,7 @@ def _header(config: TrainConfig, metrics: Mapping[str, float]) -> str:
         for key, kind, name in (("eval/accuracy", "accuracy", "pair accuracy"), ("eval/auroc", "roc_auc", "AUROC"))
         if key in metrics
     ]  # fmt: skip
-    values = {
+    values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
         "tags": ["reward-model", "goal-conditioned", "gcrm"],
