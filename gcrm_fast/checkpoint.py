@@ -5,7 +5,7 @@ A saved model is a ``LlamaForSequenceClassification`` folder (one label) plus
 
     gcrm.json            which head, projection size, end-token policy, weights fingerprint
     gcrm.safetensors     projection and MLP head, where there are any: what the transformers class cannot hold
-    goal.safetensors     the default goal state, tagged with the fingerprint of the weights it was computed from
+    goal.safetensors     the default goal state (see goals.py)
 """
 
 import hashlib
@@ -25,17 +25,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.errors import UserError, one_line
+from gcrm_fast.goals import DEFAULT, END_POLICY, GOAL_FILE, write_goals
 from gcrm_fast.llama_config import huggingface_config, read_json
 from gcrm_fast.model import LlamaRewardModel, ModelConfig, initial_value
 from gcrm_fast.tokenization import save_tokenizer
 
-END_POLICY = "completion ends with the tokenizer's eos token, which is scored"
+HEAD_FILE = "gcrm.json"
 COMPANION = "gcrm.safetensors"
 BESIDE = (COMPANION, "value_head.safetensors")  # files read beside the shards; the second is LLaMA-Factory's
 TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
                    "vocab.json", "merges.txt"]  # fmt: skip
 SUBFOLDERS = "*/*"  # other copies of the weights: not fetched
-MODEL_FILES = [*TOKENIZER_FILES, "adapter_config.json", "*.safetensors", "*.safetensors.index.json"]
+MODEL_FILES = [*TOKENIZER_FILES, "adapter_config.json", HEAD_FILE, "*.safetensors", "*.safetensors.index.json"]
 # Where reward models keep one linear layer from H to 1, as NAME.weight and, in some, NAME.bias.
 HEADS = (
     "score",  # transformers' sequence and token classification, and with them OpenRLHF and veRL
@@ -108,14 +109,33 @@ class Stored(NamedTuple):
     dtype: str
 
 
-def open_weights(folder: Path, config: ModelConfig, seed: int) -> Weights:
+def read_heads(folder: Path) -> tuple[str, int]:
+    """Kind of the reward head and size of the projection as ``gcrm.json`` has them; a linear head and no projection
+    for a folder that this program did not write.
+
+    Raises:
+        UserError: a damaged gcrm.json.
+    """
+    path = folder / HEAD_FILE
+    if not path.is_file():
+        return "linear", 0
+    raw = read_json(path, "save the model again")
+    head, size = raw.get("head"), raw.get("projection_size")
+    if head not in ("linear", "mlp"):
+        raise UserError(f"{path}: field 'head' is {head!r}: must be 'linear' or 'mlp'")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise UserError(f"{path}: field 'projection_size' is {size!r}: must be 0 or a positive integer")
+    return head, size
+
+
+def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights:
     """A reader of parameter rows for ``parallel.materialize``; all names, shapes and dtypes are checked before it
     returns, and every tensor of the folder is used, known to be of no use (LEFT_OUT, with a note), or an error.
 
     Tensors are read from safetensors, one at a time and only the rows asked for. The trunk may stand behind any one
     prefix (none, ``model.``, ``pretrained_model.model.`` ...). The linear reward head may have any name of HEADS; its
     bias, if any, is left out with a note, since it moves every reward alike. A head or projection of which the folder
-    has no tensor starts from ``initial_value``, with a note.
+    has no tensor starts from ``initial_value``, with a note; without a ``seed`` it is an error.
 
     Raises:
         UserError: no safetensors, a missing shard, an unreadable file, tensors missing, left over, in two files, or of
@@ -124,10 +144,10 @@ def open_weights(folder: Path, config: ModelConfig, seed: int) -> Weights:
     stored = _scan(_weight_files(folder))
     with torch.device("meta"):
         wanted = {name: tuple(p.shape) for name, p in LlamaRewardModel(config).named_parameters()}
-    source, notes = _match(stored, wanted, folder, config)
+    source, notes = _match(stored, wanted, folder, config, seed)
 
     def rows(name: str, shape: torch.Size, rows: slice) -> Tensor:
-        if name not in source:
+        if seed is not None and name not in source:
             return initial_value(name, shape, config, seed)[rows]
         with safe_open(stored[source[name]].path, framework="pt") as file:
             return file.get_slice(source[name])[rows]
@@ -172,8 +192,9 @@ def _scan(files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def _match(
-    stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], folder: Path, config: ModelConfig
-) -> tuple[dict[str, str], tuple[str, ...]]:
+    stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], folder: Path, config: ModelConfig,
+    seed: int | None,
+) -> tuple[dict[str, str], tuple[str, ...]]:  # fmt: skip
     """(stored name of each parameter that is not to be started anew, notes). Raises UserError, see open_weights."""
     source, left_out, notes = _match_trunk(stored, wanted, folder), dict(LEFT_OUT), []
     head = _linear_head(stored, folder, config)
@@ -186,6 +207,8 @@ def _match(
         own = {name: name for name in wanted if name.startswith(f"{part}.") and name not in source}
         if own.keys() & stored.keys():
             source |= own
+        elif own and seed is None:
+            raise UserError(f"{folder}: holds no {what}: train one with gcrm train --model {folder}")
         elif own:
             notes.append(f"holds no {what}: a new one is started")
     missing = [key for key in source.values() if key not in stored]
@@ -279,12 +302,12 @@ def fresh_weights(config: ModelConfig, seed: int) -> Weights:
 # --------------------------------------------------------------------------------------------------------- writing
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and bytes of all tensors, in the order of their names."""
+def fingerprint(state: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, shapes and bytes of all tensors, which come in the order of their names."""
     digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(f"{name}{tuple(state[name].shape)}{state[name].dtype}".encode())
-        digest.update(state[name].contiguous().view(torch.uint8).numpy().data)
+    for name, tensor in state:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -300,15 +323,14 @@ def save_model(
     save_torch_state_dict(held, folder, max_shard_size="5GB")
     if companion:
         save_file(companion, folder / COMPANION, metadata={"format": "pt"})
-    weights = fingerprint(state)
-    goal_metadata = {"fingerprint": weights, "count": str(goal_count), "end_policy": END_POLICY}
-    save_file({"default": goal.float()}, folder / "goal.safetensors", metadata=goal_metadata)
+    weights = fingerprint(sorted(state.items()))
+    write_goals(folder / GOAL_FILE, {DEFAULT: goal}, {DEFAULT: goal_count}, weights)
     gcrm = {
         "head": config.head,
         "projection_size": config.projection_size,
         "end_policy": END_POLICY,
         "fingerprint": weights,
     }
-    (folder / "gcrm.json").write_text(json.dumps(gcrm, indent=2) + "\n")
+    (folder / HEAD_FILE).write_text(json.dumps(gcrm, indent=2) + "\n")
     (folder / "config.json").write_text(json.dumps(huggingface_config(config, tokenizer, dtype), indent=2) + "\n")
     save_tokenizer(tokenizer, folder)

@@ -46,6 +46,14 @@ class TokenizedPair:
     fields: dict[str, Any]
     chosen_cut: bool = False
 
+    @property
+    def name(self) -> str:
+        return f"pair {self.pair_id}"
+
+    @property
+    def sequences(self) -> tuple[np.ndarray, ...]:
+        return self.chosen_ids, self.rejected_ids
+
 
 @dataclass(frozen=True)
 class TokenReport:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gcrm_fast.attention import packed_attention, resolve_backend
-from gcrm_fast.packing import Pack
+from gcrm_fast.packing import Pack, TokenAxis
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,14 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(h, config.num_key_value_heads * d, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * d, h, bias=bias)
 
-    def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], pack: Pack, backend: str) -> Tensor:
+    def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], axis: TokenAxis, backend: str) -> Tensor:
         """Attention output before o_proj, [T, N * D]."""
         q_TND = rotate(self.q_proj(x_TH).unflatten(-1, (-1, self.head_dim)), *rope)
         k_TGD = rotate(self.k_proj(x_TH).unflatten(-1, (-1, self.head_dim)), *rope)
         v_TGD = self.v_proj(x_TH).unflatten(-1, (-1, self.head_dim))
-        k_KGD, v_KGD = (gather_rows(x, pack.kv_index_K, pack.kv_inverse) for x in (k_TGD, v_TGD))
+        k_KGD, v_KGD = (gather_rows(x, axis.kv_index_K, axis.kv_inverse) for x in (k_TGD, v_TGD))
         out_TND = packed_attention(
-            q_TND, k_KGD, v_KGD, pack.cu_seqlens_q, pack.cu_seqlens_k, pack.max_seqlen_q, pack.max_seqlen_k, backend
+            q_TND, k_KGD, v_KGD, axis.cu_seqlens_q, axis.cu_seqlens_k, axis.max_seqlen_q, axis.max_seqlen_k, backend
         )
         return out_TND.flatten(1)
 
@@ -159,15 +159,15 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], pack: Pack, backend: str, prune: bool) -> Tensor:
+    def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], axis: TokenAxis, backend: str, prune: bool) -> Tensor:
         """[T, H] -> [T, H], or [R, H] at the read rows with ``prune``."""
-        return self._again("block", self._forward, x_TH, rope, pack, backend, prune)
+        return self._again("block", self._forward, x_TH, rope, axis, backend, prune)
 
-    def _forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], pack: Pack, backend: str, prune: bool) -> Tensor:
+    def _forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], axis: TokenAxis, backend: str, prune: bool) -> Tensor:
         normed_TH = rms_norm(x_TH, self.input_layernorm.weight, self.eps)
-        attended = self.self_attn(normed_TH, rope, pack, backend)
+        attended = self.self_attn(normed_TH, rope, axis, backend)
         if prune:
-            attended, x_TH = (gather_rows(x, pack.read_rows_R, pack.read_inverse) for x in (attended, x_TH))
+            attended, x_TH = (gather_rows(x, axis.read_rows_R, axis.read_inverse) for x in (attended, x_TH))
         normed_TH, x_TH = rms_norm(
             self.self_attn.o_proj(attended), self.post_attention_layernorm.weight, self.eps, residual_TH=x_TH
         )
@@ -194,15 +194,15 @@ class Llama(nn.Module):
         """Fills the buffer again after ``to_empty``."""
         self.inv_freq.copy_(inverse_frequencies(self.config))
 
-    def forward(self, pack: Pack, attention_backend: str) -> Tensor:
+    def forward(self, axis: TokenAxis, attention_backend: str) -> Tensor:
         """Hidden states after the final norm at the read rows, [R, H]."""
-        x = self.embed_tokens(pack.input_ids_T)
+        x = self.embed_tokens(axis.input_ids_T)
         backend = resolve_backend(attention_backend, x.device, x.dtype)
-        angles = pack.position_ids_T.float().unsqueeze(1) * self.inv_freq
+        angles = axis.position_ids_T.float().unsqueeze(1) * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, pack, backend, prune=i == len(self.layers) - 1)
+            x = layer(x, rope, axis, backend, prune=i == len(self.layers) - 1)
         return rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
 
 
@@ -240,12 +240,18 @@ class LlamaRewardModel(nn.Module):
 
     def forward(self, pack: Pack) -> Output:
         hidden_RH = self.model(pack, self.attention_backend)
-        end_2N = pack.pairs.end_2N
-        # Rewards are differences of nearly equal numbers: the head runs in float32 whatever the trunk's dtype.
-        reward = self.score(upcast(hidden_RH.index_select(0, end_2N.flatten())))
-        z_RD = hidden_RH if self.projection is None else self.projection(hidden_RH)
+        reward = self.rewards(hidden_RH.index_select(0, pack.pairs.end_2N.flatten()))
         # A stack and not a view: FSDP's hooks must own the tensors that leave the module.
-        return Output(torch.stack(reward.squeeze(1).chunk(2)), z_RD)
+        return Output(torch.stack(reward.chunk(2)), self.compared(hidden_RH))
+
+    def rewards(self, hidden_RH: Tensor) -> Tensor:
+        """[R] float32. Rewards are differences of nearly equal numbers: the head runs in float32 whatever the trunk's
+        dtype."""
+        return self.score(upcast(hidden_RH)).squeeze(1)
+
+    def compared(self, hidden_RH: Tensor) -> Tensor:
+        """z [R, D or H], what cosines compare: projected states, or the states themselves."""
+        return hidden_RH if self.projection is None else self.projection(hidden_RH)
 
 
 # --------------------------------------------------------------------------------------------------- initialisation

@@ -1,4 +1,4 @@
-"""From tokenized pairs to packs: one flat token axis, shared prefixes stored once, the rows that a loss reads.
+"""From tokens to packs: one flat token axis, shared prefixes stored once, the rows that a loss or a score reads.
 
 Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples a pair.
 
@@ -11,8 +11,8 @@ cut into packs changes which pairs meet in a step or which positions are sampled
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,37 @@ from gcrm_fast.data import TokenizedPair
 from gcrm_fast.errors import UserError
 
 QUANTILES = 11  # Q-values are read at 0, 10, ..., 100 % of a completion
+
+
+class Member(Protocol):
+    """What groups are made of: token sequences that stay in one pack."""
+
+    @property
+    def name(self) -> str:
+        """How an error calls it."""
+
+    @property
+    def sequences(self) -> tuple[np.ndarray, ...]: ...
+
+
+M = TypeVar("M", bound=Member)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A completion to be scored: token ids of prompt + completion and the index of the first completion token.
+
+    ``index`` is its place in the input.
+    """
+
+    index: int
+    ids: np.ndarray
+    start: int
+    name: str
+
+    @property
+    def sequences(self) -> tuple[np.ndarray, ...]:
+        return (self.ids,)
 
 
 @dataclass(frozen=True)
@@ -54,8 +85,12 @@ class PairRows:
 
 
 @dataclass(frozen=True)
-class Pack:
-    """One micro-batch. All index tensors int64 except cu_seqlens, which are int32."""
+class TokenAxis:
+    """What the trunk computes: packed tokens and the rows that are read of the last layer.
+
+    All index tensors int64 except cu_seqlens, which are int32. The inverse indices are the gathers' backward: None
+    where no gradient is taken.
+    """
 
     input_ids_T: Tensor
     position_ids_T: Tensor
@@ -64,22 +99,37 @@ class Pack:
     max_seqlen_q: int
     max_seqlen_k: int
     kv_index_K: Tensor
-    kv_inverse: InverseIndex
+    kv_inverse: InverseIndex | None
     read_rows_R: Tensor
-    read_inverse: InverseIndex
+    read_inverse: InverseIndex | None
+
+    def to(self, device: torch.device) -> Self:
+        """The same with every tensor on ``device``; does not wait for copies from pinned memory."""
+        return _map(self, Tensor, lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same with every tensor in page-locked memory."""
+        return _map(self, Tensor, Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class ScorePack(TokenAxis):
+    """A pack whose completions are scored. ``rows_of[i]`` are item ``indices[i]``'s completion tokens, or its last
+    token alone, as indices into the read rows."""
+
+    indices: tuple[int, ...]
+    rows_of: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Pack(TokenAxis):
+    """One micro-batch of training."""
+
     pairs: PairRows
 
     @property
     def n_pairs(self) -> int:
         return len(self.pairs.pair_ids)
-
-    def to(self, device: torch.device) -> "Pack":
-        """The pack with every tensor on ``device``; does not wait for copies from pinned memory."""
-        return _map(self, Tensor, lambda x: x.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Pack":
-        """The pack with every tensor in page-locked memory."""
-        return _map(self, Tensor, Tensor.pin_memory)
 
     def __getstate__(self) -> dict[str, Any]:
         # Between processes as arrays: a tensor would take a file descriptor and a shared-memory segment each.
@@ -95,7 +145,7 @@ def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
         return function(value)
     if isinstance(value, (InverseIndex, RowTiles)):
         return type(value)(*(_map(v, kind, function) for v in value))
-    if isinstance(value, (Pack, PairRows)):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: _map(getattr(value, f.name), kind, function) for f in fields(value)})
     return value
 
@@ -189,6 +239,22 @@ class _Layout:
         self.kv.extend(rows)
         return rows
 
+    def axis(self, read_rows: np.ndarray, *, backward: bool) -> TokenAxis:
+        """The axis so far; with ``backward`` with the inverse indices that gradients need."""
+        kv_index = np.concatenate(self.kv)
+        return TokenAxis(
+            input_ids_T=_tensor(np.concatenate(self.ids), np.int64),
+            position_ids_T=_tensor(np.concatenate(self.positions), np.int64),
+            cu_seqlens_q=_tensor(_cumulative(self.q_lens), np.int32),
+            cu_seqlens_k=_tensor(_cumulative([len(r) for r in self.kv]), np.int32),
+            max_seqlen_q=max(self.q_lens),
+            max_seqlen_k=max(len(r) for r in self.kv),
+            kv_index_K=_tensor(kv_index, np.int64),
+            kv_inverse=InverseIndex.of(kv_index, self.tokens) if backward else None,
+            read_rows_R=_tensor(read_rows, np.int64),
+            read_inverse=InverseIndex.of(read_rows, self.tokens) if backward else None,
+        )
+
 
 @dataclass(frozen=True)
 class GroupSize:
@@ -199,12 +265,12 @@ class GroupSize:
     products: int
 
 
-def distinct_sequences(group: Sequence[TokenizedPair]) -> dict[bytes, np.ndarray]:
+def distinct_sequences(group: Sequence[Member]) -> dict[bytes, np.ndarray]:
     """The group's sequences, repeated ones once, in order of appearance."""
-    return {ids.tobytes(): ids for pair in group for ids in (pair.chosen_ids, pair.rejected_ids)}
+    return {ids.tobytes(): ids for member in group for ids in member.sequences}
 
 
-def group_size(group: Sequence[TokenizedPair]) -> GroupSize:
+def group_size(group: Sequence[Member]) -> GroupSize:
     sequences = list(distinct_sequences(group).values())
     prefix = common_prefix(sequences)
     lens = np.array([len(s) for s in sequences])
@@ -233,19 +299,25 @@ def build_pack(
     if not groups:
         layout.add([np.zeros(1, dtype=np.int32)])
     read_rows, pair_rows = _read_rows(pairs, wanted, sampling)
-    kv_index = np.concatenate(layout.kv)
-    return Pack(
-        input_ids_T=_tensor(np.concatenate(layout.ids), np.int64),
-        position_ids_T=_tensor(np.concatenate(layout.positions), np.int64),
-        cu_seqlens_q=_tensor(_cumulative(layout.q_lens), np.int32),
-        cu_seqlens_k=_tensor(_cumulative([len(r) for r in layout.kv]), np.int32),
-        max_seqlen_q=max(layout.q_lens),
-        max_seqlen_k=max(len(r) for r in layout.kv),
-        kv_index_K=_tensor(kv_index, np.int64),
-        kv_inverse=InverseIndex.of(kv_index, layout.tokens),
-        read_rows_R=_tensor(read_rows, np.int64),
-        read_inverse=InverseIndex.of(read_rows, layout.tokens),
-        pairs=pair_rows,
+    return Pack(**vars(layout.axis(read_rows, backward=True)), pairs=pair_rows)
+
+
+def build_score_pack(groups: Sequence[Sequence[Item]], *, per_token: bool) -> ScorePack:
+    """The pack of ``groups``, without what only a backward needs; reads the last token of each item, or with
+    ``per_token`` all its completion tokens."""
+    layout = _Layout()
+    items: list[Item] = []
+    wanted: list[np.ndarray] = []
+    for group in groups:
+        distinct = distinct_sequences(group)
+        rows_of = dict(zip(distinct, layout.add(list(distinct.values())), strict=True))
+        items += group
+        wanted += [rows_of[item.ids.tobytes()][item.start if per_token else -1 :] for item in group]
+    read_rows, index = np.unique(np.concatenate(wanted), return_inverse=True)
+    return ScorePack(
+        **vars(layout.axis(read_rows, backward=False)),
+        indices=tuple(item.index for item in items),
+        rows_of=tuple(np.split(index, np.cumsum([len(rows) for rows in wanted])[:-1])),
     )
 
 
@@ -377,24 +449,22 @@ def epoch_batches(
         yield batch
 
 
-def split_to_budget(group: list[TokenizedPair], budget: Budget) -> list[list[TokenizedPair]]:
-    """The group, halved until each part fits in a pack. Raises UserError where a single pair does not fit."""
+def split_to_budget(group: list[M], budget: Budget) -> list[list[M]]:
+    """The group, halved until each part fits in a pack. Raises UserError where a single member does not fit."""
     size = group_size(group)
     if size.tokens <= budget.tokens and size.keys <= budget.keys:
         return [group]
     if len(group) == 1:
         raise UserError(
-            f"pair {group[0].pair_id} needs {size.tokens} tokens, more than --tokens-per-batch {budget.tokens}: "
-            f"raise --tokens-per-batch or lower --max-length"
+            f"{group[0].name} needs {size.tokens} tokens, more than --tokens-per-batch {budget.tokens}: "
+            f"raise --tokens-per-batch or leave out what is so long"
         )
     half = len(group) // 2
     return split_to_budget(group[:half], budget) + split_to_budget(group[half:], budget)
 
 
-def plan_packs(
-    groups: Sequence[list[TokenizedPair]], budget: Budget, world_size: int
-) -> list[list[list[TokenizedPair]]]:
-    """Cuts a global batch into packs of balanced cost; their number is a multiple of ``world_size``.
+def plan_packs(groups: Sequence[list[M]], budget: Budget, world_size: int) -> list[list[list[M]]]:
+    """Cuts groups into packs of balanced cost; the number of packs is a multiple of ``world_size``.
 
     Pack i belongs to rank i % world_size. With fewer groups than packs some are empty (dummies).
     Longest-processing-time rule: the costliest group first, into the cheapest pack that has room.

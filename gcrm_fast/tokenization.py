@@ -90,6 +90,16 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
+    """Raises UserError where the tokenizer's ids exceed the embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has ids up to {largest}, the model's vocab_size is {vocab_size}: "
+            f"use the tokenizer that belongs to the model"
+        )
+
+
 def choose_pad(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> int:
     """Sets and returns a pad token that is below ``vocab_size`` and never ends a completion (so not eos).
 
@@ -98,13 +108,8 @@ def choose_pad(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) 
     Raises:
         UserError: the tokenizer's ids exceed the embedding, or no token can serve.
     """
+    check_vocabulary(tokenizer, vocab_size, where)
     vocab = tokenizer.get_vocab()
-    largest = max(vocab.values())
-    if largest >= vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer has ids up to {largest}, the model's vocab_size is {vocab_size}: "
-            f"use the tokenizer that belongs to the model"
-        )
     known = (tokenizer.pad_token, "<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "<unk>", tokenizer.bos_token)
     for token in known:
         if token is not None and token in vocab and token != tokenizer.eos_token:

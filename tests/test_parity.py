@@ -145,7 +145,7 @@ def test_round_trip_is_bitwise(changes: dict[str, Any], tmp_path: Path) -> None:
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, state[name]), name
     meta = json.loads((tmp_path / "m" / "gcrm.json").read_text())
-    assert meta["fingerprint"] == checkpoint.fingerprint(state)
+    assert meta["fingerprint"] == checkpoint.fingerprint(sorted(state.items()))
     assert load_file(tmp_path / "m" / "goal.safetensors")["default"].shape == (config.projection_size or 32,)
     assert ("score.weight" in load_file(tmp_path / "m" / "model.safetensors")) == (config.head == "linear")
 

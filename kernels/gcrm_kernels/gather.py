@@ -84,9 +84,11 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _gather.register_autograd(_differentiate, setup_context=_save)
 
 
-def gather_rows(x: Tensor, index: Tensor, inverse: InverseIndex) -> Tensor:
+def gather_rows(x: Tensor, index: Tensor, inverse: InverseIndex | None) -> Tensor:
     """``x[index]`` for x [T, ...] and index [I] int64, with a deterministic backward.
 
-    ``inverse`` is ``InverseIndex.of(index, T)`` on x's device. Differentiable once.
+    ``inverse`` is ``InverseIndex.of(index, T)`` on x's device. Differentiable once; for inference None will do.
     """
+    if inverse is None:
+        return x.index_select(0, index)
     return _gather(x, index, inverse.order, inverse.offsets)
