@@ -7,7 +7,11 @@ from typing import NoReturn
 
 from gcrm_fast import __version__
 
-COMMANDS = {"train": ("gcrm_fast.train", "train a reward model on preference pairs")}  # module with a main(argv)
+COMMANDS = {  # module with a main(argv)
+    "train": ("gcrm_fast.train", "train a reward model on preference pairs"),
+    "export": ("gcrm_fast.export", "write a model as other programs read it"),
+    "serve": ("gcrm_fast.serve", "rewards and Q-values over HTTP"),
+}
 
 
 class _OneLineParser(argparse.ArgumentParser):
