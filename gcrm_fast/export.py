@@ -26,10 +26,9 @@ from gcrm_fast.errors import UserError
 from gcrm_fast.goals import GOAL_FILE, read_counts, read_goals, write_goals
 from gcrm_fast.llama_config import read_config
 from gcrm_fast.model import LlamaRewardModel, ModelConfig
-from gcrm_fast.records import read_completions
+from gcrm_fast.records import COMPLETION_FORMATS, read_completions
 from gcrm_fast.report import table
 from gcrm_fast.scoring import RewardModel
-from gcrm_fast.sources import BadRecords
 from gcrm_fast.tokenization import choose_pad, load_tokenizer
 
 CARD = "README.md"
@@ -70,9 +69,8 @@ def measure(options: ExportOptions) -> Scale:
     """The scale of rewards over the completions of --standardize. Raises UserError where they are all alike."""
     model = RewardModel.from_pretrained(options.model)
     candidates = read_completions(
-        options.standardize, columns=parse_columns(options.columns), tokenizer=model.tokenizer, fields=(),
-        bad=BadRecords(),
-    )  # fmt: skip
+        options.standardize, columns=parse_columns(options.columns, COMPLETION_FORMATS), tokenizer=model.tokenizer
+    )
     encoded = model.encode(
         [c.prompt for c in candidates], [c.completion for c in candidates], [c.cut for c in candidates]
     )

@@ -1,7 +1,7 @@
 """Rewards inside a trainer's process: ``RewardFunction`` is what TRL's ``reward_funcs`` take.
 
-    from gcrm_fast.rewards import RewardFunction
-    GRPOTrainer(..., reward_funcs=RewardFunction("runs/my-run/model"))
+from gcrm_fast.rewards import RewardFunction
+GRPOTrainer(..., reward_funcs=RewardFunction("runs/my-run/model"))
 """
 
 from collections.abc import Collection, Sequence
@@ -78,5 +78,7 @@ class RewardFunction:
         encoded = self.model.encode(prompts, completions, cuts)
         empty = [c.ending == CUT and c.start == len(c.ids) for c in encoded]
         if any(empty):
-            encoded = self.model.encode(prompts, completions, [cut and not e for cut, e in zip(cuts, empty, strict=True)])
+            encoded = self.model.encode(
+                prompts, completions, [cut and not e for cut, e in zip(cuts, empty, strict=True)]
+            )
         return encoded
