@@ -345,7 +345,7 @@ def write_model(
         **(about or {}),
     }
     (folder / HEAD_FILE).write_text(json.dumps(gcrm, indent=2) + "\n")
-    raw = huggingface_config(config, tokenizer, dtype) | (fields or {})
+    raw = {**huggingface_config(config, tokenizer, dtype), **(fields or {})}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     save_tokenizer(tokenizer, folder)
     return weights

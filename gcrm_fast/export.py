@@ -146,7 +146,7 @@ def export(options: ExportOptions) -> None:
 
 
 def _summary(options: ExportOptions, config: ModelConfig, scale: Scale | None) -> list[tuple[str, str]]:
-    rows = [("format", options.format)]
+    rows: list[tuple[str, str]] = [("format", options.format)]
     if scale:
         place = {"openrlhf": "config.json (mean) and gcrm.json", "token-classification": "score.bias and gcrm.json"}
         rows += [

@@ -46,8 +46,8 @@ class RewardFunction:
 
     ``q_weight`` adds that many times the Q-value of the end state, its cosine to the goal state ``goal``: a second
     signal from the same forward. ``ends``: the policy's end tokens; of a trainer that hands over ``completion_ids``
-    (TRL does) a completion that does not end with one was cut by its length limit and is scored as such. Without ``ends``
-    every completion counts as ended. ``name`` is what logs call it.
+    (TRL does) a completion that does not end with one was cut by its length limit and is scored as such. Without
+    ``ends`` every completion counts as ended. ``name`` is what logs call it.
     """
 
     def __init__(
