@@ -119,6 +119,8 @@ class Batcher:
         tokens = 0
         with self._changed:
             while self._jobs and (not batch or tokens + self._jobs[0].tokens <= self.model.budget.tokens):
+                if self._jobs[0].encoded is None and not self._jobs[0].future.done():
+                    break  # came while the others were tokenized
                 batch.append(self._jobs.popleft())
                 tokens += batch[-1].tokens
         self._together([job for job in batch if not job.refused and not job.future.done()], self._judge)
@@ -142,11 +144,12 @@ class Batcher:
 
     def _encode(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            try:
-                job.texts = [as_text(self.model.tokenizer, *pair)
-                             for pair in zip(job.prompts, job.completions, strict=True)]  # fmt: skip
-            except UserError as error:
-                raise Refusal(422, str(error)) from None
+            job.texts = []
+            for i, (prompt, completion) in enumerate(zip(job.prompts, job.completions, strict=True)):
+                try:
+                    job.texts.append(as_text(self.model.tokenizer, prompt, completion))
+                except UserError as error:
+                    raise Refusal(422, f"completion {i}: {error}") from None
         encoded = iter(
             self.model.encode(
                 [prompt for job in jobs for prompt, _ in job.texts],

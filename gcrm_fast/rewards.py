@@ -23,8 +23,19 @@ def as_text(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, completi
     Unlike a record's, a sampled answer may be empty, or go on over several messages.
 
     Raises:
-        UserError: a string with messages, no chat template, or messages that do not suit it.
+        UserError: a string with messages, no chat template, messages that do not suit it, or half a surrogate pair.
     """
+    texts = _rendered(tokenizer, prompt, completion)
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise UserError("the text holds half of a surrogate pair: write the character whole") from None
+    return texts
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, completion: str | Messages
+) -> tuple[str, str]:
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
     if isinstance(prompt, str) or isinstance(completion, str):

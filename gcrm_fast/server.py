@@ -233,8 +233,8 @@ def _split(query: str, prompt: str, pad: str | None) -> tuple[str, str]:
 
 
 def _first(error: RequestValidationError) -> str:
-    """The first of pydantic's complaints in one line. Never with the input, which need not be text that can be sent."""
-    found = error.errors()[0]
+    """One of pydantic's complaints in one line: the first of those that go deepest, since a text has alternatives."""
+    found = max(error.errors(), key=lambda complaint: len(complaint["loc"]))
     if found["type"] == "json_invalid":
         return f"the body is not valid JSON ({found['ctx']['error']}, at {found['loc'][-1]})"
     place = [part for part in found["loc"] if part not in ("body", *UNION)]
