@@ -7,8 +7,10 @@ from typing import NoReturn
 
 from gcrm_fast import __version__
 
-COMMANDS = {  # module with a main(argv)
+COMMANDS = {  # name: (module with a main(argv), what it does)
     "train": ("gcrm_fast.train", "train a reward model on preference pairs"),
+    "score": ("gcrm_fast.score", "rewards of completions, and Q-values of their tokens"),
+    "goals": ("gcrm_fast.build_goals", "a goal state from preferred completions"),
     "export": ("gcrm_fast.export", "write a model as other programs read it"),
     "serve": ("gcrm_fast.serve", "rewards and Q-values over HTTP"),
 }

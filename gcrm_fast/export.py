@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from tyro.conf import Positional
 
 from gcrm_fast import checkpoint
 from gcrm_fast.command_line import exit_code, parse_options
@@ -38,8 +39,8 @@ CARD = "README.md"
 class ExportOptions:
     """Writes a reward model as other programs read it."""
 
-    model: tyro.conf.Positional[str]
-    """The model: a folder or a hub name."""
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Reward model: a folder or a hub name."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """Folder to write; it must not exist."""
     format: Literal["transformers", "openrlhf", "token-classification"] = "transformers"

@@ -8,8 +8,10 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import Positional
 
 from gcrm_fast.command_line import exit_code, parse_options
 from gcrm_fast.errors import UserError
@@ -23,8 +25,8 @@ CONNECTIONS = 4096  # open at a time; more are answered 503
 class ServeOptions:
     """Serves rewards and Q-values over HTTP: POST /get_reward as OpenRLHF asks, POST /score, GET /health."""
 
-    model: tyro.conf.Positional[str]
-    """The model: a folder or a hub name."""
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Reward model: a folder or a hub name."""
     host: str = "127.0.0.1"
     """Address to listen on; by default only programs on this machine can connect."""
     port: int = 8000
@@ -43,8 +45,8 @@ class ServeOptions:
     timeout: float = 60.0
     """Seconds for a request's body to come (else 408), and then for its answer (else 504); and for the requests at hand
     to be answered when the server is told to end."""
-    dtype: str = "auto"
-    """Of the trunk: auto, float32, bfloat16 or float16. auto is bfloat16 on a GPU, else float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the trunk computes in; auto: bfloat16 on a GPU, else float32."""
 
 
 def check(options: ServeOptions) -> None:
@@ -55,8 +57,6 @@ def check(options: ServeOptions) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}, and finite")
     if not 0 <= options.port < 2**16:
         raise UserError(f"--port {options.port}: must be below 65536")
-    if options.dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {options.dtype}: must be auto, float32, bfloat16 or float16")
     for module in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(module) is None:
             raise UserError(f"{module} is not installed: pip install 'gcrm-fast[serve]'")

@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,25 @@ def pairs(make_pair: Callable[..., TokenizedPair]) -> list[TokenizedPair]:
         make_pair(5, 0, 6, 2, prompt_key=3),
         make_pair(6, 3, 20, 17, shared=10, prompt_key=4),
     ]
+
+
+def torchrun(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [*command, str(ROOT / "gcrm_fast" / "train.py"), *arguments],
+        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default run scaled down: problems of one step, enough steps to learn something."""
+    output = tmp_path_factory.mktemp("run") / "small"
+    result = torchrun("--output", str(output), "--arithmetic-steps", "1", "--steps", "250", "--train-pairs", "16000",
+                      "--eval-pairs", "200", "--goal-pairs", "300")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "held-out AUROC" in result.stdout
+    return output
 
 
 def small_config(**changes: object) -> ModelConfig:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -24,14 +24,6 @@ from gcrm_fast.train import locked, main
 
 SPEED = {"pairs_per_s", "tokens_per_s", "padded_equivalent_tokens_per_s", "mfu", "hfu", "data_wait", "peak_memory_gib"}
 TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32"]
-
-
-def torchrun(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*command, str(ROOT / "gcrm_fast" / "train.py"), *arguments],
-        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 class Result(NamedTuple):
@@ -55,17 +47,6 @@ def gcrm(capsys: pytest.CaptureFixture[str]) -> Gcrm:
 
 def rows(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default run scaled down: problems of one step, enough steps to learn something."""
-    output = tmp_path_factory.mktemp("run") / "small"
-    result = torchrun("--output", str(output), "--arithmetic-steps", "1", "--steps", "250", "--train-pairs", "16000",
-                      "--eval-pairs", "200", "--goal-pairs", "300")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "held-out AUROC" in result.stdout
-    return output
 
 
 def test_default_run_learns_what_shortcuts_cannot(finished: Path) -> None:
