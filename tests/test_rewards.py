@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chat import CHATML, LLAMA3, chat_tokenizer
+from chat import CHATML, LLAMA2, chat_tokenizer
 from conftest import small_config, small_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -69,7 +69,7 @@ def test_messages(model: RewardModel) -> None:
         (None, [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}], "chat template"),
         (CHATML, "a", [{"role": "assistant", "content": "b"}], "both"),
         (CHATML, "a", "\ud800", "surrogate"),
-        (LLAMA3, [{"role": "user", "content": "a"}], [{"role": "assistant", "content": 1}], "do not suit"),
+        (LLAMA2, [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}], "must alternate"),
         ("{{ messages | length }}", [{"role": "user", "content": "a"}], [{"role": "x", "content": "b"}], "no start"),
     ],
 )
