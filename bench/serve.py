@@ -164,8 +164,9 @@ def random_model(folder: Path) -> Path:
 
 
 def requests(count: int, per_prompt: int, rng: random.Random) -> tuple[list[str], list[str]]:
-    """Distinct completions of 5 to 40 words; ``per_prompt`` samples of each prompt of 20 words."""
-    prompts = [" ".join(rng.choices(WORDS, k=20)) for _ in range(-(-count // per_prompt))]
+    """Distinct completions of 5 to 40 words; ``per_prompt`` samples of each prompt of 60 words, one after another, as a
+    trainer asks for them."""
+    prompts = [" ".join(rng.choices(WORDS, k=60)) for _ in range(-(-count // per_prompt))]
     completions = [f" {i} " + " ".join(rng.choices(WORDS, k=rng.randint(5, 40))) for i in range(count)]
     return [prompts[i // per_prompt] for i in range(count)], completions
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -41,7 +41,6 @@ class Job:
     future: asyncio.Future[list[Judged]]
     arrived: float
     encoded: list[Completion] | None = None
-    texts: list[tuple[str, str]] = field(default_factory=list)
     refused: bool = False
 
     @property
@@ -143,28 +142,31 @@ class Batcher:
                 self._refuse(jobs[0], Refusal(503, f"the model failed ({type(error).__name__}): see the server's log"))
 
     def _encode(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            job.texts = []
-            for i, (prompt, completion) in enumerate(zip(job.prompts, job.completions, strict=True)):
-                try:
-                    job.texts.append(as_text(self.model.tokenizer, prompt, completion))
-                except UserError as error:
-                    raise Refusal(422, f"completion {i}: {error}") from None
+        texts = [self._texts(job) for job in jobs]
         encoded = iter(
             self.model.encode(
-                [prompt for job in jobs for prompt, _ in job.texts],
-                [completion for job in jobs for _, completion in job.texts],
+                [prompt for of_job in texts for prompt, _ in of_job],
+                [completion for of_job in texts for _, completion in of_job],
                 [cut for job in jobs for cut in job.cuts],
             )
         )
         for job in jobs:
-            job.encoded = [next(encoded) for _ in job.texts]
+            job.encoded = [next(encoded) for _ in job.completions]
             for i, (ids, start, _) in enumerate(job.encoded):
                 if len(ids) > self.model.budget.tokens:
                     raise Refusal(413, f"completion {i}: {len(ids)} tokens with its prompt, at most "
                                        f"{self.model.budget.tokens} are computed at a time")  # fmt: skip
                 if start == len(ids):
                     raise Refusal(422, f"completion {i}: is cut and has no token")
+
+    def _texts(self, job: Job) -> list[tuple[str, str]]:
+        texts = []
+        for i, (prompt, completion) in enumerate(zip(job.prompts, job.completions, strict=True)):
+            try:
+                texts.append(as_text(self.model.tokenizer, prompt, completion))
+            except UserError as error:
+                raise Refusal(422, f"completion {i}: {error}") from None
+        return texts
 
     def _judge(self, jobs: Sequence[Job]) -> None:
         judged = iter(self.model.judge([c for job in jobs for c in job.encoded or ()], goals_GD=self.goals_GD))

@@ -6,6 +6,7 @@ A saved model is a ``LlamaForSequenceClassification`` folder (one label) plus
     gcrm.json            which head, projection size, end-token policy, weights fingerprint
     gcrm.safetensors     projection and MLP head, where there are any: what the transformers class cannot hold
     goal.safetensors     the default goal state (see goals.py)
+    README.md            the model card, of a run (see model_card.py)
 """
 
 import hashlib

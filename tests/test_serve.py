@@ -1,9 +1,12 @@
 """gcrm serve over real connections: what it answers, what it refuses, and what it survives."""
 
+import asyncio
 import contextlib
 import http.client
+import importlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -399,7 +402,26 @@ def test_requests_at_hand_are_answered_before_the_end(model: RewardModel, monkey
         assert [f.result().status for f in held] == [200] * 4
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------- the benchmark and the command
+
+
+def test_the_benchmark_sees_answers_that_are_not_right(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    bench = importlib.import_module("serve")
+    texts = [f" {i}" for i in range(40)]
+    bodies = [bench.body_of("hello?", text) for text in texts]
+    expected = model.score(["hello?"] * len(texts), texts)
+    with running(model, max_body=2**20) as found:
+        right = asyncio.run(bench.ask_all(found.port, bodies, expected, 8))
+        assert (right.wrong, np.isnan(right.latencies).sum()) == (0, 0)
+        assert asyncio.run(bench.ask_all(found.port, bodies, expected + 1, 8)).wrong == len(texts)
+        assert asyncio.run(bench.malformed(found.port)) == []
+        asyncio.run(bench.hang_up(found.port, bodies, random.Random(0)))
+        assert found.idle()
+        monkeypatch.setattr(bench, "MALFORMED", (bodies[0],))
+        assert len(asyncio.run(bench.malformed(found.port))) == 1
+    for name in ("serve", "measure"):
+        sys.modules.pop(name)
 
 
 @pytest.mark.parametrize(
