@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 WITH_BENCH := .venv/.bench
 
-.PHONY: help setup train test lint mutants bench gpu clean
+.PHONY: help setup train test lint mutants torture bench gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -37,8 +37,12 @@ $(WITH_BENCH): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
 
-bench: $(WITH_BENCH)  ## training step and contrastive loss, side by side with what people run
+torture: $(INSTALLED)  ## kill and starve training runs, some twenty minutes
+	$(BIN)/python -m pytest tests/torture.py $(ARGS)
+
+bench: $(WITH_BENCH)  ## training step, scoring and contrastive loss, side by side with what people run
 	$(BIN)/python bench/train_step.py $(ARGS)
+	$(BIN)/python bench/scoring.py $(ARGS)
 	$(BIN)/python bench/contrastive_loss.py $(ARGS)
 
 # No set-up and no download: the machine's own torch is what is measured. WHEELS=FOLDER holds packages that it lacks.

@@ -24,8 +24,8 @@ from gcrm_fast.config import TrainConfig
 from gcrm_fast.data import TokenizedPair, train_tokenizer
 from gcrm_fast.model import ModelConfig, initial_value
 from gcrm_fast.objectives import Objective, ranking_loss
+from gcrm_fast.optimizer import Updater
 from gcrm_fast.packing import Sampling, draw_samples
-from gcrm_fast.train import clip_gradients, optimizer_and_schedule
 
 SCHEDULE_STEPS = 1_000_000  # so many that the learning rate does not change
 
@@ -89,8 +89,8 @@ class Padded:
     ) -> None:  # fmt: skip
         self.model, self.attention = classifier(config, options.seed, dtype, device)
         self.model.train()
-        self.optimizer, self.schedule = optimizer_and_schedule(self.model, options, SCHEDULE_STEPS)
-        self.objective, self.sampling, self.clip = objective, sampling, options.clip
+        self.updater = Updater(self.model, options, SCHEDULE_STEPS, device)
+        self.objective, self.sampling = objective, sampling
         self.device, self.dtype = device, dtype
 
     def checkpointing(self, on: bool) -> None:
@@ -127,16 +127,16 @@ class Padded:
         ranking_N = ranking_loss(reward_2N, margin_N.to(device))
         return (ranking_N + self.objective.contrastive_weight * contrastive_N).sum()
 
-    def accumulate(self, pairs: Sequence[TokenizedPair], size: int, bucketed: bool) -> None:
+    def accumulate(self, pairs: Sequence[TokenizedPair], size: int, bucketed: bool) -> Tensor:
+        total = torch.zeros((), device=self.device)
         for micro_batch in cut(pairs, size, bucketed):
-            (self.loss(micro_batch) / len(pairs)).backward()
+            loss = self.loss(micro_batch) / len(pairs)
+            loss.backward()
+            total += loss.detach()
+        return total
 
     def step(self, pairs: Sequence[TokenizedPair], size: int, bucketed: bool) -> None:
-        self.accumulate(pairs, size, bucketed)
-        clip_gradients(self.model, self.clip)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
+        self.updater.update(0, self.accumulate(pairs, size, bucketed))
 
 
 # ------------------------------------------------------------------------------------------------------------- TRL
@@ -191,17 +191,19 @@ def trl_trainer(
     rows = [{"chosen_ids": p.chosen_ids.tolist(), "rejected_ids": p.rejected_ids.tolist()} for p in pairs]
     checkpointing = {} if as_shipped else {"gradient_checkpointing": False}
     padded.checkpointing(False)
+    optimizer = padded.updater.optimizer
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     with tempfile.TemporaryDirectory() as folder, renamed_options():
         options = RewardConfig(
             output_dir=folder, per_device_train_batch_size=min(size, len(batches[0])),
             gradient_accumulation_steps=max(len(batches[0]) // size, 1), max_steps=len(batches),
-            max_grad_norm=padded.clip, bf16=padded.dtype == torch.bfloat16, use_cpu=padded.device.type == "cpu",
+            max_grad_norm=padded.updater.clip, bf16=padded.dtype == torch.bfloat16, use_cpu=padded.device.type == "cpu",
             dataloader_pin_memory=padded.device.type == "cuda", disable_tqdm=True, report_to=[],
             logging_strategy="no", save_strategy="no", eval_strategy="no", **checkpointing,
         )  # fmt: skip
         trainer = RewardTrainer(
             padded.model, options, train_dataset=datasets.Dataset.from_list(rows), callbacks=[clock],
-            processing_class=train_tokenizer(["text"], 259), optimizers=(padded.optimizer, padded.schedule),
+            processing_class=train_tokenizer(["text"], 259), optimizers=(optimizer, schedule),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)

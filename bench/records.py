@@ -66,28 +66,36 @@ def sampled(name: str, count: int, seed: int) -> list[TokenizedPair]:
     return [pairs[i] for i in rng.permutation(count)]
 
 
-def completions(prompts: int, each: int, seed: int = 0) -> list[Completion]:
-    """``each`` completions of each of ``prompts`` random GSM8K questions, all in random order."""
+def completions(name: str, prompts: int, each: int, seed: int = 0) -> list[Completion]:
+    """``each`` completions of each of ``prompts`` random prompts of ``name``, all in random order: answers to GSM8K
+    questions where GCRM_DATA has them; else, and for HH, which has two a prompt, lengths from LENGTHS."""
     rng = np.random.default_rng(seed)
     folder = os.environ.get("GCRM_DATA")
-    if folder:
-        by_prompt: dict[str, list[Candidate]] = {}
-        for candidate in _read_samples(Path(folder)):
-            by_prompt.setdefault(candidate.prompt, []).append(candidate)
-        enough = [of for of in by_prompt.values() if len(of) >= each]
-        of_prompts = [enough[i] for i in rng.permutation(len(enough))[:prompts]]
-        chosen = [of[i] for of in of_prompts for i in rng.permutation(len(of))[:each]]
-        texts = [c.prompt for c in chosen], [c.completion for c in chosen]
-        encoded = encode_completions(_tokenizer(Path(folder)), *texts)
+    if folder and name == "gsm8k_pairs":
+        encoded = _answers(Path(folder), prompts, each, rng)
     else:
-        lengths = LENGTHS[DATA[0]]
-        encoded = []
-        for p in range(prompts):
-            head = np.r_[BOS, rng.integers(FIRST, VOCABULARY, size=lengths[p % len(lengths)][0] - 1)]
-            for k in rng.integers(len(lengths), size=each):
-                answer = np.r_[rng.integers(FIRST, VOCABULARY, size=lengths[k][rng.integers(1, 3)] - 1), EOS]
-                encoded.append(Completion(np.r_[head, answer].astype(np.int32), len(head), OWN_END))
+        encoded = _drawn(name, prompts, each, rng)
     return [encoded[i] for i in rng.permutation(len(encoded))]
+
+
+def _answers(folder: Path, prompts: int, each: int, rng: np.random.Generator) -> list[Completion]:
+    by_prompt: dict[str, list[Candidate]] = {}
+    for candidate in _read_samples(folder):
+        by_prompt.setdefault(candidate.prompt, []).append(candidate)
+    enough = [of_prompt for of_prompt in by_prompt.values() if len(of_prompt) >= each]
+    of_prompts = [enough[i] for i in rng.permutation(len(enough))[:prompts]]
+    chosen = [of_prompt[i] for of_prompt in of_prompts for i in rng.permutation(len(of_prompt))[:each]]
+    return encode_completions(_tokenizer(folder), [c.prompt for c in chosen], [c.completion for c in chosen])
+
+
+def _drawn(name: str, prompts: int, each: int, rng: np.random.Generator) -> list[Completion]:
+    lengths, encoded = LENGTHS[name], []
+    for p in rng.integers(len(lengths), size=prompts):
+        head = np.r_[BOS, rng.integers(FIRST, VOCABULARY, size=lengths[p][0] - 1)]
+        for k in rng.integers(len(lengths), size=each):
+            answer = np.r_[rng.integers(FIRST, VOCABULARY, size=lengths[k][rng.integers(1, 3)] - 1), EOS]
+            encoded.append(Completion(np.r_[head, answer].astype(np.int32), len(head), OWN_END))
+    return encoded
 
 
 def random_pair(pair_id: int, prompt_key: int, prompt: int, chosen: int, rejected: int, seed: int = 0) -> TokenizedPair:

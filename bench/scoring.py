@@ -6,10 +6,12 @@
     padded, sorted  the same with all completions sorted by length first, longest batch first, at its best batch size
     ours            RewardModel.judge: packs without padding, each prompt once, the last layer's tail at end rows only
 
-for 1, 8 and 50 completions a prompt, in random order, of the lengths of GSM8K answers (real text with GCRM_DATA). The
-same token ids, weights and dtype for all; tokenization is left out for all, packing and padding are not. Rewards are
-compared first, in float32 and in the dtype that is timed: where they differ, nothing is timed. Contestants take turns.
-completions/s is of the median time, with the 10th and 90th percentile beside it; peak memory is beyond the weights.
+for 1, 8 and 50 completions a prompt, in random order, of the lengths of GSM8K answers (real text with GCRM_DATA) and of
+HH dialogues. The same token ids, weights and dtype for all; tokenization is left out for all, packing and padding are
+not. Rewards are compared first, in float32 and in the dtype that is timed: where they differ, nothing is timed.
+Contestants take turns. completions/s is of the median time, with the 10th and 90th percentile beside it; "least work"
+is how much faster counting tokens alone would make ours than a padded model without any padding; peak memory is beyond
+the weights.
 """
 
 import argparse
@@ -38,8 +40,8 @@ import matplotlib.pyplot as plt
 EACH = (1, 8, 50)  # completions a prompt
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # of which the padded ones may choose their best
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the rewards, in their standard deviations
-COLUMNS = ("a prompt", "method", "batch", "completions/s", "p10", "p90", "x padded", "x sorted", "tokens/s",
-           "computed/completion", "peak MB")  # fmt: skip
+COLUMNS = ("data", "a prompt", "method", "batch", "completions/s", "p10", "p90", "x padded", "x sorted", "least work",
+           "tokens/s", "computed/completion", "peak MB")  # fmt: skip
 PADDED, SORTED, OURS = "padded", "padded, sorted", "ours"
 SEED = 0
 
@@ -126,8 +128,8 @@ def best_batch(
 
 
 def race(
-    theirs: LlamaForSequenceClassification, ours: RewardModel, each: int, encoded: Sequence[Completion],
-    device: torch.device, seconds: float,
+    theirs: LlamaForSequenceClassification, ours: RewardModel, encoded: Sequence[Completion], device: torch.device,
+    seconds: float,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each contestant."""
     our_rewards(ours, encoded)
@@ -144,9 +146,10 @@ def race(
     for name, row in rows.items():
         median, low, high = taken[name]
         row |= {
-            "a prompt": each, "method": name, "completions/s": 1000 * count / median, "p10": 1000 * count / high,
+            "method": name, "completions/s": 1000 * count / median, "p10": 1000 * count / high,
             "p90": 1000 * count / low, "x padded": taken[PADDED][0] / median, "x sorted": taken[SORTED][0] / median,
-            "tokens/s": 1000 * tokens / median, "computed/completion": row.pop("computed") / count,
+            "tokens/s": 1000 * tokens / median, "least work": tokens / row["computed"],
+            "computed/completion": row.pop("computed") / count,
             "peak MB": measure.peak_memory(functions[name], device) / 2**20, "completions": count,
         }  # fmt: skip
     return list(rows.values())
@@ -154,21 +157,21 @@ def race(
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
     return "; ".join(
-        f"{row['a prompt']} a prompt: {row['completions/s']:.1f} completions/s, {row['x padded']:.1f} times padded, "
-        f"{row['x sorted']:.1f} times padded and sorted"
+        f"{row['data']}, {row['a prompt']} a prompt: {row['completions/s']:.1f} completions/s, "
+        f"{row['x padded']:.1f} times padded, {row['x sorted']:.1f} times padded and sorted"
         for row in rows if row["method"] == OURS
     )  # fmt: skip
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str, title: str) -> None:
-    """Bars of completions/s, a group for each number of completions a prompt."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    groups = list(dict.fromkeys(row["a prompt"] for row in rows))
+    """Bars of completions/s, a group for each data set and number of completions a prompt."""
+    figure, axes = plt.subplots(figsize=(11, 4), layout="constrained")
+    groups = list(dict.fromkeys(f"{row['data']}\n{row['a prompt']} a prompt" for row in rows))
     for i, method in enumerate((PADDED, SORTED, OURS)):
         values = [row["completions/s"] for row in rows if row["method"] == method]
         bars = axes.bar([k + 0.27 * (i - 1) for k in range(len(groups))], values, 0.25, label=method)
         axes.bar_label(bars, fmt="%.3g", fontsize=8)
-    axes.set(xticks=range(len(groups)), xticklabels=[f"{each} a prompt" for each in groups], ylabel="completions/s")
+    axes.set(xticks=range(len(groups)), xticklabels=groups, ylabel="completions/s")
     axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
@@ -180,15 +183,17 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, help="default: 1b on CUDA, else tiny")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--data", nargs="+", choices=records.DATA, default=records.DATA, help="default: both")
     parser.add_argument("--completions", type=int, help="about how many are scored; default: 200, 4000 on CUDA")
     parser.add_argument("--tokens-per-batch", type=int, default=16384, help="of ours, default: RewardModel's")
     parser.add_argument("--seconds", type=float, help="for each contestant; default: 20")
-    parser.add_argument("--quick", action="store_true", help="100 completions (1000 on CUDA), as few runs as count")
+    parser.add_argument("--quick", action="store_true", help="48 completions (2000 on CUDA), as few runs as count")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     options.model = options.model or ("1b" if cuda else "tiny")
     options.dtype = options.dtype or ("bfloat16" if cuda else "float32")
-    options.completions = options.completions or (100 if options.quick else 200) * (20 if cuda else 1)
+    options.completions = options.completions or ((2000 if options.quick else 4000) if cuda else
+                                                  (48 if options.quick else 200))  # fmt: skip
     options.seconds = options.seconds or (0.0 if options.quick else 20.0)
     return options
 
@@ -202,7 +207,8 @@ def main() -> None:
     about = {"model": options.model, "dtype": options.dtype, "records": records.source(),
              "tokens a pack": options.tokens_per_batch}  # fmt: skip
     print(", ".join(f"{k} {v}" for k, v in {**where, **about}.items()), flush=True)
-    encoded = {each: records.completions(max(options.completions // each, 2), each, SEED) for each in EACH}
+    encoded = {(name, each): records.completions(name, max(options.completions // each, 1), each, SEED)
+               for name in options.data for each in EACH}  # fmt: skip
     for kind in dict.fromkeys((torch.float32, dtype)):
         theirs = padded_model(config, kind, device)
         ours = our_model(config, kind, device, options.tokens_per_batch)
@@ -210,8 +216,8 @@ def main() -> None:
             print("the rewards differ: nothing is timed", file=sys.stderr)
             sys.exit(1)
     rows = []
-    for each, some in encoded.items():
-        rows += race(theirs, ours, each, some, device, options.seconds)
+    for (name, each), some in encoded.items():
+        rows += [{"data": name, "a prompt": each} | row for row in race(theirs, ours, some, device, options.seconds)]
         print(measure.table(rows[-3:], COLUMNS), flush=True)
     stem = measure.record(f"scoring-{options.model}-{options.dtype}", [{**row, **about} for row in rows], where)
     plot(rows, f"{stem}.png", f"{options.model}, {options.dtype}, {where['device']}, {where['date']}")

@@ -48,6 +48,7 @@ from gcrm_fast import accounting, checkpoint, model, objectives, packing, parall
 from gcrm_fast.config import TrainConfig
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.model import LlamaRewardModel, ModelConfig
+from gcrm_fast.optimizer import Updater, cast_weights
 from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs
 
 matplotlib.use("Agg")
@@ -145,15 +146,15 @@ class Ours:
                  device: torch.device) -> None:  # fmt: skip
         with torch.device("meta"):
             self.model = LlamaRewardModel(config, options.attention)
-        train.cast_weights(self.model, options.optimizer)
+        cast_weights(self.model, options.optimizer)
         if options.compile:
             self.model.compile_blocks()
         parallel.shard(self.model, mesh, dtype)
         parallel.materialize(self.model, mesh, device, checkpoint.fresh_weights(config, options.seed).rows)
-        self.optimizer, self.schedule = train.optimizer_and_schedule(self.model, options, padded.SCHEDULE_STEPS)
+        self.updater = Updater(self.model, options, padded.SCHEDULE_STEPS, device)
         self.objective, self.sampling = prepare.objective_of(options), sampling_of(options)
         self.budget = Budget(options.tokens_per_batch, config.hidden_size)
-        self.clip, self.device = options.clip, device
+        self.device = device
 
     def packs(self, batch: Groups, without: str = "") -> list[Pack]:
         """The trainer's packs of a global batch, or those without a lever of LEVERS that decides over them."""
@@ -178,11 +179,7 @@ class Ours:
             return train.accumulate(self.model, packs, n_pairs, self.objective, self.device)
 
     def step(self, packs: list[Pack], n_pairs: int, without: str = "") -> None:
-        self.accumulate(packs, n_pairs, without)
-        train.clip_gradients(self.model, self.clip)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
+        self.updater.update(0, self.accumulate(packs, n_pairs, without)[0])
 
 
 def no_change() -> contextlib.AbstractContextManager[None]:

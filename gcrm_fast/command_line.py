@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 from tyro.conf import Positional
 
-from gcrm_fast.errors import UserError
+from gcrm_fast.errors import RankError, UserError
 
 T = TypeVar("T")
 
@@ -88,7 +88,9 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
         if isinstance(error, OSError) and error.filename is None:
             raise
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if isinstance(error, RankError):
+            message = f"rank {os.environ.get('RANK', '0')}: {error}"
+        if isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{prog}: {message}", file=sys.stderr, flush=True)
         return 2
     return 0

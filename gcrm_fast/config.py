@@ -134,10 +134,22 @@ class TrainConfig:
     eager."""
     seed: int = 0
     """Seed of weights, order, samples and generated data."""
+    deterministic: bool = False
+    """Deterministic kernels on a GPU, so that a resumed run gives the same bits; on the CPU they always are."""
+    max_skipped: int = 20
+    """Most updates in a row that are left out for a loss or gradient that is not finite; more end the run."""
+
+    # ---- processes
+    replicas: int = 1
+    """Copies of the sharded model (HSDP): each is sharded over processes / replicas, e.g. one copy a node."""
+    reshard_after_forward: bool = True
+    """Drop the gathered weights of a block after its forward; no: keep them for the backward, faster and larger."""
+    timeout: float = 600.0
+    """Seconds after which a process that waits for the others gives up."""
 
     # ---- output
     output: str = ""
-    """Folder of the run. Empty: runs/<name from the configuration>."""
+    """Folder of the run, seen by all processes. Empty: runs/<name from the configuration>."""
     overwrite: bool = False
     """Replace a finished model in the output folder."""
     log_every: int = 10
@@ -146,6 +158,18 @@ class TrainConfig:
     """Steps between evaluations; 0: eight times a run. There is always one before the first and after the last step."""
     goal_pairs: int = 2048
     """Training pairs whose preferred end states are averaged into the saved goal state; 0 is all."""
+    save_every: int = 0
+    """Steps between checkpoints, from which a run that was ended goes on; 0: eight times a run."""
+    keep: int = 2
+    """How many of the newest checkpoints stay; 0 writes none. A finished run removes them."""
+    keep_best: Literal["", "eval/auroc", "eval/auroc_q", "eval/accuracy"] = ""
+    """Also saves at every evaluation and keeps the checkpoint with the greatest value, whose model the finished run
+    leaves in the folder model_best."""
+    resume: str = "auto"
+    """auto: goes on from the newest complete checkpoint in the output folder, if there is one; never: starts anew and
+    removes them; or the folder of a checkpoint."""
+    resume_force: bool = False
+    """Go on although data or options are others than those of the checkpoint."""
     dry_run: bool = False
     """Print lengths, drops, packs, steps and predicted memory; train nothing."""
 
@@ -253,14 +277,14 @@ def check(config: TrainConfig) -> None:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {getattr(config, name)}: must be {what}")
 
-    for name in ("global_batch_pairs", "group_prompts", "tokens_per_batch", "samples", "log_every", "arithmetic_steps",
-                 "hidden_size", "layers", "heads", "kv_heads", "intermediate_size"):  # fmt: skip
+    for name in ("global_batch_pairs", "group_prompts", "replicas", "tokens_per_batch", "samples", "log_every",
+                 "arithmetic_steps", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size"):  # fmt: skip
         need(getattr(config, name) >= 1, name, "at least 1")
-    for name in ("train_pairs", "eval_pairs", "steps", "eval_every", "goal_pairs", "projection_size", "lr",
-                 "contrastive_weight", "weight_decay", "seed",
+    for name in ("train_pairs", "eval_pairs", "steps", "eval_every", "save_every", "keep", "max_skipped", "goal_pairs",
+                 "projection_size", "lr", "contrastive_weight", "weight_decay", "seed",
                  "pairs_per_prompt"):  # fmt: skip
         need(0 <= getattr(config, name) < float("inf"), name, "0 or more, and finite")
-    for name in ("epochs", "temperature", "clip"):
+    for name in ("epochs", "temperature", "clip", "timeout"):
         need(0 < getattr(config, name) < float("inf"), name, "more than 0, and finite")
     need(config.workers >= -1, "workers", "-1 or more")
     if config.optimizer != "adamw":
@@ -274,6 +298,13 @@ def check(config: TrainConfig) -> None:
     need(0 < config.beta2 < 1, "beta2", "in (0, 1)")
     need(config.seed < 2**31, "seed", "below 2^31")
     need(bool(config.cache), "cache", "a folder, auto or none")
+    need(bool(config.resume), "resume", "auto, never or the folder of a checkpoint")
+    need(
+        not config.keep_best or (bool(config.eval_data) or config.data == (ARITHMETIC,)),
+        "keep_best",
+        "left out where there is no --eval-data",
+    )
+    need(not config.keep_best or config.keep > 0, "keep", "1 or more with --keep-best")
     for name, value in dataclasses.asdict(config).items():
         if any("\0" in v for v in (value if isinstance(value, tuple) else [value]) if isinstance(v, str)):
             raise UserError(f"option {name!r} holds a NUL character: no file has such a name")

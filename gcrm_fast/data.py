@@ -45,6 +45,7 @@ class TokenizedPair:
     prompt_key: int
     fields: dict[str, Any]
     chosen_cut: bool = False
+    where: str = ""  # 'source:line'
 
     @property
     def name(self) -> str:
@@ -58,6 +59,8 @@ class TokenizedPair:
 @dataclass(frozen=True)
 class TokenReport:
     """Lengths and ends of the completions kept, and what became of pairs over the length limit."""
+
+    key: str  # of the text and the tokenizer, see cache_key
 
     dropped: int
     shortened: int  # prompts cut at the left
@@ -276,8 +279,9 @@ def tokenize_pairs(
     bad = bad or BadRecords()
     cache = cache or TokenCache(None)
     first_process = os.environ.get("LOCAL_RANK", "0") == "0"
+    cache_name = cache_key(tokenizer, pairs)
     encoded = cache.get(
-        cache_key(tokenizer, pairs),
+        cache_name,
         lambda: encode_pairs(tokenizer, pairs, progress=cache.holds_lock or first_process),
     )
     sequences = np.split(encoded["ids"], np.cumsum(encoded["lengths"])[:-1])
@@ -309,7 +313,7 @@ def tokenize_pairs(
             shortened += 1
             ids, starts = shorter, (starts[0] - longest + max_length, starts[1] - longest + max_length)
         key = prompt_keys.setdefault(pair.prompt, len(prompt_keys))
-        kept.append(TokenizedPair(i, *ids, *starts, pair.margin, key, pair.fields, pair.chosen_cut))
+        kept.append(TokenizedPair(i, *ids, *starts, pair.margin, key, pair.fields, pair.chosen_cut, pair.where))
         endings += encoded["endings"][2 * i : 2 * i + 2].tolist()
     if not kept and dropped:
         raise UserError(f"all {dropped} pairs are longer than --max-length {max_length} tokens: raise it")
@@ -317,6 +321,7 @@ def tokenize_pairs(
         raise UserError(f"every pair is bad; the first: {bad.skipped[-len(pairs)]}")
     sides = [(p.chosen_ids, p.chosen_start) for p in kept] + [(p.rejected_ids, p.rejected_start) for p in kept]
     return kept, TokenReport(
+        key=cache_name,
         dropped=dropped,
         shortened=shortened,
         own_end=endings.count(OWN_END),

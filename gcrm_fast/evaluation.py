@@ -49,13 +49,19 @@ def _packs(
 def goal_state(
     model: nn.Module, pairs: Sequence[TokenizedPair], budget: Budget, sampling: Sampling, device: torch.device
 ) -> Tensor:
-    """Mean of z at the last token of the preferred completions, [D] float32, on the device of the model (GCRM, 4.2)."""
+    """Mean of z at the last token of the preferred completions, [D] float32, on the device of the model (GCRM, 4.2).
+
+    Raises:
+        UserError: it is not finite.
+    """
     total: Tensor | None = None
     for pack in _packs(pairs, budget, sampling, device, quantiles=False):
         z_ND = model(pack).z_RD.index_select(0, pack.pairs.end_2N[0]).double()
         total = z_ND.sum(0) if total is None else total + z_ND.sum(0)
     assert total is not None
     dist.all_reduce(total)
+    if not total.isfinite().all():
+        raise UserError("hidden states are not finite: lower --lr, or mend --model's weights")
     return (total / len(pairs)).float()
 
 

@@ -1,10 +1,7 @@
 """The packs of each step, built ahead of it by worker processes."""
 
 import multiprocessing
-import os
 import signal
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from gcrm_fast.data import TokenizedPair
+from gcrm_fast.interrupts import STOPPING, end_with_the_parent
 from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs
 
 AHEAD = 4  # steps that a worker may be ahead of the training process
@@ -45,14 +43,18 @@ class Steps(Dataset[Step]):
     def per_epoch(self) -> int:
         return -(-len(self.pairs) // self.global_batch_pairs)
 
-    def __getitem__(self, step: int) -> Step:
+    def groups(self, step: int) -> tuple[int, list[list[TokenizedPair]]]:
+        """Epoch and global batch of a step: groups of pairs of one prompt."""
         epoch, position = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             batches = epoch_batches(
                 self._prompt_keys, self.global_batch_pairs, self.group_prompts, self.sampling.seed, epoch
             )
             self._epoch, self._batches = epoch, list(batches)
-        groups = [[self.pairs[i] for i in group] for group in self._batches[position]]
+        return epoch, [[self.pairs[i] for i in group] for group in self._batches[position]]
+
+    def __getitem__(self, step: int) -> Step:
+        epoch, groups = self.groups(step)
         plan = plan_packs(groups, self.budget, self.world_size)[self.rank :: self.world_size]
         return Step(sum(map(len, groups)), [build_pack(part, self.sampling, epoch) for part in plan])
 
@@ -71,20 +73,14 @@ def load(steps: Steps, first: int, end: int, workers: int, device: torch.device)
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
         multiprocessing_context=fork if workers else None,
-        worker_init_fn=_end_with_the_parent,
+        worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=device.type == "cuda",
     )
     return iter(loader)
 
 
-def _end_with_the_parent(worker: int) -> None:
-    """An interrupt is the parent's to handle; a parent that was killed takes its workers along."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)  # also where the worker is blocked on a pipe that nobody reads
-
-    threading.Thread(target=watch, daemon=True).start()
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """torchrun sends them to all processes of a rank; a parent that was killed takes its workers along."""
+    for number in (*STOPPING, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_the_parent()

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,39 +16,51 @@ from gcrm_fast.model import LlamaRewardModel
 
 
 @contextmanager
-def process_group() -> Iterator[tuple[DeviceMesh, torch.device]]:
-    """The default process group (nccl on CUDA, else gloo), as a one-dimensional mesh, and this rank's device.
+def process_group(*, replicas: int = 1, timeout: float = 600.0) -> Iterator[tuple[DeviceMesh, torch.device]]:
+    """The default process group (nccl on CUDA, else gloo), as a mesh, and this rank's device.
 
-    Works under torchrun, and by itself as a group of one.
+    The mesh has one dimension, or with ``replicas`` two: copies of the model, and the processes that share a copy.
+    Works under torchrun, and by itself as a group of one. ``timeout``: of a collective, in seconds.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
+    limit = timedelta(seconds=timeout)
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        # torchrun's store outlives a restart of the workers: without a prefix they find the addresses of dead ones.
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
     try:
-        yield init_device_mesh(device.type, (dist.get_world_size(),)), device
+        world = dist.get_world_size()
+        shape, names = (
+            ((world,), ("shard",)) if replicas == 1 else ((replicas, world // replicas), ("replicate", "shard"))
+        )
+        yield init_device_mesh(device.type, shape, mesh_dim_names=names), device
     finally:
         dist.destroy_process_group()
 
 
-def shard(model: LlamaRewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def shard(
+    model: LlamaRewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype, *, reshard_after_forward: bool = True
+) -> None:
     """FSDP2: one unit a block, the reward head in float32, the rest in the root. Parameters stay float32 (master)."""
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     fully_shard(model.score, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def local_rows(rows: int, mesh: DeviceMesh) -> slice:
     """The rows of a [rows, ...] parameter that this rank holds: FSDP2 cuts as torch.chunk does."""
-    chunk = -(-rows // mesh.size())
-    start = min(mesh.get_local_rank() * chunk, rows)
+    shards = mesh["shard"]
+    chunk = -(-rows // shards.size())
+    start = min(shards.get_local_rank() * chunk, rows)
     return slice(start, min(start + chunk, rows))
 
 

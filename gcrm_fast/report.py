@@ -1,9 +1,10 @@
 """What a run leaves for people: metrics.jsonl, TensorBoard scalars, curves.png and the closing table."""
 
+import contextlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +15,75 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from gcrm_fast.errors import UserError
+
 
 class MetricsLog:
-    """Rows of numbers to ``metrics.jsonl`` (one object a row, always with ``step``) and to TensorBoard."""
+    """Rows of ``metrics.jsonl`` (one object a row, always with ``step``), and their numbers to TensorBoard.
 
-    def __init__(self, folder: Path) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._file = (folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)  # an earlier, unfinished or overwritten run's
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+    Attributes:
+        rows: what the file holds; values that are not finite are NaN here and null there, since JSON has no NaN.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Goes on after ``step``: rows of later steps, of a run that was ended, are removed; all of them for step 0.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        self.path = folder / "metrics.jsonl"
+        lines = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []
+        # The last line of a run that was killed can be cut short; it is later than any checkpoint.
+        whole = [line for line in lines if line.endswith("}")]
+        self.rows: list[dict[str, Any]] = [
+            {k: math.nan if v is None else v for k, v in row.items()}
+            for row in map(json.loads, whole)
+            if row["step"] <= step
+        ]
+        with self._writing():
+            partial = self.path.with_name("metrics.jsonl.partial")
+            partial.write_text("".join(map(_line, self.rows)), encoding="utf-8")
+            partial.replace(self.path)
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+            if not step:  # an earlier, unfinished or overwritten run's
+                shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds a row of numbers. Raises UserError where it cannot be written."""
+        self.note(step, values)
+        with self._writing():
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def note(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a row of any values, which TensorBoard does not show. Raises UserError where it cannot be written."""
         row = {"step": step, **values}
         self.rows.append(row)
-        # JSON has no NaN: a value that is not finite is written as null.
-        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._writing():
+            self._file.write(_line(row))
+
+    def series(self, name: str) -> list[float]:
+        """The values of a metric, in order."""
+        return [row[name] for row in self.rows if name in row]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}): make room or choose another --output"
+            ) from None
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite) + "\n"
 
 
 def _plot(axes: Axes, rows: list[dict[str, Any]], names: Mapping[str, str], title: str) -> None:

@@ -5,38 +5,45 @@ Read ``train`` at the bottom first: it is the whole program in the order in whic
 
 import contextlib
 import ctypes
-import math
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from gcrm_fast import checkpoint, parallel
 from gcrm_fast.accounting import Meter, peak_flops, peak_memory
 from gcrm_fast.command_line import exit_code
 from gcrm_fast.config import TrainConfig, parse, to_toml
-from gcrm_fast.errors import UserError
+from gcrm_fast.errors import RankError, UserError, one_line
 from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
-from gcrm_fast.loader import load
+from gcrm_fast.interrupts import Interrupts, Wish, end_with_the_parent
+from gcrm_fast.loader import Steps, load
 from gcrm_fast.model import LlamaRewardModel
 from gcrm_fast.model_card import model_card
 from gcrm_fast.objectives import STATISTICS, Objective, losses
+from gcrm_fast.optimizer import Updater, cast_weights
 from gcrm_fast.packing import Pack
 from gcrm_fast.prepare import Prepared, compute_dtype, data_rows, describe, memory_plan, objective_of, prepare, steps_of
 from gcrm_fast.report import MetricsLog, plot_curves, table
+from gcrm_fast.resume import RunState, Window, facts, find
+from gcrm_fast.run_checkpoints import Checkpoints, checkpoints
 
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
+LOCK_WAIT = 10.0  # seconds: longer than the processes of a killed torchrun take to notice
+LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe|Socket closed")  # gloo
 
 
 # ------------------------------------------------------------------------------------------------- pieces of the loop
@@ -51,40 +58,6 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(m_mmap_threshold, 2**30)
     libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def optimizer_and_schedule(
-    model: torch.nn.Module, config: TrainConfig, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW (0.9, beta2); linear warm-up, then a cosine to 0."""
-    values: dict[str, Any] = {
-        "lr": config.lr or (9e-6 if config.model else 1e-3),
-        "betas": (0.9, config.beta2),
-        "weight_decay": config.weight_decay,
-    }
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), **values, fused=True)
-    else:
-        from torchao.optim import AdamW8bit, _AdamW
-
-        kind = AdamW8bit if config.optimizer == "adamw-8bit" else _AdamW
-        optimizer = kind(model.parameters(), **values, bf16_stochastic_round=True)  # of those that are bfloat16
-    warmup = math.ceil(config.warmup * steps)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def cast_weights(model: LlamaRewardModel, optimizer: str) -> None:
-    """Stores the trunk's weights as the optimizer keeps them; the reward head stays float32."""
-    if optimizer == "adamw-bf16":
-        for parameter in model.model.parameters():  # not buffers: RoPE's frequencies stay float32
-            parameter.data = parameter.data.bfloat16()
 
 
 def accumulate(
@@ -105,18 +78,12 @@ def accumulate(
     return sums
 
 
-def clip_gradients(model: torch.nn.Module, largest: float) -> Tensor:
-    """Scales gradients to a global norm of at most ``largest``; returns the norm before, without a host sync."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Holds the output folder for this run."""
     output.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(output / ".lock", timeout=0):
+        with FileLock(output / ".lock", timeout=LOCK_WAIT):
             yield
     except Timeout:
         raise UserError(f"{output}: another run is using this folder: wait for it or choose another --output") from None
@@ -131,126 +98,268 @@ def list_skipped(prepared: Prepared) -> None:
         path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
 
 
-# ------------------------------------------------------------------------------------------------------- the program
+# ----------------------------------------------------------------------------------------------------- one run's parts
 
 
-def train(config: TrainConfig, prepared: Prepared, mesh: torch.distributed.DeviceMesh, device: torch.device) -> None:
-    """The whole run: build, loop, evaluate, save. Every rank runs it; rank 0 writes."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    dtype, objective = compute_dtype(config, device), objective_of(config)
-    budget, sampling = prepared.budget, prepared.sampling
+@dataclass
+class Run:
+    """What a run consists of; ``train`` at the bottom puts it together. Only rank 0 has a log."""
+
+    config: TrainConfig
+    prepared: Prepared
+    device: torch.device
+    objective: Objective
+    state: RunState
+    checkpoints: Checkpoints
+    steps: Steps
+    meter: Meter
+    log: MetricsLog | None
+
+    def goal(self, most: int | None = None) -> tuple[Tensor, int]:
+        """Goal state of the model as it is now, and of how many (at most ``most``) training pairs it is the mean."""
+        whole = [pair for pair in self.prepared.train if not pair.chosen_cut]
+        pairs = whole[: self.config.goal_pairs or None][:most]
+        budget, sampling = self.prepared.budget, self.prepared.sampling
+        return goal_state(self.state.model, pairs, budget, sampling, self.device), len(pairs)
+
+    def evaluate(self, step: int, goal: Tensor) -> dict[str, float]:
+        """Logs the held-out metrics and returns them; empty without held-out pairs."""
+        prepared = self.prepared
+        if not prepared.held_out:
+            return {}
+        scores = score_pairs(self.state.model, prepared.held_out, goal, self.objective, prepared.budget,
+                             prepared.sampling, self.device)  # fmt: skip
+        row = metrics(scores)
+        if step == prepared.steps:
+            row |= {f"eval/auroc/{k}": v for k, (v, _) in breakdown(scores, self.config.eval_by).items()}
+        if self.log:
+            self.log.write(step, row)
+        return row
+
+    def log_row(self, step: int, norm: Tensor, learning_rate: Tensor) -> dict[str, float]:
+        """Means since the last row, on every rank; the only place of the loop that waits for the device.
+
+        Raises:
+            UserError: more than ``--max-skipped`` updates in a row were left out.
+        """
+        row, skipped = self.state.window.read()
+        row |= {"grad_norm": norm.item(), "lr": learning_rate.item(), "skipped": len(skipped)} | self.meter.read()
+        if self.log:
+            for number in skipped:
+                pairs = [pair for group in self.steps.groups(number - 1)[1] for pair in group]
+                self.log.note(step, {"skipped_step": number, "records": [pair.where for pair in pairs]})
+            self.log.write(step, row)
+        in_a_row = int(self.state.updater.skipped_in_row)
+        if in_a_row > self.config.max_skipped:
+            self.checkpoints.wait()
+            raise UserError(
+                f"loss or gradient is not finite at {in_a_row} steps in a row, up to step {step}: lower --lr, or mend "
+                f"--model's weights or the records that metrics.jsonl names; {self.whereabouts()}"
+            )
+        return row
+
+    def save(self, step: int, evaluation: dict[str, float]) -> None:
+        """Starts a checkpoint; ``evaluation``: metrics of this very step, if there are any."""
+        if self.config.keep:
+            about = facts(step, self.config, self.prepared.report.key, self.state.window, evaluation)
+            stall = self.checkpoints.save(step, self.state.tensors(), about)
+            if self.log:
+                self.log.write(step, {"checkpoint_stall_s": stall})
+
+    def whereabouts(self) -> str:
+        """What there is to go on from."""
+        present = checkpoints(self.prepared.output)
+        return f"the last checkpoint is {present[-1]}" if present else "there is no checkpoint"
+
+    def write_model(self, name: str, goal: Tensor, goal_count: int) -> None:
+        """Saves the model as it is now to the output folder: aside, then renamed, so that it is complete or absent.
+
+        Every rank helps.
+        """
+        weights = parallel.full_state(self.state.model, compute_dtype(self.config, self.device))
+        if self.log:
+            path = self.prepared.output / name
+            partial = path.with_name(f"{name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            checkpoint.save_model(
+                partial, weights, self.prepared.model_config, self.prepared.tokenizer, goal.cpu(), goal_count
+            )
+            if path.exists():
+                shutil.rmtree(path)
+            partial.rename(path)
+        dist.barrier()
+
+
+def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: torch.device) -> tuple[Run, int]:
+    """The run, and the step after which it goes on (0 for a new one)."""
+    rank, world_size, dtype = dist.get_rank(), dist.get_world_size(), compute_dtype(config, device)
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
+    found, notes = find(config, prepared.output, prepared.report.key, group)
+    start = found.facts["step"] if found else 0
+
     recompute, predicted = memory_plan(prepared, config, world_size, device)
-
     with torch.device("meta"):
         model = LlamaRewardModel(prepared.model_config, config.attention, recompute)
     cast_weights(model, config.optimizer)
     if config.compile:
         model.compile_blocks()
-    parallel.shard(model, mesh, dtype)
+    parallel.shard(model, mesh, dtype, reshard_after_forward=config.reshard_after_forward)
     parallel.materialize(model, mesh, device, prepared.weights.rows)
-    optimizer, schedule = optimizer_and_schedule(model, config, prepared.steps)
-
-    log = None
-    if rank == 0:
-        log = MetricsLog(prepared.output)
-        list_skipped(prepared)
-        print(table(data_rows(prepared, config)), flush=True)
-    eval_every = config.eval_every or -(-prepared.steps // 8)
-    goal_pairs = [pair for pair in prepared.train if not pair.chosen_cut][: config.goal_pairs or None]
-
-    def evaluate(step: int, goal: Tensor) -> dict[str, float]:
-        scores = score_pairs(model, prepared.held_out, goal, objective, budget, sampling, device)
-        row = metrics(scores)
-        if step == prepared.steps:
-            row |= {f"eval/auroc/{k}": v for k, (v, _) in breakdown(scores, config.eval_by).items()}
-        if log:
-            log.write(step, row)
-        return row
+    state = RunState(model, Updater(model, config, prepared.steps, device), Window(device))
+    if found:
+        state.load(found, group)
+    saved = Checkpoints(prepared.output, config.keep, config.keep_best, device, group)
+    saved.start(after=start, remove=config.resume == "never")
 
     peak, source = peak_flops(device, dtype)
+    log = MetricsLog(prepared.output, start) if rank == 0 else None
     if log:
-        print(f"MFU and HFU refer to {peak / 1e12:.4g} TFLOP/s a process ({source}); predicted memory "
-              f"{predicted / 2**30:.2f} GiB a process, --recompute {recompute}", flush=True)  # fmt: skip
-    first = last = {}
-    if prepared.held_out:
-        first = last = evaluate(0, goal_state(model, goal_pairs[:EVALUATION_GOAL_PAIRS], budget, sampling, device))
-    workers = config.workers if config.workers >= 0 else 2 if device.type == "cuda" else 0
-    steps = load(steps_of(prepared, config, rank, world_size), 0, prepared.steps, workers, device)
-    sums = torch.zeros(len(STATISTICS), device=device)  # since the last log row, like what the meter counts
-    pairs_since = 0
+        list_skipped(prepared)
+        if found:
+            notes.append(f"resumed from {found.path} after step {start}")
+        notes += [table(data_rows(prepared, config)),
+                  f"MFU and HFU refer to {peak / 1e12:.4g} TFLOP/s a process ({source}); predicted memory "
+                  f"{predicted / 2**30:.2f} GiB a process, --recompute {recompute}"]  # fmt: skip
+        print(*notes, sep="\n", flush=True)
     meter = Meter(prepared.model_config, recompute, device, peak)
-    bar = tqdm(range(1, prepared.steps + 1), disable=rank != 0, unit="step", dynamic_ncols=True)
-    for step in bar:
-        n_pairs, packs = meter.fetch(steps)
-        sums += accumulate(model, packs, n_pairs, objective, device)
-        meter.add(packs)
-        norm = clip_gradients(model, config.clip)
-        learning_rate = float(schedule.get_last_lr()[0])  # torchao keeps it in a tensor, on the CPU
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        pairs_since += n_pairs
+    steps = steps_of(prepared, config, rank, world_size)
+    return Run(config, prepared, device, objective_of(config), state, saved, steps, meter, log), start
 
-        if step % config.log_every == 0 or step == prepared.steps:
-            dist.all_reduce(sums)
-            row = {name: value / pairs_since for name, value in zip(STATISTICS, sums.tolist(), strict=True)}
-            row |= {"grad_norm": norm.item(), "lr": learning_rate} | meter.read()
-            if not math.isfinite(row["loss"] + row["grad_norm"]):
-                raise UserError(f"loss or gradient is not finite at step {step}: lower --lr, or mend --model's weights")
-            if log:
-                log.write(step, row)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", auroc=f"{last.get('eval/auroc', math.nan):.3f}")
-            sums.zero_()
-            pairs_since = 0
-        if prepared.held_out and step % eval_every == 0 and step != prepared.steps:
-            with meter.paused():
-                last = evaluate(step, goal_state(model, goal_pairs[:EVALUATION_GOAL_PAIRS], budget, sampling, device))
 
-    goal = goal_state(model, goal_pairs, budget, sampling, device)
-    if prepared.held_out:
-        last = evaluate(prepared.steps, goal)
-    state = parallel.full_state(model, dtype)
+def finish(run: Run) -> None:
+    """Last evaluation, curves, the model and the summary; the checkpoints go."""
+    prepared, log, output = run.prepared, run.log, run.prepared.output
+    goal, count = run.goal()
+    evaluation = run.evaluate(prepared.steps, goal)
+    if run.config.keep_best:
+        run.save(prepared.steps, evaluation)
+        run.checkpoints.wait()
+    run.write_model("model", goal, count)
+    rows = [("optimizer steps", f"{prepared.steps} of {run.config.global_batch_pairs} pairs")]
+    if run.config.keep_best:
+        best = run.checkpoints.best()
+        run.state.load(best, run.checkpoints.group)
+        run.write_model("model_best", *run.goal())
+        rows.append((f"best {run.config.keep_best}", f"{best.facts['metrics'][run.config.keep_best]:.3f} at step "
+                     f"{best.facts['step']}, saved {output / 'model_best'}"))  # fmt: skip
     if log:
-        finish(config, prepared, log, state, goal.cpu(), len(goal_pairs), first, last, device)
+        if evaluation:
+            baselines = shortcuts(prepared.train, prepared.held_out, prepared.model_config.vocab_size)
+            log.write(prepared.steps, baselines)
+            rows += [
+                (f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {evaluation[f'eval/{key}']:.3f}")
+                for name, key in (
+                    ("AUROC", "auroc"),
+                    ("pair accuracy", "accuracy"),
+                    ("ranking loss", "loss/ranking"),
+                    ("contrastive loss", "loss/contrastive"),
+                )
+            ]
+            rows += [
+                (f"  AUROC {key.removeprefix('eval/auroc/')}", f"{value:.3f}")
+                for key, value in evaluation.items()
+                if key.startswith("eval/auroc/")
+            ]
+            rows += [("shortcut: length only", f"{baselines['baseline/auroc_length']:.3f}"),
+                     ("shortcut: bag of tokens", f"{baselines['baseline/auroc_bag_of_tokens']:.3f}")]  # fmt: skip
+        plot_curves(log.rows, output / "curves.png")
+        (output / "config.toml").write_text(to_toml(run.config))
+        card = model_card(run.config, data_rows(prepared, run.config), rows, evaluation, dist.get_world_size())
+        for name in ("model", "model_best") if run.config.keep_best else ("model",):
+            (output / name / "README.md").write_text(card, encoding="utf-8")
+        log.close()
+        run.checkpoints.remove_all()
+        memory = f"{peak_memory(run.device) / 2**30:.2f} GiB a process"
+        rows += [("peak memory", memory), ("saved", str(output / "model"))]
+        print(f"\n{table(rows)}", flush=True)
     dist.barrier()
 
 
-def finish(
-    config: TrainConfig, prepared: Prepared, log: MetricsLog, state: dict[str, Tensor], goal: Tensor, goal_count: int,
-    first: dict[str, float], last: dict[str, float], device: torch.device,
-) -> None:  # fmt: skip
-    """Writes curves and the model (aside, then renamed: `model` is complete or absent) and prints the summary."""
-    output = prepared.output
-    rows = [("optimizer steps", f"{prepared.steps} of {config.global_batch_pairs} pairs")]
-    if last:
-        baselines = shortcuts(prepared.train, prepared.held_out, prepared.model_config.vocab_size)
-        log.write(prepared.steps, baselines)
-        rows += [(f"held-out {name}", f"{first[f'eval/{key}']:.3f} -> {last[f'eval/{key}']:.3f}")
-                 for name, key in (("AUROC", "auroc"), ("pair accuracy", "accuracy"), ("ranking loss", "loss/ranking"),
-                                   ("contrastive loss", "loss/contrastive"))]  # fmt: skip
-        rows += [(f"  AUROC {key.removeprefix('eval/auroc/')}", f"{value:.3f}")
-                 for key, value in last.items() if key.startswith("eval/auroc/")]  # fmt: skip
-        rows += [("shortcut: length only", f"{baselines['baseline/auroc_length']:.3f}"),
-                 ("shortcut: bag of tokens", f"{baselines['baseline/auroc_bag_of_tokens']:.3f}")]  # fmt: skip
-    plot_curves(log.rows, output / "curves.png")
-    (output / "config.toml").write_text(to_toml(config))
-    partial = output / "model.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    checkpoint.save_model(partial, state, prepared.model_config, prepared.tokenizer, goal, goal_count)
-    card = model_card(config, data_rows(prepared, config), rows, last, dist.get_world_size())
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    if (output / "model").exists():
-        shutil.rmtree(output / "model")
-    partial.rename(output / "model")
-    log.close()
-    rows += [("peak memory", f"{peak_memory(device) / 2**30:.2f} GiB a process"), ("saved", str(output / "model"))]
-    print(f"\n{table(rows)}", flush=True)
+# ------------------------------------------------------------------------------------------------------- the program
+
+
+def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: torch.device) -> None:
+    """The whole run: build or resume, loop, evaluate, save. Every rank runs it; rank 0 writes.
+
+    Raises:
+        UserError: a checkpoint or log cannot be written, too many updates in a row are not finite, or see ``find``.
+    """
+    run, start = set_up(config, prepared, mesh, device)
+    eval_every, save_every = (every or -(-prepared.steps // 8) for every in (config.eval_every, config.save_every))
+    if not start:
+        run.evaluate(0, run.goal(EVALUATION_GOAL_PAIRS)[0])
+    workers = config.workers if config.workers >= 0 else 2 if device.type == "cuda" else 0
+    steps = load(run.steps, start, prepared.steps, workers, device)
+    interrupts = Interrupts(dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout)))
+    bar = tqdm(range(start + 1, prepared.steps + 1), initial=start, total=prepared.steps, disable=run.log is None,
+               unit="step", dynamic_ncols=True)  # fmt: skip
+    with contextlib.closing(run.checkpoints):
+        with interrupts.handled():
+            for step in bar:
+                n_pairs, packs = run.meter.fetch(steps)
+                sums = accumulate(run.state.model, packs, n_pairs, run.objective, device)
+                run.meter.add(packs)
+                made, norm, learning_rate = run.state.updater.update(step, sums[0])
+                run.state.window.add(step, sums, sum(pack.n_pairs for pack in packs), made)
+
+                if step % config.log_every == 0 or step == prepared.steps:
+                    row = run.log_row(step, norm, learning_rate)
+                    if run.log:
+                        auroc = run.log.series("eval/auroc")
+                        bar.set_postfix(loss=f"{row['loss']:.3f}", **({"auroc": f"{auroc[-1]:.3f}"} if auroc else {}))
+                evaluation: dict[str, float] = {}
+                if step % eval_every == 0 and step != prepared.steps:
+                    with run.meter.paused():
+                        evaluation = run.evaluate(step, run.goal(EVALUATION_GOAL_PAIRS)[0])
+
+                wish = interrupts.agree(Wish.FAIL if run.checkpoints.failed() else Wish.NONE)
+                if wish == Wish.FAIL:
+                    run.checkpoints.wait()
+                due = step % save_every == 0 and step != prepared.steps
+                if due or wish != Wish.NONE or (config.keep_best and evaluation):
+                    run.save(step, evaluation)
+                if wish == Wish.STOP:
+                    run.checkpoints.wait()
+                    bar.close()
+                    if run.log:
+                        print(f"stopped after step {step} of {prepared.steps}; {run.whereabouts()}, from which the "
+                              "same command goes on", flush=True)  # fmt: skip
+                    return
+            run.checkpoints.wait()
+        finish(run)
+
+
+def run_ranks(config: TrainConfig, prepared: Prepared) -> None:
+    """Trains in this rank of the process group. Raises UserError, also for what other libraries say of memory and of
+    lost processes."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    with locked(prepared.output) if is_first else contextlib.nullcontext():
+        try:
+            with parallel.process_group(replicas=config.replicas, timeout=config.timeout) as (mesh, device):
+                train(config, prepared, mesh, device)
+        except (RuntimeError, MemoryError) as error:
+            message = str(error)
+            if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
+                raise RankError(
+                    f"out of memory ({one_line(error)}): lower --tokens-per-batch {config.tokens_per_batch}, or take "
+                    "--recompute block, --optimizer adamw-8bit or more processes"
+                ) from None
+            if LOST_PEER.search(message):
+                raise UserError(
+                    f"another process of this run has ended or does not answer ({one_line(error)}): see its own "
+                    f"message; checkpoints are in {prepared.output / 'checkpoints'}"
+                ) from None
+            raise
 
 
 def run(config: TrainConfig) -> None:
     """Checks all inputs on every rank before any process group work, then trains. Raises UserError."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     is_first = os.environ.get("RANK", "0") == "0"
+    if world_size % config.replicas:
+        raise UserError(f"--replicas {config.replicas}: must divide the number of processes, {world_size}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_the_parent()
     prepared = prepare(config)
     if is_first and prepared.weights.notes:
         print(*prepared.weights.notes, sep="\n", flush=True)
@@ -259,8 +368,11 @@ def run(config: TrainConfig) -> None:
             print(describe(prepared, config, world_size))
         return
     keep_freed_memory()
-    with locked(prepared.output) if is_first else contextlib.nullcontext(), parallel.process_group() as (mesh, device):
-        train(config, prepared, mesh, device)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    run_ranks(config, prepared)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,8 +2,6 @@
 
 import importlib
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from runs import torchrun, write_pairs
 
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -30,7 +29,6 @@ settings.load_profile("repeatable")
 
 VOCAB = 50
 SPECIAL = 3  # bos, eos, pad: no random token is one of them
-ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 arithmetic is not that of any device; bfloat16 kernels are tested compiled.
 HALVES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
@@ -85,6 +83,12 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """21 pairs, two a prompt."""
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl.gz")
+
+
 @pytest.fixture
 def make_pair() -> Callable[..., TokenizedPair]:
     """make_pair(id, prompt length, chosen length, rejected length, shared=...) with random tokens."""
@@ -116,14 +120,6 @@ def pairs(make_pair: Callable[..., TokenizedPair]) -> list[TokenizedPair]:
         make_pair(5, 0, 6, 2, prompt_key=3),
         make_pair(6, 3, 20, 17, shared=10, prompt_key=4),
     ]
-
-
-def torchrun(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.run(
-        [*command, str(ROOT / "gcrm_fast" / "train.py"), *arguments],
-        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

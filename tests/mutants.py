@@ -17,7 +17,8 @@ INVARIANTS, OBJECTIVES, PARITY = "tests/test_invariants.py", "tests/test_objecti
 PACKING, DATA, ARITHMETIC = (f"tests/test_{name}.py" for name in ("packing", "data", "arithmetic"))
 CHECKPOINT, TOKENIZATION, BAD_INPUT = (f"tests/test_{name}.py" for name in ("checkpoint", "tokenization", "bad_input"))
 TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.py", "tests/test_token_cache.py"
-BENCH, STEP = "tests/test_bench.py -k ", "tests/test_step.py -k "
+BENCH, STEP, SURVIVAL = (f"tests/test_{name}.py -k " for name in ("bench", "step", "survival"))
+SCORING, GOALS = "tests/test_scoring.py -k ", "tests/test_goals.py -k "
 EXPORT, REWARDS, SERVE = (f"tests/test_{name}.py -k " for name in ("export", "rewards", "serve"))
 KERNELS = "tests/test_kernels.py -k "
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
@@ -231,8 +232,8 @@ MUTANTS = {
     "data: bad records skipped unasked": (
         "gcrm_fast/sources.py", "if not self.skip:", "if False:", f"{BAD_INPUT} -k UTF"),
     "data: blank lines not counted": (
-        "gcrm_fast/sources.py", "number += 1\n                yield number",
-        "number += bool(line.strip())\n                yield number", RECORDS),
+        "gcrm_fast/sources.py", "number += 1\n            yield number",
+        "number += bool(line.strip())\n            yield number", RECORDS),
     "data: cached tokens not checked": (
         "gcrm_fast/token_cache.py", '"sha256": digest.hexdigest()', '"sha256": ""', CACHE),
     "data: one key for two cuts of a text": (
@@ -262,7 +263,7 @@ MUTANTS = {
         "gcrm_fast/train.py", "        sums += statistics\n", "        sums += statistics * bool(total.isfinite())\n",
         STEP + "never_waits"),
     "bfloat16 weights without stochastic rounding": (
-        "gcrm_fast/train.py", "bf16_stochastic_round=True", "bf16_stochastic_round=False", STEP + "stochastic"),
+        "gcrm_fast/optimizer.py", "bf16_stochastic_round=True", "bf16_stochastic_round=False", STEP + "stochastic"),
     "padded queries counted again in attention": (
         "gcrm_fast/attention.py", "grad = grad * queries.real[:, None, None, :, None]", "grad = grad * 1.0",
         PACKING + " -k segment_attention"),
@@ -281,6 +282,89 @@ MUTANTS = {
     "README's GPU table from the oldest file": (
         "bench/gpu.py", "key=lambda p: (p.stem[-10:], p.stem))", "key=lambda p: (p.stem[-10:], p.stem), reverse=True)",
         BENCH + "newest"),
+    "the rewards of a pack in another order": (
+        "gcrm_fast/packing.py", "indices=tuple(item.index for item in items),",
+        "indices=tuple(sorted(item.index for item in items)),", SCORING + "company"),
+    "the reward read before the end token": (
+        "gcrm_fast/packing.py", "item.start if per_token else -1 :]", "item.start if per_token else -2 :][:1]",
+        SCORING + "transformers"),
+    "a prompt computed for every completion": (
+        "gcrm_fast/scoring.py", "by_prompt.setdefault(ids[:start].tobytes(), [])",
+        "by_prompt.setdefault(ids.tobytes(), [])", SCORING + "computed_once"),
+    "a new reward head scores in silence": (
+        "gcrm_fast/scoring.py", "open_weights(folder, config, seed=None)", "open_weights(folder, config, seed=0)",
+        SCORING + "must_not_score"),
+    "a reward that is not finite is returned": (
+        "gcrm_fast/scoring.py", "if not np.isfinite(of_completion.reward)", "if of_completion.reward is None",
+        SCORING + "must_not_score"),
+    "another model's goal is taken": (
+        "gcrm_fast/goals.py", 'if metadata["fingerprint"] != fingerprint:', "if False:", GOALS + "another"),
+    "a cut completion's state is in the goal": (
+        "gcrm_fast/build_goals.py", "for candidate in wanted if not candidate.cut]", "for candidate in wanted]",
+        GOALS + "means"),
+    "the worse side of a pair is in the goal": (
+        "gcrm_fast/build_goals.py", 'if candidate.name in ("rejected", "incorrect"):', "if False:",
+        GOALS + "conditions"),
+    "a resumed output keeps what came after its last whole window": (
+        "gcrm_fast/score.py", "file.truncate()", "file.seek(0, 2)", SCORING + "killed"),
+    "a partial output of other records is continued": (
+        "gcrm_fast/score.py", "if read.hexdigest() != (done.records or hashlib.sha256().hexdigest()):",
+        "if False:", SCORING + "something_else"),
+    "a partial output of other options is continued": (
+        "gcrm_fast/score.py", "if found.made_by.get(name) != made_by[name]]", "if name not in found.made_by]",
+        SCORING + "something_else"),
+    "the processes' windows in another order": (
+        "gcrm_fast/score.py", 'output.append(b"".join(parts), done)', 'output.append(b"".join(parts[::-1]), done)',
+        SCORING + "share_the_work"),
+    "a record's own reward is lost": (
+        "gcrm_fast/score.py", "taken = sorted(raw.keys() & added.keys())", "taken = list[str]()",
+        SCORING + "bad_record"),
+    "run: tensors of a checkpoint not copied before training goes on": (
+        "gcrm_fast/run_checkpoints.py", "        staged = self._stager.stage(state)\n", "        staged = state\n",
+        SURVIVAL + "chosen"),
+    "run: checksums not compared": (
+        "gcrm_fast/run_checkpoints.py", 'if _digest(path) != expected["sha256"]:', "if False:", SURVIVAL + "damaged"),
+    "run: damaged manifest believed": (
+        "gcrm_fast/run_checkpoints.py", 'manifest.get("sha256") != _own_digest(manifest)', "False",
+        SURVIVAL + "damaged"),
+    "run: unfinished checkpoint under its final name": (
+        "gcrm_fast/run_checkpoints.py", "partial, path = self.folder / (name + PARTIAL), self.folder / name",
+        "partial = path = self.folder / name", SURVIVAL + "cannot_be_written_ends"),
+    "run: damaged newer checkpoints stay in the way": (
+        "gcrm_fast/run_checkpoints.py", "if step_of(path) > after:", "if False:", SURVIVAL + "all_checkpoints_damaged"),
+    "run: the best checkpoint is not kept": (
+        "gcrm_fast/run_checkpoints.py", "keep.add(self.best()[0])", "pass", SURVIVAL + "stay"),
+    "run: one checkpoint too many kept": (
+        "gcrm_fast/run_checkpoints.py", "present[-self.keep :]", "present[-self.keep - 1 :]", SURVIVAL + "stay"),
+    "run: moments of the optimizer not resumed": (
+        "gcrm_fast/resume.py", 'optim_state_dict=tensors["optimizer"],',
+        'optim_state_dict=get_state_dict(self.model, self.updater.optimizer)[1],', SURVIVAL + "chosen"),
+    "run: schedule starts anew": (
+        "gcrm_fast/resume.py", 'self.updater.applied.copy_(tensors["counts"]["applied"])', "pass", SURVIVAL + "chosen"),
+    "run: sums since the last log row lost": (
+        "gcrm_fast/resume.py",
+        "self.window.sums.copy_(sum(sums.values(), torch.zeros_like(self.window.sums)))", "pass", SURVIVAL + "chosen"),
+    "run: data start anew": (
+        "gcrm_fast/train.py", "steps = load(run.steps, start, prepared.steps, workers, device)",
+        "steps = load(run.steps, 0, prepared.steps, workers, device)", SURVIVAL + "chosen"),
+    "run: log not cut back": (
+        "gcrm_fast/report.py", 'if row["step"] <= step', "if True", SURVIVAL + "cut_back"),
+    "run: other data go unnoticed": (
+        "gcrm_fast/resume.py", 'if found.facts["data_key"] != data_key:', "if False:",
+        SURVIVAL + "another_configuration"),
+    "run: another seed goes unnoticed": (
+        "gcrm_fast/resume.py", "if name not in FREE and", 'if name not in FREE | {"seed"} and',
+        SURVIVAL + "another_configuration"),
+    "run: updates that are not finite are made": (
+        "gcrm_fast/optimizer.py", "self.optimizer.found_inf = bad ", "self.optimizer.found_inf = bad * 0 ",
+        SURVIVAL + "left_out"),
+    "run: schedule goes on without an update": (
+        "gcrm_fast/optimizer.py", "self.applied += made", "self.applied += 1", SURVIVAL + "left_out"),
+    "run: a loss that is none counts in the log": (
+        "gcrm_fast/resume.py", "self.sums += torch.where(made, together, 0)", "self.sums += together",
+        SURVIVAL + "left_out"),
+    "run: second signal ignored": (
+        "gcrm_fast/interrupts.py", "os._exit(128 + number)", "pass", SURVIVAL + "second"),
     "export: rewards not divided by their deviation": (
         "gcrm_fast/export.py", 'state["score.weight"].double() / scale.std', 'state["score.weight"].double()',
         EXPORT + "standardized"),

@@ -29,6 +29,7 @@ from gcrm_fast.errors import UserError
 from gcrm_fast.loader import Step, Steps, load
 from gcrm_fast.model import LlamaRewardModel
 from gcrm_fast.objectives import Objective, losses
+from gcrm_fast.optimizer import Updater, cast_weights
 from gcrm_fast.packing import Budget, Pack, Sampling, build_pack
 
 CPU = torch.device("cpu")
@@ -227,17 +228,14 @@ def test_a_step_never_waits_for_the_device(pairs: list[TokenizedPair], variant: 
     with parallel.process_group() as (mesh, device):
         model = LlamaRewardModel(small_config(projection_size=5))
         parallel.shard(model, mesh, torch.float32)
-        optimizer, schedule = train.optimizer_and_schedule(model, config, 3)
+        updater = Updater(model, config, 3, device)
         packs = [
             build_pack([pairs[:2]], Sampling(variant=variant), 0),
             build_pack([[pairs[3]]], Sampling(variant=variant), 0),
         ]
         with _NoWaiting():
-            train.accumulate(model, packs, 3, Objective(dense=variant == "dense"), device)
-            train.clip_gradients(model, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+            sums = train.accumulate(model, packs, 3, Objective(dense=variant == "dense"), device)
+            updater.update(1, sums[0])
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-bf16", "adamw-8bit"])
@@ -250,19 +248,19 @@ def test_optimizers_learn_with_the_memory_they_promise(pairs: list[TokenizedPair
     # Compiled, as it is meant to run: 8-bit states of sharded parameters work no other way.
     with parallel.process_group() as (mesh, device):
         model = small_model(small_config(hidden_size=128, intermediate_size=256), torch.float32)
-        train.cast_weights(model, name)
+        cast_weights(model, name)
         parallel.shard(model, mesh, torch.float32)
         assert model.model.inv_freq.dtype == torch.float32, "RoPE angles of far positions need it"
-        optimizer, schedule = train.optimizer_and_schedule(model, TrainConfig(optimizer=name, lr=3e-3, warmup=0.0), 30)
+        updater = Updater(model, TrainConfig(optimizer=name, lr=3e-3, warmup=0.0), 30, device)
         sums = []
-        for _ in range(30):
-            sums.append(train.accumulate(model, [pack], len(pairs), Objective(), device)[0].item() / len(pairs))
-            optimizer.step()
-            schedule.step()
-            size = sum(p.numel() for p in model.model.layers.parameters())
-            held = sum(bytes_of(p) + bytes_of(p.grad) + sum(map(bytes_of, optimizer.state[p].values()))
-                       for p in model.model.layers.parameters())  # fmt: skip
-            optimizer.zero_grad()
+        for step in range(30):
+            loss = train.accumulate(model, [pack], len(pairs), Objective(), device)[0]
+            sums.append(loss.item() / len(pairs))
+            gradients = sum(bytes_of(p.grad) for p in model.model.layers.parameters())
+            updater.update(step, loss)
+        size = sum(p.numel() for p in model.model.layers.parameters())
+        held = gradients + sum(bytes_of(p) + sum(map(bytes_of, updater.optimizer.state[p].values()))
+                               for p in model.model.layers.parameters())  # fmt: skip
     assert sums[-1] < 0.7 * sums[0]
     assert held / size == pytest.approx(OPTIMIZER_BYTES[name], rel=0.03)
 
@@ -277,15 +275,14 @@ def bytes_of(x: Any) -> int:
 def test_stochastic_rounding_keeps_small_updates() -> None:
     """Plain bfloat16 weights of 1 would never move by steps of 1e-4."""
     pytest.importorskip("torchao")
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager"), parallel.process_group() as (_, device):
         model = torch.nn.Linear(64, 64, bias=False).bfloat16()
         with torch.no_grad():
             model.weight.fill_(1.0)
-        optimizer, _ = train.optimizer_and_schedule(
-            model, TrainConfig(optimizer="adamw-bf16", lr=1e-4, warmup=0.0), 10**6
-        )
-        for _ in range(20):
+        config = TrainConfig(optimizer="adamw-bf16", lr=1e-4, warmup=0.0)
+        updater = Updater(model, config, 10**6, device)
+        for step in range(20):
             model.weight.grad = torch.ones_like(model.weight)
-            optimizer.step()
+            updater.update(step, torch.tensor(1.0))
     assert float(model.weight.detach().double().mean()) == pytest.approx(1 - 20e-4, abs=4e-4)
     assert len(np.unique(model.weight.detach().float().numpy())) > 1

@@ -1,0 +1,75 @@
+"""Training runs of a few seconds, for tests: data, processes, and what they leave."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32"]
+# Metrics that are measured times and what follows from them.
+TIMES = {"pairs_per_s", "tokens_per_s", "padded_equivalent_tokens_per_s", "mfu", "hfu", "data_wait", "peak_memory_gib",
+         "checkpoint_stall_s"}  # fmt: skip
+
+
+def write_pairs(path: Path, n: int = 21) -> Path:
+    words = ["quick", "brown", "fox", "jumps", "over", "lazy", "dog", "runs", "far", "away", "from", "here"]
+    rng = np.random.default_rng(0)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        for i in range(n):
+            record = {"prompt": f"Question {i // 2}: " + " ".join(rng.choice(words, 5)), "margin": 0.1 * (i % 3)}
+            for side in ("chosen", "rejected"):
+                record[side] = " " + " ".join(rng.choice(words, rng.integers(2, 12)))
+            file.write(json.dumps(record) + "\n")
+    return path
+
+
+def start(
+    *arguments: str, processes: int = 1, options: Sequence[str] = (), script: str = "gcrm_fast/train.py"
+) -> subprocess.Popen[str]:
+    """torchrun (with further ``options`` of its own) of a script, whose output is read by ``communicate``."""
+    launch = ["--standalone", *options, "--nproc-per-node", str(processes)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *launch, str(ROOT / script), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def torchrun(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    """``start``, to its end."""
+    process = start(*arguments, **more)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def workers(torchrun: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the ranks, in the order of their start."""
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True, check=False)
+    return sorted(map(int, found.stdout.split()))
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
+    """Returns as soon as the condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.002)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs: a dead one whose parent has not asked for it does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def rows(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

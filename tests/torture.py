@@ -1,0 +1,131 @@
+"""What takes too long for `make test`: many kills at random moments, small disks, faults on several ranks.
+
+make torture        # pytest tests/torture.py; KILLS=50 by default
+"""
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from runs import rows, start, torchrun, wait_for, workers
+from safetensors.torch import load_file
+from test_survival import arguments, assert_same
+
+from gcrm_fast.run_checkpoints import checkpoints
+
+KILLS = int(os.environ.get("KILLS", "50"))
+
+
+def test_many_kills_at_random_moments_change_nothing(pair_file: Path, tmp_path: Path) -> None:
+    """Of one process, of all of them, or of torchrun, from its start to its last seconds."""
+    draw = random.Random(0)
+    more = ("--steps", "600", "--log-every", "5", "--eval-every", "100", "--save-every", "3")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    started = time.monotonic()
+    assert torchrun(*arguments(pair_file, whole, *more), processes=2).returncode == 0
+    length = time.monotonic() - started
+    for kill in range(KILLS):
+        run = start(*arguments(pair_file, killed, *more), processes=2)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(draw.uniform(0.3, 1.0) * length)
+            break
+        ranks = workers(run)
+        victims = {0: [run.pid], 1: draw.sample(ranks, min(1, len(ranks))), 2: ranks}[draw.randrange(3)]
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.communicate(timeout=120)
+        print(f"kill {kill + 1}: {[path.name for path in checkpoints(killed)]}")
+    result = torchrun(*arguments(pair_file, killed, *more, "--overwrite"), processes=2)
+    assert result.returncode == 0, result.stderr
+    assert_same(whole, killed)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_loss_that_is_none_on_the_last_rank(pair_file: Path, tmp_path: Path, processes: int) -> None:
+    result = torchrun(f"nan:{processes - 1}:5", *arguments(pair_file, tmp_path), processes=processes,
+                      script="tests/faulty.py")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert {row["step"]: row["skipped"] for row in rows(tmp_path) if "skipped" in row} == {3: 0, 6: 1, 9: 0, 12: 0}
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "model" / "model.safetensors").values())
+
+
+def test_four_restarts(pair_file: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert torchrun(*arguments(pair_file, whole), processes=3).returncode == 0
+    run = start(*arguments(pair_file, killed), processes=3, options=["--max-restarts", "4"])
+    for restart in range(4):
+        wait_for(lambda least=2 + 2 * restart: any(int(p.name[-8:]) >= least for p in checkpoints(killed)), "progress")
+        before = workers(run)
+        os.kill(before[restart % 3], signal.SIGKILL)
+        wait_for(lambda gone=before: len(workers(run)) == 3 and not set(gone) & set(workers(run)), "a restart")
+    stdout, stderr = run.communicate(timeout=300)
+    assert run.returncode == 0, stderr
+    assert len(re.findall("resumed from", stdout)) >= 4
+    assert_same(whole, killed)
+
+
+def test_three_processes_go_on_from_two(pair_file: Path, tmp_path: Path) -> None:
+    logs = []
+    for processes in (2, 3):
+        output = tmp_path / str(processes)
+        first = torchrun("kill:1:8", *arguments(pair_file, output), processes=2, script="tests/faulty.py")
+        assert first.returncode != 0
+        second = torchrun(*arguments(pair_file, output, "--log-every", "1"), processes=processes)
+        assert second.returncode == 0, second.stderr
+        logs.append([row["loss"] for row in rows(output) if "loss" in row])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+                             capture_output=True, text=True, check=False)  # fmt: skip
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("size", ["100k", "400k", "600k"])  # a checkpoint of these runs has some 300 kB
+def test_a_full_disk(pair_file: Path, tmp_path: Path, size: str) -> None:
+    output = tmp_path / "disk" / "out"
+    with small_disk(tmp_path / "disk", size):
+        result = torchrun(*arguments(pair_file, output, "--cache", "none"), processes=2)
+        assert result.returncode != 0
+        assert result.stderr.count("gcrm train:") >= 1
+        assert result.stderr.count("Traceback (most recent call last)") == 1, result.stderr  # torchrun's own
+        moved = tmp_path / "moved"
+        if output.exists():
+            shutil.copytree(output, moved)
+    again = torchrun(*arguments(pair_file, moved), processes=2)
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize("what", ["read-only", "vanished"])
+def test_an_output_that_can_no_longer_be_written(pair_file: Path, tmp_path: Path, what: str) -> None:
+    output = tmp_path / "disk" / "out"
+    with small_disk(tmp_path / "disk", "100m"):
+        run = start(*arguments(pair_file, output, "--steps", "100000"), processes=2)
+        wait_for(lambda: bool(checkpoints(output)), "a checkpoint")
+        if what == "vanished":
+            shutil.rmtree(output, ignore_errors=True)
+        else:
+            # Files open for writing forbid it: as an administrator would, by force on the mount.
+            subprocess.run(["mount", "-o", "remount,size=1", str(tmp_path / "disk")], check=False)
+            (tmp_path / "disk" / "filler").write_bytes(bytes(10))
+        _, stderr = run.communicate(timeout=120)
+        assert run.returncode != 0
+        assert "gcrm train:" in stderr
+        assert stderr.count("Traceback (most recent call last)") == 1, stderr
