@@ -14,6 +14,8 @@ COMMANDS = {  # name: (module with a main(argv), what it does)
     "evaluate": ("gcrm_fast.evaluate", "AUROC over completions known to be right or wrong, beside shortcuts"),
     "vote": ("gcrm_fast.vote", "answers by many samples of a question, filtered and weighed"),
     "inspect": ("gcrm_fast.page", "a web page of a record, its tokens coloured by Q and reward"),
+    "export": ("gcrm_fast.export", "write a model as other programs read it"),
+    "serve": ("gcrm_fast.serve", "rewards and Q-values over HTTP"),
 }
 
 

@@ -32,6 +32,7 @@ from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, sh
 from gcrm_fast.interrupts import Interrupts, Wish, end_with_the_parent
 from gcrm_fast.loader import Steps, load
 from gcrm_fast.model import LlamaRewardModel
+from gcrm_fast.model_card import model_card
 from gcrm_fast.objectives import STATISTICS, Objective, losses
 from gcrm_fast.optimizer import Updater, cast_weights
 from gcrm_fast.packing import Pack
@@ -263,6 +264,9 @@ def finish(run: Run) -> None:
                      ("shortcut: bag of tokens", f"{baselines['baseline/auroc_bag_of_tokens']:.3f}")]  # fmt: skip
         plot_curves(log.rows, output / "curves.png")
         (output / "config.toml").write_text(to_toml(run.config))
+        card = model_card(run.config, data_rows(prepared, run.config), rows, evaluation, dist.get_world_size())
+        for name in ("model", "model_best") if run.config.keep_best else ("model",):
+            (output / name / "README.md").write_text(card, encoding="utf-8")
         log.close()
         run.checkpoints.remove_all()
         memory = f"{peak_memory(run.device) / 2**30:.2f} GiB a process"

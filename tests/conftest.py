@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from runs import write_pairs
+from runs import torchrun, write_pairs
 
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -120,6 +120,17 @@ def pairs(make_pair: Callable[..., TokenizedPair]) -> list[TokenizedPair]:
         make_pair(5, 0, 6, 2, prompt_key=3),
         make_pair(6, 3, 20, 17, shared=10, prompt_key=4),
     ]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default run scaled down: problems of one step, enough steps to learn something."""
+    output = tmp_path_factory.mktemp("run") / "small"
+    result = torchrun("--output", str(output), "--arithmetic-steps", "1", "--steps", "250", "--train-pairs", "16000",
+                      "--eval-pairs", "200", "--goal-pairs", "300")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "held-out AUROC" in result.stdout
+    return output
 
 
 def small_config(**changes: object) -> ModelConfig:

@@ -19,6 +19,7 @@ CHECKPOINT, TOKENIZATION, BAD_INPUT = (f"tests/test_{name}.py" for name in ("che
 TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.py", "tests/test_token_cache.py"
 BENCH, STEP, SURVIVAL = (f"tests/test_{name}.py -k " for name in ("bench", "step", "survival"))
 SCORING, GOALS = "tests/test_scoring.py -k ", "tests/test_goals.py -k "
+EXPORT, REWARDS, SERVE = (f"tests/test_{name}.py -k " for name in ("export", "rewards", "serve"))
 KERNELS = "tests/test_kernels.py -k "
 JUDGING, EVALUATE, VOTE, PAGE = (f"tests/test_{name}.py -k " for name in ("judging", "evaluate", "vote", "page"))
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
@@ -418,6 +419,47 @@ MUTANTS = {
     "inspect: the difference counted from the prompt": (
         "gcrm_fast/page.py", "a, b = one.ids[one.start :], other.ids[other.start :]", "a, b = one.ids, other.ids",
         PAGE + "first_difference"),
+    "export: rewards not divided by their deviation": (
+        "gcrm_fast/export.py", 'state["score.weight"].double() / scale.std', 'state["score.weight"].double()',
+        EXPORT + "standardized"),
+    "export: the shift with the wrong sign": (
+        "gcrm_fast/export.py", "return -self.mean / self.std", "return self.mean / self.std", EXPORT + "standardized"),
+    "export: goals under the fingerprint of the old weights": (
+        "gcrm_fast/export.py", "    weights = checkpoint.write_model(", "    checkpoint.write_model(",
+        EXPORT + "standardized"),
+    "export: a token classifier without its bias": (
+        "gcrm_fast/export.py", "tokenizer, bias=bias,", "tokenizer, bias=None,", EXPORT + "standardized"),
+    "export: an MLP head dropped": (
+        "gcrm_fast/export.py", 'if head != "linear":', "if False:", EXPORT + "one_line"),
+    "model card: a command without what differs from its preset": (
+        "gcrm_fast/model_card.py", "value == getattr(default, field.name)", "value == field.default",
+        "tests/test_model_card.py -k command"),
+    "rewards: Q at the first token": (
+        "gcrm_fast/rewards.py", "j.q_Gn[0, -1]", "j.q_Gn[0, 0]", REWARDS + "second_signal"),
+    "rewards: cut completions taken for ended": (
+        "gcrm_fast/rewards.py", "bool(ids) and ids[-1] not in self.ends", "False", REWARDS + "length_limit"),
+    "server: answers handed to others": (
+        "gcrm_fast/batcher.py", "for _ in job.completions]) for job in jobs]",
+        "for _ in job.completions]) for job in reversed(jobs)]", SERVE + "many_clients"),
+    "server: batches over the token budget": (
+        "gcrm_fast/batcher.py", "tokens + self._jobs[0].tokens <= self.model.budget.tokens", "True",
+        SERVE + "token_budget"),
+    "server: one failing request fails its batch": (
+        "gcrm_fast/batcher.py", "            if len(jobs) > 1:", "            if False:", SERVE + "fails_for_one"),
+    "server: a queue without a bound": (
+        "gcrm_fast/batcher.py", "if self.waiting + count > self.limit:", "if False:", SERVE + "full_queue"),
+    "server: work for clients that hung up": (
+        "gcrm_fast/server.py", "            future.cancel()  # takes", "            pass  # takes", SERVE + "hang_up"),
+    "server: a body without a bound": (
+        "gcrm_fast/server.py", "            if size > self.max_body:", "            if False:",
+        SERVE + "without_an_announced"),
+    "server: the start of a token is enough": (
+        "gcrm_fast/server.py", "not hmac.compare_digest(given.strip(), self.token)",
+        "not self.token.startswith(given.strip())", SERVE + "token_is_asked"),
+    "server: OpenRLHF's samples without their prompt": (
+        "gcrm_fast/server.py", "if query.startswith(prompt) else", "if not query else", SERVE + "compute_it_once"),
+    "server: Q-values of the default goal only": (
+        "gcrm_fast/server.py", "goal = goals.index(body.goal) if body.goal else 0", "goal = 0", SERVE + "any_goal"),
 }  # fmt: skip
 
 

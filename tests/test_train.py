@@ -42,17 +42,6 @@ def gcrm(capsys: pytest.CaptureFixture[str]) -> Gcrm:
     return call
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default run scaled down: problems of one step, enough steps to learn something."""
-    output = tmp_path_factory.mktemp("run") / "small"
-    result = torchrun("--output", str(output), "--arithmetic-steps", "1", "--steps", "250", "--train-pairs", "16000",
-                      "--eval-pairs", "200", "--goal-pairs", "300")  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "held-out AUROC" in result.stdout
-    return output
-
-
 def test_default_run_learns_what_shortcuts_cannot(finished: Path) -> None:
     log = rows(finished)
     evaluations = [row for row in log if "eval/auroc" in row]
