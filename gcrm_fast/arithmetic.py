@@ -34,11 +34,16 @@ def is_held_out(prompt: str) -> bool:
     return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
 
 
-def is_correct(prompt: str, completion: str) -> bool:
-    """Whether a completion solves the problem with every step right, judged from the texts alone."""
+def _values(prompt: str) -> list[int]:
+    """The values that a problem adds up, in order."""
     given, question = prompt.removesuffix("?").split(":")
     value_of = {name: int(value) for name, value in (item.split("=") for item in given.split(","))}
-    return completion == _solution([value_of[name] for name in question.split("+")], 0, 0)
+    return [value_of[name] for name in question.split("+")]
+
+
+def is_correct(prompt: str, completion: str) -> bool:
+    """Whether a completion solves the problem with every step right, judged from the texts alone."""
+    return completion == _solution(_values(prompt), 0, 0)
 
 
 def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[list[Pair], list[Pair]]:
@@ -72,3 +77,32 @@ def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[li
         elif len(train) < pairs:
             train.append(Pair(prompt, chosen, rejected, 0.0, f"arithmetic:train:{len(train) + 1}", fields))
     return train, list(held_out.values())
+
+
+def samples(prompts: Sequence[str], per_problem: int, right: float, seed: int) -> Iterator[dict[str, Any]]:
+    """Labelled solutions of each problem, as if drawn from a model that is right with probability ``right``.
+
+    A wrong solution has one wrong step, any with equal chance, and goes on from it, so that its answer is wrong too.
+    Solutions come again, as a model's do. Fields beside those of labelled completions: ``steps``; ``error_step``
+    (1-based) and ``error_char`` (of the completion, 0-based: the wrong digit), 0 and -1 in a right solution.
+    """
+    rng = random.Random(seed)
+    for number, prompt in enumerate(prompts):
+        values = _values(prompt)
+        solution = _solution(values, 0, 0)
+        for sample in range(per_problem):
+            error_step = 0 if rng.random() < right else rng.randrange(1, len(values))
+            completion = _solution(values, error_step, rng.randrange(1, MODULUS))
+            differing = (i for i, (a, b) in enumerate(zip(completion, solution, strict=True)) if a != b)
+            yield {
+                "prompt": prompt,
+                "completion": completion,
+                "is_correct": not error_step,
+                "predicted_answer": completion[-2],
+                "expected_answer": solution[-2],
+                "qid": f"arithmetic-{number}",
+                "sample": sample,
+                "steps": len(values) - 1,
+                "error_step": error_step,
+                "error_char": next(differing, -1),
+            }
