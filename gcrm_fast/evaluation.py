@@ -12,9 +12,9 @@ import torch.distributed as dist
 from gcrm_kernels import q_values
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from gcrm_fast import judging
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.errors import UserError
 from gcrm_fast.objectives import STATISTICS, Objective, losses
@@ -89,7 +89,7 @@ def score_pairs(
 
 def auroc(score_2N: np.ndarray) -> float:
     """AUROC of all chosen against all rejected scores, [2, N]."""
-    return float(roc_auc_score(np.repeat([1, 0], score_2N.shape[1]), score_2N.ravel()))
+    return judging.auroc(np.repeat([True, False], score_2N.shape[1]), score_2N.ravel())
 
 
 def metrics(scores: Scores) -> dict[str, float]:
