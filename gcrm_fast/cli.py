@@ -7,7 +7,12 @@ from typing import NoReturn
 
 from gcrm_fast import __version__
 
-COMMANDS = {"train": ("gcrm_fast.train", "train a reward model on preference pairs")}  # module with a main(argv)
+COMMANDS = {  # module with a main(argv), and what it does
+    "train": ("gcrm_fast.train", "train a reward model on preference pairs"),
+    "evaluate": ("gcrm_fast.evaluate", "AUROC and shortcuts of completions known to be right or wrong"),
+    "vote": ("gcrm_fast.vote", "answer questions by many samples of each, filtered and weighed"),
+    "inspect": ("gcrm_fast.page", "one web page of a record, its tokens coloured by Q and reward"),
+}
 
 
 class _OneLineParser(argparse.ArgumentParser):

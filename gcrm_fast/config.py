@@ -13,7 +13,7 @@ from typing import Any, Literal
 from gcrm_fast.attention import BACKENDS
 from gcrm_fast.command_line import parse_options
 from gcrm_fast.errors import UserError
-from gcrm_fast.records import FIELDS, FORMATS
+from gcrm_fast.records import FORMATS, Formats, known_fields
 
 ARITHMETIC = "arithmetic"
 
@@ -295,19 +295,20 @@ def check(config: TrainConfig) -> None:
         raise UserError("--eval-data arithmetic: generated data brings its own held-out problems: leave it out")
 
 
-def parse_columns(text: str) -> dict[str, str]:
+def parse_columns(text: str, formats: Formats = FORMATS) -> dict[str, str]:
     """This project's field names and the records', of prompt=instruction,chosen=good. Raises UserError."""
+    fields = known_fields(formats)
     columns: dict[str, str] = {}
     for item in filter(None, text.split(",")):
         name, equals, column = (part.strip() for part in item.partition("="))
         if not equals or not column or name in columns:
             raise UserError(f"--columns {text}: must be NAME=COLUMN,NAME=COLUMN with every name once")
-        if name not in FIELDS:
-            raise UserError(f"--columns {text}: {name!r} is none of the fields {', '.join(FIELDS)}")
+        if name not in fields:
+            raise UserError(f"--columns {text}: {name!r} is none of the fields {', '.join(fields)}")
         columns[name] = column
-    if columns and not any(columns.keys() >= set(needed) for needed in FORMATS.values()):
-        formats = "; ".join(", ".join(needed) for needed in FORMATS.values())
-        raise UserError(f"--columns {text}: no other fields are read, so all of a format must be named: {formats}")
+    if columns and not any(columns.keys() >= set(needed) for needed in formats.values()):
+        listed = "; ".join(", ".join(needed) for needed in formats.values())
+        raise UserError(f"--columns {text}: no other fields are read, so all of a format must be named: {listed}")
     return columns
 
 

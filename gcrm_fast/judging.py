@@ -21,7 +21,7 @@ RESAMPLES = 1000
 COVERAGE = 0.95
 PERCENT = tuple(range(0, 101, 100 // (QUANTILES - 1)))
 CORRELATED = (20, 40, 60, 80)  # % of a completion at which reward and Q are correlated
-CHUNK = 2**22  # weights held at once while resampling
+CHUNK = 2**15  # weights held at once while resampling: they stay in a core's cache
 
 
 class Measure(NamedTuple):
@@ -122,18 +122,20 @@ def auroc_interval(right_N: np.ndarray, score_N: np.ndarray, question_N: np.ndar
     if right_N.all() or not right_N.any():
         return math.nan, math.nan
     _, number_N = np.unique(question_N, return_inverse=True)
-    order = np.argsort(score_N, kind="stable")
-    right, number, score = right_N[order], number_N[order], score_N[order]
-    ties = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])
+    good, bad = number_N[right_N], number_N[~right_N][np.argsort(score_N[~right_N])]
+    # Of the sorted wrong ones each right one is above the first `above`, and ties with those up to `level`.
+    wrong = np.sort(score_N[~right_N])
+    above, level = (np.searchsorted(wrong, score_N[right_N], side) for side in ("left", "right"))
 
     def statistic(drawn_BC: np.ndarray) -> np.ndarray:
-        weight_BN = drawn_BC[:, number]
-        good = np.add.reduceat(weight_BN * right, ties, axis=1)
-        bad = np.add.reduceat(weight_BN * ~right, ties, axis=1)
-        below = np.cumsum(bad, axis=1) - bad / 2
-        return (good * below).sum(1) / (good.sum(1) * bad.sum(1))
+        below = np.cumsum(drawn_BC[:, bad], axis=1)
+        total = below[:, -1:]
+        below = np.concatenate([np.zeros_like(total), below], axis=1)
+        beaten = (below[:, above] + below[:, level]) / 2
+        weight = drawn_BC[:, good]
+        return np.einsum("bn,bn->b", weight, beaten) / (weight.sum(1) * total[:, 0])
 
-    return interval(int(number_N.max()) + 1, len(order), statistic)
+    return interval(int(number_N.max()) + 1, len(number_N), statistic)
 
 
 def ratio_interval(numerator_C: np.ndarray, denominator_C: np.ndarray) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from sklearn.metrics import roc_curve
 
 from gcrm_fast.judging import PERCENT, Labelled, auroc
 from gcrm_fast.results import Row
+from gcrm_fast.voting import Saving
 
 ACROSS = 3  # panels side by side
 
@@ -76,11 +77,21 @@ def plot_partial(rows: Sequence[Row], path: Path) -> None:
 def plot_histograms(scored: Mapping[str, Labelled], path: Path) -> None:
     """Reward and final Q of right and wrong completions, a row a source."""
     with _panels(path, 2 * len(scored), 2, 5, 3) as panels:
-        for i, (source, labelled) in enumerate(scored.items()):
-            for axes, score_N, name in zip(
-                panels[2 * i : 2 * i + 2], (labelled.reward_NP[:, -1], labelled.q_NP[:, -1]), ("reward", "Q"), strict=True
-            ):
-                edges = np.histogram_bin_edges(score_N, 50)
-                for label, mask_N in (("right", labelled.right_N), ("wrong", ~labelled.right_N)):
-                    axes.hist(score_N[mask_N], edges, density=True, alpha=0.55, label=f"{label} ({mask_N.sum()})")
-                axes.set(title=_title(source), xlabel=f"{name} at the last token", ylabel="density")
+        drawn = [(source, labelled, name, score_NP[:, -1]) for source, labelled in scored.items()
+                 for name, score_NP in (("reward", labelled.reward_NP), ("Q", labelled.q_NP))]  # fmt: skip
+        for axes, (source, labelled, name, score_N) in zip(panels, drawn, strict=True):
+            edges = np.histogram_bin_edges(score_N, 50).tolist()
+            for label, mask_N in (("right", labelled.right_N), ("wrong", ~labelled.right_N)):
+                axes.hist(score_N[mask_N], edges, density=True, alpha=0.55, label=f"{label} ({mask_N.sum()})")
+            axes.set(title=_title(source), xlabel=f"{name} at the last token", ylabel="density")
+
+
+def plot_savings(groups: Mapping[str, tuple[float, Saving, Sequence[Saving]]], path: Path) -> None:
+    """Accuracy of the filtered majority against tokens saved, over thresholds; of each group (accuracy of the plain
+    majority, what the threshold in use gives, the curve)."""
+    with _panels(path, len(groups), min(len(groups), ACROSS), 4.2, 3.6) as panels:
+        for axes, (group, (plain, chosen, curve)) in zip(panels, groups.items(), strict=True):
+            axes.plot([100 * s.saved for s in curve], [s.accuracy for s in curve], "o-", markersize=3, label="filtered")
+            axes.plot(100 * chosen.saved, chosen.accuracy, "D", color="tab:red", label=f"Q >= {chosen.threshold:.3f}")
+            axes.axhline(plain, color="0.4", linestyle=":", linewidth=1.2, label="plain majority")
+            axes.set(title=group, xlabel="% of all completion tokens saved", ylabel="accuracy")

@@ -1,27 +1,37 @@
-"""From records to preference pairs as text. The fields of a record tell its format; README.md has the table.
+"""From records to text: preference pairs to train on, completions to score. The fields of a record tell its format;
+README.md has the tables.
 
 Text stays as it is. Message lists are written out by the tokenizer's chat template, so that everything after this file
-sees one kind of pair: a prompt, and two completions that follow it.
+sees one kind of pair: a prompt, and two completions that follow it; or a prompt and one completion.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.errors import UserError, one_line
 from gcrm_fast.sources import BadRecords, rows
 
-FORMATS = {
-    "chosen and rejected": ("chosen", "rejected"),
-    "question": ("question", "correct", "incorrect"),
+T = TypeVar("T")
+Formats = Mapping[str, tuple[str, ...]]  # name -> fields
+
+PAIRS = {"chosen and rejected": ("chosen", "rejected"), "question": ("question", "correct", "incorrect")}
+FORMATS = {  # of preference pairs
+    **PAIRS,
     "scores": ("prompt", "completions", "scores"),
     "ranks": ("prompt", "completions", "ranks"),
 }
-CUTS = ("chosen_cut", "rejected_cut", "correct_cut", "incorrect_cut", "completions_cut")
+COMPLETION_FORMATS = {
+    "completion": ("prompt", "completion"),
+    "completions": ("prompt", "completions"),
+    "question and completion": ("question", "completion"),
+    "question and completions": ("question", "completions"),
+    **PAIRS,
+    "conversation": ("messages",),
+}
 MOST = 1e30  # of a margin or a score: float32 holds it and sums of it
-FIELDS = sorted({name for names in FORMATS.values() for name in names} | {"margin", *CUTS})
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -40,6 +50,22 @@ class Pair:
     fields: dict[str, Any] = field(default_factory=dict)
     chosen_cut: bool = False
     rejected_cut: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A completion as text. ``where`` is 'source:line'; ``row`` the number of its record over all sources, from 0, bad
+    ones left out; ``name`` its field: 'completion', 'completions[2]', 'chosen' ...; ``cut``: a length limit cut it, so
+    it has no end. ``fields`` holds the record's fields asked for.
+    """
+
+    prompt: str
+    completion: str
+    where: str
+    row: int
+    name: str
+    cut: bool
+    fields: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -79,9 +105,19 @@ class _Record:
         return self.values[name]
 
     def cut(self, name: str) -> bool:
-        value = self.values.get(f"{name}_cut", False)
+        return self._flag(f"{name}_cut", self.values.get(f"{name}_cut", False))
+
+    def cuts(self, name: str, count: int) -> list[bool]:
+        """The flags of a list of ``count`` completions."""
+        name = f"{name}_cut"
+        flags = self.items(name) if name in self.values else [False] * count
+        if len(flags) != count:
+            raise self.error(name, f"has {len(flags)} entries for {count} completions")
+        return [self._flag(f"{name}[{i}]", flag) for i, flag in enumerate(flags)]
+
+    def _flag(self, name: str, value: Any) -> bool:
         if not isinstance(value, bool):
-            raise self.error(f"{name}_cut", f"is {type(value).__name__}, not true or false")
+            raise self.error(name, f"is {type(value).__name__}, not true or false")
         return value
 
     # ------------------------------------------------------------------------------------------------ prompt + sides
@@ -90,7 +126,7 @@ class _Record:
         """(prompt, completions) of the named sides: plain strings, or message lists through the chat template."""
         before = self.values.get(prompt)
         if isinstance(before, list) or any(isinstance(side, list) for side in sides.values()):
-            text, completions = self._rendered(sides, prompt)
+            text, completions = self.rendered(sides, prompt)
         else:
             text, completions = self.text(prompt, before), [self.text(*side) for side in sides.items()]
         for name, completion in zip(sides, completions, strict=True):
@@ -113,7 +149,7 @@ class _Record:
             messages.append({key: part for key, part in message.items() if part is not None})
         return messages
 
-    def _rendered(self, sides: Mapping[str, Any], prompt: str) -> tuple[str, list[str]]:
+    def rendered(self, sides: Mapping[str, Any], prompt: str) -> tuple[str, list[str]]:
         """The prompt is every message but the last, which is the completion and the only one that may differ."""
         dialogues = {name: self._messages(name, side) for name, side in sides.items()}
         first, *others = dialogues
@@ -158,18 +194,25 @@ class _Record:
 # --------------------------------------------------------------------------------------------------------- formats
 
 
-def format_of(record: _Record) -> str:
+def known_fields(formats: Formats) -> list[str]:
+    """All fields of a record that are read under these formats."""
+    names = {name for needed in formats.values() for name in needed}
+    cuts = {f"{name}_cut" for name in names - {"prompt", "question", "scores", "ranks"}}
+    return sorted(names | cuts | ({"margin"} if formats is FORMATS else set()))
+
+
+def format_of(record: _Record, formats: Formats) -> str:
     """The name of the one format whose fields are all there. Raises UserError for none, or more than one."""
     values = record.values
-    found = [name for name, needed in FORMATS.items() if all(field in values for field in needed)]
+    found = [name for name, needed in formats.items() if all(field in values for field in needed)]
     if len(found) > 1:
         raise UserError(f"{record.where}: has the fields of two formats, {' and '.join(found)}: choose with --columns")
     if not found:
-        nearest = max(FORMATS.values(), key=lambda needed: sum(field in values for field in needed) / len(needed))
+        nearest = max(formats.values(), key=lambda needed: sum(field in values for field in needed) / len(needed))
         missing = next(field for field in nearest if field not in values)
         if not any(field in values for field in nearest):
-            nearest = ("prompt", *FORMATS["chosen and rejected"])
-            missing = "chosen"
+            nearest = formats.get("completion", ("prompt", *PAIRS["chosen and rejected"]))
+            missing = nearest[1]
         listed = ", ".join(f"'{field}'" for field in nearest)
         raise record.error(missing, f"is missing: a record needs {listed}, or the fields of another format (README)")
     if found != ["chosen and rejected"]:
@@ -212,12 +255,7 @@ def _ranked(record: _Record, order: str, limit: int) -> list[Pair]:
     if len(completions) < 2:
         raise record.error("completions", f"has {len(completions)} entries: at least two are compared")
     values = [record.number(f"{order}[{i}]", value) for i, value in enumerate(given)]
-    cuts = record.items("completions_cut") if "completions_cut" in record.values else [False] * len(completions)
-    if len(cuts) != len(completions):
-        raise record.error("completions_cut", f"has {len(cuts)} entries for {len(completions)} completions")
-    for i, cut in enumerate(cuts):
-        if not isinstance(cut, bool):
-            raise record.error(f"completions_cut[{i}]", f"is {type(cut).__name__}, not true or false")
+    cuts = record.cuts("completions", len(completions))
     prompt, texts = record.texts({f"completions[{i}]": text for i, text in enumerate(completions)})
     pairs = ordered_pairs(values if order == "scores" else [-value for value in values], limit)
     for better, worse in pairs:
@@ -270,6 +308,32 @@ def _extra_fields(raw: dict[str, Any], names: Sequence[str], record: _Record) ->
     return {name: raw[name] for name in names}
 
 
+def _converted(
+    source: str, formats: Formats, columns: Mapping[str, str], tokenizer: PreTrainedTokenizerBase | None,
+    bad: BadRecords, convert: Callable[[_Record, str, dict[str, Any]], list[T]],
+) -> Iterator[list[T]]:  # fmt: skip
+    """What ``convert(record, format, raw record)`` makes of each good record of ``source``."""
+    skipped, count = len(bad.skipped), 0
+    first: tuple[str, str] | None = None  # format and place of the first good record
+    for where, raw in rows(source, bad):
+        count += 1
+        try:
+            record = _record(raw, where, columns, tokenizer)
+            format_ = format_of(record, formats)
+            if first and format_ != first[0]:
+                raise UserError(f"{where}: has the format '{format_}', but {first[1]} '{first[0]}': split the data")
+            found = convert(record, format_, raw)
+        except UserError as error:
+            bad.add(error)
+            continue
+        first = first or (format_, where)
+        yield found
+    if not first and len(bad.skipped) > skipped:
+        raise UserError(f"{source}: every record is bad; the first: {bad.skipped[skipped]}")
+    if not count:
+        raise UserError(f"{source}: holds no records: one JSON object a line, or rows, are expected")
+
+
 def read_pairs(
     sources: Sequence[str],
     *,
@@ -289,38 +353,97 @@ def read_pairs(
             field.
     """
     bad = bad or BadRecords()
+
+    def convert(record: _Record, format_: str, raw: dict[str, Any]) -> list[Pair]:
+        if format_ in ("scores", "ranks"):
+            found = _ranked(record, format_, pairs_per_prompt)
+        else:
+            found = _two_sides(record, format_)
+        margin = record.number("margin", record.values.get("margin", 0.0))
+        extra = _extra_fields(raw, fields, record)
+        return [replace(pair, margin=margin, fields=extra) for pair in found]
+
     pairs: list[Pair] = []
     for source in sources:
-        read, skipped, count = len(pairs), len(bad.skipped), 0
-        first: tuple[str, str] | None = None  # format and place of the first good record
-        for where, raw in rows(source, bad):
-            count += 1
-            try:
-                record = _record(raw, where, columns or {}, tokenizer)
-                format_ = format_of(record)
-                if first and format_ != first[0]:
-                    raise UserError(f"{where}: has the format '{format_}', but {first[1]} '{first[0]}': split the data")
-                if format_ in ("scores", "ranks"):
-                    found = _ranked(record, format_, pairs_per_prompt)
-                elif format_ == "question":
-                    found = _pair(record, ("correct", "incorrect"), "question")
-                else:
-                    found = _dialogue(record) if format_ == "dialogue" else _pair(record)
-                margin = record.number("margin", record.values.get("margin", 0.0))
-                extra = _extra_fields(raw, fields, record)
-            except UserError as error:
-                bad.add(error)
-                continue
-            first = first or (format_, where)
-            bad.tied += not found
-            pairs += [replace(pair, margin=margin, fields=extra) for pair in found]
-        if len(pairs) == read and len(bad.skipped) > skipped:
-            raise UserError(f"{source}: every record is bad; the first: {bad.skipped[skipped]}")
-        if not count:
-            raise UserError(f"{source}: holds no records: one JSON object a line, or rows, are expected")
-        if len(pairs) == read:
+        found = list(_converted(source, FORMATS, columns or {}, tokenizer, bad, convert))
+        bad.tied += found.count([])
+        if not any(found):
             raise UserError(f"{source}: holds no pairs: the completions of every record tie")
+        pairs += [pair for of_record in found for pair in of_record]
     return pairs
+
+
+def _two_sides(record: _Record, format_: str) -> list[Pair]:
+    if format_ == "question":
+        return _pair(record, ("correct", "incorrect"), "question")
+    return _dialogue(record) if format_ == "dialogue" else _pair(record)
+
+
+# ----------------------------------------------------------------------------------------------------- completions
+
+
+def read_completions(
+    sources: Sequence[str],
+    *,
+    fields: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    bad: BadRecords | None = None,
+) -> list[Candidate]:
+    """All completions of all sources (see sources.rows), in order; the records of one source have one format.
+
+    ``fields`` are kept as they are, "*" keeps the whole record. Other arguments and errors are those of read_pairs.
+    """
+    found = completions_of_records(sources, fields=fields, columns=columns, tokenizer=tokenizer, bad=bad)
+    return [candidate for of_record in found for candidate in of_record]
+
+
+def completions_of_records(
+    sources: Sequence[str],
+    *,
+    fields: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    bad: BadRecords | None = None,
+) -> Iterator[list[Candidate]]:
+    """The completions of one record after another, read as they are asked for; see read_completions."""
+    bad = bad or BadRecords()
+    row = 0
+
+    def convert(record: _Record, format_: str, raw: dict[str, Any]) -> list[Candidate]:
+        missing = [name for name in fields if name != "*" and name not in raw]
+        if missing:
+            raise UserError(f"{record.where}: field '{missing[0]}' is missing")
+        kept = raw if "*" in fields else {name: raw[name] for name in fields}
+        return [
+            Candidate(prompt, completion, record.where, row, name, cut, kept)
+            for prompt, completion, name, cut in _texts(record, format_)
+        ]
+
+    for source in sources:
+        for found in _converted(source, COMPLETION_FORMATS, columns or {}, tokenizer, bad, convert):
+            yield found
+            row += 1
+
+
+def _texts(record: _Record, format_: str) -> list[tuple[str, str, str, bool]]:
+    """(prompt, completion, field, whether it is cut) of each completion of a record."""
+    if format_ not in COMPLETION_FORMATS or format_ in PAIRS:  # format_of has names of its own for chosen and rejected
+        [pair] = _two_sides(record, format_)
+        better, worse = PAIRS["question" if format_ == "question" else "chosen and rejected"][-2:]
+        return [(pair.prompt, pair.chosen, better, pair.chosen_cut),
+                (pair.prompt, pair.rejected, worse, pair.rejected_cut)]  # fmt: skip
+    prompt, name = COMPLETION_FORMATS[format_][0], COMPLETION_FORMATS[format_][-1]
+    if name == "completions":
+        given = record.items(name)
+        if not given:
+            raise record.error(name, "is an empty list: at least one completion is scored")
+        sides = {f"{name}[{i}]": completion for i, completion in enumerate(given)}
+        text, completions = record.texts(sides, prompt)
+        return [(text, *rest) for rest in zip(completions, sides, record.cuts(name, len(sides)), strict=True)]
+    sides = {name: record.values[name]}
+    text, [completion] = record.rendered(sides, "prompt") if name == "messages" else record.texts(sides, prompt)
+    return [(text, completion, name, record.cut(name))]
 
 
 # --------------------------------------------------------------------------------------------------------- overlap

@@ -1,0 +1,121 @@
+"""What the judging commands share: options, completions read from files, their fields, their rewards and Q-values."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from gcrm_fast.config import parse_columns
+from gcrm_fast.errors import UserError
+from gcrm_fast.records import COMPLETION_FORMATS, Candidate, read_completions
+from gcrm_fast.scoring import Judged, RewardModel
+from gcrm_fast.sources import BadRecords
+
+PAIRED = {"chosen": True, "correct": True, "rejected": False, "incorrect": False}  # a pair's fields: is it right?
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgingOptions:
+    """Options of every command that judges a file's completions."""
+
+    goal: str = ""
+    """Name of the goal state in the model's folder; its first by default."""
+    columns: str = ""
+    """The records' names of fields, as in prompt=instruction,completion=answer."""
+    tokens_per_batch: int = 16384
+    """Tokens computed at a time: memory grows with it."""
+    dtype: str = "auto"
+    """Of the computation: auto is bfloat16 on a GPU, else float32."""
+    attention: str = "auto"
+    """As in gcrm train."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions(JudgingOptions):
+    """Options of every command that leaves a folder of results."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    """Folder for the results: written aside, and there only when complete."""
+    by: str = ""
+    """Fields to break the numbers down by, as in family,model."""
+    question: str = ""
+    """Field that tells questions apart, whose completions belong together. Empty: the prompt does."""
+    limit: int = 0
+    """At most this many are taken, drawn at random but the same every time; 0 is all."""
+    overwrite: bool = False
+    """Replace the results in the output folder."""
+
+
+def open_model(name: str, options: JudgingOptions) -> RewardModel:
+    """Loads the model. Raises UserError, also where it has no such goal state."""
+    model = RewardModel.from_pretrained(
+        name, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch, attention=options.attention
+    )
+    model.goal(options.goal or None)
+    return model
+
+
+def read(source: str, model: RewardModel, options: JudgingOptions) -> list[Candidate]:
+    """The completions of one source, with all fields of their records."""
+    columns = parse_columns(options.columns, COMPLETION_FORMATS)
+    return read_completions([source], columns=columns, tokenizer=model.tokenizer, fields=("*",), bad=BadRecords())
+
+
+def limited(candidates: list[Candidate], keys: Sequence[Hashable], limit: int) -> list[Candidate]:
+    """The completions of ``limit`` keys, drawn at random but the same every time, in their order; all where it is 0."""
+    if limit < 0:
+        raise UserError(f"--limit {limit}: must be 0 or more")
+    distinct = list(dict.fromkeys(keys))
+    if not limit or limit >= len(distinct):
+        return candidates
+    drawn = {distinct[i] for i in np.random.default_rng(0).permutation(len(distinct))[:limit]}
+    return [candidate for candidate, key in zip(candidates, keys, strict=True) if key in drawn]
+
+
+def field_of(candidate: Candidate, name: str, flag: str) -> Any:
+    """A field of the completion's record; of a list beside 'completions' the completion's own entry.
+
+    Raises:
+        UserError: no such field, or no such entry.
+    """
+    if name not in candidate.fields:
+        raise UserError(f"{candidate.where}: field '{name}', named by {flag}, is missing")
+    value = candidate.fields[name]
+    if isinstance(value, list) and candidate.name.startswith("completions["):
+        index = int(candidate.name[len("completions[") : -1])
+        if index >= len(value):
+            raise UserError(f"{candidate.where}: field '{name}' has {len(value)} entries, none for {candidate.name}")
+        return value[index]
+    return value
+
+
+def text_of(candidate: Candidate, name: str, flag: str) -> str:
+    """The same of a field that names something, a string, number or boolean, as text without white space around it."""
+    value = field_of(candidate, name, flag)
+    if not isinstance(value, (str, int, float)):
+        kind = f"is {type(value).__name__}, not a string, number or boolean"
+        raise UserError(f"{candidate.where}: field '{name}', named by {flag}, {kind}")
+    return str(value).strip()
+
+
+def questions_of(candidates: Sequence[Candidate], field: str) -> list[str]:
+    """What tells the question of each completion: a field, or the prompt."""
+    return [text_of(c, field, "--question") if field else c.prompt for c in candidates]
+
+
+def groups_of(candidates: Sequence[Candidate], by: str) -> dict[str, np.ndarray]:
+    """For each field of --by the value of every completion, [N] of str."""
+    names = [name for name in (part.strip() for part in by.split(",")) if name]
+    return {name: np.array([text_of(c, name, "--by") for c in candidates]) for name in names}
+
+
+def judge(model: RewardModel, candidates: Sequence[Candidate], goal: str) -> list[Judged]:
+    """Rewards and Q-values at every token of every completion."""
+    prompts, completions = [c.prompt for c in candidates], [c.completion for c in candidates]
+    encoded = model.encode(prompts, completions, [c.cut for c in candidates])
+    names = [f"{c.where}: {c.name}" for c in candidates]
+    state = model.goal(goal or None)
+    return model.judge(encoded, goals_GD=state[None], per_token=True, names=names, progress=True)

@@ -1,0 +1,208 @@
+"""``gcrm vote``: answers questions by many samples of each, with and without a reward model, and what that gains."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from gcrm_fast.candidates import (
+    TableOptions,
+    field_of,
+    groups_of,
+    judge,
+    limited,
+    open_model,
+    questions_of,
+    read,
+    text_of,
+)
+from gcrm_fast.command_line import exit_code, parse_options
+from gcrm_fast.errors import UserError
+from gcrm_fast.judging import halves
+from gcrm_fast.plots import plot_savings
+from gcrm_fast.records import Candidate
+from gcrm_fast.results import Row, check_folder, columns, new_folder, number, write_rows
+from gcrm_fast.scoring import Judged
+from gcrm_fast.voting import Question, Result, Saving, chosen_threshold, results, saving, thresholds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TableOptions):
+    """Majority, Q-filtered and reward-weighted votes, best of n, and the majority of the top K, over many samples of
+    each question.
+
+    Leaves results.json, results.csv and savings.png (accuracy against tokens saved) in the output folder. --limit
+    counts questions; --by also holds a vote among the samples of each value alone.
+    """
+
+    model: tyro.conf.Positional[str]
+    """Folder of a trained model, or a hub repository."""
+    file: tyro.conf.Positional[str]
+    """Samples with the answer of each and the expected one: a source as for gcrm train."""
+    answer: str = "predicted_answer"
+    """Field of a sample's answer; null or empty where it has none: such a sample takes part in no vote."""
+    expected: str = "expected_answer"
+    """Field of the right answer. Answers are compared as text, without the white space around them."""
+    threshold: float | Literal["auto"] = 0.0
+    """A sample is dropped once a Q-value falls below this. auto: what is best on one half of the questions, by a hash
+    of their text; the other half alone is then reported."""
+    top_k: int = 5
+    """Samples of greatest reward among which the re-ranked vote takes the majority."""
+
+
+# ------------------------------------------------------------------------------------------------------------ input
+
+
+def answer_of(candidate: Candidate, name: str) -> str:
+    """A sample's answer, "" where it has none."""
+    value = field_of(candidate, name, "--answer")
+    return "" if value is None else text_of(candidate, name, "--answer")
+
+
+def expected_of(candidates: Sequence[Candidate], questions: Sequence[str], name: str) -> dict[str, str]:
+    """The right answer of each question. Raises UserError where one is missing, or samples state different ones."""
+    expected: dict[str, str] = {}
+    for candidate, question in zip(candidates, questions, strict=True):
+        answer = text_of(candidate, name, "--expected")
+        if not answer:
+            raise UserError(f"{candidate.where}: field '{name}' is empty: every question needs its right answer")
+        if expected.setdefault(question, answer) != answer:
+            raise UserError(
+                f"{candidate.where}: field '{name}' is {answer[:20]!r}, but {expected[question][:20]!r} in another "
+                "sample of the question: mend it, or tell questions apart with --question"
+            )
+    return expected
+
+
+def gather(
+    questions: Sequence[str], answers: Sequence[str], expected: dict[str, str], judged: Sequence[Judged]
+) -> dict[str, Question]:
+    """The samples of each question."""
+    samples: dict[str, list[int]] = {}
+    for i, question in enumerate(questions):
+        samples.setdefault(question, []).append(i)
+    return {
+        question: Question(
+            expected=expected[question],
+            answers=[answers[i] for i in own],
+            rewards_n=np.array([judged[i].reward for i in own]),
+            q_n=[q_Gn[0] for i in own if (q_Gn := judged[i].q_Gn) is not None],
+        )
+        for question, own in samples.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- output
+
+
+@dataclass(frozen=True)
+class Election:
+    """All votes over one group's questions, at one threshold, and what filtering saves at this and other thresholds."""
+
+    group: str
+    samples: int
+    results: list[Result]
+    saving: Saving
+    curve: list[Saving]
+
+
+def elect(group: str, questions: dict[str, Question], threshold: float | Literal["auto"], top_k: int) -> Election:
+    """Raises UserError where --threshold auto finds one half of the questions empty."""
+    reported = list(questions.values())
+    if threshold == "auto":
+        half = halves(list(questions))
+        reported = [question for question, taken in zip(reported, half, strict=True) if taken]
+        tuned = [question for question, taken in zip(questions.values(), half, strict=True) if not taken]
+        if not reported or not tuned:
+            raise UserError(
+                f"--threshold auto: {len(questions)} questions of {group} do not split in two: give a number"
+            )
+        threshold = chosen_threshold(tuned)
+    return Election(
+        group=group,
+        samples=sum(len(question.answers) for question in reported),
+        results=results(reported, threshold, top_k),
+        saving=saving(reported, threshold),
+        curve=[saving(reported, value) for value in thresholds(reported)],
+    )
+
+
+def rows_of(source: str, election: Election) -> list[Row]:
+    group, chosen = election.group, election.saving
+    rows = [
+        Row(source, group, "questions", election.results[0].questions),
+        Row(source, group, "samples", election.samples),
+        Row(source, group, "threshold", chosen.threshold),
+        Row(source, group, "dropped", chosen.dropped),
+        Row(source, group, "tokens_saved", chosen.saved),
+    ]
+    for result in election.results:
+        rows.append(Row(source, group, f"accuracy:{result.name}", result.accuracy, result.low, result.high))
+        rows += [Row(source, group, f"{name}:{result.name}", value)
+                 for name, value in (("won", result.won), ("lost", result.lost), ("p", result.p))]  # fmt: skip
+    for point in election.curve:
+        rows += [Row(source, group, f"{name}@{point.threshold:.6g}", getattr(point, name))
+                 for name in ("accuracy", "dropped", "saved")]  # fmt: skip
+    return rows
+
+
+def table(elections: Sequence[Election]) -> str:
+    """The printed summary: a line for each group and way to vote, and below what filtering saves in each group."""
+    lines, savings = [], []
+    for election in elections:
+        for r in election.results:
+            accuracy = f"{number(r.accuracy)} [{number(r.low)}, {number(r.high)}]"
+            lines.append([f"{election.group}: {r.name}", accuracy, str(r.won), str(r.lost), f"{r.p:.2g}"])
+        chosen = election.saving
+        shares = [f"{100 * share:.1f}%" for share in (chosen.dropped, chosen.saved)]
+        savings.append([election.group, str(election.results[0].questions), str(election.samples),
+                        number(chosen.threshold), *shares])  # fmt: skip
+    return (
+        columns(["", "accuracy", "won", "lost", "p"], lines)
+        + "\n\n"
+        + columns(["", "questions", "samples", "threshold", "dropped", "tokens saved"], savings)
+    )
+
+
+def run(options: Options) -> None:
+    """Reads and checks the file, then scores it. Raises UserError."""
+    check_folder(options.output, options.overwrite)
+    if options.top_k < 1:
+        raise UserError(f"--top-k {options.top_k}: must be at least 1")
+    model = open_model(options.model, options)
+    candidates = read(options.file, model, options)
+    candidates = limited(candidates, questions_of(candidates, options.question), options.limit)
+    questions = questions_of(candidates, options.question)
+    answers = [answer_of(candidate, options.answer) for candidate in candidates]
+    expected = expected_of(candidates, questions, options.expected)
+    groups = groups_of(candidates, options.by)
+    with new_folder(options.output) as folder:
+        judged = judge(model, candidates, options.goal)
+        members = {"all": np.arange(len(candidates))}
+        members |= {f"{name}={value}": np.flatnonzero(value_N == value)
+                    for name, value_N in groups.items() for value in np.unique(value_N)}  # fmt: skip
+        elections = []
+        for group, own in members.items():
+            of_group = gather([questions[i] for i in own], [answers[i] for i in own], expected,
+                              [judged[i] for i in own])  # fmt: skip
+            elections.append(elect(group, of_group, options.threshold, options.top_k))
+        plot_savings({e.group: (e.results[0].accuracy, e.saving, e.curve) for e in elections}, folder / "savings.png")
+        about = {
+            "model": options.model,
+            "fingerprint": model.fingerprint,
+            "goal": options.goal or next(iter(model.goals)),
+            "threshold": options.threshold,
+            "tested": "won and lost questions against the plain majority (the released metric against itself without "
+            "the filter): exact McNemar test, two-sided",
+        }
+        write_rows(folder, [row for election in elections for row in rows_of(options.file, election)], about)
+    print(table(elections))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code("gcrm vote", lambda: run(parse_options(Options, arguments, "gcrm vote")))
