@@ -1,17 +1,38 @@
-"""What all commands of ``gcrm`` share: options from dataclasses, and errors that are one line."""
+"""What the commands of ``gcrm`` share: options from dataclasses, errors that are one line, outputs that are whole."""
 
 import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import tyro
 
 from gcrm_fast.errors import UserError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Of the commands that run a model over records."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the trunk computes in; auto: bfloat16 on a GPU, else float32."""
+    tokens_per_batch: int = 16384
+    """Tokens that are computed at a time: memory grows with it."""
+    columns: str = ""
+    """Names that the records use for this project's fields: prompt=instruction,completion=answer. No other fields are
+    read then."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """A record that cannot be used ends the run, or is left out and counted."""
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_batch < 1:
+            raise UserError(f"--tokens-per-batch {self.tokens_per_batch}: must be at least 1")
 
 
 def parse_options(kind: type[T], argv: list[str], prog: str, default: T | None = None) -> T:
@@ -34,10 +55,27 @@ def parse_options(kind: type[T], argv: list[str], prog: str, default: T | None =
         raise UserError(words) from None
 
 
+def output_file(output: str, inputs: Sequence[str]) -> Path:
+    """The path of a file to be written. Raises UserError where it cannot be, or is one of the inputs."""
+    path = Path(output)
+    if path.is_dir():
+        raise UserError(f"--output {output}: is a folder: name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {output}: no folder {path.parent}: make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {output}: the folder {path.parent} cannot be written to")
+    if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in inputs):
+        raise UserError(f"--output {output}: is also an input: name another file")
+    return path
+
+
 def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Does the work: 0, or 2 after one line on stderr (of each machine's first process) for what the user can mend."""
     try:
         work()
+    except BrokenPipeError:  # who reads our output wants no more: not an error, and nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise

@@ -67,6 +67,11 @@ class Candidate:
     cut: bool
     fields: dict[str, Any]
 
+    @property
+    def label(self) -> str:
+        """How an error calls it."""
+        return f"{self.where}: field '{self.name}'"
+
 
 @dataclass(frozen=True)
 class _Record:

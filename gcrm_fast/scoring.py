@@ -162,7 +162,9 @@ class RewardModel:
                 )
         for i in range(len(encoded)):
             if not np.isfinite(judged[i].reward):
-                raise UserError(f"{_name(i, names)}: its reward is not finite: mend the weights, or take dtype float32")
+                raise UserError(
+                    f"{_name(i, names)} has a reward that is not finite: mend the weights, or take dtype float32"
+                )
         return [judged[i] for i in range(len(encoded))]
 
     @torch.inference_mode()
@@ -176,10 +178,12 @@ class RewardModel:
         return [states[i] for i in range(len(encoded))]
 
     @torch.inference_mode()
-    def goal_state(self, encoded: Sequence[Completion], *, progress: bool = False) -> Tensor:
+    def goal_state(
+        self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
+    ) -> Tensor:
         """Mean of z at the last token, [D] float32 on the CPU: a goal state (GCRM, section 4.2)."""
         total = torch.zeros(self.config.projection_size or self.config.hidden_size, dtype=torch.float64)
-        for pack, hidden_RH in self._states(encoded, False, None, progress):
+        for pack, hidden_RH in self._states(encoded, False, names, progress):
             rows = torch.from_numpy(np.concatenate(pack.rows_of)).to(self.device)
             total += self.network.compared(hidden_RH).index_select(0, rows).double().sum(0).cpu()
         return (total / len(encoded)).float()
@@ -191,7 +195,7 @@ class RewardModel:
         by_prompt: dict[bytes, list[Item]] = {}
         for i, (ids, start, _) in enumerate(encoded):
             if start == len(ids):
-                raise UserError(f"{_name(i, names)}: is cut and has no token: leave it out")
+                raise UserError(f"{_name(i, names)} is cut and has no token: leave it out")
             by_prompt.setdefault(ids[:start].tobytes(), []).append(Item(i, ids, start, _name(i, names)))
         groups = list(by_prompt.values())
         with tqdm(total=len(encoded), desc="scoring", unit="completion", disable=not progress) as bar:

@@ -1,4 +1,4 @@
-"""Rows of training data, whatever holds them: JSON lines, gzip, Parquet, saved datasets, datasets of the Hub.
+"""Rows of data, whatever holds them: JSON lines, gzip, Parquet, saved datasets, datasets of the Hub; stdin.
 
 A row comes with its place, 'source:number', numbered from 1: the line of a JSON-lines file (blank lines count), the row
 of anything else.
@@ -6,19 +6,23 @@ of anything else.
 
 import gzip
 import importlib
+import io
 import json
 import os
 import re
 import stat
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from gcrm_fast.errors import UserError, one_line
 
+STDIN = "-"
+GZIP = b"\x1f\x8b"  # how its files begin
 MAX_LINE = 2**24  # bytes; a file without line feeds must not fill the memory
 FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".ndjson", ".txt"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>\S+))?")
@@ -39,14 +43,16 @@ class BadRecords:
 
 
 def rows(source: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
-    """(place, record) of a file, a folder that ``datasets`` saved (FOLDER[:SPLIT]), or a dataset of the Hub
-    (OWNER/NAME[/CONFIG][:SPLIT], split train by default).
+    """(place, record) of a file, a folder that ``datasets`` saved (FOLDER[:SPLIT]), a dataset of the Hub
+    (OWNER/NAME[/CONFIG][:SPLIT], split train by default), or of JSON lines on stdin ('-').
 
     What exists on the disk comes first. Rows that cannot be read go to ``bad``.
 
     Raises:
         UserError: nothing of that name, or an unreadable or damaged file.
     """
+    if source == STDIN:
+        return _stdin_rows(bad)
     folder, _, split = source.rpartition(":") if ":" in source else (source, "", "")
     hub = HUB_NAME.fullmatch(source)
     if os.path.isdir(source):
@@ -70,15 +76,26 @@ def _file_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}: is not a regular file: write the records to a file")
         with path.open("rb") as file:
             magic = file.read(4)
-        yield from _parquet_rows(path, bad) if magic == b"PAR1" else _json_rows(path, magic[:2] == b"\x1f\x8b", bad)
+        if magic == b"PAR1":
+            yield from _parquet_rows(path, bad)
+        else:
+            with gzip.open(path) if magic[:2] == GZIP else path.open("rb") as file:
+                yield from _json_rows(path, file, bad)
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise UserError(f"{path}: cannot be read ({reason}): name a file, a saved dataset or OWNER/NAME") from None
 
 
-def _json_rows(path: Path, packed: bool, bad: BadRecords) -> Iterator[tuple[str, Any]]:
-    for number, line in _lines(path, packed):
-        where = f"{path}:{number}"
+def _stdin_rows(bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("-: several processes cannot read one stdin: write the records to a file")
+    file = cast(io.BufferedReader, sys.stdin.buffer)
+    yield from _json_rows("stdin", gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == GZIP else file, bad)
+
+
+def _json_rows(name: object, file: BinaryIO | gzip.GzipFile, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    for number, line in _lines(name, file):
+        where = f"{name}:{number}"
         if not line.strip():
             continue
         try:
@@ -105,18 +122,17 @@ def _distinct(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _lines(path: Path, packed: bool) -> Iterator[tuple[int, bytes]]:
+def _lines(name: object, file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int, bytes]]:
     """(line number, raw line); of a line over MAX_LINE comes the start, one byte more than allowed."""
     number = 0
     try:
-        with gzip.open(path) if packed else path.open("rb") as file:
-            while line := file.readline(MAX_LINE + 1):
-                number += 1
-                yield number, line
-                while len(line) > MAX_LINE and not line.endswith(b"\n"):
-                    line = file.readline(MAX_LINE + 1)
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            yield number, line
+            while len(line) > MAX_LINE and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}:{number + 1}: gzip data is damaged ({error}): copy the file again") from None
+        raise UserError(f"{name}:{number + 1}: gzip data is damaged ({error}): copy the file again") from None
 
 
 def _parquet_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
