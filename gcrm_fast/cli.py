@@ -13,6 +13,7 @@ COMMANDS = {  # name: (module with a main(argv), what it does)
     "goals": ("gcrm_fast.build_goals", "a goal state from preferred completions"),
     "evaluate": ("gcrm_fast.evaluate", "AUROC and shortcuts of completions known to be right or wrong"),
     "vote": ("gcrm_fast.vote", "answer questions by many samples of each, filtered and weighed"),
+    "samples": ("gcrm_fast.arithmetic", "labelled solutions of generated problems, with the place of the error"),
     "inspect": ("gcrm_fast.page", "one web page of a record, its tokens coloured by Q and reward"),
 }
 
