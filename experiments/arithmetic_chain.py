@@ -116,7 +116,8 @@ def localisation(located: Sequence[Located]) -> dict[str, tuple[float, float, fl
     }
     for offset in OFFSETS:
         there = [one for one in located if 0 <= one.error + offset < len(one.wrong_n)]
-        found[f"offset {offset}"] = float(np.mean([above(one)[one.error + offset] for one in there])), nan, nan
+        values = [above(one)[one.error + offset] for one in there]
+        found[f"offset {offset}"] = float(np.mean(values)) if values else nan, nan, nan
     return found
 
 

@@ -65,10 +65,10 @@ class Options:
     """Models of each objective."""
     steps: int = 300
     """Optimizer steps of 16 pairs."""
-    completions: int = 1500
+    completions: int = 1000
     """Labelled completions of each set: whole questions in a fixed random order until there are as many. Those with
     more tokens than are trained on are then left out."""
-    voted: int = 60
+    voted: int = 40
     """Questions that are voted on, each with four models' samples."""
     report: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = HERE / "objectives"
     """Path of the report, without its .md and .json."""
