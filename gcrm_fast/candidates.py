@@ -1,36 +1,33 @@
 """What the judging commands share: options, completions read from files, their fields, their rewards and Q-values."""
 
-from collections.abc import Hashable, Sequence
+import sys
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
+from torch import Tensor
 
+from gcrm_fast.command_line import ModelOptions
 from gcrm_fast.config import parse_columns
+from gcrm_fast.data import Completion
 from gcrm_fast.errors import UserError
-from gcrm_fast.records import COMPLETION_FORMATS, Candidate, read_completions
-from gcrm_fast.scoring import Judged, RewardModel
+from gcrm_fast.goals import named_goal
+from gcrm_fast.records import COMPLETION_FORMATS, Candidate, completions_of_records
+from gcrm_fast.scoring import RewardModel
 from gcrm_fast.sources import BadRecords
 
 PAIRED = {"chosen": True, "correct": True, "rejected": False, "incorrect": False}  # a pair's fields: is it right?
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgingOptions:
+class JudgingOptions(ModelOptions):
     """Options of every command that judges a file's completions."""
 
     goal: str = ""
-    """Name of the goal state in the model's folder; its first by default."""
-    columns: str = ""
-    """The records' names of fields, as in prompt=instruction,completion=answer."""
-    tokens_per_batch: int = 16384
-    """Tokens computed at a time: memory grows with it."""
-    dtype: str = "auto"
-    """Of the computation: auto is bfloat16 on a GPU, else float32."""
-    attention: str = "auto"
-    """As in gcrm train."""
+    """Goal state of the Q-values: FILE[:NAME]. By default the model's own default goal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +46,27 @@ class TableOptions(JudgingOptions):
     """Replace the results in the output folder."""
 
 
-def open_model(name: str, options: JudgingOptions) -> RewardModel:
-    """Loads the model. Raises UserError, also where it has no such goal state."""
-    model = RewardModel.from_pretrained(
-        name, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch, attention=options.attention
-    )
-    model.goal(options.goal or None)
-    return model
+class Judgement(NamedTuple):
+    """A completion's tokens, and the rewards and Q-values [n] float32 at each of those after the prompt."""
+
+    tokens: Completion
+    reward_n: np.ndarray
+    q_n: np.ndarray
 
 
-def read(source: str, model: RewardModel, options: JudgingOptions) -> list[Candidate]:
-    """The completions of one source, with all fields of their records."""
+def open_model(name: str, options: JudgingOptions) -> tuple[RewardModel, Tensor]:
+    """The model, and the goal state [D] of its Q-values. Raises UserError."""
+    model = RewardModel.from_pretrained(name, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch)
+    return model, named_goal(options.goal, model.fingerprint) if options.goal else model.goal()
+
+
+def records(source: str, model: RewardModel, options: JudgingOptions) -> Iterator[list[Candidate]]:
+    """The completions of one record of a source after another, with all fields of their record."""
     columns = parse_columns(options.columns, COMPLETION_FORMATS)
-    return read_completions([source], columns=columns, tokenizer=model.tokenizer, fields=("*",), bad=BadRecords())
+    bad = BadRecords(skip=options.on_bad_record == "skip")
+    yield from completions_of_records([source], columns=columns, tokenizer=model.tokenizer, fields=("*",), bad=bad)
+    if bad.skipped:
+        print(f"{source}: {len(bad.skipped)} bad records left out; the first: {bad.skipped[0]}", file=sys.stderr)
 
 
 def limited(candidates: list[Candidate], keys: Sequence[Hashable], limit: int) -> list[Candidate]:
@@ -112,10 +117,14 @@ def groups_of(candidates: Sequence[Candidate], by: str) -> dict[str, np.ndarray]
     return {name: np.array([text_of(c, name, "--by") for c in candidates]) for name in names}
 
 
-def judge(model: RewardModel, candidates: Sequence[Candidate], goal: str) -> list[Judged]:
+def judge(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tensor) -> list[Judgement]:
     """Rewards and Q-values at every token of every completion."""
     prompts, completions = [c.prompt for c in candidates], [c.completion for c in candidates]
     encoded = model.encode(prompts, completions, [c.cut for c in candidates])
     names = [f"{c.where}: {c.name}" for c in candidates]
-    state = model.goal(goal or None)
-    return model.judge(encoded, goals_GD=state[None], per_token=True, names=names, progress=True)
+    judged = model.judge(encoded, goals_GD=goal_D[None], per_token=True, names=names, progress=True)
+    return [
+        Judgement(tokens, scores.rewards_n, scores.q_Gn[0])
+        for tokens, scores in zip(encoded, judged, strict=True)
+        if scores.rewards_n is not None and scores.q_Gn is not None  # both were asked for
+    ]

@@ -11,10 +11,10 @@ COMMANDS = {  # name: (module with a main(argv), what it does)
     "train": ("gcrm_fast.train", "train a reward model on preference pairs"),
     "score": ("gcrm_fast.score", "rewards of completions, and Q-values of their tokens"),
     "goals": ("gcrm_fast.build_goals", "a goal state from preferred completions"),
-    "evaluate": ("gcrm_fast.evaluate", "AUROC and shortcuts of completions known to be right or wrong"),
-    "vote": ("gcrm_fast.vote", "answer questions by many samples of each, filtered and weighed"),
+    "evaluate": ("gcrm_fast.evaluate", "AUROC over completions known to be right or wrong, beside shortcuts"),
+    "vote": ("gcrm_fast.vote", "answers by many samples of a question, filtered and weighed"),
+    "inspect": ("gcrm_fast.page", "a web page of a record, its tokens coloured by Q and reward"),
     "samples": ("gcrm_fast.arithmetic", "labelled solutions of generated problems, with the place of the error"),
-    "inspect": ("gcrm_fast.page", "one web page of a record, its tokens coloured by Q and reward"),
 }
 
 

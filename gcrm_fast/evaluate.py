@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 from gcrm_fast.candidates import (
@@ -18,7 +19,7 @@ from gcrm_fast.candidates import (
     limited,
     open_model,
     questions_of,
-    read,
+    records,
 )
 from gcrm_fast.command_line import exit_code, parse_options
 from gcrm_fast.errors import UserError
@@ -67,7 +68,7 @@ def is_right(candidate: Candidate, label: str) -> bool:
 
 def read_source(source: str, model: RewardModel, options: Options) -> Source:
     """Raises UserError for a record without label, question or group, and where all completions are of one class."""
-    candidates = read(source, model, options)
+    candidates = [candidate for of_record in records(source, model, options) for candidate in of_record]
     candidates = limited(candidates, [candidate.row for candidate in candidates], options.limit)
     right_N = np.array([is_right(candidate, options.label) for candidate in candidates], dtype=bool)
     if right_N.all() or not right_N.any():
@@ -76,21 +77,16 @@ def read_source(source: str, model: RewardModel, options: Options) -> Source:
     return Source(candidates, questions_of(candidates, options.question), right_N, groups_of(candidates, options.by))
 
 
-def score(model: RewardModel, source: Source, goal: str) -> Labelled:
+def score(model: RewardModel, source: Source, goal_D: Tensor) -> Labelled:
     """Rewards and Q-values of every completion, beside its label."""
-    reward_NP, q_N = [], []
-    for judged in judge(model, source.candidates, goal):
-        assert judged.rewards_n is not None
-        assert judged.q_Gn is not None
-        reward_NP.append(judged.rewards_n[quantile_positions(len(judged.rewards_n))])
-        q_N.append(judged.q_Gn[0])
+    judged = judge(model, source.candidates, goal_D)
     return Labelled(
         right_N=source.right_N,
         question_N=np.unique(source.questions, return_inverse=True)[1],
         half_N=halves(source.questions),
-        lengths_N=np.array([len(q) for q in q_N]),
-        reward_NP=np.array(reward_NP, dtype=np.float64),
-        q_N=q_N,
+        lengths_N=np.array([len(one.q_n) for one in judged]),
+        reward_NP=np.array([one.reward_n[quantile_positions(len(one.reward_n))] for one in judged], dtype=np.float64),
+        q_N=[one.q_n for one in judged],
         pairs=all(candidate.name in PAIRED for candidate in source.candidates),
     )
 
@@ -155,11 +151,11 @@ def run(options: Options) -> None:
     if not options.files:
         raise UserError("no FILE is given: name files of labelled completions or of pairs")
     check_folder(options.output, options.overwrite)
-    model = open_model(options.model, options)
+    model, goal_D = open_model(options.model, options)
     sources = {name: read_source(name, model, options) for name in options.files}
     rows: list[Row] = []
     with new_folder(options.output) as folder:
-        scored = {name: score(model, source, options.goal) for name, source in sources.items()}
+        scored = {name: score(model, source, goal_D) for name, source in sources.items()}
         for name, labelled in scored.items():
             rows += rows_of(name, labelled, sources[name].groups)
         plot_roc(scored, folder / "roc.png")
@@ -169,7 +165,7 @@ def run(options: Options) -> None:
         about = {
             "model": options.model,
             "fingerprint": model.fingerprint,
-            "goal": options.goal or next(iter(model.goals)),
+            "goal": options.goal or "the model's own",
             "limit": options.limit,
             "intervals": f"{100 * COVERAGE:.0f} %, bootstrap of {RESAMPLES} draws of questions (told apart by {unit})",
         }

@@ -5,6 +5,7 @@ safetensors file name the weights it belongs to: a cosine to the states of anoth
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,6 +33,16 @@ def read_goals(path: Path, fingerprint: str) -> dict[str, Tensor]:
         UserError: no readable goal file, or one of a model with another fingerprint or end-token policy.
     """
     return _read(path, fingerprint)[0]
+
+
+def named_goal(name: str, fingerprint: str) -> Tensor:
+    """The goal state [D] that FILE[:NAME] names; without NAME the default one. Raises UserError, see read_goals."""
+    file, _, goal = (name, "", "") if os.path.exists(name) else name.rpartition(":")
+    goals = read_goals(Path(file or name), fingerprint)
+    goal = goal or next(iter(goals))
+    if goal not in goals:
+        raise UserError(f"{file}: holds no goal {goal!r}: it has {', '.join(goals)}")
+    return goals[goal]
 
 
 def read_counts(path: Path, fingerprint: str) -> dict[str, int]:

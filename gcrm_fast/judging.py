@@ -99,8 +99,11 @@ def interval(questions: int, width: int, statistic: Callable[[np.ndarray], np.nd
     """Percentile bootstrap: the middle COVERAGE of ``statistic`` over RESAMPLES draws of questions with replacement.
 
     ``statistic`` takes how often each question was drawn, [B, C] float64, and gives [B]; NaN where a draw leaves it
-    undefined, which is not counted. ``width`` is the number of values that it computes with a draw.
+    undefined, which is not counted. ``width`` is the number of values that it computes with a draw. One question alone
+    has no interval: every draw of it is the same.
     """
+    if questions < 2:
+        return math.nan, math.nan
     generator = np.random.default_rng(0)
     rows = max(1, CHUNK // max(width, 1))
     found: list[np.ndarray] = []

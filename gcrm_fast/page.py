@@ -14,15 +14,14 @@ import matplotlib
 import numpy as np
 import tyro
 from matplotlib.colors import Normalize, to_hex
+from torch import Tensor
 
-from gcrm_fast.candidates import PAIRED, JudgingOptions, field_of, open_model
-from gcrm_fast.command_line import exit_code, parse_options
-from gcrm_fast.config import parse_columns
+from gcrm_fast.candidates import PAIRED, JudgingOptions, field_of, judge, open_model, records
+from gcrm_fast.command_line import exit_code, output_file, parse_options
 from gcrm_fast.data import Completion
 from gcrm_fast.errors import UserError
-from gcrm_fast.records import COMPLETION_FORMATS, Candidate, completions_of_records
+from gcrm_fast.records import Candidate
 from gcrm_fast.scoring import RewardModel
-from gcrm_fast.sources import BadRecords
 
 ERROR_FIELDS = {"first_error_step": 0, "error_step": 1, "error_steps": 1}  # and the number of their first step
 STEP_ENDS = ("\n\n", "\n", ";")  # what ends a step: the first of them that a completion holds
@@ -43,7 +42,7 @@ class Options(JudgingOptions):
     """Completions or preference pairs: a source as for gcrm train."""
     row: int
     """Number of the record in the file, from 0."""
-    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    output: Annotated[str, tyro.conf.arg(aliases=("-o",))]
     """The page, an HTML file."""
     error_field: str = ""
     """Field with the number of the wrong step, or a list of them; of a pair it is the rejected side's. By default
@@ -72,15 +71,8 @@ def read_row(options: Options, model: RewardModel) -> list[Candidate]:
     """The completions of the record asked for; records after it are not read. Raises UserError."""
     if options.row < 0:
         raise UserError(f"--row {options.row}: must be 0 or more")
-    records = completions_of_records(
-        [options.file],
-        columns=parse_columns(options.columns, COMPLETION_FORMATS),
-        tokenizer=model.tokenizer,
-        fields=("*",),
-        bad=BadRecords(),
-    )
     count = 0
-    for candidates in records:
+    for candidates in records(options.file, model, options):
         if count == options.row:
             return candidates
         count += 1
@@ -125,29 +117,22 @@ def first_difference(one: Completion, other: Completion) -> int:
     return int(differs.argmax()) if differs.any() else n
 
 
-def columns_of(model: RewardModel, candidates: Sequence[Candidate], options: Options) -> list[Column]:
+def columns_of(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tensor, options: Options) -> list[Column]:
     """Scores the completions; every later one is compared with the first."""
-    encoded = model.encode(
-        [c.prompt for c in candidates], [c.completion for c in candidates], [c.cut for c in candidates]
-    )
-    state = model.goal(options.goal or None)
-    names = [f"{c.where}: {c.name}" for c in candidates]
+    judged = judge(model, candidates, goal_D)
     found = []
-    judged = model.judge(encoded, goals_GD=state[None], per_token=True, names=names)
-    for candidate, tokens, scores in zip(candidates, encoded, judged, strict=True):
-        assert scores.q_Gn is not None
-        assert scores.rewards_n is not None
+    for candidate, (tokens, reward_n, q_n) in zip(candidates, judged, strict=True):
         text_n = model.texts(tokens)
         marks: dict[int, list[str]] = {}
-        if tokens is not encoded[0]:
-            marks.setdefault(first_difference(encoded[0], tokens), []).append("first difference")
+        # Of two it is plain which one the first differs from.
+        other = judged[0] if tokens is not judged[0].tokens else judged[1] if len(judged) == 2 else None
+        if other:
+            marks[first_difference(tokens, other.tokens)] = ["first difference"]
         step = error_step(candidate, options.error_field, options.count_from)
         start = step_start(text_n, step, options.step_end) if step is not None else None
         if step is not None and start is not None:
             marks.setdefault(start, []).append(f"error: step {step + 1}")
-        found.append(Column(title_of(candidate), text_n, scores.q_Gn[0], scores.rewards_n, marks))
-    if len(found) == 2:  # then it is plain what the first one differs from
-        found[0].marks.setdefault(first_difference(*encoded), []).append("first difference")
+        found.append(Column(title_of(candidate), text_n, q_n, reward_n, marks))
     return found
 
 
@@ -197,9 +182,7 @@ class Scale:
         stops = [self.low + (self.high - self.low) * i / 8 for i in range(9)]
         bar = f'<span class="bar" style="background:linear-gradient(90deg,{",".join(map(self.colour, stops))})"></span>'
         middle = (self.low + self.high) / 2
-        return (
-            f"{self.low:.3f} or less{bar}{self.high:.3f} or more, {middle:.3f} in the middle; the lines span the same"
-        )
+        return f"{self.low:.3f} or less{bar}{self.high:.3f} or more, {middle:.3f} in between; the lines span the same"
 
     def line(self, value_n: np.ndarray, marks: Sequence[int]) -> str:
         """The values of a completion's tokens as a line, with upright strokes at the marks."""
@@ -258,21 +241,19 @@ def page(title: str, about: str, prompt: str, columns: Sequence[Column]) -> str:
 
 def run(options: Options) -> None:
     """Raises UserError."""
-    if options.output.is_dir() or not options.output.parent.is_dir():
-        what = "is a folder" if options.output.is_dir() else "its folder does not exist"
-        raise UserError(f"-o {options.output}: {what}: name an HTML file")
-    model = open_model(options.model, options)
+    output = output_file(options.output, [options.file])
+    model, goal_D = open_model(options.model, options)
     candidates = read_row(options, model)
-    goal = options.goal or next(iter(model.goals))
+    goal = f", goal {options.goal}" if options.goal else ""
     text = page(
         title=f"{Path(options.file).name}, record {options.row}",
-        about=f"{candidates[0].where}; model {options.model}, goal {goal}; point at a token for its numbers",
+        about=f"{candidates[0].where}; model {options.model}{goal}; point at a token for its numbers",
         prompt=candidates[0].prompt,
-        columns=columns_of(model, candidates, options),
+        columns=columns_of(model, candidates, goal_D, options),
     )
-    partial = options.output.with_name(options.output.name + ".partial")
+    partial = output.with_name(output.name + ".partial")
     partial.write_text(text, encoding="utf-8")
-    partial.replace(options.output)
+    partial.replace(output)
 
 
 def main(argv: list[str] | None = None) -> int:

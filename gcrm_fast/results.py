@@ -29,9 +29,9 @@ class Row:
 def check_folder(path: Path, overwrite: bool) -> None:
     """Raises UserError where ``path`` cannot become the folder of a command; before its work, not after."""
     if path.exists() and not path.is_dir():
-        raise UserError(f"-o {path}: is not a folder: name a folder for the results")
+        raise UserError(f"--output {path}: is not a folder: name a folder for the results")
     if path.exists() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"-o {path}: holds files: choose another folder or pass --overwrite")
+        raise UserError(f"--output {path}: holds files: choose another folder or pass --overwrite")
 
 
 @contextlib.contextmanager

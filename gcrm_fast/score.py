@@ -29,7 +29,7 @@ from gcrm_fast.command_line import ModelOptions, exit_code, output_file, parse_o
 from gcrm_fast.config import parse_columns
 from gcrm_fast.data import Completion
 from gcrm_fast.errors import UserError
-from gcrm_fast.goals import DEFAULT, read_goals
+from gcrm_fast.goals import named_goal
 from gcrm_fast.records import COMPLETION_FORMATS, Candidate, completions_of_records
 from gcrm_fast.scoring import Judged, RewardModel
 from gcrm_fast.sources import STDIN, BadRecords
@@ -234,13 +234,7 @@ def goal_of(options: ScoreOptions, model: RewardModel) -> Tensor | None:
         return None
     if not options.goal:
         return model.goal() if model.goals else None
-    exists = os.path.exists(options.goal)
-    file, _, name = (options.goal, "", "") if exists else options.goal.rpartition(":")
-    goals = read_goals(Path(file or options.goal), model.fingerprint)
-    name = name or (DEFAULT if DEFAULT in goals else next(iter(goals)))
-    if name not in goals:
-        raise UserError(f"{file}: holds no goal {name!r}: it has {', '.join(goals)}")
-    return goals[name]
+    return named_goal(options.goal, model.fingerprint)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import numpy as np
 import tyro
 
 from gcrm_fast.candidates import (
+    Judgement,
     TableOptions,
     field_of,
     groups_of,
@@ -16,7 +17,7 @@ from gcrm_fast.candidates import (
     limited,
     open_model,
     questions_of,
-    read,
+    records,
     text_of,
 )
 from gcrm_fast.command_line import exit_code, parse_options
@@ -25,7 +26,6 @@ from gcrm_fast.judging import halves
 from gcrm_fast.plots import plot_savings
 from gcrm_fast.records import Candidate
 from gcrm_fast.results import Row, check_folder, columns, new_folder, number, write_rows
-from gcrm_fast.scoring import Judged
 from gcrm_fast.voting import Question, Result, Saving, chosen_threshold, results, saving, thresholds
 
 
@@ -78,7 +78,7 @@ def expected_of(candidates: Sequence[Candidate], questions: Sequence[str], name:
 
 
 def gather(
-    questions: Sequence[str], answers: Sequence[str], expected: dict[str, str], judged: Sequence[Judged]
+    questions: Sequence[str], answers: Sequence[str], expected: dict[str, str], judged: Sequence[Judgement]
 ) -> dict[str, Question]:
     """The samples of each question."""
     samples: dict[str, list[int]] = {}
@@ -88,8 +88,8 @@ def gather(
         question: Question(
             expected=expected[question],
             answers=[answers[i] for i in own],
-            rewards_n=np.array([judged[i].reward for i in own]),
-            q_n=[q_Gn[0] for i in own if (q_Gn := judged[i].q_Gn) is not None],
+            rewards_n=np.array([judged[i].reward_n[-1] for i in own], dtype=np.float64),
+            q_n=[judged[i].q_n for i in own],
         )
         for question, own in samples.items()
     }
@@ -172,15 +172,15 @@ def run(options: Options) -> None:
     check_folder(options.output, options.overwrite)
     if options.top_k < 1:
         raise UserError(f"--top-k {options.top_k}: must be at least 1")
-    model = open_model(options.model, options)
-    candidates = read(options.file, model, options)
+    model, goal_D = open_model(options.model, options)
+    candidates = [candidate for of_record in records(options.file, model, options) for candidate in of_record]
     candidates = limited(candidates, questions_of(candidates, options.question), options.limit)
     questions = questions_of(candidates, options.question)
     answers = [answer_of(candidate, options.answer) for candidate in candidates]
     expected = expected_of(candidates, questions, options.expected)
     groups = groups_of(candidates, options.by)
     with new_folder(options.output) as folder:
-        judged = judge(model, candidates, options.goal)
+        judged = judge(model, candidates, goal_D)
         members = {"all": np.arange(len(candidates))}
         members |= {f"{name}={value}": np.flatnonzero(value_N == value)
                     for name, value_N in groups.items() for value in np.unique(value_N)}  # fmt: skip
@@ -193,7 +193,7 @@ def run(options: Options) -> None:
         about = {
             "model": options.model,
             "fingerprint": model.fingerprint,
-            "goal": options.goal or next(iter(model.goals)),
+            "goal": options.goal or "the model's own",
             "threshold": options.threshold,
             "tested": "won and lost questions against the plain majority (the released metric against itself without "
             "the filter): exact McNemar test, two-sided",
