@@ -23,7 +23,7 @@ from gcrm_fast.command_line import exit_code, parse_options
 from gcrm_fast.config import parse
 from gcrm_fast.data import Completion
 from gcrm_fast.errors import UserError
-from gcrm_fast.goals import GOAL_FILE
+from gcrm_fast.goals import named_goal
 from gcrm_fast.judging import auroc, ratio, ratio_interval
 from gcrm_fast.prepare import default_output
 from gcrm_fast.records import Candidate, read_completions
@@ -156,17 +156,17 @@ def position_only(candidates: Sequence[Candidate], values: Sequence[np.ndarray])
 Measures = dict[str, tuple[float, float, float]]
 
 
-def located_cases(models: Mapping[str, Path], file: Path) -> dict[str, list[Measures]]:
+def located_cases(models: Mapping[str, Path], goals: Mapping[str, Path], file: Path) -> dict[str, list[Measures]]:
     """Measures of Q and of the running reward, of every model and control; several where goals were shuffled."""
     cases: dict[str, list[Measures]] = {}
     for name, folder in models.items():
         model = RewardModel.from_pretrained(folder)
         candidates = read_completions([str(file)], fields=("*",), tokenizer=model.tokenizer)
         generator = torch.Generator().manual_seed(0)
-        goal = model.goal("right")
+        goal, alike = (named_goal(f"{goals[name]}:{kind}", model.fingerprint) for kind in GOALS)
         shuffled = [goal[torch.randperm(len(goal), generator=generator)] for _ in range(PERMUTATIONS)]
         encoded = model.encode([c.prompt for c in candidates], [c.completion for c in candidates])
-        judged = model.judge(encoded, goals_GD=torch.stack([goal, model.goal("any"), *shuffled]), per_token=True)
+        judged = model.judge(encoded, goals_GD=torch.stack([goal, alike, *shuffled]), per_token=True)
         q = [np.stack(one.q_Gn) for one in judged if one.q_Gn is not None]
         rewards = [one.rewards_n for one in judged if one.rewards_n is not None]
 
@@ -316,19 +316,21 @@ def run(options: Options) -> None:
     sizes = ("--problems", options.problems, "--samples", options.samples)
     done(arithmetic.main, "-o", held_out, *sizes)
     done(arithmetic.main, "-o", other, *sizes, "--side", "train", "--right", 0.5)
-    for model in models.values():
-        for goal in sorted(set(GOALS) - set(RewardModel.from_pretrained(model).goals)):
-            done(build_goals.main, model, other, "-o", model / GOAL_FILE, "--name", goal, "--where", GOALS[goal])
+    goals = {name: folder / f"goals-{number}.safetensors" for number, name in enumerate(models)}
+    for name, model in models.items():
+        goals[name].unlink(missing_ok=True)
+        for goal, condition in GOALS.items():
+            done(build_goals.main, model, other, "-o", goals[name], "--name", goal, "--where", condition)
     evaluations, votes = {}, {}
     for number, (name, goal) in enumerate(CASES):
-        common = (models[name], held_out, "--goal", goal, "--overwrite")
+        common = (models[name], held_out, "--goal", f"{goals[name]}:{goal}", "--overwrite")
         done(evaluate.main, *common, "-o", folder / f"evaluate-{number}", "--by", "steps")
         evaluations[name, goal] = read_rows(folder / f"evaluate-{number}")
         for threshold in ("0", "auto"):
             output = folder / f"vote-{number}-{threshold}"
             done(vote.main, *common, "-o", output, "--threshold", threshold)
             votes[name, goal, threshold] = read_rows(output)
-    cases = located_cases(models, held_out)
+    cases = located_cases(models, goals, held_out)
     numbers = {
         "machine": machine(),
         "options": {k: v for k, v in asdict(options).items() if isinstance(v, int)},

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from gcrm_fast import arithmetic
 from gcrm_fast.arithmetic import generate, is_correct, is_held_out
 from gcrm_fast.data import TokenizedPair, tokenize_pairs, train_tokenizer
+from gcrm_fast.judging import halves
 from gcrm_fast.records import Pair
 
 TRAIN, HELD_OUT = generate(6000, 1000, seed=0, max_steps=3)
@@ -76,6 +77,10 @@ def test_held_out_problems_are_distinct_and_never_trained_on():
     # By a property of the text, hence also across seeds and sizes.
     assert all(map(is_held_out, held_out))
     assert not any(is_held_out(pair.prompt) for pair in generate(2000, 0, seed=5, max_steps=3)[0])
+
+
+def test_held_out_problems_fall_into_both_halves():
+    assert 400 < halves([pair.prompt for pair in HELD_OUT]).sum() < 600
 
 
 def test_the_same_seed_gives_the_same_pairs():
