@@ -24,7 +24,7 @@ from gcrm_fast.config import parse
 from gcrm_fast.data import Completion
 from gcrm_fast.errors import UserError
 from gcrm_fast.goals import named_goal
-from gcrm_fast.judging import auroc, ratio, ratio_interval
+from gcrm_fast.judging import ratio, ratio_interval
 from gcrm_fast.prepare import default_output
 from gcrm_fast.records import Candidate, read_completions
 from gcrm_fast.scoring import RewardModel
@@ -79,7 +79,7 @@ def error_token(texts: Sequence[str], char: int) -> int:
 
 def drop(values_n: np.ndarray, error: int) -> float:
     """The chance that a token before the error has a higher value than one at or after it, ties counting one half."""
-    return auroc(np.arange(len(values_n)) < error, values_n)
+    return float((np.sign(values_n[:error, None] - values_n[error:]) + 1).mean() / 2)
 
 
 def above(located: Located) -> np.ndarray:
