@@ -18,7 +18,7 @@ PACKING, DATA, ARITHMETIC = (f"tests/test_{name}.py" for name in ("packing", "da
 CHECKPOINT, TOKENIZATION, BAD_INPUT = (f"tests/test_{name}.py" for name in ("checkpoint", "tokenization", "bad_input"))
 TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.py", "tests/test_token_cache.py"
 BENCH, STEP = "tests/test_bench.py -k ", "tests/test_step.py -k "
-KERNELS = "tests/test_kernels.py -k "
+KERNELS, EXPERIMENTS = "tests/test_kernels.py -k ", "tests/test_experiments.py -k "
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
 ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or eps) and not {other}"
                     for path, other in (("pytorch", "triton"), ("triton", "pytorch")))  # fmt: skip
@@ -280,6 +280,35 @@ MUTANTS = {
     "README's GPU table from the oldest file": (
         "bench/gpu.py", "key=lambda p: (p.stem[-10:], p.stem))", "key=lambda p: (p.stem[-10:], p.stem), reverse=True)",
         BENCH + "newest"),
+    "samples: a wrong solution that is right": (
+        "gcrm_fast/arithmetic.py", '"is_correct": not error_step', '"is_correct": not error_step or error_step > 1',
+        ARITHMETIC + " -k samples"),
+    "samples: the error's place one digit off": (
+        "gcrm_fast/arithmetic.py", "next(differing, -1)", "next(differing, -2) + 1", ARITHMETIC + " -k place"),
+    "samples of problems that are trained on": (
+        "gcrm_fast/arithmetic.py", 'if options.side == "held-out":', 'if options.side != "held-out":',
+        ARITHMETIC + " -k sides"),
+    "halves: every held-out problem in the same one": (
+        "gcrm_fast/judging.py", ">> 16 & 1", "% 2", ARITHMETIC + " -k halves"),
+    "localisation: the error's own token counted before it": (
+        "experiments/arithmetic_chain.py", "above(one)[one.error :].tolist()", "above(one)[one.error + 1 :].tolist()",
+        EXPERIMENTS + "known_values"),
+    "localisation: a drop from the error's next token on": (
+        "experiments/arithmetic_chain.py", "values_n[:error, None] - values_n[error:]",
+        "values_n[:error, None] - values_n[error + 1 :]", EXPERIMENTS + "drop"),
+    "localisation: the error's token by its end": (
+        "experiments/arithmetic_chain.py", 'side="right"', 'side="left"', EXPERIMENTS + "token_of_a_character"),
+    "position alone: wrong solutions counted": (
+        "experiments/arithmetic_chain.py",
+        'right = [own for c, own in zip(candidates, values, strict=True) if c.fields["is_correct"]]',
+        "right = list(values)", EXPERIMENTS + "position_alone"),
+    "intervals over seeds of a normal distribution": (
+        "experiments/summary.py", "scipy.stats.t.ppf((1 + COVERAGE) / 2, n - 1)",
+        "scipy.stats.norm.ppf((1 + COVERAGE) / 2)", EXPERIMENTS + "students"),
+    "AUROC within groups over all groups together": (
+        "experiments/objectives.py", "own = group_N == group", "own = group_N >= 0", EXPERIMENTS + "blind"),
+    "pairs: one side left out": (
+        "experiments/objectives.py", "for ok in (a and b, a and b)]", "for ok in (a, b)]", EXPERIMENTS + "whole"),
 }  # fmt: skip
 
 
