@@ -167,7 +167,7 @@ def located_cases(models: Mapping[str, Path], goals: Mapping[str, Path], file: P
         shuffled = [goal[torch.randperm(len(goal), generator=generator)] for _ in range(PERMUTATIONS)]
         encoded = model.encode([c.prompt for c in candidates], [c.completion for c in candidates])
         judged = model.judge(encoded, goals_GD=torch.stack([goal, alike, *shuffled]), per_token=True)
-        q = [np.stack(one.q_Gn) for one in judged if one.q_Gn is not None]
+        q = [one.q_Gn for one in judged if one.q_Gn is not None]
         rewards = [one.rewards_n for one in judged if one.rewards_n is not None]
 
         wrong = wrong_solutions(model, candidates, encoded)

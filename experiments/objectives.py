@@ -217,7 +217,8 @@ def vote(completions: Completions, judged: Sequence[Judged]) -> dict[str, float]
     by_question: dict[tuple[str, str], list[int]] = {}
     for i, candidate in enumerate(completions.candidates):
         by_question.setdefault((candidate.prompt, candidate.fields["model"]), []).append(i)
-    chosen_on, questions = [], []
+    chosen_on: list[voting.Question] = []
+    questions: list[voting.Question] = []
     for (prompt, _), members in by_question.items():
         fields = [completions.candidates[i].fields for i in members]
         question = voting.Question(
