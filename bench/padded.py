@@ -57,6 +57,29 @@ def renamed_options() -> Iterator[None]:
         yield
 
 
+def classifier(
+    config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
+) -> tuple[LlamaForSequenceClassification, str]:
+    """transformers' model with the initial weights of ours, float32, and the attention that it takes for ``dtype``."""
+    flash = device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
+    attention = "flash_attention_2" if flash else "sdpa"
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        num_labels=1, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, use_cache=False,
+        attn_implementation=attention,
+    )  # fmt: skip
+    with torch.device(device):
+        model = LlamaForSequenceClassification(shape)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, parameter.shape, config, seed))
+    return model, attention
+
+
 class Padded:
     """The model, its optimizer, and one optimizer step over a global batch."""
 
@@ -64,22 +87,8 @@ class Padded:
         self, config: ModelConfig, options: TrainConfig, objective: Objective, sampling: Sampling, dtype: torch.dtype,
         device: torch.device,
     ) -> None:  # fmt: skip
-        flash = device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
-        self.attention = "flash_attention_2" if flash else "sdpa"
-        shape = LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim,
-            rms_norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            num_labels=1, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, use_cache=False,
-            attn_implementation=self.attention,
-        )  # fmt: skip
-        with torch.device(device):
-            self.model = LlamaForSequenceClassification(shape).train()
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(initial_value(name, parameter.shape, config, options.seed))
+        self.model, self.attention = classifier(config, options.seed, dtype, device)
+        self.model.train()
         self.optimizer, self.schedule = optimizer_and_schedule(self.model, options, SCHEDULE_STEPS)
         self.objective, self.sampling, self.clip = objective, sampling, options.clip
         self.device, self.dtype = device, dtype

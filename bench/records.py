@@ -1,4 +1,4 @@
-"""The records that a training step is timed on: real text where GCRM_DATA names it, else a sample of its lengths.
+"""The records that training and scoring are timed on: real text where GCRM_DATA names it, else a sample of its lengths.
 
 Lengths are those of a byte-level BPE of 32,000 tokens. With GCRM_DATA it is trained on pairs of both files, and the
 records are real text, shared starts of completions included. Without, lengths are drawn from LENGTHS, measured that
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.data import TokenizedPair, tokenize_pairs, train_tokenizer
-from gcrm_fast.records import Pair, read_pairs
+from gcrm_fast.data import OWN_END, Completion, TokenizedPair, encode_completions, tokenize_pairs, train_tokenizer
+from gcrm_fast.records import Candidate, Pair, read_completions, read_pairs
 
 VOCABULARY = 32_000
 TOKENIZER_PAIRS = 2000  # of each file
@@ -21,6 +21,7 @@ MAX_LENGTH = 1024  # TRL's default; longer pairs are left out for everybody
 BOS, EOS, PAD, FIRST = 0, 1, 2, 3  # as train_tokenizer numbers them; text starts at FIRST
 
 DATA = ("gsm8k_pairs", "hh_pairs_train")
+SAMPLES = "gsm8k_completions_test"  # about 80 completions of a question
 
 # (prompt, chosen, rejected) tokens of 32 pairs, evenly spaced in the order of their sum.
 LENGTHS = {
@@ -65,6 +66,30 @@ def sampled(name: str, count: int, seed: int) -> list[TokenizedPair]:
     return [pairs[i] for i in rng.permutation(count)]
 
 
+def completions(prompts: int, each: int, seed: int = 0) -> list[Completion]:
+    """``each`` completions of each of ``prompts`` random GSM8K questions, all in random order."""
+    rng = np.random.default_rng(seed)
+    folder = os.environ.get("GCRM_DATA")
+    if folder:
+        by_prompt: dict[str, list[Candidate]] = {}
+        for candidate in _read_samples(Path(folder)):
+            by_prompt.setdefault(candidate.prompt, []).append(candidate)
+        enough = [of for of in by_prompt.values() if len(of) >= each]
+        of_prompts = [enough[i] for i in rng.permutation(len(enough))[:prompts]]
+        chosen = [of[i] for of in of_prompts for i in rng.permutation(len(of))[:each]]
+        texts = [c.prompt for c in chosen], [c.completion for c in chosen]
+        encoded = encode_completions(_tokenizer(Path(folder)), *texts)
+    else:
+        lengths = LENGTHS[DATA[0]]
+        encoded = []
+        for p in range(prompts):
+            head = np.r_[BOS, rng.integers(FIRST, VOCABULARY, size=lengths[p % len(lengths)][0] - 1)]
+            for k in rng.integers(len(lengths), size=each):
+                answer = np.r_[rng.integers(FIRST, VOCABULARY, size=lengths[k][rng.integers(1, 3)] - 1), EOS]
+                encoded.append(Completion(np.r_[head, answer].astype(np.int32), len(head), OWN_END))
+    return [encoded[i] for i in rng.permutation(len(encoded))]
+
+
 def random_pair(pair_id: int, prompt_key: int, prompt: int, chosen: int, rejected: int, seed: int = 0) -> TokenizedPair:
     """A pair of the given lengths: bos and prompt depend on ``prompt_key`` alone, completions end with eos."""
     head = np.random.default_rng([seed, prompt_key]).integers(FIRST, VOCABULARY, size=prompt)
@@ -94,6 +119,11 @@ def real(name: str, count: int, seed: int, folder: Path) -> list[TokenizedPair]:
 @functools.cache
 def _read(folder: Path, name: str) -> list[Pair]:
     return read_pairs([str(folder / f"{name}.jsonl.gz")])
+
+
+@functools.cache
+def _read_samples(folder: Path) -> list[Candidate]:
+    return read_completions([str(folder / f"{SAMPLES}.jsonl.gz")])
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 import tyro
-from tyro.conf import Positional
 
 from gcrm_fast.command_line import ModelOptions, exit_code, output_file, parse_options
 from gcrm_fast.config import parse_columns
@@ -27,16 +26,12 @@ COMPARISONS = {
 CONDITION = re.compile(rf"\s*(.+?)\s*({'|'.join(COMPARISONS)})\s*(.+?)\s*")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GoalOptions(ModelOptions):
     """Writes a goal state: the mean state at the end of preferred completions. These are the chosen ones of pairs, and
     of labelled completions those whose field is_correct is true. Completions that a length limit cut have no end
     state: they are left out and counted."""
 
-    model: Positional[str]
-    """Reward model: a folder or a hub name."""
-    data: Positional[tuple[str, ...]]
-    """Records: files of JSON lines (plain or gzipped, - for stdin) or Parquet, saved datasets, datasets of the Hub."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """Goal file. A goal is added to one of the same model that exists."""
     name: str = DEFAULT

@@ -54,19 +54,19 @@ class Judgement(NamedTuple):
     q_n: np.ndarray
 
 
-def open_model(name: str, options: JudgingOptions) -> tuple[RewardModel, Tensor]:
+def open_model(options: JudgingOptions) -> tuple[RewardModel, Tensor]:
     """The model, and the goal state [D] of its Q-values. Raises UserError."""
-    model = RewardModel.from_pretrained(name, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch)
+    model = RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch)
     return model, named_goal(options.goal, model.fingerprint) if options.goal else model.goal()
 
 
-def records(source: str, model: RewardModel, options: JudgingOptions) -> Iterator[list[Candidate]]:
-    """The completions of one record of a source after another, with all fields of their record."""
+def records(sources: Sequence[str], model: RewardModel, options: JudgingOptions) -> Iterator[list[Candidate]]:
+    """The completions of one record after another, with all fields of their record."""
     columns = parse_columns(options.columns, COMPLETION_FORMATS)
     bad = BadRecords(skip=options.on_bad_record == "skip")
-    yield from completions_of_records([source], columns=columns, tokenizer=model.tokenizer, fields=("*",), bad=bad)
+    yield from completions_of_records(sources, columns=columns, tokenizer=model.tokenizer, fields=("*",), bad=bad)
     if bad.skipped:
-        print(f"{source}: {len(bad.skipped)} bad records left out; the first: {bad.skipped[0]}", file=sys.stderr)
+        print(f"{len(bad.skipped)} bad records are left out; the first: {bad.skipped[0]}", file=sys.stderr)
 
 
 def limited(candidates: list[Candidate], keys: Sequence[Hashable], limit: int) -> list[Candidate]:

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
+from tyro.conf import Positional
 
 from gcrm_fast.errors import UserError
 
@@ -20,6 +21,11 @@ T = TypeVar("T")
 class ModelOptions:
     """Of the commands that run a model over records."""
 
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Reward model: a folder or a hub name."""
+    data: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...")]
+    """Records: files of JSON lines (plain or gzipped, - for stdin) or Parquet, folders that datasets saved, datasets of
+    the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the trunk computes in; auto: bfloat16 on a GPU, else float32."""
     tokens_per_batch: int = 16384
@@ -31,6 +37,8 @@ class ModelOptions:
     """A record that cannot be used ends the run, or is left out and counted."""
 
     def __post_init__(self) -> None:
+        if not self.data:
+            raise UserError("no records are named: MODEL FILE... are expected")
         if self.tokens_per_batch < 1:
             raise UserError(f"--tokens-per-batch {self.tokens_per_batch}: must be at least 1")
 

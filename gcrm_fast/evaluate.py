@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,15 +32,12 @@ from gcrm_fast.scoring import RewardModel
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TableOptions):
-    """AUROC of rewards and Q-values over completions known to be right or wrong, beside what shortcuts reach.
+    """AUROC of rewards and Q-values over completions known to be right or wrong, beside what shortcuts reach. The
+    records are labelled completions or preference pairs; each file is reported on its own.
 
     Leaves results.json, results.csv, roc.png, partial.png and histograms.png in the output folder.
     """
 
-    model: tyro.conf.Positional[str]
-    """Folder of a trained model, or a hub repository."""
-    files: tyro.conf.Positional[tuple[str, ...]]
-    """Completions with a label, or preference pairs: sources as for gcrm train; each is reported on its own."""
     label: str = "is_correct"
     """Field that says whether a completion is right: true or false. Of a pair the chosen one is."""
 
@@ -68,7 +64,7 @@ def is_right(candidate: Candidate, label: str) -> bool:
 
 def read_source(source: str, model: RewardModel, options: Options) -> Source:
     """Raises UserError for a record without label, question or group, and where all completions are of one class."""
-    candidates = [candidate for of_record in records(source, model, options) for candidate in of_record]
+    candidates = [candidate for of_record in records([source], model, options) for candidate in of_record]
     candidates = limited(candidates, [candidate.row for candidate in candidates], options.limit)
     right_N = np.array([is_right(candidate, options.label) for candidate in candidates], dtype=bool)
     if right_N.all() or not right_N.any():
@@ -148,11 +144,9 @@ def table(rows: Sequence[Row]) -> str:
 
 def run(options: Options) -> None:
     """Reads and checks all files, then scores them. Raises UserError."""
-    if not options.files:
-        raise UserError("no FILE is given: name files of labelled completions or of pairs")
     check_folder(options.output, options.overwrite)
-    model, goal_D = open_model(options.model, options)
-    sources = {name: read_source(name, model, options) for name in options.files}
+    model, goal_D = open_model(options)
+    sources = {name: read_source(name, model, options) for name in options.data}
     rows: list[Row] = []
     with new_folder(options.output) as folder:
         scored = {name: score(model, source, goal_D) for name, source in sources.items()}

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import pearsonr, rankdata, spearmanr
-from sklearn.metrics import roc_auc_score
 
 from gcrm_fast.packing import QUANTILES, quantile_positions
 
 RESAMPLES = 1000
 COVERAGE = 0.95
+FEWEST = 10  # questions of which draws say anything about others
 PERCENT = tuple(range(0, 101, 100 // (QUANTILES - 1)))
 CORRELATED = (20, 40, 60, 80)  # % of a completion at which reward and Q are correlated
 CHUNK = 2**15  # weights held at once while resampling: they stay in a core's cache
@@ -70,25 +70,25 @@ def halves(questions: Sequence[str]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ AUROC
 
 
+def couples(right_N: np.ndarray, score_N: np.ndarray) -> tuple[float, int]:
+    """Of all couples of a right and a wrong completion: in how many the right one scores higher (ties one half), and
+    how many there are. Mann and Whitney's count; sklearn's AUROC is the ratio, at a hundred times the time where there
+    are few completions."""
+    right = int(right_N.sum())
+    won = float(rankdata(score_N)[right_N].sum()) - right * (right + 1) / 2
+    return won, right * (len(right_N) - right)
+
+
 def auroc(right_N: np.ndarray, score_N: np.ndarray) -> float:
     """The chance that a right completion scores above a wrong one, ties counting one half; NaN for one class alone."""
-    if right_N.all() or not right_N.any():
-        return math.nan
-    return float(roc_auc_score(right_N, score_N))
+    return ratio(*couples(right_N, score_N))
 
 
 def within_questions(right_N: np.ndarray, score_N: np.ndarray, question_N: np.ndarray) -> np.ndarray:
-    """[2, C] for the C questions in order of number: couples of a right and a wrong completion whose right one scores
-    higher (ties one half), and all such couples. The ratio of the sums is the AUROC within questions."""
+    """``couples`` of each of the C questions, [2, C]. The ratio of the sums is the AUROC within questions."""
     order = np.argsort(question_N, kind="stable")
     starts = np.flatnonzero(np.diff(question_N[order], prepend=-1))
-    result = np.zeros((2, len(starts)))
-    for c, own in enumerate(np.split(order, starts[1:])):
-        right = right_N[own]
-        above = int(right.sum())
-        ranks = rankdata(score_N[own])[right].sum() - above * (above + 1) / 2
-        result[:, c] = ranks, above * (len(own) - above)
-    return result
+    return np.array([couples(right_N[own], score_N[own]) for own in np.split(order, starts[1:])]).T
 
 
 def ratio(numerator: float, denominator: float) -> float:
@@ -102,10 +102,10 @@ def interval(questions: int, width: int, statistic: Callable[[np.ndarray], np.nd
     """Percentile bootstrap: the middle COVERAGE of ``statistic`` over RESAMPLES draws of questions with replacement.
 
     ``statistic`` takes how often each question was drawn, [B, C] float64, and gives [B]; NaN where a draw leaves it
-    undefined, which is not counted. ``width`` is the number of values that it computes with a draw. One question alone
-    has no interval: every draw of it is the same.
+    undefined, which is not counted. ``width`` is the number of values that it computes with a draw. NaN for fewer
+    than FEWEST questions: draws of two or three of them agree, and would make any result look sure.
     """
-    if questions < 2:
+    if questions < FEWEST:
         return math.nan, math.nan
     generator = np.random.default_rng(0)
     rows = max(1, CHUNK // max(width, 1))

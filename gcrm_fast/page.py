@@ -36,12 +36,8 @@ class Options(JudgingOptions):
     """Writes a web page of the completions of a record: chosen beside rejected, or all that it has, with the tokens
     coloured by Q-value or by running reward, their first difference and the place of the error."""
 
-    model: tyro.conf.Positional[str]
-    """Folder of a trained model, or a hub repository."""
-    file: tyro.conf.Positional[str]
-    """Completions or preference pairs: a source as for gcrm train."""
     row: int
-    """Number of the record in the file, from 0."""
+    """Number of the record, from 0."""
     output: Annotated[str, tyro.conf.arg(aliases=("-o",))]
     """The page, an HTML file."""
     error_field: str = ""
@@ -72,11 +68,11 @@ def read_row(options: Options, model: RewardModel) -> list[Candidate]:
     if options.row < 0:
         raise UserError(f"--row {options.row}: must be 0 or more")
     count = 0
-    for candidates in records(options.file, model, options):
+    for candidates in records(options.data, model, options):
         if count == options.row:
             return candidates
         count += 1
-    raise UserError(f"--row {options.row}: {options.file} holds {count} records, numbered from 0")
+    raise UserError(f"--row {options.row}: {' '.join(options.data)} holds {count} records, numbered from 0")
 
 
 def error_step(candidate: Candidate, field: str, count_from: str) -> int | None:
@@ -109,12 +105,12 @@ def step_start(text_n: Sequence[str], step: int, step_end: str) -> int | None:
     return int(np.searchsorted(np.cumsum([len(piece) for piece in text_n]), position, "right"))
 
 
-def first_difference(one: Completion, other: Completion) -> int:
-    """How many leading tokens two completions of a prompt share."""
+def first_difference(one: Completion, other: Completion) -> int | None:
+    """How many leading tokens two completions of a prompt share; None where they are the same."""
     a, b = one.ids[one.start :], other.ids[other.start :]
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
-    return int(differs.argmax()) if differs.any() else n
+    return int(differs.argmax()) if differs.any() else n if len(a) != len(b) else None
 
 
 def columns_of(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tensor, options: Options) -> list[Column]:
@@ -126,8 +122,9 @@ def columns_of(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tens
         marks: dict[int, list[str]] = {}
         # Of two it is plain which one the first differs from.
         other = judged[0] if tokens is not judged[0].tokens else judged[1] if len(judged) == 2 else None
-        if other:
-            marks[first_difference(tokens, other.tokens)] = ["first difference"]
+        difference = first_difference(tokens, other.tokens) if other else None
+        if difference is not None:
+            marks[difference] = ["first difference"]
         step = error_step(candidate, options.error_field, options.count_from)
         start = step_start(text_n, step, options.step_end) if step is not None else None
         if step is not None and start is not None:
@@ -241,12 +238,12 @@ def page(title: str, about: str, prompt: str, columns: Sequence[Column]) -> str:
 
 def run(options: Options) -> None:
     """Raises UserError."""
-    output = output_file(options.output, [options.file])
-    model, goal_D = open_model(options.model, options)
+    output = output_file(options.output, options.data)
+    model, goal_D = open_model(options)
     candidates = read_row(options, model)
     goal = f", goal {options.goal}" if options.goal else ""
     text = page(
-        title=f"{Path(options.file).name}, record {options.row}",
+        title=f"{Path(options.data[0]).name}, record {options.row}",
         about=f"{candidates[0].where}; model {options.model}{goal}; point at a token for its numbers",
         prompt=candidates[0].prompt,
         columns=columns_of(model, candidates, goal_D, options),

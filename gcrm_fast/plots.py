@@ -89,9 +89,19 @@ def plot_histograms(scored: Mapping[str, Labelled], path: Path) -> None:
 def plot_savings(groups: Mapping[str, tuple[float, Saving, Sequence[Saving]]], path: Path) -> None:
     """Accuracy of the filtered majority against tokens saved, over thresholds; of each group (accuracy of the plain
     majority, what the threshold in use gives, the curve)."""
-    with _panels(path, len(groups), min(len(groups), ACROSS), 4.2, 3.6) as panels:
+    with _panels(path, len(groups), min(len(groups), ACROSS), 4.8, 3.6) as panels:
         for axes, (group, (plain, chosen, curve)) in zip(panels, groups.items(), strict=True):
-            axes.plot([100 * s.saved for s in curve], [s.accuracy for s in curve], "o-", markersize=3, label="filtered")
-            axes.plot(100 * chosen.saved, chosen.accuracy, "D", color="tab:red", label=f"Q >= {chosen.threshold:.3f}")
+            saved, accuracy = [100 * s.saved for s in curve], [s.accuracy for s in curve]
+            axes.plot(saved, accuracy, color="0.8", linewidth=0.8)  # the order of the thresholds
+            points = axes.scatter(saved, accuracy, c=[s.threshold for s in curve], s=14, zorder=3, label="filtered")
+            axes.figure.colorbar(points, ax=axes, label="threshold")
+            axes.plot(
+                100 * chosen.saved,
+                chosen.accuracy,
+                "D",
+                color="tab:red",
+                zorder=4,
+                label=f"Q >= {chosen.threshold:.3f}",
+            )
             axes.axhline(plain, color="0.4", linestyle=":", linewidth=1.2, label="plain majority")
             axes.set(title=group, xlabel="% of all completion tokens saved", ylabel="accuracy")

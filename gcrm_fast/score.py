@@ -23,7 +23,6 @@ import tyro
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
-from tyro.conf import Positional
 
 from gcrm_fast.command_line import ModelOptions, exit_code, output_file, parse_options
 from gcrm_fast.config import parse_columns
@@ -40,15 +39,11 @@ WINDOW_RECORDS, WINDOW_CHARACTERS = 1024, 2**21  # a window ends with the record
 LIST = "completions["  # how the names of completions that stand in a list begin
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoreOptions(ModelOptions):
     """Writes each record with the reward of its completions, as JSON lines in input order. The output appears when it
     is whole; a run that was interrupted goes on where it stopped. Under torchrun all processes score."""
 
-    model: Positional[str]
-    """Reward model: a folder or a hub name."""
-    data: Positional[tuple[str, ...]]
-    """Records: files of JSON lines (plain or gzipped, - for stdin) or Parquet, saved datasets, datasets of the Hub."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """File of JSON lines, gzipped if its name ends in .gz; - for stdout."""
     per_token: bool = False
@@ -81,8 +76,10 @@ class Output:
         lock = self.path.with_name(self.path.name + ".lock")
         try:
             with FileLock(lock, timeout=0):
-                yield
-                lock.unlink(missing_ok=True)
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
         except Timeout:
             raise UserError(f"{self.path}: another run is writing it: wait for it or name another file") from None
 

@@ -75,7 +75,7 @@ class RewardModel:
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size, str(folder))
         place = _default_device() if device is None else torch.device(device)
-        network, fingerprint = _load(config, weights, place, _compute_dtype(dtype, place), attention)
+        network, fingerprint = load_network(config, weights, place, _compute_dtype(dtype, place), attention)
         goal_file = folder / GOAL_FILE
         goals = read_goals(goal_file, fingerprint) if goal_file.is_file() else {}
         return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch)
@@ -160,11 +160,10 @@ class RewardModel:
                     reward_R[rows] if per_token else None,
                     q_GR[:, rows] if q_GR is not None else None,
                 )
-        for i in range(len(encoded)):
-            if not np.isfinite(judged[i].reward):
-                raise UserError(
-                    f"{_name(i, names)} has a reward that is not finite: mend the weights, or take dtype float32"
-                )
+        wrong = [i for i, of_completion in judged.items() if not np.isfinite(of_completion.reward)]
+        if wrong:
+            what = "has a reward that is not finite: mend the model's weights, or take float32"
+            raise UserError(f"{_name(min(wrong), names)} {what}")
         return [judged[i] for i in range(len(encoded))]
 
     @torch.inference_mode()
@@ -188,25 +187,29 @@ class RewardModel:
             total += self.network.compared(hidden_RH).index_select(0, rows).double().sum(0).cpu()
         return (total / len(encoded)).float()
 
-    def _states(
-        self, encoded: Sequence[Completion], per_token: bool, names: Sequence[str] | None = None, progress: bool = False
-    ) -> Iterator[tuple[ScorePack, Tensor]]:
-        """Packs of all completions, and the hidden states [R, H] of their read rows, on the device."""
+    def packs(
+        self, encoded: Sequence[Completion], *, per_token: bool, names: Sequence[str] | None = None
+    ) -> Iterator[ScorePack]:
+        """All completions, in packs of ``tokens_per_batch``; those of one prompt side by side."""
         by_prompt: dict[bytes, list[Item]] = {}
         for i, (ids, start, _) in enumerate(encoded):
             if start == len(ids):
                 raise UserError(f"{_name(i, names)} is cut and has no token: leave it out")
             by_prompt.setdefault(ids[:start].tobytes(), []).append(Item(i, ids, start, _name(i, names)))
         groups = list(by_prompt.values())
+        for a in range(0, len(groups), PLANNED_GROUPS):
+            for part in plan_packs(groups[a : a + PLANNED_GROUPS], self.budget, 1):
+                yield build_score_pack(part, per_token=per_token)
+
+    def _states(
+        self, encoded: Sequence[Completion], per_token: bool, names: Sequence[str] | None = None, progress: bool = False
+    ) -> Iterator[tuple[ScorePack, Tensor]]:
+        """All packs, and the hidden states [R, H] of their read rows, on the device."""
         with tqdm(total=len(encoded), desc="scoring", unit="completion", disable=not progress) as bar:
-            for a in range(0, len(groups), PLANNED_GROUPS):
-                for part in plan_packs(groups[a : a + PLANNED_GROUPS], self.budget, 1):
-                    pack = build_score_pack(part, per_token=per_token)
-                    if self.device.type == "cuda":
-                        pack = pack.pin_memory()
-                    axis = pack.to(self.device)
-                    yield pack, self.network.model(axis, self.network.attention_backend)
-                    bar.update(len(pack.indices))
+            for pack in self.packs(encoded, per_token=per_token, names=names):
+                axis = (pack.pin_memory() if self.device.type == "cuda" else pack).to(self.device)
+                yield pack, self.network.model(axis, self.network.attention_backend)
+                bar.update(len(pack.indices))
 
 
 def _name(index: int, names: Sequence[str] | None) -> str:
@@ -227,7 +230,7 @@ def _compute_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtyp
 
 
 @torch.no_grad()
-def _load(
+def load_network(
     config: ModelConfig, weights: checkpoint.Weights, device: torch.device, dtype: torch.dtype, attention: str
 ) -> tuple[LlamaRewardModel, str]:
     """The network with its weights, one tensor at a time, and their fingerprint."""

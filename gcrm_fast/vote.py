@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import tyro
 
 from gcrm_fast.candidates import (
     Judgement,
@@ -38,10 +37,6 @@ class Options(TableOptions):
     counts questions; --by also holds a vote among the samples of each value alone.
     """
 
-    model: tyro.conf.Positional[str]
-    """Folder of a trained model, or a hub repository."""
-    file: tyro.conf.Positional[str]
-    """Samples with the answer of each and the expected one: a source as for gcrm train."""
     answer: str = "predicted_answer"
     """Field of a sample's answer; null or empty where it has none: such a sample takes part in no vote."""
     expected: str = "expected_answer"
@@ -110,17 +105,12 @@ class Election:
 
 
 def elect(group: str, questions: dict[str, Question], threshold: float | Literal["auto"], top_k: int) -> Election:
-    """Raises UserError where --threshold auto finds one half of the questions empty."""
+    """All votes over a group's questions; with --threshold auto over the half that it was not chosen on."""
     reported = list(questions.values())
     if threshold == "auto":
-        half = halves(list(questions))
-        reported = [question for question, taken in zip(reported, half, strict=True) if taken]
-        tuned = [question for question, taken in zip(questions.values(), half, strict=True) if not taken]
-        if not reported or not tuned:
-            raise UserError(
-                f"--threshold auto: {len(questions)} questions of {group} do not split in two: give a number"
-            )
-        threshold = chosen_threshold(tuned)
+        taken_Q = halves(list(questions))
+        threshold = chosen_threshold([q for q, taken in zip(reported, taken_Q, strict=True) if not taken])
+        reported = [q for q, taken in zip(reported, taken_Q, strict=True) if taken]
     return Election(
         group=group,
         samples=sum(len(question.answers) for question in reported),
@@ -138,6 +128,7 @@ def rows_of(source: str, election: Election) -> list[Row]:
         Row(source, group, "threshold", chosen.threshold),
         Row(source, group, "dropped", chosen.dropped),
         Row(source, group, "tokens_saved", chosen.saved),
+        Row(source, group, "none_left", chosen.none_left),
     ]
     for result in election.results:
         rows.append(Row(source, group, f"accuracy:{result.name}", result.accuracy, result.low, result.high))
@@ -145,7 +136,7 @@ def rows_of(source: str, election: Election) -> list[Row]:
                  for name, value in (("won", result.won), ("lost", result.lost), ("p", result.p))]  # fmt: skip
     for point in election.curve:
         rows += [Row(source, group, f"{name}@{point.threshold:.6g}", getattr(point, name))
-                 for name in ("accuracy", "dropped", "saved")]  # fmt: skip
+                 for name in ("accuracy", "dropped", "saved", "none_left")]  # fmt: skip
     return rows
 
 
@@ -157,13 +148,13 @@ def table(elections: Sequence[Election]) -> str:
             accuracy = f"{number(r.accuracy)} [{number(r.low)}, {number(r.high)}]"
             lines.append([f"{election.group}: {r.name}", accuracy, str(r.won), str(r.lost), f"{r.p:.2g}"])
         chosen = election.saving
-        shares = [f"{100 * share:.1f}%" for share in (chosen.dropped, chosen.saved)]
+        shares = [f"{100 * share:.1f}%" for share in (chosen.dropped, chosen.saved, chosen.none_left)]
         savings.append([election.group, str(election.results[0].questions), str(election.samples),
                         number(chosen.threshold), *shares])  # fmt: skip
     return (
         columns(["", "accuracy", "won", "lost", "p"], lines)
         + "\n\n"
-        + columns(["", "questions", "samples", "threshold", "dropped", "tokens saved"], savings)
+        + columns(["", "questions", "samples", "threshold", "dropped", "tokens saved", "none left"], savings)
     )
 
 
@@ -172,18 +163,21 @@ def run(options: Options) -> None:
     check_folder(options.output, options.overwrite)
     if options.top_k < 1:
         raise UserError(f"--top-k {options.top_k}: must be at least 1")
-    model, goal_D = open_model(options.model, options)
-    candidates = [candidate for of_record in records(options.file, model, options) for candidate in of_record]
+    model, goal_D = open_model(options)
+    candidates = [candidate for of_record in records(options.data, model, options) for candidate in of_record]
     candidates = limited(candidates, questions_of(candidates, options.question), options.limit)
     questions = questions_of(candidates, options.question)
     answers = [answer_of(candidate, options.answer) for candidate in candidates]
     expected = expected_of(candidates, questions, options.expected)
     groups = groups_of(candidates, options.by)
+    members = {"all": np.arange(len(candidates))}
+    members |= {f"{name}={value}": np.flatnonzero(value_N == value)
+                for name, value_N in groups.items() for value in np.unique(value_N)}  # fmt: skip
+    for group, own in members.items() if options.threshold == "auto" else ():
+        if len(set(halves([questions[i] for i in own]))) < 2:
+            raise UserError(f"--threshold auto: the questions of {group} are too few to split in two: give a number")
     with new_folder(options.output) as folder:
         judged = judge(model, candidates, goal_D)
-        members = {"all": np.arange(len(candidates))}
-        members |= {f"{name}={value}": np.flatnonzero(value_N == value)
-                    for name, value_N in groups.items() for value in np.unique(value_N)}  # fmt: skip
         elections = []
         for group, own in members.items():
             of_group = gather([questions[i] for i in own], [answers[i] for i in own], expected,
@@ -198,7 +192,7 @@ def run(options: Options) -> None:
             "tested": "won and lost questions against the plain majority (the released metric against itself without "
             "the filter): exact McNemar test, two-sided",
         }
-        write_rows(folder, [row for election in elections for row in rows_of(options.file, election)], about)
+        write_rows(folder, [row for election in elections for row in rows_of(", ".join(options.data), election)], about)
     print(table(elections))
 
 

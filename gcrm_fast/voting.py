@@ -36,6 +36,7 @@ class Filtered(NamedTuple):
 
     kept_n: np.ndarray  # bool; all where none would be left
     saved: int  # tokens that need not have been generated
+    none_left: bool
 
 
 def filtered(question: Question, threshold: float) -> Filtered:
@@ -46,9 +47,10 @@ def filtered(question: Question, threshold: float) -> Filtered:
     """
     kept_n = question.lowest_q() >= threshold
     if not kept_n.any():
-        return Filtered(np.ones_like(kept_n), 0)
+        return Filtered(np.ones_like(kept_n), 0, True)
     dropped = [question.q_n[i] for i in np.flatnonzero(~kept_n)]
-    return Filtered(kept_n, sum(len(q) - UNJUDGED - 1 - int(np.argmax(q[UNJUDGED:] < threshold)) for q in dropped))
+    saved = sum(len(q) - UNJUDGED - 1 - int(np.argmax(q[UNJUDGED:] < threshold)) for q in dropped)
+    return Filtered(kept_n, saved, False)
 
 
 # ------------------------------------------------------------------------------------------------------------ votes
@@ -123,12 +125,14 @@ def compared(name: str, right_Q: np.ndarray, other_Q: np.ndarray) -> Result:
 
 
 class Saving(NamedTuple):
-    """What filtering at a threshold gives over all questions: shares of completions dropped and of tokens saved."""
+    """What filtering at a threshold gives over all questions: shares of completions dropped, of tokens saved, and of
+    questions whose samples would all be dropped, so that all of them vote."""
 
     threshold: float
     accuracy: float
     dropped: float
     saved: float
+    none_left: float
 
 
 def saving(questions: Sequence[Question], threshold: float) -> Saving:
@@ -140,6 +144,7 @@ def saving(questions: Sequence[Question], threshold: float) -> Saving:
         accuracy=float(np.mean(right)),
         dropped=sum(int((~f.kept_n).sum()) for f in results) / sum(len(q.answers) for q in questions),
         saved=sum(f.saved for f in results) / sum(len(tokens) for q in questions for tokens in q.q_n),
+        none_left=float(np.mean([f.none_left for f in results])),
     )
 
 

@@ -1,0 +1,158 @@
+"""``gcrm evaluate`` end to end: what it writes is what the model's scores give, and bad input leaves nothing."""
+
+import csv
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+from judged import samples, write
+from sklearn.metrics import roc_auc_score
+
+from gcrm_fast import candidates, evaluate, results
+from gcrm_fast.errors import UserError
+from gcrm_fast.records import Candidate
+from gcrm_fast.scoring import RewardModel
+
+PAIRS = [{"prompt": f"one {'two ' * (i // 2)}", "chosen": "three " * (i + 1), "rejected": "four " * (9 - i),
+          "family": "ab"[i % 2], "class": "both"} for i in range(8)]  # fmt: skip
+
+
+def labelled() -> list[dict[str, Any]]:
+    """Of the field 'class' each value has one class alone."""
+    return [record | {"class": "right" if record["is_correct"] else "wrong"} for record in samples()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "model"
+    models.save(folder)
+    return folder
+
+
+def test_evaluate_reports_labelled_completions_and_pairs(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = labelled()
+    files = [str(write(tmp_path / "labelled.jsonl", records)), str(write(tmp_path / "pairs.jsonl", PAIRS))]
+    out = tmp_path / "out"
+    assert evaluate.main([str(model), *files, "-o", str(out), "--by", "family,class"]) == 0
+    plots = ["histograms.png", "partial.png", "roc.png"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*plots, "results.csv", "results.json"])
+    with (out / "results.csv").open() as file:
+        rows = {(Path(row["source"]).stem, row["group"], row["measure"]): row for row in csv.DictReader(file)}
+    scored = RewardModel.from_pretrained(model)
+    prompts, completions = [r["question"] for r in records], [r["completion"] for r in records]
+    right, family = np.array([r["is_correct"] for r in records]), np.array([r["family"] for r in records])
+    reward = scored.score(prompts, completions)
+    last_q = [q[-1] for q in scored.q_values(prompts, completions)]
+    for group, name, expected in (
+        ("all", "auroc_reward", roc_auc_score(right, reward)),
+        ("all", "auroc_q", roc_auc_score(right, last_q)),
+        ("family=b", "auroc_reward", roc_auc_score(right[family == "b"], reward[family == "b"])),
+        ("all", "baseline_identity:class", 1),
+    ):
+        assert float(rows["labelled", group, name]["value"]) == pytest.approx(expected, abs=1e-6)
+    one_class = rows["labelled", "class=right", "auroc_reward"]
+    assert one_class["value"] == one_class["low"] == ""
+    chosen, rejected = (
+        scored.score([str(pair["prompt"]) for pair in PAIRS], [str(pair[side]) for pair in PAIRS])
+        for side in ("chosen", "rejected")
+    )
+    assert float(rows["pairs", "all", "pair_accuracy"]["value"]) == np.mean(chosen > rejected)
+    assert float(rows["pairs", "family=a", "completions"]["value"]) == 8
+    table = capsys.readouterr().out
+    assert re.search(r"class=right +16 +100% +one class", table), table
+    saved = json.loads((out / "results.json").read_text())
+    assert len(saved["rows"]) == len(rows)
+    assert saved["fingerprint"] == scored.fingerprint
+
+
+def test_a_limit_draws_the_same_whole_records_every_time() -> None:
+    of_records = [Candidate("", "", "", i // 2, "", False, {}) for i in range(20)]
+    rows = [candidate.row for candidate in of_records]
+    drawn = [candidate.row for candidate in candidates.limited(of_records, rows, 4)]
+    assert len(drawn) == 8
+    assert drawn == sorted(drawn)
+    assert drawn[::2] == drawn[1::2]
+    assert drawn == [candidate.row for candidate in candidates.limited(of_records, rows, 4)]
+    assert candidates.limited(of_records, rows, 0) == candidates.limited(of_records, rows, 99) == of_records
+
+
+def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+
+    def fail() -> None:
+        with results.new_folder(folder) as partial:
+            (partial / "half").write_text("written")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not any(tmp_path.iterdir())
+    with results.new_folder(folder) as partial:
+        (partial / "whole").write_text("written")
+        assert not folder.exists()
+    assert [p.name for p in folder.iterdir()] == ["whole"]
+    with pytest.raises(UserError, match="holds files"):
+        results.check_folder(folder, overwrite=False)
+    results.check_folder(folder, overwrite=True)
+    with results.new_folder(folder):
+        assert (folder / "whole").exists()  # what is there is replaced in the end
+    assert not any(folder.iterdir())
+
+
+def test_lists_of_labels_go_with_lists_of_completions(model: Path, tmp_path: Path) -> None:
+    texts = ["one", "two", "three"]
+    records = [{"prompt": "", "completions": texts, "is_correct": [True, 0, i == 0]} for i in (0, 1)]
+    options = evaluate.Options(model=str(model), data=("-",), output=tmp_path)
+    loaded, _ = candidates.open_model(options)
+    source = evaluate.read_source(str(write(tmp_path / "lists.jsonl", records)), loaded, options)
+    assert source.right_N.tolist() == [True, False, True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"is_correct": ...}, [], r"bad\.jsonl:3: field 'is_correct', named by --label, is missing"),
+        ({"is_correct": "yes"}, [], r"bad\.jsonl:3: field 'is_correct' is 'yes', not true or false"),
+        ({"is_correct": None}, [], r"bad\.jsonl:3: field 'is_correct' is 'None', not true or false"),
+        ({"family": {}}, ["--by", "family"], r"bad\.jsonl:3: field 'family', named by --by, is dict, not a string"),
+        ({}, ["--by", "size"], r"bad\.jsonl:1: field 'size', named by --by, is missing"),
+        ({}, ["--label", "right"], r"bad\.jsonl:1: field 'right', named by --label, is missing"),
+        ({}, ["--limit", "1"], r"bad\.jsonl: all 1 completions are (right|wrong): there is nothing to tell apart"),
+        ({}, ["--limit", "-1"], r"--limit -1: must be 0 or more"),
+        ({"completion": ""}, [], r"bad\.jsonl:3: field 'completion' is empty"),
+        ({}, ["--goal", "none.safetensors"], r"none\.safetensors: not a readable goal file"),
+        ({}, ["--tokens-per-batch", "4"], r"bad\.jsonl:1: completion"),
+    ],
+)
+def test_bad_input_of_evaluate(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], arguments: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    records = samples()
+    records[2] = {k: v for k, v in (records[2] | change).items() if v is not ...}
+    file = write(tmp_path / "bad.jsonl", records)
+    assert evaluate.main([str(model), str(file), "-o", str(tmp_path / "out"), *arguments]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"gcrm evaluate: .*", err), err
+    assert re.search(message, err), err
+    assert sorted(tmp_path.iterdir()) == [file]
+
+
+def test_what_cannot_be_read_or_written_is_said_first(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, empty = write(tmp_path / "good.jsonl", samples()), write(tmp_path / "empty.jsonl", [])
+    for arguments, message in (
+        ([str(empty), "-o", str(tmp_path / "out")], "empty.jsonl: holds no records"),
+        (["-o", str(tmp_path / "out")], "no records are named|required"),
+        ([str(file), "-o", str(empty)], "empty.jsonl: is not a folder"),
+    ):
+        assert evaluate.main([str(model), *arguments]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert sorted(tmp_path.iterdir()) == [empty, file]
