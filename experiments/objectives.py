@@ -9,8 +9,9 @@ experiments/objectives.md (tables) and objectives.json (every number).
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -207,7 +208,7 @@ def measured(completions: Completions, judged: Sequence[Judged]) -> dict[str, fl
         found[f"{name}_auroc"] = auroc(right_N, score_N)
         found |= {f"{name}_within_{field}": within_groups(right_N, score_N, groups[field]) for field in GROUPS}
     for field in GROUPS:
-        [known] = cross_fitted(of, lambda fitted_N, group_N=groups[field]: group_scores(group_N, right_N, fitted_N))
+        [known] = cross_fitted(of, partial(group_scores, groups[field], right_N))
         found[f"identity_{field}"] = known
     return found
 
@@ -229,7 +230,7 @@ def vote(completions: Completions, judged: Sequence[Judged]) -> dict[str, float]
         )
         (questions if halves([prompt])[0] else chosen_on).append(question)
     found = {"questions": float(len(questions)), "samples": float(sum(len(q.answers) for q in questions))}
-    ways = {
+    ways: dict[str, Callable[[voting.Question], str]] = {
         "majority": voting.majority,
         "weighted": voting.weighted,
         f"top_{TOP}": lambda question: voting.top(question, TOP),
