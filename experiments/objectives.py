@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -320,43 +320,32 @@ def report(found: Found, options: Options) -> str:
     first = found["ranking"][0]
     sizes = [[name, f"{of['completions']:.0f}", f"{100 * of['right']:.0f} %", f"{100 * (1 - of['kept']):.0f} %"]
              for name, of in first.items() if name != "votes"]  # fmt: skip
+    who = {"which family wrote it": "identity_family", "which model wrote it": "identity_model"}
+    all_table = set_table(found, "reward_auroc", {"length": "length_auroc", **who})
+    within_model, within_family = (set_table(found, f"reward_within_{field}", {"length": f"length_within_{field}"})
+                                   for field in reversed(GROUPS))  # fmt: skip
     overall, within = (differences(found, measure) for measure in ("reward_auroc", "reward_within_model"))
-    votes = first["votes"]
     apart = [f"- {kind}: {text}" for kind, (_, those) in (("overall", overall), ("within models", within))
              for text in those]  # fmt: skip
-    expected = 0.05 * 2 * (len(found) - 1) * (len(SETS) + 1)
+    intervals = 2 * (len(found) - 1) * (len(SETS) + 1)
+    votes = first["votes"]
+    accuracy = ", ".join(f"{v} {cell(values(found, v, 'GSM8K pairs', 'pair_accuracy'))}" for v in found)
     return f"""# Objectives on real completions
 
 Written by `GCRM_DATA=... python experiments/objectives.py --steps {options.steps} --seeds {options.seeds} \
---completions {options.completions} --voted {options.voted}`; numbers and claims are those of this run.
+--completions {options.completions} --voted {options.voted}`; numbers and claims are those of this run. {machine()}.
 
-{machine()}. A model from scratch (width 64, two layers, 1024 tokens) is trained on `gsm8k_pairs` for {
-        options.steps
-    } steps
-of 16 pairs of at most {MAX_LENGTH} tokens, with learning rate 2e-3, for each objective and {
-        options.seeds
-    } seeds; all else \
-is equal, and
-models of one seed start from the same weights and see the same pairs in the same order. ± is half of the {COVERAGE:.0%}
-t-interval over seeds: it holds the chance of training, not that of which questions were drawn, which are the same for
-all models. Completions of more than {MAX_LENGTH} tokens with their question are left out,
-as in training.
+A model from scratch (width 64, two layers, 1024 tokens) is trained on `gsm8k_pairs` with each objective and
+{options.seeds} seeds: {options.steps} steps of 16 pairs of at most {MAX_LENGTH} tokens, learning rate 2e-3. All else is
+equal, and models of one seed start from the same weights and see the same pairs in the same order. ± is half of the
+{COVERAGE:.0%} t-interval over seeds: it holds the chance of training, not that of which questions were drawn, which are
+the same for all models. Completions of more than {MAX_LENGTH} tokens with their question are left out, as in training.
 
 {markdown(["set", "completions", "right", "left out: too long"], sizes)}
 
 ## AUROC of the reward, all completions
 
-{
-        set_table(
-            found,
-            "reward_auroc",
-            {
-                "length": "length_auroc",
-                "which family wrote it": "identity_family",
-                "which model wrote it": "identity_model",
-            },
-        )
-    }
+{all_table}
 
 Length has the sign that suits each set. Family and model have the share of right answers on the other half of the
 questions; of pairs each side has its own model. A reward model that knows no more than who wrote a completion reaches
@@ -364,15 +353,13 @@ the last row, so the next table is the one that counts.
 
 ## Mean AUROC of the reward within one model's completions
 
-Groups with at least {SMALLEST_CLASS} right and {
-        SMALLEST_CLASS
-    } wrong completions; what only tells models apart is at 0.5.
+Groups with at least {SMALLEST_CLASS} right and as many wrong completions; what only tells models apart is at 0.5.
 
-{set_table(found, "reward_within_model", {"length": "length_within_model"})}
+{within_model}
 
 ## Mean AUROC of the reward within one family's completions
 
-{set_table(found, "reward_within_family", {"length": "length_within_family"})}
+{within_family}
 
 ## AUROC of Q at the last token, all completions
 
@@ -388,25 +375,20 @@ Within models:
 
 {within[0]}
 
-Of these {2 * (len(found) - 1) * (len(SETS) + 1)} intervals {
-        len(apart)
-    } leave out 0, where chance alone would give about \
-{expected:.0f}{":" if apart else "."}
+Of these {intervals} intervals {len(apart)} leave out 0; by chance alone about {(1 - COVERAGE) * intervals:.0f} would.
 
 {chr(10).join(apart)}
 
-## Votes
+## Pair accuracy and votes
 
-{votes["questions"]:.0f} votes of one model's {votes["samples"] / votes["questions"]:.1f} samples (mean) on a GSM8K \
-question; the other half of the questions chose
-the threshold. Samples are one answer under each of 13 sub-question policies, so they are no independent draws. Saved is
-the share of all completion tokens.
+Pair accuracy on held-out GSM8K pairs: {accuracy}.
+
+{votes["questions"]:.0f} votes of one model's samples on a GSM8K question, {votes["samples"] / votes["questions"]:.1f} \
+samples each; the other half of the questions
+chose the threshold. Samples are one answer under each of 13 sub-question policies, so they are no independent draws.
+Saved is the share of all completion tokens.
 
 {vote_table(found)}
-
-Pair accuracy on held-out GSM8K pairs: {
-        ", ".join(f"{v} {cell(values(found, v, 'GSM8K pairs', 'pair_accuracy'))}" for v in found)
-    }.
 """
 
 
@@ -421,7 +403,7 @@ def run(options: Options) -> None:
     models = {(v, seed): trained(v, seed, folder, options) for seed in range(options.seeds) for v in VARIANTS}
     data = Data(folder, options)
     found: Found = {v: [evaluated(models[v, seed], data) for seed in range(options.seeds)] for v in VARIANTS}
-    about: dict[str, Any] = {**{k: v for k, v in asdict(options).items() if k not in ("data", "runs", "report")}}
+    about = {name: value for name, value in asdict(options).items() if isinstance(value, int)}
     write_aside(options.report.with_suffix(".json"), to_json({"machine": machine(), **about, "found": found}))
     write_aside(options.report.with_suffix(".md"), report(found, options))
     print(f"{options.report}.md and .json are written")
