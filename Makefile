@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 WITH_BENCH := .venv/.bench
 
-.PHONY: help setup train test lint mutants torture bench gpu clean
+.PHONY: help setup train evaluate test lint mutants torture bench gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -21,6 +21,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 train: $(INSTALLED)  ## train the default model (arithmetic, no download, no GPU needed)
 	$(BIN)/torchrun --standalone gcrm_fast/train.py $(ARGS)
+
+# Trains the default model, and the same without the contrastive loss, where runs/ does not hold them yet.
+evaluate: $(INSTALLED)  ## does it work? samples, goals, AUROC, votes and where Q drops, on the default model
+	$(BIN)/python experiments/arithmetic_chain.py $(ARGS)
 
 test: lint  ## lint, type check, run the tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -16,6 +16,7 @@ COMMANDS = {  # name: (module with a main(argv), what it does)
     "inspect": ("gcrm_fast.page", "a web page of a record, its tokens coloured by Q and reward"),
     "export": ("gcrm_fast.export", "write a model as other programs read it"),
     "serve": ("gcrm_fast.serve", "rewards and Q-values over HTTP"),
+    "samples": ("gcrm_fast.arithmetic", "labelled solutions of generated problems, with the place of the error"),
 }
 
 

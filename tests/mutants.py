@@ -22,6 +22,8 @@ SCORING, GOALS = "tests/test_scoring.py -k ", "tests/test_goals.py -k "
 EXPORT, REWARDS, SERVE = (f"tests/test_{name}.py -k " for name in ("export", "rewards", "serve"))
 KERNELS = "tests/test_kernels.py -k "
 JUDGING, EVALUATE, VOTE, PAGE = (f"tests/test_{name}.py -k " for name in ("judging", "evaluate", "vote", "page"))
+BENCH, STEP = "tests/test_bench.py -k ", "tests/test_step.py -k "
+KERNELS, EXPERIMENTS = "tests/test_kernels.py -k ", "tests/test_experiments.py -k "
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
 ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or eps) and not {other}"
                     for path, other in (("pytorch", "triton"), ("triton", "pytorch")))  # fmt: skip
@@ -460,6 +462,35 @@ MUTANTS = {
         "gcrm_fast/server.py", "if query.startswith(prompt) else", "if not query else", SERVE + "compute_it_once"),
     "server: Q-values of the default goal only": (
         "gcrm_fast/server.py", "goal = goals.index(body.goal) if body.goal else 0", "goal = 0", SERVE + "any_goal"),
+    "samples: a wrong solution that is right": (
+        "gcrm_fast/arithmetic.py", '"is_correct": not error_step', '"is_correct": not error_step or error_step > 1',
+        ARITHMETIC + " -k samples"),
+    "samples: the error's place one digit off": (
+        "gcrm_fast/arithmetic.py", "next(differing, -1)", "next(differing, -2) + 1", ARITHMETIC + " -k place"),
+    "samples of problems that are trained on": (
+        "gcrm_fast/arithmetic.py", 'if options.side == "held-out":', 'if options.side != "held-out":',
+        ARITHMETIC + " -k sides"),
+    "halves: every held-out problem in the same one": (
+        "gcrm_fast/judging.py", ">> 16 & 1", "% 2", ARITHMETIC + " -k halves"),
+    "localisation: the error's own token counted before it": (
+        "experiments/arithmetic_chain.py", "above(one)[one.error :].tolist()", "above(one)[one.error + 1 :].tolist()",
+        EXPERIMENTS + "known_values"),
+    "localisation: a drop from the error's next token on": (
+        "experiments/arithmetic_chain.py", "values_n[:error, None] - values_n[error:]",
+        "values_n[:error, None] - values_n[error + 1 :]", EXPERIMENTS + "drop"),
+    "localisation: the error's token by its end": (
+        "experiments/arithmetic_chain.py", 'side="right"', 'side="left"', EXPERIMENTS + "token_of_a_character"),
+    "position alone: wrong solutions counted": (
+        "experiments/arithmetic_chain.py",
+        'right = [own for c, own in zip(candidates, values, strict=True) if c.fields["is_correct"]]',
+        "right = list(values)", EXPERIMENTS + "position_alone"),
+    "intervals over seeds of a normal distribution": (
+        "experiments/summary.py", "scipy.stats.t.ppf((1 + COVERAGE) / 2, n - 1)",
+        "scipy.stats.norm.ppf((1 + COVERAGE) / 2)", EXPERIMENTS + "students"),
+    "AUROC within groups over all groups together": (
+        "experiments/objectives.py", "own = group_N == group", "own = group_N >= 0", EXPERIMENTS + "blind"),
+    "pairs: one side left out": (
+        "experiments/objectives.py", "for ok in (a and b, a and b)]", "for ok in (a, b)]", EXPERIMENTS + "whole"),
 }  # fmt: skip
 
 

@@ -1,6 +1,10 @@
 """Generated problems: right, disjoint, and without a shortcut."""
 
+import gzip
+import json
 import re
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from gcrm_fast import arithmetic
 from gcrm_fast.arithmetic import generate, is_correct, is_held_out
 from gcrm_fast.data import TokenizedPair, tokenize_pairs, train_tokenizer
+from gcrm_fast.judging import halves
 from gcrm_fast.records import Pair
 
 TRAIN, HELD_OUT = generate(6000, 1000, seed=0, max_steps=3)
@@ -74,6 +79,10 @@ def test_held_out_problems_are_distinct_and_never_trained_on():
     assert not any(is_held_out(pair.prompt) for pair in generate(2000, 0, seed=5, max_steps=3)[0])
 
 
+def test_held_out_problems_fall_into_both_halves():
+    assert 400 < halves([pair.prompt for pair in HELD_OUT]).sum() < 600
+
+
 def test_the_same_seed_gives_the_same_pairs():
     assert generate(50, 20, 1, 3) == generate(50, 20, 1, 3)
     assert generate(50, 20, 1, 3) != generate(50, 20, 2, 3)
@@ -120,3 +129,84 @@ def test_token_counts_tell_nothing(tokenized):
     classifier.fit(counts.fit_transform(completions(train)), np.repeat([1, 0], len(train)))
     scores = classifier.decision_function(counts.transform(completions(held_out)))
     assert abs(roc_auc_score(np.repeat([1, 0], len(held_out)), scores) - 0.5) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------- samples
+
+
+def written(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The records that ``gcrm samples`` writes."""
+    path = folder / "samples.jsonl"
+    assert arithmetic.main(["-o", str(path), *arguments]) == 0
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("max_steps", [2, 5])
+def test_samples_are_labelled_by_doing_the_sums(tmp_path, max_steps):
+    records = written(tmp_path, "--problems", "60", "--samples", "8", "--arithmetic-steps", str(max_steps))
+    assert len(records) == 60 * 8
+    assert len({record["prompt"] for record in records}) == 60
+    for record in records:
+        steps = record["completion"].split(";")[:-1]
+        assert len(steps) == record["steps"] <= max_steps
+        wrong = [number for number, step in enumerate(steps, 1) if not step_is_right(step)]
+        assert wrong == ([] if record["is_correct"] else [record["error_step"]])
+        assert is_correct(record["prompt"], record["completion"]) is record["is_correct"]
+        assert steps[-1].endswith(f"={record['predicted_answer']}")
+        assert (record["predicted_answer"] == record["expected_answer"]) is record["is_correct"]
+
+
+def test_the_place_of_the_error_is_the_digit_that_makes_the_step_wrong(tmp_path):
+    wrong = 0
+    for record in written(tmp_path, "--problems", "50", "--samples", "6"):
+        place, completion = record["error_char"], record["completion"]
+        if record["is_correct"]:
+            assert (place, record["error_step"]) == (-1, 0)
+            continue
+        wrong += 1
+        assert completion[place - 1] == "="
+        assert completion[:place].count(";") == record["error_step"] - 1
+        # Another digit there makes the solution right up to the end of the step.
+        mended = [completion[:place] + digit for digit in "0123456" if digit != completion[place]]
+        assert [step_is_right(text.split(";")[-1]) for text in mended].count(True) == 1
+    assert wrong > 100
+
+
+def test_samples_are_as_often_right_as_asked_and_errors_are_spread(tmp_path):
+    records = written(tmp_path, "--problems", "300", "--samples", "10", "--right", "0.4")
+    assert np.mean([record["is_correct"] for record in records]) == pytest.approx(0.4, abs=0.03)
+    errors = [record["error_step"] for record in records if record["steps"] == 3 and not record["is_correct"]]
+    np.testing.assert_allclose(np.bincount(errors, minlength=4)[1:] / len(errors), 1 / 3, atol=0.08)
+
+
+def test_sides_are_disjoint_and_the_held_out_one_is_never_trained_on(tmp_path):
+    for side in ("held-out", "train"):
+        records = written(tmp_path, "--side", side, "--problems", "100", "--samples", "1", "--seed", "3")
+        assert {is_held_out(record["prompt"]) for record in records} == {side == "held-out"}
+        assert len({record["prompt"] for record in records}) == 100
+
+
+def test_samples_to_stdout_and_gzip(tmp_path, capsysbinary):
+    records = written(tmp_path, "--problems", "5", "--samples", "2")
+    assert arithmetic.main(["-o", "-", "--problems", "5", "--samples", "2"]) == 0
+    assert [json.loads(line) for line in capsysbinary.readouterr().out.splitlines()] == records
+    assert arithmetic.main(["-o", str(tmp_path / "s.jsonl.gz"), "--problems", "5", "--samples", "2"]) == 0
+    with gzip.open(tmp_path / "s.jsonl.gz", "rt") as file:
+        assert [json.loads(line) for line in file] == records
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--problems", "500", "--arithmetic-steps", "1"], "--problems 500: found 13 of at most 1 steps"),
+        (["--samples", "0"], "--samples 0: must be at least 1"),
+        (["--right", "1.5"], "--right 1.5: must be between 0 and 1"),
+        (["--arithmetic-steps", "26"], "--arithmetic-steps 26: must be less than 26"),
+    ],
+)
+def test_samples_that_cannot_be_made_are_one_line_and_no_file(tmp_path, capsys, arguments, said):
+    assert arithmetic.main(["-o", str(tmp_path / "s.jsonl"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

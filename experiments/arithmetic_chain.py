@@ -1,0 +1,354 @@
+"""Does it work? The whole chain on the default model, whose data say where each error is: `make evaluate`.
+
+gcrm train (where the models are not there yet), samples, goals, evaluate, vote; then whether Q drops at the error,
+beside three controls: contrastive weight 0, a shuffled goal, position alone. Writes arithmetic.md and .json beside
+this file.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import nan
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from summary import machine, markdown, to_json, write_aside
+
+from gcrm_fast import arithmetic, build_goals, evaluate, train, vote
+from gcrm_fast.command_line import exit_code, parse_options
+from gcrm_fast.config import parse
+from gcrm_fast.data import Completion
+from gcrm_fast.errors import UserError
+from gcrm_fast.goals import named_goal
+from gcrm_fast.judging import ratio, ratio_interval
+from gcrm_fast.prepare import default_output
+from gcrm_fast.records import Candidate, read_completions
+from gcrm_fast.scoring import RewardModel
+
+MODELS = {"gcrm": (), "contrastive weight 0": ("--objective", "ranking")}  # options of gcrm train
+GOALS = {"right": "is_correct==true", "any": "steps>=1"}  # name: which solutions of training problems it is the mean of
+CASES = (("gcrm", "right"), ("gcrm", "any"), ("contrastive weight 0", "right"))
+PERMUTATIONS = 10
+OFFSETS = range(-2, 9)  # tokens after the error's own
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Options:
+    """Runs the chain on the default model; see the top of the script."""
+
+    runs: Path = Path("runs")
+    """Folder of the models: that of gcrm train."""
+    problems: int = 500
+    """Held-out problems, and as many others for the goals."""
+    samples: int = 16
+    """Solutions of each."""
+    report: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = HERE / "arithmetic"
+    """Path of the report, without its .md and .json."""
+
+
+def done(command: Callable[[list[str]], int], *arguments: object) -> None:
+    """Runs a command of the gcrm program. Raises UserError where it ends with an error, which it has printed."""
+    if command([str(argument) for argument in arguments]):
+        raise UserError(f"{command.__module__} {' '.join(map(str, arguments))}: ended with the error above")
+
+
+# ----------------------------------------------------------------------------------------------------- localisation
+
+
+class Located(NamedTuple):
+    """A wrong solution, in a problem that also has a right one: values at each token of both, and the error's token.
+
+    Both have the same tokens, and so the same values, before the error.
+    """
+
+    problem: int
+    wrong_n: np.ndarray
+    right_n: np.ndarray
+    error: int
+
+
+def error_token(texts: Sequence[str], char: int) -> int:
+    """Index of the token that holds character ``char`` of the completion, given the text of each token."""
+    return int(np.searchsorted(np.cumsum([len(text) for text in texts]), char, side="right"))
+
+
+def drop(values_n: np.ndarray, error: int) -> float:
+    """The chance that a token before the error has a higher value than one at or after it, ties counting one half."""
+    return float((np.sign(values_n[:error, None] - values_n[error:]) + 1).mean() / 2)
+
+
+def above(located: Located) -> np.ndarray:
+    """At each token 1 where the right solution has the higher value, 0 where the wrong one has, else 0.5, [n]."""
+    return (np.sign(located.right_n - located.wrong_n) + 1) / 2
+
+
+def by_problem(located: Sequence[Located], values: Callable[[Located], Sequence[float]]) -> tuple[float, float, float]:
+    """(mean, low, high) of all values of all wrong solutions; the interval draws problems."""
+    size = max(one.problem for one in located) + 1
+    total_C, count_C = np.zeros(size), np.zeros(size)
+    for one in located:
+        own = values(one)
+        total_C[one.problem] += sum(own)
+        count_C[one.problem] += len(own)
+    kept = count_C > 0
+    total_C, count_C = total_C[kept], count_C[kept]
+    return ratio(total_C.sum(), count_C.sum()), *ratio_interval(total_C, count_C)
+
+
+def localisation(located: Sequence[Located]) -> dict[str, tuple[float, float, float]]:
+    """Every measure as (mean, low, high); of an ``offset`` the mean alone.
+
+    ``drop`` is ``drop`` of wrong solutions, and ``drop_right`` that of the right solution at the same place; ``after``
+    the share of tokens at or after the error at which the right solution is above, ``error`` and ``end`` of the
+    error's own and the last token, ``offset`` n of the token n after the error.
+    """
+    found = {
+        "drop": by_problem(located, lambda one: [drop(one.wrong_n, one.error)]),
+        "drop_right": by_problem(located, lambda one: [drop(one.right_n, one.error)]),
+        "after": by_problem(located, lambda one: above(one)[one.error :].tolist()),
+        "error": by_problem(located, lambda one: [above(one)[one.error]]),
+        "end": by_problem(located, lambda one: [above(one)[-1]]),
+    }
+    for offset in OFFSETS:
+        there = [one for one in located if 0 <= one.error + offset < len(one.wrong_n)]
+        values = [above(one)[one.error + offset] for one in there]
+        found[f"offset {offset}"] = float(np.mean(values)) if values else nan, nan, nan
+    return found
+
+
+class Wrong(NamedTuple):
+    """A wrong solution: its index among all, that of a right one of the same problem, the error's token."""
+
+    problem: int
+    own: int
+    right: int
+    error: int
+
+
+def wrong_solutions(model: RewardModel, candidates: Sequence[Candidate], encoded: Sequence[Completion]) -> list[Wrong]:
+    """All but those of problems without a right solution."""
+    numbers: dict[str, int] = {}
+    right: dict[str, int] = {}
+    for i, candidate in enumerate(candidates):
+        numbers.setdefault(candidate.prompt, len(numbers))
+        if candidate.fields["is_correct"]:
+            right[candidate.prompt] = i
+    return [
+        Wrong(numbers[c.prompt], i, right[c.prompt], error_token(model.texts(encoded[i]), c.fields["error_char"]))
+        for i, c in enumerate(candidates)
+        if not c.fields["is_correct"] and c.prompt in right
+    ]
+
+
+def position_only(candidates: Sequence[Candidate], values: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Each value replaced by the mean of right solutions at the same token number."""
+    right = [own for c, own in zip(candidates, values, strict=True) if c.fields["is_correct"]]
+    positions = np.concatenate([np.arange(len(own)) for own in right])
+    mean = np.bincount(positions, np.concatenate(right)) / np.bincount(positions)
+    return [mean[: len(own)] for own in values]  # wrong solutions are no longer than right ones
+
+
+Measures = dict[str, tuple[float, float, float]]
+
+
+def located_cases(models: Mapping[str, Path], goals: Mapping[str, Path], file: Path) -> dict[str, list[Measures]]:
+    """Measures of Q and of the running reward, of every model and control; several where goals were shuffled."""
+    cases: dict[str, list[Measures]] = {}
+    for name, folder in models.items():
+        model = RewardModel.from_pretrained(folder)
+        candidates = read_completions([str(file)], fields=("*",), tokenizer=model.tokenizer)
+        generator = torch.Generator().manual_seed(0)
+        goal, alike = (named_goal(f"{goals[name]}:{kind}", model.fingerprint) for kind in GOALS)
+        shuffled = [goal[torch.randperm(len(goal), generator=generator)] for _ in range(PERMUTATIONS)]
+        encoded = model.encode([c.prompt for c in candidates], [c.completion for c in candidates])
+        judged = model.judge(encoded, goals_GD=torch.stack([goal, alike, *shuffled]), per_token=True)
+        q = [one.q_Gn for one in judged if one.q_Gn is not None]
+        rewards = [one.rewards_n for one in judged if one.rewards_n is not None]
+
+        wrong = wrong_solutions(model, candidates, encoded)
+        by_case = {
+            "Q": [[q_Gn[0] for q_Gn in q]],
+            "Q, goal of right and wrong solutions alike": [[q_Gn[1] for q_Gn in q]],
+            "Q, goal with shuffled coordinates": [[q_Gn[2 + i] for q_Gn in q] for i in range(PERMUTATIONS)],
+            "Q by position alone": [position_only(candidates, [q_Gn[0] for q_Gn in q])],
+            "running reward": [rewards],
+        }
+        for case, several in by_case.items():
+            cases[f"{name}: {case}"] = [
+                localisation([Located(one.problem, values[one.own], values[one.right], one.error) for one in wrong])
+                for values in several
+            ]
+    return cases
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+Rows = dict[tuple[str, str], tuple[float | None, float | None, float | None]]  # (group, measure): value, low, high
+
+
+def read_rows(folder: Path) -> Rows:
+    """results.json of gcrm evaluate and gcrm vote."""
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+    return {(row["group"], row["measure"]): (row["value"], row["low"], row["high"]) for row in rows}
+
+
+def text(value: Sequence[float | None]) -> str:
+    """0.883 [0.871, 0.894], or the value alone."""
+    first, low, high = value
+    if first is None or first != first:
+        return "-"
+    return f"{first:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None and low == low else "")
+
+
+def spread(measures: Sequence[Measures], name: str) -> str:
+    """One measure; of several shuffles their mean, and the least and greatest."""
+    values = [found[name][0] for found in measures]
+    if len(values) == 1:
+        return text(measures[0][name])
+    return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def localisation_table(cases: dict[str, list[Measures]]) -> str:
+    head = ["", "before above after the error", "the same place in a right solution", "right above wrong, from the "
+            "error on", "at the error", "at the end"]  # fmt: skip
+    names = ("drop", "drop_right", "after", "error", "end")
+    return markdown(head, [[case, *(spread(found, name) for name in names)] for case, found in cases.items()])
+
+
+def offset_table(cases: dict[str, list[Measures]]) -> str:
+    lines = [[case, *(f"{found[0][f'offset {k}'][0]:.3f}" for k in OFFSETS)]
+             for case, found in cases.items() if len(found) == 1 and "position" not in case]  # fmt: skip
+    return markdown(["tokens after the error", *map(str, OFFSETS)], lines)
+
+
+def evaluation_table(found: Mapping[tuple[str, str], Rows]) -> str:
+    names = {"auroc_reward": "AUROC of reward", "auroc_q": "AUROC of Q at the end",
+             "baseline_position_q@100": "Q by position alone", "baseline_length": "length alone"}  # fmt: skip
+    lines = []
+    for (model, goal), rows in found.items():
+        for group in sorted({group for group, _ in rows}):
+            cells = [text(rows[group, name]) for name in names]
+            lines.append([f"{model}, goal of {goal} solutions" if group == "all" else f"- {group}", *cells])
+    return markdown(["", *names.values()], lines)
+
+
+def vote_table(found: Mapping[tuple[str, str, str], Rows]) -> str:
+    ways = {"majority": "majority", "Q-filtered majority": "filtered", "reward-weighted": "reward-weighted",
+            "majority of the top 5": "majority of the top 5", "best of n": "best of n"}  # fmt: skip
+    lines = []
+    for (model, goal, threshold), rows in found.items():
+        share = {name: f"{100 * (rows['all', name][0] or 0):.1f} %" for name in ("dropped", "tokens_saved")}
+        lines.append(
+            [f"{model}, goal of {goal} solutions, threshold {threshold}", f"{rows['all', 'questions'][0]:.0f}",
+             f"{rows['all', 'threshold'][0]:.3f}", *(text(rows["all", f"accuracy:{way}"]) for way in ways),
+             share["dropped"], share["tokens_saved"]]
+        )  # fmt: skip
+    return markdown(["", "problems", "threshold", *ways.values(), "samples dropped", "tokens saved"], lines)
+
+
+def report(
+    options: Options, cases: dict[str, list[Measures]], evaluations: Mapping[tuple[str, str], Rows],
+    votes: Mapping[tuple[str, str, str], Rows],
+) -> str:  # fmt: skip
+    """The whole of arithmetic.md; every number in it is of this run."""
+    return f"""# Does it work? The default model on problems whose errors are known
+
+Written by `python experiments/arithmetic_chain.py --problems {options.problems} --samples {options.samples}` \
+(`make evaluate`). {machine()}.
+
+The default model (`gcrm train`) and the same trained without the contrastive loss judge {options.samples} solutions of
+each of {options.problems} problems that are never trained on. A quarter of the solutions is right; each other has one
+wrong step and goes on from it, so it has the tokens of a right one up to its error. The goal is the mean end state of
+right solutions of other problems (`gcrm goals`). One model each: how early such a model learns to add hangs on chance.
+
+## Does Q drop at the error?
+
+{localisation_table(cases)}
+
+First column: the chance that in a wrong solution a token before its error has a higher value than one at or after it;
+second: the same at the same place of a right solution of the problem, where nothing is wrong. The others compare the
+two solutions token by token: the share of tokens at which the right one is higher, 0.5 being chance. Intervals of 95 %
+draw problems; of goals with shuffled coordinates the mean of {PERMUTATIONS} and their range. By position alone the two
+solutions are equal.
+
+Share of wrong solutions that the right one is above, by distance from the error's own token (before it both have the
+same tokens, hence 0.5):
+
+{offset_table(cases)}
+
+## AUROC
+
+{evaluation_table(evaluations)}
+
+## Votes and what filtering saves
+
+A solution is dropped once its Q falls below the threshold; saved are the tokens after that. Threshold auto is the best
+on one half of the problems, and the other half is what is shown.
+
+{vote_table(votes)}
+"""
+
+
+# ------------------------------------------------------------------------------------------------------- the chain
+
+
+def trained(options: Options) -> dict[str, Path]:
+    """Folders of the models, trained where they are not there."""
+    folders = {}
+    for name, arguments in MODELS.items():
+        folder = options.runs / Path(default_output(parse(list(arguments)))).name
+        if not (folder / "model").is_dir():
+            done(train.main, *arguments, "--output", folder)
+        folders[name] = folder / "model"
+    return folders
+
+
+def run(options: Options) -> None:
+    models = trained(options)
+    folder = options.runs / "arithmetic-chain"
+    folder.mkdir(parents=True, exist_ok=True)
+    held_out, other = folder / "held_out.jsonl", folder / "train.jsonl"
+    sizes = ("--problems", options.problems, "--samples", options.samples)
+    done(arithmetic.main, "-o", held_out, *sizes)
+    done(arithmetic.main, "-o", other, *sizes, "--side", "train", "--right", 0.5)
+    goals = {name: folder / f"goals-{number}.safetensors" for number, name in enumerate(models)}
+    for name, model in models.items():
+        goals[name].unlink(missing_ok=True)
+        for goal, condition in GOALS.items():
+            done(build_goals.main, model, other, "-o", goals[name], "--name", goal, "--where", condition)
+    evaluations, votes = {}, {}
+    for number, (name, goal) in enumerate(CASES):
+        common = (models[name], held_out, "--goal", f"{goals[name]}:{goal}", "--overwrite")
+        done(evaluate.main, *common, "-o", folder / f"evaluate-{number}", "--by", "steps")
+        evaluations[name, goal] = read_rows(folder / f"evaluate-{number}")
+        for threshold in ("0", "auto"):
+            output = folder / f"vote-{number}-{threshold}"
+            done(vote.main, *common, "-o", output, "--threshold", threshold)
+            votes[name, goal, threshold] = read_rows(output)
+    cases = located_cases(models, goals, held_out)
+    numbers = {
+        "machine": machine(),
+        "options": {k: v for k, v in asdict(options).items() if isinstance(v, int)},
+        "localisation": cases,
+        "evaluate": {", ".join(key): {" ".join(k): v for k, v in rows.items()} for key, rows in evaluations.items()},
+        "vote": {", ".join(key): {" ".join(k): v for k, v in rows.items() if "@" not in k[1]}
+                 for key, rows in votes.items()},
+    }  # fmt: skip
+    write_aside(options.report.with_suffix(".json"), to_json(numbers))
+    write_aside(options.report.with_suffix(".md"), report(options, cases, evaluations, votes))
+    print(f"{options.report}.md and .json are written")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code("arithmetic_chain.py", lambda: run(parse_options(Options, arguments, "arithmetic_chain.py")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

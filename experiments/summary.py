@@ -1,0 +1,80 @@
+"""What the experiments share: means with intervals, Markdown tables, where and with what the numbers were measured."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.stats
+import torch
+
+from gcrm_fast.errors import UserError
+
+COVERAGE = 0.95
+
+
+def data_folder(named: str) -> Path:
+    """The folder of real data: ``named``, or that of GCRM_DATA. Raises UserError where there is none."""
+    folder = named or os.environ.get("GCRM_DATA", "")
+    if not folder:
+        raise UserError("no data: set GCRM_DATA to the folder with gsm8k_pairs.jsonl.gz, or name it with --data")
+    if not Path(folder).is_dir():
+        raise UserError(f"{'--data' if named else 'GCRM_DATA'} {folder}: is not a folder")
+    return Path(folder)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half the width of its t-interval over seeds); the width is NaN for one value."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), math.nan
+    spread = float(np.std(values, ddof=1)) / math.sqrt(n)
+    return float(np.mean(values)), float(scipy.stats.t.ppf((1 + COVERAGE) / 2, n - 1)) * spread
+
+
+def cell(values: Sequence[float], sign: str = "") -> str:
+    """'0.613 ± 0.021' of values over seeds; ``sign`` '+' shows that of a difference."""
+    mean, half = mean_interval(values)
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:{sign}.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
+def machine() -> str:
+    """The device, threads and versions of this process, for the head of a report."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        device = f"{next(names, platform.machine())}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    return f"{device}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def write_aside(path: Path, text: str) -> None:
+    """The file is complete or as before."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """Readable and diffable; what is not a number is null."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {str(key): plain(part) for key, part in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [plain(part) for part in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n"
