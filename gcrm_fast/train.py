@@ -344,7 +344,7 @@ def run_ranks(config: TrainConfig, prepared: Prepared) -> None:
                     f"out of memory ({one_line(error)}): lower --tokens-per-batch {config.tokens_per_batch}, or take "
                     "--recompute block, --optimizer adamw-8bit or more processes"
                 ) from None
-            if LOST_PEER.search(message):
+            if isinstance(error, dist.DistError) or LOST_PEER.search(message):
                 raise UserError(
                     f"another process of this run has ended or does not answer ({one_line(error)}): see its own "
                     f"message; checkpoints are in {prepared.output / 'checkpoints'}"

