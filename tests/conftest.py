@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from runs import ROOT as ROOT
 from runs import torchrun, write_pairs
 
 # Before anything imports triton: without a GPU its kernels run in its interpreter.

@@ -23,7 +23,8 @@ import pytest
 import torch
 import uvicorn
 from chat import CHATML, chat_tokenizer
-from conftest import ROOT, small_config, small_model
+from conftest import small_config, small_model
+from runs import ROOT
 
 from gcrm_fast import RewardModel, checkpoint
 from gcrm_fast.batcher import Batcher
