@@ -60,21 +60,23 @@ def test_drop_compares_tokens_before_the_error_with_those_from_it_on(chain: Modu
 def test_localisation_of_known_values(chain: ModuleType) -> None:
     same = np.array([0.3, 0.4])
     located = [
-        # Above at the error and after it; at the error alone; problem 1 has one solution.
-        chain.Located(0, np.r_[same, 0.1, 0.1], np.r_[same, 0.5, 0.6], 2),
+        # Above at the error and the token after it; at the error alone; after it alone.
+        chain.Located(0, np.r_[same, 0.1, 0.1, 0.9], np.r_[same, 0.5, 0.6, 0.2], 2),
         chain.Located(0, np.r_[same, 0.1, 0.9], np.r_[same, 0.5, 0.6], 2),
         chain.Located(1, np.r_[same, 0.7, 0.7, 0.2], np.r_[same, 0.7, 0.6, 0.6], 3),
     ]
     found = {name: value for name, (value, *_) in chain.localisation(located).items()}
-    assert found["after"] == pytest.approx((2 + 1 + 1) / 6)
+    assert found["after"] == pytest.approx((2 + 1 + 1) / 7)
     assert found["error"] == pytest.approx(2 / 3)
-    assert found["end"] == pytest.approx(2 / 3)
-    assert found["drop"] == pytest.approx((1 + 0.5 + 3.5 / 6) / 3)
+    assert found["end"] == pytest.approx(1 / 3)
+    assert found["drop"] == pytest.approx((4 / 6 + 0.5 + 3.5 / 6) / 3)
     assert found["offset -1"] == found["offset -2"] == 0.5
     assert found["offset 0"] == pytest.approx(2 / 3)
     assert found["offset 1"] == pytest.approx(2 / 3)
-    low, high = chain.localisation(located)["after"][1:]
-    assert low <= found["after"] <= high
+    many = [one._replace(problem=one.problem + 2 * k) for k in range(20) for one in located]
+    after, low, high = chain.localisation(many)["after"]
+    assert after == pytest.approx(found["after"])
+    assert low < after < high
 
 
 def test_position_alone_takes_nothing_from_wrong_solutions(chain: ModuleType) -> None:
