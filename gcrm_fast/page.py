@@ -209,7 +209,7 @@ def section(column: Column, q: Scale, reward: Scale) -> str:
     end = "".join(f"<mark>{html.escape(name)}</mark>" for name in column.marks.get(len(column.text_n), ()))
     return (
         f"<section><h2>{html.escape(column.title)}</h2><small>reward {column.reward_n[-1]:.4f}; Q {column.q_n[-1]:.4f} "
-        f"at the last of {len(column.q_n)} tokens, lowest {column.q_n.min():.4f} at token {column.q_n.argmin() + 1}"
+        f"at the end, lowest {column.q_n.min():.4f} at token {column.q_n.argmin() + 1} of {len(column.q_n)}"
         f'</small><div class="by-q">{q.line(column.q_n, marks)}</div>'
         f'<div class="by-r">{reward.line(column.reward_n, marks)}</div>'
         f'<div class="text">{"".join(pieces)}{end}</div></section>'
