@@ -197,7 +197,8 @@ def section(column: Column, q: Scale, reward: Scale) -> str:
     pieces = []
     for i, (text, q_value, r_value) in enumerate(zip(column.text_n, column.q_n, column.reward_n, strict=True)):
         for name in column.marks.get(i, ()):
-            pieces.append(f'<mark class="{name.partition(":")[0]}">{html.escape(name)}</mark>')
+            kind = "error" if name.startswith("error") else "difference"
+            pieces.append(f'<mark class="{kind}">{html.escape(name)}</mark>')
         place = f"token {i + 1} of {len(column.text_n)} {text!r}"
         tip = html.escape(f"{place}\nQ {q_value:.4f}\nreward so far {r_value:.4f}").replace("\n", "&#10;")
         # A token that is a part of a character only, and a line feed, would have no place to colour.
