@@ -197,7 +197,8 @@ def section(column: Column, q: Scale, reward: Scale) -> str:
     pieces = []
     for i, (text, q_value, r_value) in enumerate(zip(column.text_n, column.q_n, column.reward_n, strict=True)):
         for name in column.marks.get(i, ()):
-            pieces.append(f'<mark class="{name.partition(":")[0]}">{html.escape(name)}</mark>')
+            kind = "error" if name.startswith("error") else "difference"
+            pieces.append(f'<mark class="{kind}">{html.escape(name)}</mark>')
         place = f"token {i + 1} of {len(column.text_n)} {text!r}"
         tip = html.escape(f"{place}\nQ {q_value:.4f}\nreward so far {r_value:.4f}").replace("\n", "&#10;")
         # A token that is a part of a character only, and a line feed, would have no place to colour.
@@ -209,7 +210,7 @@ def section(column: Column, q: Scale, reward: Scale) -> str:
     end = "".join(f"<mark>{html.escape(name)}</mark>" for name in column.marks.get(len(column.text_n), ()))
     return (
         f"<section><h2>{html.escape(column.title)}</h2><small>reward {column.reward_n[-1]:.4f}; Q {column.q_n[-1]:.4f} "
-        f"at the last of {len(column.q_n)} tokens, lowest {column.q_n.min():.4f} at token {column.q_n.argmin() + 1}"
+        f"at the end, lowest {column.q_n.min():.4f} at token {column.q_n.argmin() + 1} of {len(column.q_n)}"
         f'</small><div class="by-q">{q.line(column.q_n, marks)}</div>'
         f'<div class="by-r">{reward.line(column.reward_n, marks)}</div>'
         f'<div class="text">{"".join(pieces)}{end}</div></section>'

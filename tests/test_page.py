@@ -61,7 +61,7 @@ class Reader(HTMLParser):
             self.sections[-1] += data
 
 
-def test_a_page_marks_difference_and_error_and_escapes_all_text(model: Path, tmp_path: Path) -> None:
+def test_a_page_marks_difference_and_error_and_keeps_all_text(model: Path, tmp_path: Path) -> None:
     file, out = write(tmp_path / "pairs.jsonl", [PAIR | {"error_step": 1}, PAIR]), tmp_path / "page.html"
     assert page.main([str(model), str(file), "--row", "1", "-o", str(out)]) == 0
     text = out.read_text()
@@ -143,6 +143,15 @@ def test_first_difference_counts_completion_tokens() -> None:
     assert page.first_difference(tokens(1, 2, 3), tokens(1, 2, 4)) == 2
     assert page.first_difference(tokens(1, 2), tokens(1, 2, 4)) == 2
     assert page.first_difference(tokens(1), tokens(1)) is None
+
+
+def test_a_page_escapes_markup_within_a_token_and_everywhere_else() -> None:
+    evil = "<script>'\"&</span>"
+    column = Column(evil, [evil, "b"], np.array([0.5, 1]), np.array([0.5, 1]), {0: [evil]})
+    read = Reader(page.page(evil, evil, evil, [column]))
+    assert read.sections == [evil + "b"]
+    assert read.marks == [(0, evil, "")]
+    assert "script" not in {tag for tag, _ in read.tags}
 
 
 def test_values_that_do_not_vary_have_a_colour() -> None:
