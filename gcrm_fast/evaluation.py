@@ -10,8 +10,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from gcrm_kernels import q_values
-from scipy.sparse import csr_matrix
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from gcrm_fast import judging
@@ -123,6 +121,9 @@ def breakdown(scores: Scores, fields: Sequence[str]) -> dict[str, tuple[float, i
 def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair], vocab_size: int) -> dict[str, float]:
     """Held-out AUROC of what needs no understanding: completion length (either sign), and logistic regression on the
     token counts of a completion, fitted on the first training pairs. A reward model should beat both."""
+
+    from scipy.sparse import csr_matrix  # here, and sklearn: a fifth of the start of every process
+    from sklearn.linear_model import LogisticRegression
 
     def completions(pairs: Sequence[TokenizedPair]) -> list[np.ndarray]:
         return [p.chosen_ids[p.chosen_start :] for p in pairs] + [p.rejected_ids[p.rejected_start :] for p in pairs]
