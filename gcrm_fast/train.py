@@ -169,7 +169,9 @@ class Run:
     def whereabouts(self) -> str:
         """What there is to go on from."""
         present = checkpoints(self.prepared.output)
-        return f"the last checkpoint is {present[-1]}" if present else "there is no checkpoint"
+        if not present:
+            return "there is no checkpoint"
+        return f"the last checkpoint is {present[-1]}: without --resume never the same command goes on from it"
 
     def write_model(self, name: str, goal: Tensor, goal_count: int) -> None:
         """Saves the model as it is now to the output folder: aside, then renamed, so that it is complete or absent.
@@ -322,8 +324,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
                     run.checkpoints.wait()
                     bar.close()
                     if run.log:
-                        print(f"stopped after step {step} of {prepared.steps}; {run.whereabouts()}, from which the "
-                              "same command goes on", flush=True)  # fmt: skip
+                        print(f"stopped after step {step} of {prepared.steps}; {run.whereabouts()}", flush=True)
                     return
             run.checkpoints.wait()
         finish(run)
