@@ -178,7 +178,7 @@ def test_a_rank_reads_its_own_rows_one_tensor_at_a_time(
             return values
 
         with rank_of(rank, world_size):
-            mesh = init_device_mesh("cpu", (world_size,))
+            mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
             with torch.device("meta"):
                 model = LlamaRewardModel(config)
             parallel.shard(model, mesh, torch.float32)
