@@ -78,13 +78,11 @@ class RunState:
         else:  # what counts is their sum over ranks
             sums = {f"rank{r}": torch.zeros_like(self.window.sums) for r in range(wrote)} if rank == 0 else {}
         tensors["window"] = sums
-        load(found, tensors, group)
+        load(found, tensors, group)  # in place: counts, weights and moments are those of the run itself
         set_state_dict(
             self.model, self.updater.optimizer, model_state_dict=tensors["model"],
             optim_state_dict=tensors["optimizer"],
         )  # fmt: skip
-        self.updater.applied.copy_(tensors["counts"]["applied"])
-        self.updater.skipped_in_row.copy_(tensors["counts"]["skipped_in_row"])
         self.window.sums.copy_(sum(sums.values(), torch.zeros_like(self.window.sums)))
         device = self.window.sums.device
         self.window.made = [(step, torch.tensor(False, device=device)) for step in found.facts["skipped"]]

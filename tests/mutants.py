@@ -340,10 +340,11 @@ MUTANTS = {
     "run: one checkpoint too many kept": (
         "gcrm_fast/run_checkpoints.py", "present[-self.keep :]", "present[-self.keep - 1 :]", SURVIVAL + "stay"),
     "run: moments of the optimizer not resumed": (
-        "gcrm_fast/resume.py", 'optim_state_dict=tensors["optimizer"],',
-        'optim_state_dict=get_state_dict(self.model, self.updater.optimizer)[1],', SURVIVAL + "chosen"),
+        "gcrm_fast/resume.py", "        load(found, tensors, group) ",
+        '        load(found, {**tensors, "optimizer": {}}, group) ', SURVIVAL + "chosen"),
     "run: schedule starts anew": (
-        "gcrm_fast/resume.py", 'self.updater.applied.copy_(tensors["counts"]["applied"])', "pass", SURVIVAL + "chosen"),
+        "gcrm_fast/resume.py", '"applied": self.updater.applied,', '"applied": self.updater.applied.clone(),',
+        SURVIVAL + "chosen"),
     "run: sums since the last log row lost": (
         "gcrm_fast/resume.py",
         "self.window.sums.copy_(sum(sums.values(), torch.zeros_like(self.window.sums)))", "pass", SURVIVAL + "chosen"),
