@@ -137,7 +137,8 @@ class TrainConfig:
     deterministic: bool = False
     """Deterministic kernels on a GPU, so that a resumed run gives the same bits; on the CPU they always are."""
     max_skipped: int = 20
-    """Most updates in a row that are left out for a loss or gradient that is not finite; more end the run."""
+    """Most updates in a row that are left out for a loss or gradient that is not finite; more, or more than a quarter
+    of the run, end it."""
 
     # ---- processes
     replicas: int = 1

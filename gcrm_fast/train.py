@@ -140,7 +140,7 @@ class Run:
         """Means since the last row, on every rank; the only place of the loop that waits for the device.
 
         Raises:
-            UserError: more than ``--max-skipped`` updates in a row were left out.
+            UserError: more than ``--max-skipped`` updates in a row were left out, or than a quarter of the run's.
         """
         row, skipped = self.state.window.read()
         row |= {"grad_norm": norm.item(), "lr": learning_rate.item(), "skipped": len(skipped)} | self.meter.read()
@@ -150,7 +150,7 @@ class Run:
                 self.log.note(step, {"skipped_step": number, "records": [pair.where for pair in pairs]})
             self.log.write(step, row)
         in_a_row = int(self.state.updater.skipped_in_row)
-        if in_a_row > self.config.max_skipped:
+        if in_a_row > min(self.config.max_skipped, self.prepared.steps // 4):
             self.checkpoints.wait()
             raise UserError(
                 f"loss or gradient is not finite at {in_a_row} steps in a row, up to step {step}: lower --lr, or mend "
