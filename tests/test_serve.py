@@ -357,6 +357,7 @@ def test_clients_that_hang_up(model: RewardModel, monkeypatch: pytest.MonkeyPatc
         for i, raw in enumerate(lines):
             raw.sendall(head + (body if i % 3 else body[:9]))
         assert eventually(lambda: found.batcher.waiting == 20)
+        assert stopped.entered.wait(30)  # the model is at work for one of them at least
         judged = []
         for raw in lines:
             raw.close()
