@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import measure
@@ -40,7 +40,7 @@ def options() -> argparse.Namespace:
 class Watched(run_checkpoints.Checkpoints):
     """Notes when each checkpoint was asked for and when it was on the disk, and its size."""
 
-    written: list[tuple[float, int]] = []  # noqa: RUF012 (of all instances)
+    written: ClassVar[list[tuple[float, int]]] = []
 
     def _write(self, name: str, state: dict[str, Any], facts: dict[str, Any]) -> None:
         start = time.perf_counter()

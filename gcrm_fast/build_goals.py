@@ -72,11 +72,11 @@ class Condition(NamedTuple):
         where, name = candidate.where, self.field
         if name not in candidate.fields:
             raise UserError(f"{where}: field '{name}' is missing: label completions with it, or choose with --where")
-        value, position = candidate.fields[name], re.search(r"\[(\d+)\]$", candidate.name)
-        if position and isinstance(value, list):
-            if int(position[1]) >= len(value):
+        value, position = candidate.fields[name], candidate.position
+        if position is not None and isinstance(value, list):
+            if position >= len(value):
                 raise UserError(f"{where}: field '{name}' has {len(value)} entries, fewer than there are completions")
-            value, name = value[int(position[1])], name + position[0]
+            value, name = value[position], f"{name}[{position}]"
         kinds = [bool if isinstance(v, bool) else str if isinstance(v, str) else float for v in (value, self.value)]
         if kinds[0] is not kinds[1] or not isinstance(value, (bool, int, float, str)):
             wanted = {bool: "true or false", str: "a string", float: "a number"}[kinds[1]]

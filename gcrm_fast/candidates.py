@@ -89,11 +89,11 @@ def field_of(candidate: Candidate, name: str, flag: str) -> Any:
     if name not in candidate.fields:
         raise UserError(f"{candidate.where}: field '{name}', named by {flag}, is missing")
     value = candidate.fields[name]
-    if isinstance(value, list) and candidate.name.startswith("completions["):
-        index = int(candidate.name[len("completions[") : -1])
-        if index >= len(value):
+    position = candidate.position
+    if isinstance(value, list) and position is not None:
+        if position >= len(value):
             raise UserError(f"{candidate.where}: field '{name}' has {len(value)} entries, none for {candidate.name}")
-        return value[index]
+        return value[position]
     return value
 
 

@@ -5,6 +5,7 @@ Text stays as it is. Message lists are written out by the tokenizer's chat templ
 sees one kind of pair: a prompt, and two completions that follow it; or a prompt and one completion.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -66,6 +67,12 @@ class Candidate:
     name: str
     cut: bool
     fields: dict[str, Any]
+
+    @property
+    def position(self) -> int | None:
+        """Of a completion that stands in the list ``completions``; else None."""
+        found = re.fullmatch(r"completions\[(\d+)\]", self.name)
+        return int(found[1]) if found else None
 
     @property
     def label(self) -> str:

@@ -127,8 +127,9 @@ def find(config: TrainConfig, output: Path, data_key: str, group: dist.ProcessGr
         found, notes = newest(output, group)
     else:
         path = Path(config.resume)
-        found, notes = Found(path, read_manifest(path)["facts"]), []
-        wrong = damage(path, read_manifest(path), 0, 1)
+        manifest = read_manifest(path)
+        found, notes = Found(path, manifest["facts"]), []
+        wrong = damage(path, manifest, 0, 1)
         if wrong:
             raise UserError(f"--resume {path}: {wrong}: choose another checkpoint")
     if found is None:

@@ -36,7 +36,6 @@ from gcrm_fast.sources import STDIN, BadRecords
 T = TypeVar("T")
 Window = list[list[Candidate]]  # the completions of each record
 WINDOW_RECORDS, WINDOW_CHARACTERS = 1024, 2**21  # a window ends with the record that reaches one of them
-LIST = "completions["  # how the names of completions that stand in a list begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +173,7 @@ def with_scores(record: Sequence[Candidate], scores: dict[str, list[Any]]) -> di
     """
     added: dict[str, Any] = {}
     for name, values in scores.items():
-        if record[0].name.startswith(LIST):
+        if record[0].position is not None:
             added[name if name.endswith("s") else name + "s"] = values
         elif len(record) == 1:
             added[name] = values[0]
