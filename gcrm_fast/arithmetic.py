@@ -12,7 +12,6 @@ wrong solution as in a right one. The named values make even the problems of one
 
 import gzip
 import json
-import os
 import random
 import sys
 import zlib
@@ -22,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gcrm_fast.command_line import exit_code, output_file, parse_options
+from gcrm_fast.command_line import exit_code, output_file, parse_options, written_aside
 from gcrm_fast.errors import UserError
 from gcrm_fast.records import Pair
 
@@ -160,7 +159,7 @@ def samples(prompts: Sequence[str], per_problem: int, right: float, seed: int) -
 
 
 def run(options: SampleOptions) -> None:
-    """Writes the file aside, then renames it. Raises UserError."""
+    """Writes the file. Raises UserError."""
     for name in ("problems", "samples", "arithmetic_steps"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
@@ -175,9 +174,8 @@ def run(options: SampleOptions) -> None:
         sys.stdout.buffer.flush()
         return
     path = output_file(options.output, ())
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
-    os.replace(partial, path)
+    with written_aside(path) as partial:
+        partial.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import operator
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from gcrm_fast.command_line import ModelOptions, exit_code, output_file, parse_options
+from gcrm_fast.command_line import ModelOptions, exit_code, output_file, parse_options, written_aside
 from gcrm_fast.config import parse_columns
 from gcrm_fast.errors import UserError
 from gcrm_fast.goals import DEFAULT, read_counts, read_goals, write_goals
@@ -49,6 +48,7 @@ class Condition(NamedTuple):
     field: str
     compare: Callable[[Any, Any], bool]
     value: Any
+    asked: str = "named by --where"
 
     @staticmethod
     def parse(text: str) -> "Condition":
@@ -69,18 +69,13 @@ class Condition(NamedTuple):
 
     def holds(self, candidate: Candidate) -> bool:
         """Raises UserError where the record has no such field, or one of another type than the condition's."""
-        where, name = candidate.where, self.field
-        if name not in candidate.fields:
-            raise UserError(f"{where}: field '{name}' is missing: label completions with it, or choose with --where")
-        value, position = candidate.fields[name], candidate.position
-        if position is not None and isinstance(value, list):
-            if position >= len(value):
-                raise UserError(f"{where}: field '{name}' has {len(value)} entries, fewer than there are completions")
-            value, name = value[position], f"{name}[{position}]"
+        value = candidate.field(self.field, self.asked)
         kinds = [bool if isinstance(v, bool) else str if isinstance(v, str) else float for v in (value, self.value)]
         if kinds[0] is not kinds[1] or not isinstance(value, (bool, int, float, str)):
             wanted = {bool: "true or false", str: "a string", float: "a number"}[kinds[1]]
-            raise UserError(f"{where}: field '{name}' is {type(value).__name__}, not {wanted}")
+            raise UserError(
+                f"{candidate.where}: field '{self.field}' is {type(value).__name__}, not {wanted} ({candidate.name})"
+            )
         return self.compare(value, self.value)
 
 
@@ -91,7 +86,7 @@ def is_preferred(candidate: Candidate, conditions: Sequence[Condition]) -> bool:
         return False
     if not conditions and candidate.name in ("chosen", "correct"):
         return True
-    conditions = conditions or [Condition(LABEL, operator.eq, True)]
+    conditions = conditions or [Condition(LABEL, operator.eq, True, "read where --where is not given")]
     return all(condition.holds(candidate) for condition in conditions)
 
 
@@ -133,9 +128,8 @@ def run(options: GoalOptions) -> None:
     encoded = model.encode([c.prompt for c in chosen], [c.completion for c in chosen])
     goals[options.name] = model.goal_state(encoded, names=[c.label for c in chosen], progress=True)
     counts[options.name] = len(chosen)
-    partial = path.with_name(path.name + ".partial")
-    write_goals(partial, goals, counts, model.fingerprint)
-    os.replace(partial, path)
+    with written_aside(path) as partial:
+        write_goals(partial, goals, counts, model.fingerprint)
     print(f"{path}: goal {options.name!r} is the mean end state of {len(chosen)} completions; {cut} cut ones left out, "
           f"{len(bad.skipped)} bad records skipped")  # fmt: skip
 

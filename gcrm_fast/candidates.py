@@ -4,7 +4,7 @@ import sys
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import tyro
@@ -80,26 +80,9 @@ def limited(candidates: list[Candidate], keys: Sequence[Hashable], limit: int) -
     return [candidate for candidate, key in zip(candidates, keys, strict=True) if key in drawn]
 
 
-def field_of(candidate: Candidate, name: str, flag: str) -> Any:
-    """A field of the completion's record; of a list beside 'completions' the completion's own entry.
-
-    Raises:
-        UserError: no such field, or no such entry.
-    """
-    if name not in candidate.fields:
-        raise UserError(f"{candidate.where}: field '{name}', named by {flag}, is missing")
-    value = candidate.fields[name]
-    position = candidate.position
-    if isinstance(value, list) and position is not None:
-        if position >= len(value):
-            raise UserError(f"{candidate.where}: field '{name}' has {len(value)} entries, none for {candidate.name}")
-        return value[position]
-    return value
-
-
 def text_of(candidate: Candidate, name: str, flag: str) -> str:
-    """The same of a field that names something, a string, number or boolean, as text without white space around it."""
-    value = field_of(candidate, name, flag)
+    """A field that names something, a string, number or boolean, as text without white space around it."""
+    value = candidate.field(name, f"named by {flag}")
     if not isinstance(value, (str, int, float)):
         kind = f"is {type(value).__name__}, not a string, number or boolean"
         raise UserError(f"{candidate.where}: field '{name}', named by {flag}, {kind}")
@@ -121,7 +104,7 @@ def judge(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tensor) -
     """Rewards and Q-values at every token of every completion."""
     prompts, completions = [c.prompt for c in candidates], [c.completion for c in candidates]
     encoded = model.encode(prompts, completions, [c.cut for c in candidates])
-    names = [f"{c.where}: {c.name}" for c in candidates]
+    names = [c.label for c in candidates]
     judged = model.judge(encoded, goals_GD=goal_D[None], per_token=True, names=names, progress=True)
     return [
         Judgement(tokens, scores.rewards_n, scores.q_Gn[0])

@@ -3,8 +3,9 @@
 import contextlib
 import io
 import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -75,6 +76,27 @@ def output_file(output: str, inputs: Sequence[str]) -> Path:
     if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in inputs):
         raise UserError(f"--output {output}: is also an input: name another file")
     return path
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A free name beside ``path`` for a file or a folder, which takes its place if all goes well and goes if not."""
+    partial = path.with_name(path.name + ".partial")
+    _remove(partial)
+    try:
+        yield partial
+        if path.is_dir():
+            shutil.rmtree(path)
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def exit_code(prog: str, work: Callable[[], None]) -> int:

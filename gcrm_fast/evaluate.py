@@ -12,7 +12,6 @@ from tqdm import tqdm
 from gcrm_fast.candidates import (
     PAIRED,
     TableOptions,
-    field_of,
     groups_of,
     judge,
     limited,
@@ -20,13 +19,13 @@ from gcrm_fast.candidates import (
     questions_of,
     records,
 )
-from gcrm_fast.command_line import exit_code, parse_options
+from gcrm_fast.command_line import exit_code, parse_options, written_aside
 from gcrm_fast.errors import UserError
 from gcrm_fast.judging import COVERAGE, RESAMPLES, Labelled, cross_fitted, group_scores, halves, measures
 from gcrm_fast.packing import quantile_positions
 from gcrm_fast.plots import plot_histograms, plot_partial, plot_roc
 from gcrm_fast.records import Candidate
-from gcrm_fast.results import Row, check_folder, columns, new_folder, number, with_interval, write_rows
+from gcrm_fast.results import Row, check_folder, columns, number, with_interval, write_rows
 from gcrm_fast.scoring import RewardModel
 
 
@@ -56,7 +55,7 @@ def is_right(candidate: Candidate, label: str) -> bool:
     """Whether a completion is right: as its place in a pair says, or else its label."""
     if candidate.name in PAIRED:
         return PAIRED[candidate.name]
-    value = field_of(candidate, label, "--label")
+    value = candidate.field(label, "named by --label")
     if value not in (True, False):  # 1 and 0 too
         raise UserError(f"{candidate.where}: field '{label}' is {str(value)[:20]!r}, not true or false")
     return bool(value)
@@ -148,7 +147,8 @@ def run(options: Options) -> None:
     model, goal_D = open_model(options)
     sources = {name: read_source(name, model, options) for name in options.data}
     rows: list[Row] = []
-    with new_folder(options.output) as folder:
+    with written_aside(options.output) as folder:
+        folder.mkdir(parents=True)
         scored = {name: score(model, source, goal_D) for name, source in sources.items()}
         for name, labelled in scored.items():
             rows += rows_of(name, labelled, sources[name].groups)

@@ -8,7 +8,6 @@ All of them hold a linear head, and load here again with the same rewards. MODEL
 so this also turns other projects' reward models into these.
 """
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from gcrm_fast import checkpoint
-from gcrm_fast.command_line import exit_code, parse_options
+from gcrm_fast.command_line import exit_code, parse_options, written_aside
 from gcrm_fast.config import parse_columns
 from gcrm_fast.errors import UserError
 from gcrm_fast.goals import GOAL_FILE, read_counts, read_goals, write_goals
@@ -75,7 +74,7 @@ def measure(options: ExportOptions) -> Scale:
     encoded = model.encode(
         [c.prompt for c in candidates], [c.completion for c in candidates], [c.cut for c in candidates]
     )
-    names = [f"{c.where}: {c.name}" for c in candidates]
+    names = [c.label for c in candidates]
     rewards = np.array([j.reward for j in model.judge(encoded, names=names, progress=True)], dtype=np.float64)
     scale = Scale(float(rewards.mean()), float(rewards.std()), len(rewards))
     if scale.std <= 1e-12 * np.abs(rewards).max():
@@ -108,7 +107,7 @@ def config_fields(options: ExportOptions, scale: Scale | None) -> dict[str, Any]
 
 
 def export(options: ExportOptions) -> None:
-    """Writes the folder aside, renames it, and prints what became of the model. Raises UserError."""
+    """Writes the folder and prints what became of the model. Raises UserError."""
     output = Path(options.output)
     if output.exists():
         raise UserError(f"--output {output}: exists: choose another")
@@ -130,19 +129,17 @@ def export(options: ExportOptions) -> None:
         if bias is not None:
             bias += scale.shift
 
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    weights = checkpoint.write_model(
-        partial, state, config, tokenizer, bias=bias, fields=config_fields(options, scale), about=about
-    )
-    if goals:  # states do not depend on the head, but the fingerprint does
-        write_goals(partial / GOAL_FILE, goals, counts, weights)
     rows = _summary(options, config, scale)
-    if (folder / CARD).is_file():
-        card = (folder / CARD).read_text(encoding="utf-8")
-        lines = "".join(f"- {name}: {value}\n" for name, value in rows)
-        (partial / CARD).write_text(f"{card}\n## Export\n\n{lines}", encoding="utf-8")
-    partial.rename(output)
+    with written_aside(output) as partial:
+        weights = checkpoint.write_model(
+            partial, state, config, tokenizer, bias=bias, fields=config_fields(options, scale), about=about
+        )
+        if goals:  # states do not depend on the head, but the fingerprint does
+            write_goals(partial / GOAL_FILE, goals, counts, weights)
+        if (folder / CARD).is_file():
+            card = (folder / CARD).read_text(encoding="utf-8")
+            lines = "".join(f"- {name}: {value}\n" for name, value in rows)
+            (partial / CARD).write_text(f"{card}\n## Export\n\n{lines}", encoding="utf-8")
     print(*notes, table([*rows, ("saved", str(output))]), sep="\n", flush=True)
 
 

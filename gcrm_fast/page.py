@@ -16,8 +16,8 @@ import tyro
 from matplotlib.colors import Normalize, to_hex
 from torch import Tensor
 
-from gcrm_fast.candidates import PAIRED, JudgingOptions, field_of, judge, open_model, records
-from gcrm_fast.command_line import exit_code, output_file, parse_options
+from gcrm_fast.candidates import PAIRED, JudgingOptions, judge, open_model, records
+from gcrm_fast.command_line import exit_code, output_file, parse_options, written_aside
 from gcrm_fast.data import Completion
 from gcrm_fast.errors import UserError
 from gcrm_fast.records import Candidate
@@ -86,7 +86,7 @@ def error_step(candidate: Candidate, field: str, count_from: str) -> int | None:
     name = field or next((known for known in ERROR_FIELDS if known in candidate.fields), "")
     if not name:
         return None
-    value = field_of(candidate, name, "--error-field")
+    value = candidate.field(name, "named by --error-field")
     steps = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(step, bool) or not isinstance(step, int) for step in steps):
         raise UserError(f"{candidate.where}: field '{name}' is {str(value)[:20]!r}, not the number of a step")
@@ -249,9 +249,8 @@ def run(options: Options) -> None:
         prompt=candidates[0].prompt,
         columns=columns_of(model, candidates, goal_D, options),
     )
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(output)
+    with written_aside(output) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,6 +74,21 @@ class Candidate:
         found = re.fullmatch(r"completions\[(\d+)\]", self.name)
         return int(found[1]) if found else None
 
+    def field(self, name: str, asked: str) -> Any:
+        """A field of the record; of a list beside ``completions`` the completion's own entry.
+
+        Raises:
+            UserError: no such field, or no such entry; ``asked`` says who wants it: "named by --by".
+        """
+        if name not in self.fields:
+            raise UserError(f"{self.where}: field '{name}', {asked}, is missing")
+        value = self.fields[name]
+        if self.position is None or not isinstance(value, list):
+            return value
+        if self.position >= len(value):
+            raise UserError(f"{self.where}: field '{name}' has {len(value)} entries, none for {self.name}")
+        return value[self.position]
+
     @property
     def label(self) -> str:
         """How an error calls it."""

@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from gcrm_fast.command_line import written_aside
 from gcrm_fast.errors import UserError
 
 
@@ -41,9 +42,8 @@ class MetricsLog:
             if row["step"] <= step
         ]
         with self._writing():
-            partial = self.path.with_name("metrics.jsonl.partial")
-            partial.write_text("".join(map(_line, self.rows)), encoding="utf-8")
-            partial.replace(self.path)
+            with written_aside(self.path) as partial:
+                partial.write_text("".join(map(_line, self.rows)), encoding="utf-8")
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
             if not step:  # an earlier, unfinished or overwritten run's
                 shutil.rmtree(folder / "tensorboard", ignore_errors=True)

@@ -1,12 +1,10 @@
 """What a judging command leaves: a folder that is complete or absent, with results.json, results.csv and plots."""
 
-import contextlib
 import csv
 import dataclasses
 import json
 import math
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,22 +30,6 @@ def check_folder(path: Path, overwrite: bool) -> None:
         raise UserError(f"--output {path}: is not a folder: name a folder for the results")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise UserError(f"--output {path}: holds files: choose another folder or pass --overwrite")
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """An empty folder beside ``path``, which takes its place if all goes well, and is removed if not."""
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_rows(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:

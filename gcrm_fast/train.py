@@ -8,7 +8,6 @@ import ctypes
 import os
 import platform
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from gcrm_fast import checkpoint, parallel
 from gcrm_fast.accounting import Meter, peak_flops, peak_memory
-from gcrm_fast.command_line import exit_code
+from gcrm_fast.command_line import exit_code, written_aside
 from gcrm_fast.config import TrainConfig, parse, to_toml
 from gcrm_fast.errors import RankError, UserError, one_line
 from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
@@ -174,21 +173,13 @@ class Run:
         return f"the last checkpoint is {present[-1]}: without --resume never the same command goes on from it"
 
     def write_model(self, name: str, goal: Tensor, goal_count: int) -> None:
-        """Saves the model as it is now to the output folder: aside, then renamed, so that it is complete or absent.
-
-        Every rank helps.
-        """
+        """Saves the model as it is now to the output folder, with the help of every rank."""
         weights = parallel.full_state(self.state.model, compute_dtype(self.config, self.device))
         if self.log:
-            path = self.prepared.output / name
-            partial = path.with_name(f"{name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            checkpoint.save_model(
-                partial, weights, self.prepared.model_config, self.prepared.tokenizer, goal.cpu(), goal_count
-            )
-            if path.exists():
-                shutil.rmtree(path)
-            partial.rename(path)
+            with written_aside(self.prepared.output / name) as partial:
+                checkpoint.save_model(
+                    partial, weights, self.prepared.model_config, self.prepared.tokenizer, goal.cpu(), goal_count
+                )
         dist.barrier()
 
 

@@ -10,7 +10,6 @@ import numpy as np
 from gcrm_fast.candidates import (
     Judgement,
     TableOptions,
-    field_of,
     groups_of,
     judge,
     limited,
@@ -19,12 +18,12 @@ from gcrm_fast.candidates import (
     records,
     text_of,
 )
-from gcrm_fast.command_line import exit_code, parse_options
+from gcrm_fast.command_line import exit_code, parse_options, written_aside
 from gcrm_fast.errors import UserError
 from gcrm_fast.judging import halves
 from gcrm_fast.plots import plot_savings
 from gcrm_fast.records import Candidate
-from gcrm_fast.results import Row, check_folder, columns, new_folder, number, write_rows
+from gcrm_fast.results import Row, check_folder, columns, number, write_rows
 from gcrm_fast.voting import Question, Result, Saving, chosen_threshold, results, saving, thresholds
 
 
@@ -53,7 +52,7 @@ class Options(TableOptions):
 
 def answer_of(candidate: Candidate, name: str) -> str:
     """A sample's answer, "" where it has none."""
-    value = field_of(candidate, name, "--answer")
+    value = candidate.field(name, "named by --answer")
     return "" if value is None else text_of(candidate, name, "--answer")
 
 
@@ -176,7 +175,8 @@ def run(options: Options) -> None:
     for group, own in members.items() if options.threshold == "auto" else ():
         if len(set(halves([questions[i] for i in own]))) < 2:
             raise UserError(f"--threshold auto: the questions of {group} are too few to split in two: give a number")
-    with new_folder(options.output) as folder:
+    with written_aside(options.output) as folder:
+        folder.mkdir(parents=True)
         judged = judge(model, candidates, goal_D)
         elections = []
         for group, own in members.items():

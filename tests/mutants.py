@@ -388,8 +388,11 @@ MUTANTS = {
     "judging: a limit cuts records in two": (
         "gcrm_fast/evaluate.py", "[candidate.row for candidate in candidates]", "list(range(len(candidates)))",
         EVALUATE + "whole_records"),
-    "judging: results written in place": (
-        "gcrm_fast/results.py", 'path.name + ".partial"', 'path.name', EVALUATE + "absent"),
+    "outputs written in place": (
+        "gcrm_fast/command_line.py", 'path.name + ".partial"', "path.name", "tests/test_command_line.py"),
+    "what was half-written stays": (
+        "gcrm_fast/command_line.py", "    finally:\n        _remove(partial)", "    finally:\n        pass",
+        "tests/test_command_line.py"),
     "vote: the first tokens judged": (
         "gcrm_fast/voting.py", "UNJUDGED = 5", "UNJUDGED = 0", VOTE + "sixth"),
     "vote: a Q-value at the threshold dropped": (

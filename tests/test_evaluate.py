@@ -83,27 +83,15 @@ def test_a_limit_draws_the_same_whole_records_every_time() -> None:
     assert candidates.limited(of_records, rows, 0) == candidates.limited(of_records, rows, 99) == of_records
 
 
-def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-
-    def fail() -> None:
-        with results.new_folder(folder) as partial:
-            (partial / "half").write_text("written")
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert not any(tmp_path.iterdir())
-    with results.new_folder(folder) as partial:
-        (partial / "whole").write_text("written")
-        assert not folder.exists()
-    assert [p.name for p in folder.iterdir()] == ["whole"]
+def test_results_do_not_replace_what_is_there_unasked(tmp_path: Path) -> None:
+    results.check_folder(tmp_path, overwrite=False)
+    results.check_folder(tmp_path / "new", overwrite=False)
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match="holds files"):
-        results.check_folder(folder, overwrite=False)
-    results.check_folder(folder, overwrite=True)
-    with results.new_folder(folder):
-        assert (folder / "whole").exists()  # what is there is replaced in the end
-    assert not any(folder.iterdir())
+        results.check_folder(tmp_path, overwrite=False)
+    results.check_folder(tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="is not a folder"):
+        results.check_folder(tmp_path / "file", overwrite=True)
 
 
 def test_lists_of_labels_go_with_lists_of_completions_and_whole_records(model: Path, tmp_path: Path) -> None:
@@ -130,7 +118,7 @@ def test_lists_of_labels_go_with_lists_of_completions_and_whole_records(model: P
         ({}, ["--limit", "-1"], r"--limit -1: must be 0 or more"),
         ({"completion": ""}, [], r"bad\.jsonl:3: field 'completion' is empty"),
         ({}, ["--goal", "none.safetensors"], r"none\.safetensors: not a readable goal file"),
-        ({}, ["--tokens-per-batch", "4"], r"bad\.jsonl:1: completion"),
+        ({}, ["--tokens-per-batch", "4"], r"bad\.jsonl:1: field 'completion'"),
     ],
 )
 def test_bad_input_of_evaluate(

@@ -150,12 +150,12 @@ def test_wrong_conditions_and_fields() -> None:
         with pytest.raises(UserError, match=f"^--where {re.escape(text)}: "):
             Condition.parse(text)
     for fields, message in (
-        ({}, "f:3: field 'a' is missing"),
+        ({}, "f:3: field 'a', named by --where, is missing"),
         ({"a": "4"}, "f:3: field 'a' is str, not a number"),
         ({"a": True}, "f:3: field 'a' is bool, not a number"),
         ({"a": None}, "f:3: field 'a' is NoneType, not a number"),
-        ({"a": [4, None]}, r"f:3: field 'a\[1\]' is NoneType, not a number"),
-        ({"a": [4]}, "f:3: field 'a' has 1 entries, fewer than there are completions"),
+        ({"a": [4, None]}, r"f:3: field 'a' is NoneType, not a number \(completions\[1\]\)"),
+        ({"a": [4]}, r"f:3: field 'a' has 1 entries, none for completions\[1\]"),
     ):
         with pytest.raises(UserError, match=message):
             is_preferred(candidate("completions[1]", **fields), [Condition.parse("a>=4")])
@@ -170,7 +170,10 @@ def test_wrong_calls_write_nothing(gcrm: Any, tmp_path: Path) -> None:
     write_goals(other, {"x": torch.ones(32)}, {"x": 1}, "of another model")
     before = other.read_bytes()
     for arguments, message in (
-        ([bare, "-o", out], "bare:1: field 'is_correct' is missing: label completions with it, or choose with --where"),
+        (
+            [bare, "-o", out],
+            "bare:1: field 'is_correct', read where --where is not given, is missing",
+        ),
         ([bare, "-o", out, "--on-bad-record", "skip"], "no completion to make a goal of"),
         ([write(tmp_path / "cut", PAIRS[2:]), "-o", out], r"no completion to make a goal of \(1 cut\)"),
         ([pairs, "-o", other], "other.safetensors: its goals are of another model's weights"),
