@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 from runs import ROOT as ROOT
-from runs import torchrun, write_pairs
+from runs import Gcrm, Result, torchrun, write_pairs
 
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 from gcrm_kernels import launch
 
+from gcrm_fast.cli import COMMANDS
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.model import LlamaRewardModel, ModelConfig, initial_value
 
@@ -82,6 +83,17 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # which also fills empty tensors with NaN
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def gcrm(capsys: pytest.CaptureFixture[str]) -> Gcrm:
+    """``gcrm COMMAND ARGUMENTS`` in this process."""
+
+    def call(command: str, *arguments: object) -> Result:
+        main = importlib.import_module(COMMANDS[command][0]).main
+        return Result(main([*map(str, arguments)]), *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

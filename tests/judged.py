@@ -1,4 +1,4 @@
-"""Files of completions for the commands that judge them."""
+"""Files of completions, for the commands that score and judge them."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Training runs of a few seconds, for tests: data, processes, and what they leave."""
+"""Runs of a few seconds, for tests: data, processes, and what they leave."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,15 @@ TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32"]
 # Metrics that are measured times and what follows from them.
 TIMES = {"pairs_per_s", "tokens_per_s", "padded_equivalent_tokens_per_s", "mfu", "hfu", "data_wait", "peak_memory_gib",
          "checkpoint_stall_s"}  # fmt: skip
+
+
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Gcrm = Callable[..., Result]
 
 
 def write_pairs(path: Path, n: int = 21) -> Path:

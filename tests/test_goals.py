@@ -1,18 +1,19 @@
 """Goal files and ``gcrm goals``: which completions make a goal, and whose goal it is."""
 
-import json
+import functools
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import models
 import numpy as np
 import pytest
 import torch
+from judged import write
+from runs import Gcrm
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gcrm_fast import build_goals
 from gcrm_fast.build_goals import Condition, is_preferred
 from gcrm_fast.errors import UserError
 from gcrm_fast.goals import END_POLICY, read_counts, read_goals, write_goals
@@ -25,12 +26,6 @@ PAIRS = [{"prompt": "one", "chosen": "two", "rejected": "three", "chosen_cut": F
 LABELLED = [{"question": "one", "completion": c, "is_correct": c == "two", "help": i, "family": f}
             for i, (c, f) in enumerate([("two", "x"), ("three", "x"), ("two", "y"), ("four", "y")])]  # fmt: skip
 LISTS = [{"prompt": "one", "completions": ["two", "three"], "is_correct": [False, True], "help": [3, 5], "k": 1}]
-
-
-class Result(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +41,9 @@ def model(folder: Path) -> RewardModel:
 
 
 @pytest.fixture
-def gcrm(capsys: pytest.CaptureFixture[str], folder: Path) -> Any:
-    """``gcrm goals MODEL ARGUMENTS`` in this process."""
-
-    def call(*arguments: object) -> Result:
-        return Result(build_goals.main([str(folder), *map(str, arguments)]), *capsys.readouterr())
-
-    return call
-
-
-def write(path: Path, records: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def gcrm(gcrm: Gcrm, folder: Path) -> Gcrm:
+    """``gcrm goals MODEL ARGUMENTS``."""
+    return functools.partial(gcrm, "goals", folder)
 
 
 def end_mean(model: RewardModel, *completions: tuple[str, str]) -> np.ndarray:
@@ -100,7 +86,7 @@ def test_another_models_goal_is_refused_with_its_model(folder: Path, model: Rewa
         (tmp_path / "other" / "goal.safetensors").rename(folder / "goal.safetensors")
 
 
-def test_goals_are_means_of_preferred_ends(gcrm: Any, model: RewardModel, tmp_path: Path) -> None:
+def test_goals_are_means_of_preferred_ends(gcrm: Gcrm, model: RewardModel, tmp_path: Path) -> None:
     out = tmp_path / "g.safetensors"
     result = gcrm(write(tmp_path / "pairs", PAIRS), "-o", out)
     assert (result.returncode, "mean end state of 2 completions; 1 cut ones left out" in result.stdout) == (0, True)
@@ -163,7 +149,7 @@ def test_wrong_conditions_and_fields() -> None:
         is_preferred(candidate(is_correct=1), [])
 
 
-def test_wrong_calls_write_nothing(gcrm: Any, tmp_path: Path) -> None:
+def test_wrong_calls_write_nothing(gcrm: Gcrm, tmp_path: Path) -> None:
     pairs, out = write(tmp_path / "pairs", PAIRS), tmp_path / "g.safetensors"
     bare = write(tmp_path / "bare", [{"prompt": "one", "completion": "two"}])
     other = tmp_path / "other.safetensors"

@@ -1,5 +1,6 @@
 """RewardModel and ``gcrm score``: rewards, Q-values and states, and the files that people get."""
 
+import functools
 import gzip
 import io
 import json
@@ -8,9 +9,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import models
 import numpy as np
@@ -18,6 +18,8 @@ import pytest
 import torch
 from conftest import ROOT
 from folders import llama, trunk
+from judged import write
+from runs import Gcrm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -228,28 +230,10 @@ def test_a_reward_model_of_another_program_scores_without_goals(tmp_path: Path) 
 # ------------------------------------------------------------------------------------------------------- gcrm score
 
 
-class Result(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Gcrm = Callable[..., Result]
-
-
 @pytest.fixture
-def gcrm(capsys: pytest.CaptureFixture[str], folder: Path) -> Gcrm:
-    """``gcrm score MODEL ARGUMENTS`` in this process."""
-
-    def call(*arguments: object) -> Result:
-        return Result(score.main([str(folder), *map(str, arguments)]), *capsys.readouterr())
-
-    return call
-
-
-def write(path: Path, records: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def gcrm(gcrm: Gcrm, folder: Path) -> Gcrm:
+    """``gcrm score MODEL ARGUMENTS``."""
+    return functools.partial(gcrm, "score", folder)
 
 
 def many(count: int, prompts: int = 5) -> list[dict[str, Any]]:

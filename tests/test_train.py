@@ -1,19 +1,18 @@
 """The program as people run it: real subprocesses under torchrun, its files, its errors."""
 
+import functools
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, TIMES, TINY, rows, torchrun
+from runs import ROOT, TIMES, TINY, Gcrm, rows, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -23,23 +22,10 @@ from gcrm_fast.errors import UserError
 from gcrm_fast.train import locked, main
 
 
-class Result(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-Gcrm = Callable[..., Result]
-
-
 @pytest.fixture
-def gcrm(capsys: pytest.CaptureFixture[str]) -> Gcrm:
-    """``gcrm train ARGUMENTS`` in this process: what it returns before any process group work."""
-
-    def call(*arguments: str) -> Result:
-        return Result(main(list(arguments)), *capsys.readouterr())
-
-    return call
+def gcrm(gcrm: Gcrm) -> Gcrm:
+    """``gcrm train ARGUMENTS``: what it returns before any process group work."""
+    return functools.partial(gcrm, "train")
 
 
 def test_default_run_learns_what_shortcuts_cannot(finished: Path) -> None:
