@@ -1,5 +1,6 @@
 """The packs of each step, built ahead of it by worker processes."""
 
+import contextlib
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.interrupts import STOPPING, end_with_the_parent
@@ -59,10 +61,11 @@ class Steps(Dataset[Step]):
         return Step(sum(map(len, groups)), [build_pack(part, self.sampling, epoch) for part in plan])
 
 
-def load(steps: Steps, first: int, end: int, workers: int, device: torch.device) -> Iterator[Step]:
+@contextlib.contextmanager
+def load(steps: Steps, first: int, end: int, workers: int, device: torch.device) -> Iterator[Iterator[Step]]:
     """Steps ``first`` to ``end`` - 1 in order, in pinned memory where the device is a GPU.
 
-    ``workers`` processes build them ahead; with 0 the calling process builds each when it is asked for.
+    Within, ``workers`` processes build them ahead; with 0 the calling process builds each when it is asked for.
     """
     # Forked workers share the tokenized data; a spawned one would get a copy of it.
     fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
@@ -76,7 +79,14 @@ def load(steps: Steps, first: int, end: int, workers: int, device: torch.device)
         worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=device.type == "cuda",
     )
-    return iter(loader)
+    found = iter(loader)
+    try:
+        yield found
+    finally:
+        # An error's traceback holds the iterator, which ends its workers when it is deleted; as they ignore SIGTERM,
+        # the program would wait for them without end.
+        if isinstance(found, _MultiProcessingDataLoaderIter):
+            found._shutdown_workers()
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

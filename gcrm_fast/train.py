@@ -282,12 +282,11 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
     if not start:
         run.evaluate(0, run.goal(EVALUATION_GOAL_PAIRS)[0])
     workers = config.workers if config.workers >= 0 else 2 if device.type == "cuda" else 0
-    steps = load(run.steps, start, prepared.steps, workers, device)
     interrupts = Interrupts(dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout)))
     bar = tqdm(range(start + 1, prepared.steps + 1), initial=start, total=prepared.steps, disable=run.log is None,
                unit="step", dynamic_ncols=True)  # fmt: skip
     with contextlib.closing(run.checkpoints):
-        with interrupts.handled():
+        with load(run.steps, start, prepared.steps, workers, device) as steps, interrupts.handled():
             for step in bar:
                 n_pairs, packs = run.meter.fetch(steps)
                 sums = accumulate(run.state.model, packs, n_pairs, run.objective, device)

@@ -1,6 +1,7 @@
 """gcrm train with a fault in one rank: torchrun tests/faulty.py KIND:RANK:STEP ARGUMENTS...
 
-KIND: nan (a loss that is not a number), hang, memory (no more to be had), kill; in the given step.
+KIND: nan (a loss that is not a number), hang, memory (no more to be had), bug (an error that nobody expects), kill; in
+the given step.
 """
 
 import os
@@ -32,6 +33,8 @@ def plant(kind: str, rank: int, step: int) -> None:
         if kind == "memory":
             resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
             torch.empty(2**31)
+        if kind == "bug":
+            raise RuntimeError("a planted bug")
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 

@@ -349,8 +349,9 @@ MUTANTS = {
         "gcrm_fast/resume.py",
         "self.window.sums.copy_(sum(sums.values(), torch.zeros_like(self.window.sums)))", "pass", SURVIVAL + "chosen"),
     "run: data start anew": (
-        "gcrm_fast/train.py", "steps = load(run.steps, start, prepared.steps, workers, device)",
-        "steps = load(run.steps, 0, prepared.steps, workers, device)", SURVIVAL + "chosen"),
+        "gcrm_fast/train.py", "with load(run.steps, start, ", "with load(run.steps, 0, ", SURVIVAL + "chosen"),
+    "run: processes that build packs stay": (
+        "gcrm_fast/loader.py", "            found._shutdown_workers()", "            pass", STEP + "worker_fails"),
     "run: log not cut back": (
         "gcrm_fast/report.py", 'if row["step"] <= step', "if True", SURVIVAL + "cut_back"),
     "run: other data go unnoticed": (

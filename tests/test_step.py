@@ -1,6 +1,7 @@
 """The training step: packs built ahead, what it costs, recomputation, compiled blocks, optimizers, no waiting."""
 
 import functools
+import multiprocessing
 import pickle
 from collections.abc import Sequence
 from typing import Any
@@ -64,8 +65,9 @@ def assert_same_steps(found: Sequence[Step], expected: Sequence[Step]) -> None:
 def test_steps_do_not_depend_on_who_builds_them_or_where_one_starts(pairs: list[TokenizedPair], workers: int) -> None:
     expected = [steps_of(pairs)[i] for i in range(7)]  # two epochs of 3 + 3 + 1 pairs, and one more step
     assert [step.n_pairs for step in expected] == [3, 3, 1, 3, 3, 1, 3]
-    assert_same_steps(list(load(steps_of(pairs), 0, 7, workers, CPU)), expected)
-    assert_same_steps(list(load(steps_of(pairs), 4, 7, workers, CPU)), expected[4:])
+    for first in (0, 4):
+        with load(steps_of(pairs), first, 7, workers, CPU) as found:
+            assert_same_steps(list(found), expected[first:])
 
 
 def test_ranks_share_a_step(pairs: list[TokenizedPair]) -> None:
@@ -81,8 +83,13 @@ def test_ranks_share_a_step(pairs: list[TokenizedPair]) -> None:
 def test_what_fails_in_a_worker_fails_here(pairs: list[TokenizedPair]) -> None:
     steps = steps_of(pairs)
     steps.budget = Budget(1, 32)
-    with pytest.raises(UserError, match="more than --tokens-per-batch 1"):
-        next(load(steps, 0, 1, 1, CPU))
+    with (
+        pytest.raises(UserError, match="more than --tokens-per-batch 1") as error,
+        load(steps, 0, 1, 1, CPU) as found,
+    ):
+        next(found)
+    assert error.traceback, "which holds on to the iterator"
+    assert not multiprocessing.active_children()
 
 
 def test_packs_travel_between_processes_as_arrays(pairs: list[TokenizedPair]) -> None:

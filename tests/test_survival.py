@@ -175,14 +175,16 @@ def test_orphans_end_and_free_the_folder(pair_file: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "timeout", "message"), [("hang", "20", "does not answer"), ("memory", "500", "rank 1: out of memory")]
+    ("kind", "timeout", "message"),
+    [("hang", "20", "does not answer"), ("memory", "500", "rank 1: out of memory"), ("bug", "500", "a planted bug")],
 )
 def test_a_rank_that_fails_ends_the_run(pair_file: Path, tmp_path: Path, kind: str, timeout: str, message: str) -> None:
-    result = torchrun(f"{kind}:1:5", *arguments(pair_file, tmp_path, "--timeout", timeout), processes=2,
-                      script="tests/faulty.py", options=["--shutdown-timeout", "2"])  # fmt: skip
+    """And its processes that build packs; what nobody expects is told with its traceback."""
+    result = torchrun(f"{kind}:1:5", *arguments(pair_file, tmp_path, "--timeout", timeout, "--workers", "1"),
+                      processes=2, script="tests/faulty.py", options=["--shutdown-timeout", "2"])  # fmt: skip
     assert result.returncode != 0
     assert message in result.stderr
-    assert result.stderr.count("Traceback (most recent call last)") == 1  # torchrun's own
+    assert result.stderr.count("Traceback (most recent call last)") == 1 + (kind == "bug")  # torchrun's own
     assert checkpoints(tmp_path)
     assert main(arguments(pair_file, tmp_path)) == 0
 
