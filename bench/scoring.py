@@ -25,8 +25,8 @@ import numpy as np
 import padded
 import records
 import torch
+from our_step import MODELS
 from torch.nn.utils.rnn import pad_sequence
-from train_step import MODELS
 from transformers import LlamaForSequenceClassification
 
 from gcrm_fast import checkpoint, train

@@ -23,7 +23,8 @@ from gcrm_fast.config import TrainConfig
 from gcrm_fast.packing import Sampling
 
 CPU = torch.device("cpu")
-MODULES = ("contrastive_loss", "measure", "fused_projection", "train_step", "scoring", "padded", "records", "gpu")
+MODULES = ("contrastive_loss", "measure", "fused_projection", "train_step", "contestants", "our_step", "step_costs",
+           "scoring", "padded", "records", "gpu")  # fmt: skip
 
 
 @pytest.fixture
@@ -113,11 +114,21 @@ def step(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("train_step")
 
 
+@pytest.fixture
+def our_step(step: ModuleType) -> ModuleType:
+    return importlib.import_module("our_step")
+
+
+@pytest.fixture
+def contestants(step: ModuleType) -> ModuleType:
+    return importlib.import_module("contestants")
+
+
 CONFIG = small_config(vocab_size=32_000)
 OPTIONS = TrainConfig(global_batch_pairs=8)
 
 
-def contestants(step: ModuleType) -> tuple[Any, list[Any]]:
+def padded_and_batch(step: ModuleType) -> tuple[Any, list[Any]]:
     """(the padded reference, a global batch of 8 pairs, one a group)"""
     pairs = step.records.records("gsm8k_pairs", 8)
     model = step.padded.Padded(CONFIG, OPTIONS, objectives.Objective(), Sampling(), torch.float32, CPU)
@@ -146,15 +157,17 @@ def test_naive_contrastive_loss_is_the_default_objective(step: ModuleType) -> No
     torch.testing.assert_close(found, reference.goal_contrastive_loss(hidden, rows, has_positive_N=has_positive)[0])
 
 
-def test_padded_and_ours_agree_with_every_lever(step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_and_ours_agree_with_every_lever(
+    step: ModuleType, contestants: ModuleType, our_step: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(step.padded, "trl_missing", lambda: "not asked for")
-    model, batch = contestants(step)
+    model, batch = padded_and_batch(step)
     with parallel.process_group() as (mesh, device):
-        ours = step.Ours(CONFIG, OPTIONS, torch.float32, mesh, device)
-        expected = step.references(model, step.flat(batch))
-        assert step.check(ours, expected, batch, 1e-4)
+        ours = our_step.Ours(CONFIG, OPTIONS, torch.float32, mesh, device)
+        expected = contestants.references(model, step.flat(batch))
+        assert contestants.check(ours, expected, batch, 1e-4)
         # Each lever removed costs what it should, and only that.
-        work = {without: step.packed_work(CONFIG, ours.packs(batch, without)) for without in ("", *step.LEVERS)}
+        work = {without: our_step.packed_work(CONFIG, ours.packs(batch, without)) for without in ("", *our_step.LEVERS)}
         assert len(ours.packs(batch)) == 1
         assert len(ours.packs(batch, "packing")) == 8
     prompts = sum(pair.chosen_start for pair in step.flat(batch))
@@ -164,7 +177,7 @@ def test_padded_and_ours_agree_with_every_lever(step: ModuleType, monkeypatch: p
     assert work["read rows"].flops > work[""].flops
     loss, gradients = expected["naive"]
     for wrong in ((loss * 1.001, gradients), (loss, {**gradients, "score.weight": gradients["score.weight"] * 1.001})):
-        assert not step.agrees("wrong", wrong, expected["naive"], 1e-4)
+        assert not contestants.agrees("wrong", wrong, expected["naive"], 1e-4)
 
 
 def test_nothing_is_timed_where_contestants_differ(step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,54 +190,56 @@ def test_nothing_is_timed_where_contestants_differ(step: ModuleType, monkeypatch
     assert end.value.code == 1
 
 
-def test_flops_are_those_that_torch_counts(step: ModuleType) -> None:
-    model, batch = contestants(step)
+def test_flops_are_those_that_torch_counts(step: ModuleType, contestants: ModuleType) -> None:
+    model, batch = padded_and_batch(step)
     model.model.set_attn_implementation("eager")  # the counter knows matrix products
     pairs = step.flat(batch)
     with FlopCounterMode(display=False) as counter:
         model.loss(pairs).backward()
-    tokens = step.padded_work(CONFIG, [pairs]).tokens
+    tokens = contestants.padded_work(CONFIG, [pairs]).tokens
     length = tokens // 16
     full = 3 * forward_flops(CONFIG, tokens, tokens * length, tokens)
     assert counter.get_total_flops() == pytest.approx(full, rel=0.01)
-    half = step.padded_work(CONFIG, [pairs]).flops
+    half = contestants.padded_work(CONFIG, [pairs]).flops
     attention = full - 3 * forward_flops(CONFIG, tokens, 0, tokens)
     assert full - half == pytest.approx(attention / 2, rel=1 / length)
 
 
-def test_speed_is_all_pairs_over_the_sum_of_median_step_times(step: ModuleType) -> None:
-    _, batch = contestants(step)
-    work = step.Work(tokens=100, flops=3e9)
-    c = step.Contestant("x", [batch, batch], lambda _: [], lambda _: 0, lambda _: work, {})
+def test_speed_is_all_pairs_over_the_sum_of_median_step_times(
+    step: ModuleType, contestants: ModuleType, our_step: ModuleType
+) -> None:
+    _, batch = padded_and_batch(step)
+    work = our_step.Work(tokens=100, flops=3e9)
+    c = contestants.Contestant("x", [batch, batch], lambda _: [], lambda _: 0, lambda _: work, {})
     row = step.summary(c, np.array([[1.0, 2.0], [1.0, 4.0], [3.0, 3.0]]), 3e9, CPU)
     assert row["pairs/s"] == 16 / (1 + 3)
     assert row["computed/pair"] == 200 / 16
     assert (row["GFLOP/s"], row["% matmul"]) == (6 / 4, 50)
     rows = [{"method": name, "pairs/s": speed, "peak": 1}
-            for name, speed in ((step.TRL, 2.0), (step.OURS, 10.0))]  # fmt: skip
+            for name, speed in ((contestants.TRL, 2.0), (contestants.OURS, 10.0))]  # fmt: skip
     finished = [step.finished(r, rows, "gsm8k_pairs", CPU) | {"% matmul": 50.0} for r in rows]
     assert finished[1]["x TRL"] == 5
     assert finished[1]["x TRL shipped"] is None
     assert "5.0 times TRL without checkpointing" in step.verdict(finished)
 
 
-def test_one_that_does_not_fit_is_a_note(step: ModuleType) -> None:
-    _, batch = contestants(step)
+def test_one_that_does_not_fit_is_a_note(step: ModuleType, contestants: ModuleType, our_step: ModuleType) -> None:
+    _, batch = padded_and_batch(step)
 
     def run(batches: list[Any]) -> list[float]:
         raise torch.OutOfMemoryError
 
-    c = step.Contestant("large", [batch], run, run, lambda _: step.Work(1, 1.0), {})
+    c = contestants.Contestant("large", [batch], run, run, lambda _: our_step.Work(1, 1.0), {})
     rows = [step.finished(r, [], "gsm8k_pairs", CPU) for r in step.race([c], 1, CPU, torch.float32)]
     assert rows[0]["note"] == "out of memory"
     assert "pairs/s" not in rows[0]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
-def test_trl_runs_its_own_trainer_and_computes_the_same_ranking_loss(step: ModuleType) -> None:
-    model, batch = contestants(step)
+def test_trl_runs_its_own_trainer_and_computes_the_same_ranking_loss(step: ModuleType, contestants: ModuleType) -> None:
+    model, batch = padded_and_batch(step)
     pairs = step.flat(batch)
-    assert step.references(model, pairs).keys() >= {"naive", "TRL"}
+    assert contestants.references(model, pairs).keys() >= {"naive", "TRL"}
     half = [pairs[:4], pairs[4:]]
     shipped = step.padded.trl_steps(model, half, 2, True)
     off = step.padded.trl_steps(model, half, 2, False, with_memory=True)
