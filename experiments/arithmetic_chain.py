@@ -16,9 +16,9 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import torch
 import tyro
-from summary import machine, markdown, to_json, write_aside
+from summary import machine, markdown, to_json, trained, write_aside
 
-from gcrm_fast import arithmetic, build_goals, evaluate, train, vote
+from gcrm_fast import arithmetic, build_goals, evaluate, vote
 from gcrm_fast.command_line import exit_code, parse_options
 from gcrm_fast.config import parse
 from gcrm_fast.data import Completion
@@ -297,19 +297,9 @@ on one half of the problems, and the other half is what is shown.
 # ------------------------------------------------------------------------------------------------------- the chain
 
 
-def trained(options: Options) -> dict[str, Path]:
-    """Folders of the models, trained where they are not there."""
-    folders = {}
-    for name, arguments in MODELS.items():
-        folder = options.runs / Path(default_output(parse(list(arguments)))).name
-        if not (folder / "model").is_dir():
-            done(train.main, *arguments, "--output", folder)
-        folders[name] = folder / "model"
-    return folders
-
-
 def run(options: Options) -> None:
-    models = trained(options)
+    models = {name: trained(options.runs / Path(default_output(parse(list(arguments)))).name, arguments)
+              for name, arguments in MODELS.items()}  # fmt: skip
     folder = options.runs / "arithmetic-chain"
     folder.mkdir(parents=True, exist_ok=True)
     held_out, other = folder / "held_out.jsonl", folder / "train.jsonl"

@@ -17,12 +17,11 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from summary import COVERAGE, cell, data_folder, machine, markdown, mean_interval, to_json, write_aside
+from summary import COVERAGE, cell, data_folder, machine, markdown, mean_interval, to_json, trained, write_aside
 from tqdm import tqdm
 
-from gcrm_fast import train, voting
+from gcrm_fast import voting
 from gcrm_fast.command_line import exit_code, parse_options
-from gcrm_fast.config import TrainConfig, parse, read_toml
 from gcrm_fast.data import Completion
 from gcrm_fast.errors import UserError
 from gcrm_fast.judging import Labelled, auroc, cross_fitted, group_scores, halves, pair_accuracy
@@ -78,24 +77,12 @@ class Options:
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def train_arguments(variant: str, seed: int, folder: Path, data: Path, steps: int) -> list[str]:
+def train_arguments(variant: str, seed: int, data: Path, steps: int) -> list[str]:
     """The same for all but objective and seed."""
     shape = ("--hidden-size", "64", "--layers", "2", "--intermediate-size", "192", "--vocab-size", "1024")
     budget = ("--steps", str(steps), "--global-batch-pairs", "16", "--max-length", str(MAX_LENGTH), "--lr", "2e-3")
-    return ["--data", str(data / TRAIN_FILE), "--output", str(folder), *shape, *budget, "--log-every", "50",
+    return ["--data", str(data / TRAIN_FILE), *shape, *budget, "--log-every", "50",
             "--seed", str(seed), *VARIANTS[variant]]  # fmt: skip
-
-
-def trained(variant: str, seed: int, data: Path, options: Options) -> Path:
-    """Folder of the finished model, trained where it is not there. Raises UserError where it is another run's."""
-    folder = options.runs / f"{variant}-seed{seed}"
-    arguments = train_arguments(variant, seed, folder, data, options.steps)
-    if not (folder / "model").is_dir():
-        if train.main(arguments):
-            raise UserError(f"{folder}: training ended with the error above")
-    elif TrainConfig(**read_toml(folder / "config.toml")) != parse(arguments):
-        raise UserError(f"{folder}: holds a model of other options (its config.toml): choose another --runs")
-    return folder / "model"
 
 
 # -------------------------------------------------------------------------------------------------------- the data
@@ -125,10 +112,9 @@ class Completions:
         return np.array([c.name == "chosen" if self.pairs else c.fields["is_correct"] for c in self.candidates])
 
     def group_N(self, field: str) -> np.ndarray:
-        """Number of the completion's family or model, from 0."""
-        names = [str(c.fields[f"{c.name}_model" if self.pairs and field == "model" else field])
-                 for c in self.candidates]  # fmt: skip
-        return np.unique(names, return_inverse=True)[1]
+        """The completion's family or model, as text."""
+        return np.array([str(c.fields[f"{c.name}_model" if self.pairs and field == "model" else field])
+                         for c in self.candidates])  # fmt: skip
 
 
 def read(path: Path, completions: int, questions: int) -> list[Candidate]:
@@ -170,15 +156,15 @@ class Data:
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-def within_groups(right_N: np.ndarray, score_N: np.ndarray, group_N: np.ndarray) -> float:
-    """Mean AUROC over the groups with at least SMALLEST_CLASS right and as many wrong completions; NaN without any."""
-    values = []
+def by_group(right_N: np.ndarray, score_N: np.ndarray, group_N: np.ndarray) -> dict[str, float]:
+    """AUROC of each group with at least SMALLEST_CLASS right and as many wrong completions."""
+    found = {}
     for group in np.unique(group_N):
         own = group_N == group
         right = int(right_N[own].sum())
         if min(right, own.sum() - right) >= SMALLEST_CLASS:
-            values.append(auroc(right_N[own], score_N[own]))
-    return float(np.mean(values)) if values else float("nan")
+            found[str(group)] = auroc(right_N[own], score_N[own])
+    return found
 
 
 def labelled(completions: Completions, judged: Sequence[Judged]) -> Labelled:
@@ -196,7 +182,8 @@ def labelled(completions: Completions, judged: Sequence[Judged]) -> Labelled:
 
 def measured(completions: Completions, judged: Sequence[Judged]) -> dict[str, float]:
     """Numbers of one set. ``..._within_family`` and ``..._within_model`` are mean AUROC within such groups, which
-    nothing that is only the group's can raise; ``length`` takes the better sign of the two on the set itself."""
+    nothing that is only the group's can raise, and ``..._auroc:model=NAME`` is that of one group; ``length`` takes the
+    better sign of the two on the set itself."""
     of = labelled(completions, judged)
     right_N, sign = of.right_N, 1 if auroc(of.right_N, of.lengths_N) >= 0.5 else -1
     scores = {"reward": of.reward_NP[:, 0], "q": np.array([q[-1] for q in of.q_N]), "length": sign * of.lengths_N}
@@ -206,9 +193,12 @@ def measured(completions: Completions, judged: Sequence[Judged]) -> dict[str, fl
     groups = {field: completions.group_N(field) for field in GROUPS}
     for name, score_N in scores.items():
         found[f"{name}_auroc"] = auroc(right_N, score_N)
-        found |= {f"{name}_within_{field}": within_groups(right_N, score_N, groups[field]) for field in GROUPS}
-    for field in GROUPS:
-        [known] = cross_fitted(of, partial(group_scores, groups[field], right_N))
+        for field, group_N in groups.items():
+            aurocs = by_group(right_N, score_N, group_N)
+            found[f"{name}_within_{field}"] = float(np.mean([*aurocs.values()])) if aurocs else float("nan")
+            found |= {f"{name}_auroc:{field}={group}": value for group, value in aurocs.items()}
+    for field, group_N in groups.items():
+        [known] = cross_fitted(of, partial(group_scores, np.unique(group_N, return_inverse=True)[1], right_N))
         found[f"identity_{field}"] = known
     return found
 
@@ -291,6 +281,19 @@ def set_table(found: Found, measure: str, baselines: dict[str, str]) -> str:
     return markdown(["", *SETS, "mean of the six"], lines)
 
 
+def group_table(found: Found, field: str) -> str:
+    """The AUROC of the reward for each group of each set that has one; objectives in columns, then length."""
+    lines = []
+    prefix = f"reward_auroc:{field}="
+    for name in SETS:
+        for key in found["ranking"][0][name]:
+            if key.startswith(prefix):
+                length = values(found, "ranking", name, key.replace("reward", "length", 1))[:1]
+                cells = [cell(values(found, variant, name, key)) for variant in found]
+                lines.append([name, key.removeprefix(prefix), *cells, cell(length)])
+    return markdown(["set", field, *found, "*length*"], lines)
+
+
 def differences(found: Found, measure: str) -> tuple[str, list[str]]:
     """Each objective minus plain ranking with the same seed, and those whose interval leaves out 0."""
     lines, apart = [], []
@@ -361,6 +364,14 @@ Groups with at least {SMALLEST_CLASS} right and as many wrong completions; what 
 
 {within_family}
 
+## AUROC of the reward, by the model that wrote the completions
+
+{group_table(found, "model")}
+
+## AUROC of the reward, by family
+
+{group_table(found, "family")}
+
 ## AUROC of Q at the last token, all completions
 
 {set_table(found, "q_auroc", {})}
@@ -400,7 +411,8 @@ def run(options: Options) -> None:
     for file in (TRAIN_FILE, VOTE_FILE, *SETS.values()):
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: no such file: --data or GCRM_DATA must name the folder that holds it")
-    models = {(v, seed): trained(v, seed, folder, options) for seed in range(options.seeds) for v in VARIANTS}
+    models = {(v, seed): trained(options.runs / f"{v}-seed{seed}", train_arguments(v, seed, folder, options.steps))
+              for seed in range(options.seeds) for v in VARIANTS}  # fmt: skip
     data = Data(folder, options)
     found: Found = {v: [evaluated(models[v, seed], data) for seed in range(options.seeds)] for v in VARIANTS}
     about = {name: value for name, value in asdict(options).items() if isinstance(value, int)}

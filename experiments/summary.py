@@ -1,5 +1,6 @@
 """What the experiments share: means with intervals, Markdown tables, where and with what the numbers were measured."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,11 @@ import numpy as np
 import scipy.stats
 import torch
 
+from gcrm_fast import train
+from gcrm_fast.command_line import written_aside
+from gcrm_fast.config import TrainConfig, parse, read_toml
 from gcrm_fast.errors import UserError
+from gcrm_fast.resume import FREE
 
 COVERAGE = 0.95
 
@@ -25,6 +30,22 @@ def data_folder(named: str) -> Path:
     if not Path(folder).is_dir():
         raise UserError(f"{'--data' if named else 'GCRM_DATA'} {folder}: is not a folder")
     return Path(folder)
+
+
+def trained(folder: Path, arguments: Sequence[str]) -> Path:
+    """The model of the run in ``folder``, made where there is none. Raises UserError where it is another run's."""
+    arguments = [*arguments, "--output", str(folder)]
+    if not (folder / "model").is_dir():
+        if train.main(arguments):
+            raise UserError(f"{folder}: training ended with the error above")
+        return folder / "model"
+    found, wanted = TrainConfig(**read_toml(folder / "config.toml")), parse(arguments)
+    other = [field.name for field in dataclasses.fields(TrainConfig)
+             if field.name not in FREE and getattr(found, field.name) != getattr(wanted, field.name)]  # fmt: skip
+    if other:
+        raise UserError(f"{folder}: holds a model of another run (in its config.toml: {', '.join(other)}): choose "
+                        "another --runs")  # fmt: skip
+    return folder / "model"
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -62,9 +83,8 @@ def machine() -> str:
 
 def write_aside(path: Path, text: str) -> None:
     """The file is complete or as before."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with written_aside(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def to_json(value: Mapping[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """One model thread behind any number of waiting requests: what waits is tokenized together and packed by tokens.
 
-The event loop submits jobs and awaits their futures; the thread answers them in order of arrival. A job that has waited
-while the model ran goes into the next batch at once; only one that finds the model idle waits ``delay`` for company.
+The event loop submits jobs and awaits their futures; the thread takes them in order of arrival, and one of more tokens
+than a batch holds in turns with those behind it. A job that has waited while the model ran goes into the next batch at
+once; only one that finds the model idle waits ``delay`` for company.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -41,11 +42,25 @@ class Job:
     future: asyncio.Future[list[Judged]]
     arrived: float
     encoded: list[Completion] | None = None
+    judged: list[Judged] = field(default_factory=list)
+    turn: list[Completion] = field(default_factory=list)  # of ``encoded`` behind ``judged``: what the model works on
     refused: bool = False
 
     @property
-    def tokens(self) -> int:
-        return sum(len(c.ids) for c in self.encoded or ())
+    def over(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.refused or self.future.done()
+
+    def take(self, room: int) -> int:
+        """Makes the next completions, of at most ``room`` tokens, its turn; returns their tokens."""
+        self.turn = []
+        left = room
+        for completion in (self.encoded or [])[len(self.judged) :]:
+            if len(completion.ids) > left:
+                break
+            self.turn.append(completion)
+            left -= len(completion.ids)
+        return room - left
 
 
 class Batcher:
@@ -69,7 +84,7 @@ class Batcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Takes no more jobs, answers those that wait, and ends the thread."""
+        """Takes no more jobs, answers those that somebody waits for, and ends the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -110,21 +125,36 @@ class Batcher:
             self._work()
 
     def _work(self) -> None:
-        """Tokenizes what is new, then answers as many of the oldest jobs as fit in one batch."""
+        """Tokenizes what is new, then judges what fits in one batch of the oldest jobs; one with more to come goes to
+        the end of the queue."""
         with self._changed:
-            fresh = [job for job in self._jobs if job.encoded is None and not job.future.done()]
+            fresh = [job for job in self._jobs if job.encoded is None and not job.over]
         self._together(fresh, self._encode)
+        batch = self._batch()
+        self._together(batch, self._judge)
+        with self._changed:
+            for job in batch:
+                if job.over or len(job.judged) == len(job.completions):
+                    self.waiting -= len(job.completions)
+                else:
+                    self._jobs.append(job)
+
+    def _batch(self) -> list[Job]:
+        """The oldest jobs, out of the queue; those that are over are left out."""
         batch: list[Job] = []
-        tokens = 0
+        room = self.model.budget.tokens
         with self._changed:
-            while self._jobs and (not batch or tokens + self._jobs[0].tokens <= self.model.budget.tokens):
-                if self._jobs[0].encoded is None and not self._jobs[0].future.done():
-                    break  # came while the others were tokenized
-                batch.append(self._jobs.popleft())
-                tokens += batch[-1].tokens
-        self._together([job for job in batch if not job.refused and not job.future.done()], self._judge)
-        with self._changed:
-            self.waiting -= sum(len(job.completions) for job in batch)
+            while self._jobs:
+                job = self._jobs[0]
+                if job.over:
+                    self.waiting -= len(job.completions)
+                elif job.encoded is None or not (taken := job.take(room)):
+                    break  # came while the others were tokenized, or does not fit
+                else:
+                    batch.append(job)
+                    room -= taken
+                self._jobs.popleft()
+        return batch
 
     def _together(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], None]) -> None:
         """Does the work for all jobs at once; where that fails, for each alone, so that none fails for another."""
@@ -152,12 +182,10 @@ class Batcher:
         )
         for job in jobs:
             job.encoded = [next(encoded) for _ in job.completions]
-            for i, (ids, start, _) in enumerate(job.encoded):
-                if len(ids) > self.model.budget.tokens:
-                    raise Refusal(413, f"completion {i}: {len(ids)} tokens with its prompt, at most "
-                                       f"{self.model.budget.tokens} are computed at a time")  # fmt: skip
-                if start == len(ids):
-                    raise Refusal(422, f"completion {i}: is cut and has no token")
+            for i, completion in enumerate(job.encoded):
+                if unfit := self.model.unfit(completion):
+                    too_long = len(completion.ids) > self.model.budget.tokens
+                    raise Refusal(413 if too_long else 422, f"completion {i} {unfit}")
 
     def _texts(self, job: Job) -> list[tuple[str, str]]:
         texts = []
@@ -169,9 +197,11 @@ class Batcher:
         return texts
 
     def _judge(self, jobs: Sequence[Job]) -> None:
-        judged = iter(self.model.judge([c for job in jobs for c in job.encoded or ()], goals_GD=self.goals_GD))
-        answers = [(job.future, [next(judged) for _ in job.completions]) for job in jobs]
-        self._loop.call_soon_threadsafe(_resolve, answers)
+        judged = iter(self.model.judge([c for job in jobs for c in job.turn], goals_GD=self.goals_GD))
+        for job in jobs:
+            job.judged += [next(judged) for _ in job.turn]
+        whole = [job for job in jobs if len(job.judged) == len(job.completions)]
+        self._loop.call_soon_threadsafe(_resolve, [(job.future, job.judged) for job in whole])
 
     def _refuse(self, job: Job, why: Refusal) -> None:
         job.encoded, job.refused = [], True

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from gcrm_fast.candidates import fit
 from gcrm_fast.command_line import ModelOptions, exit_code, output_file, parse_options, written_aside
 from gcrm_fast.config import parse_columns
 from gcrm_fast.errors import UserError
@@ -95,9 +96,8 @@ def preferred(options: GoalOptions, model: RewardModel, bad: BadRecords) -> tupl
     conditions = [Condition.parse(text) for text in options.where]
     columns = parse_columns(options.columns, COMPLETION_FORMATS)
     found, cut = list[Candidate](), 0
-    for record in completions_of_records(
-        options.data, fields=["*"], columns=columns, tokenizer=model.tokenizer, bad=bad
-    ):
+    read = completions_of_records(options.data, fields=["*"], columns=columns, tokenizer=model.tokenizer, bad=bad)
+    for record in fit(read, model, bad):
         try:
             wanted = [candidate for candidate in record if is_preferred(candidate, conditions)]
         except UserError as error:

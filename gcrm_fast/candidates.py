@@ -64,9 +64,31 @@ def records(sources: Sequence[str], model: RewardModel, options: JudgingOptions)
     """The completions of one record after another, with all fields of their record."""
     columns = parse_columns(options.columns, COMPLETION_FORMATS)
     bad = BadRecords(skip=options.on_bad_record == "skip")
-    yield from completions_of_records(sources, columns=columns, tokenizer=model.tokenizer, fields=("*",), bad=bad)
+    found = completions_of_records(sources, columns=columns, tokenizer=model.tokenizer, fields=("*",), bad=bad)
+    yield from fit(found, model, bad)
     if bad.skipped:
         print(f"{len(bad.skipped)} bad records are left out; the first: {bad.skipped[0]}", file=sys.stderr)
+
+
+def fit(found: Iterator[list[Candidate]], model: RewardModel, bad: BadRecords) -> Iterator[list[Candidate]]:
+    """The records; where bad ones are left out, those with a completion that the model cannot score go there too. Else
+    scoring says so, before it starts."""
+    for record in found:
+        if bad.skip and (wrong := unfit(record, encoded(record, model), model)):
+            bad.add(UserError(wrong))
+        else:
+            yield record
+
+
+def encoded(found: Sequence[Candidate], model: RewardModel) -> list[Completion]:
+    """Their tokens."""
+    return model.encode([c.prompt for c in found], [c.completion for c in found], [c.cut for c in found])
+
+
+def unfit(record: Sequence[Candidate], tokens: Sequence[Completion], model: RewardModel) -> str:
+    """Why the first completion that cannot be scored cannot; "" where all can."""
+    wrong = (f"{c.label} {why}" for c, t in zip(record, tokens, strict=True) if (why := model.unfit(t)))
+    return next(wrong, "")
 
 
 def limited(candidates: list[Candidate], keys: Sequence[Hashable], limit: int) -> list[Candidate]:
@@ -102,12 +124,11 @@ def groups_of(candidates: Sequence[Candidate], by: str) -> dict[str, np.ndarray]
 
 def judge(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tensor) -> list[Judgement]:
     """Rewards and Q-values at every token of every completion."""
-    prompts, completions = [c.prompt for c in candidates], [c.completion for c in candidates]
-    encoded = model.encode(prompts, completions, [c.cut for c in candidates])
+    completions = encoded(candidates, model)
     names = [c.label for c in candidates]
-    judged = model.judge(encoded, goals_GD=goal_D[None], per_token=True, names=names, progress=True)
+    judged = model.judge(completions, goals_GD=goal_D[None], per_token=True, names=names, progress=True)
     return [
         Judgement(tokens, scores.rewards_n, scores.q_Gn[0])
-        for tokens, scores in zip(encoded, judged, strict=True)
+        for tokens, scores in zip(completions, judged, strict=True)
         if scores.rewards_n is not None and scores.q_Gn is not None  # both were asked for
     ]

@@ -81,13 +81,16 @@ def output_file(output: str, inputs: Sequence[str]) -> Path:
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A free name beside ``path`` for a file or a folder, which takes its place if all goes well and goes if not."""
-    partial = path.with_name(path.name + ".partial")
+    path = path.resolve()  # what a symbolic link names is replaced, not the link
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     _remove(partial)
     try:
         yield partial
         if path.is_dir():
-            shutil.rmtree(path)
+            _remove(old)
+            path.rename(old)
         partial.replace(path)
+        _remove(old)
     finally:
         _remove(partial)
 

@@ -152,9 +152,6 @@ def run(options: Options) -> None:
         scored = {name: score(model, source, goal_D) for name, source in sources.items()}
         for name, labelled in scored.items():
             rows += rows_of(name, labelled, sources[name].groups)
-        plot_roc(scored, folder / "roc.png")
-        plot_partial(rows, folder / "partial.png")
-        plot_histograms(scored, folder / "histograms.png")
         unit = f"field {options.question}" if options.question else "prompt"
         about = {
             "model": options.model,
@@ -164,6 +161,9 @@ def run(options: Options) -> None:
             "intervals": f"{100 * COVERAGE:.0f} %, bootstrap of {RESAMPLES} draws of questions (told apart by {unit})",
         }
         write_rows(folder, rows, about)
+        plot_roc(scored, folder / "roc.png")
+        plot_partial(rows, folder / "partial.png")
+        plot_histograms(scored, folder / "histograms.png")
     print(table(rows))
 
 

@@ -4,7 +4,8 @@
     openrlhf               the same, and in config.json value_head_prefix, mean and std as OpenRLHF reads them
     token-classification   LlamaForTokenClassification: a reward at every token, from a head with a bias
 
-All of them hold a linear head, and load here again with the same rewards. MODEL may have any head that README lists,
+All of them load here again with the same rewards. The first takes a head of several layers too, in a file beside it
+that is read here alone. MODEL may have any head that README lists,
 so this also turns other projects' reward models into these.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from tyro.conf import Positional
 
 from gcrm_fast import checkpoint
+from gcrm_fast.candidates import encoded
 from gcrm_fast.command_line import exit_code, parse_options, written_aside
 from gcrm_fast.config import parse_columns
 from gcrm_fast.errors import UserError
@@ -71,11 +73,9 @@ def measure(options: ExportOptions) -> Scale:
     candidates = read_completions(
         options.standardize, columns=parse_columns(options.columns, COMPLETION_FORMATS), tokenizer=model.tokenizer
     )
-    encoded = model.encode(
-        [c.prompt for c in candidates], [c.completion for c in candidates], [c.cut for c in candidates]
-    )
     names = [c.label for c in candidates]
-    rewards = np.array([j.reward for j in model.judge(encoded, names=names, progress=True)], dtype=np.float64)
+    judged = model.judge(encoded(candidates, model), names=names, progress=True)
+    rewards = np.array([j.reward for j in judged], dtype=np.float64)
     scale = Scale(float(rewards.mean()), float(rewards.std()), len(rewards))
     if scale.std <= 1e-12 * np.abs(rewards).max():
         raise UserError(f"--standardize {' '.join(options.standardize)}: all {len(rewards)} rewards are equal")
@@ -83,12 +83,13 @@ def measure(options: ExportOptions) -> Scale:
 
 
 def read_state(folder: Path, options: ExportOptions) -> tuple[dict[str, Tensor], ModelConfig, tuple[str, ...]]:
-    """(tensors as the folder has them, shape, what was left out). Raises UserError, for an MLP head too."""
+    """(tensors as the folder has them, shape, what was left out). Raises UserError."""
     head, projection_size = checkpoint.read_heads(folder)
-    if head != "linear":
+    if head != "linear" and (options.format != "transformers" or options.standardize):
+        asked = "--standardize scales" if options.standardize else f"--format {options.format} holds"
         raise UserError(
-            f"{options.model}: its reward head has several layers, --format {options.format} holds one: use it with "
-            "gcrm_fast, or train with --head linear"
+            f"{options.model}: its reward head has several layers, {asked} one: use it with gcrm_fast, or train with "
+            "--head linear"
         )
     config = read_config(folder, head=head, projection_size=projection_size)
     weights = checkpoint.open_weights(folder, config, seed=None)
@@ -152,6 +153,9 @@ def _summary(options: ExportOptions, config: ModelConfig, scale: Scale | None) -
             ("rewards are", f"divided by the deviation; still to be added: {scale.shift:.6g}, in "
                             f"{place.get(options.format, 'gcrm.json')}"),
         ]  # fmt: skip
+    if config.head != "linear":
+        rows.append(("reward head", f"in {checkpoint.COMPANION}, for gcrm_fast alone: it has several layers, and "
+                                    "transformers would start another one"))  # fmt: skip
     if config.projection_size:
         rows.append(("projection", f"in {checkpoint.COMPANION}, for Q-values here: the format has no place for it"))
     return rows

@@ -16,6 +16,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+# Of one occasion come several: to all processes of a service, and handed on by torchrun; from the shell and the kernel.
+REPEATED = 2.0
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -31,8 +33,8 @@ class Wish(IntEnum):
 class Interrupts:
     """The wishes of signals, on which all ranks agree at the same step.
 
-    The first SIGTERM, SIGINT or SIGHUP asks to save and stop, a second one ends the process at once; SIGUSR1 asks to
-    save and go on.
+    The first SIGTERM, SIGINT or SIGHUP asks to save and stop, one that comes ``REPEATED`` seconds later or more ends
+    the process at once; SIGUSR1 asks to save and go on. Signals that the process was started to ignore stay ignored.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -40,12 +42,14 @@ class Interrupts:
         self.group = group
         self.signal_name = ""
         self._own = Wish.NONE
+        self._told = 0.0
         self._asked: tuple[torch.Tensor, dist.Work | None] | None = None
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
         """Signals are wishes within; as before after it. Only the main thread may enter."""
-        before = {number: signal.signal(number, self._stop) for number in STOPPING}
+        before = {number: signal.signal(number, self._stop) for number in STOPPING
+                  if signal.getsignal(number) != signal.SIG_IGN}  # fmt: skip
         before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._save)
         try:
             yield
@@ -71,9 +75,12 @@ class Interrupts:
         return agreed
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self._own == Wish.STOP:
-            os._exit(128 + number)
-        self._own = Wish.STOP
+            if now >= self._told + REPEATED:
+                os._exit(128 + number)
+            return
+        self._own, self._told = Wish.STOP, now
         self.signal_name = signal.Signals(number).name
 
     def _save(self, number: int, frame: FrameType | None) -> None:

@@ -44,15 +44,15 @@ class Updater:
     def __init__(self, model: torch.nn.Module, config: TrainConfig, steps: int, device: torch.device) -> None:
         self.parameters = list(model.parameters())
         self.seed, self.clip = config.seed, config.clip
+        first = self.parameters[0]
+        self.shard = first.device_mesh["shard"].get_local_rank() if isinstance(first, DTensor) else 0
         self.peak = config.lr or (9e-6 if config.model else 1e-3)
         self.steps, self.warmup = steps, math.ceil(config.warmup * steps)
         self.applied = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_row = torch.zeros((), dtype=torch.int64, device=device)
-        values: dict[str, Any] = {
-            "lr": torch.tensor(self.peak, device=device),
-            "betas": (0.9, config.beta2),
-            "weight_decay": config.weight_decay,
-        }
+        # What a run that goes on takes from its configuration, not from the checkpoint.
+        self.settings = {"betas": (0.9, config.beta2), "weight_decay": config.weight_decay}
+        values: dict[str, Any] = {"lr": torch.tensor(self.peak, device=device), **self.settings}
         self.optimizer: torch.optim.Optimizer
         self.can_skip = config.optimizer == "adamw"
         if self.can_skip:
@@ -82,8 +82,9 @@ class Updater:
                     parameter.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         for group in self.optimizer.param_groups:
             group["lr"] = rate if self.can_skip else torch.where(bad > 0, 0.0, rate)
-        # Stochastic rounding draws numbers that a resumed run must draw again: no state but (seed, step, rank).
-        torch.manual_seed(hash((self.seed, step, dist.get_rank())) % 2**63)
+        # Stochastic rounding draws numbers that a resumed run and other copies of the shard must draw again: no state
+        # but (seed, step, shard).
+        torch.manual_seed(hash((self.seed, step, self.shard)) % 2**63)
         self.optimizer.step()
         self.optimizer.zero_grad()
         made = bad == 0

@@ -29,9 +29,11 @@ def process_group(*, replicas: int = 1, timeout: float = 600.0) -> Iterator[tupl
     backend = "nccl" if cuda else "gloo"
     limit = timedelta(seconds=timeout)
     if "RANK" in os.environ:
-        # torchrun's store outlives a restart of the workers: without a prefix they find the addresses of dead ones.
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's own outlives a restart of the workers: without a prefix they find the addresses of dead ones.
+            # (Each node counts its own restarts: on several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.)
+            store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)

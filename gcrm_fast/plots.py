@@ -80,7 +80,7 @@ def plot_histograms(scored: Mapping[str, Labelled], path: Path) -> None:
         drawn = [(source, labelled, name, score_NP[:, -1]) for source, labelled in scored.items()
                  for name, score_NP in (("reward", labelled.reward_NP), ("Q", labelled.q_NP))]  # fmt: skip
         for axes, (source, labelled, name, score_N) in zip(panels, drawn, strict=True):
-            edges = np.histogram_bin_edges(score_N, 50).tolist()
+            edges = np.histogram_bin_edges(score_N.astype(np.float64), 50).tolist()
             for label, mask_N in (("right", labelled.right_N), ("wrong", ~labelled.right_N)):
                 axes.hist(score_N[mask_N], edges, density=True, alpha=0.55, label=f"{label} ({mask_N.sum()})")
             axes.set(title=_title(source), xlabel=f"{name} at the last token", ylabel="density")

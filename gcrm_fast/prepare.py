@@ -1,5 +1,6 @@
 """What is checked and known before training: data, tokenizer, weights, budgets, memory; and its description."""
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -44,6 +45,12 @@ class Prepared:
     sampling: Sampling
     steps: int
     output: Path
+
+    @property
+    def data_key(self) -> str:
+        """Of all that the training data is: tokens and margins."""
+        margins = np.array([pair.margin for pair in self.train], dtype=np.float64)
+        return hashlib.sha256(self.report.key.encode() + margins.tobytes()).hexdigest()
 
 
 def load_pairs(
@@ -94,11 +101,16 @@ def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return model_config, checkpoint.fresh_weights(model_config, config.seed)
 
 
+def check_unfinished(output: Path, config: TrainConfig) -> None:
+    """Raises UserError where a finished run would be replaced unasked."""
+    if (output / "model").exists() and not config.overwrite:
+        raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
+
+
 def prepare(config: TrainConfig) -> Prepared:
     """Reads and checks all inputs; writes nothing."""
     output = Path(config.output or default_output(config))
-    if (output / "model").exists() and not config.overwrite:
-        raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
+    check_unfinished(output, config)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is not a folder")
     model = open_model(config) if config.model else None

@@ -28,8 +28,12 @@ def check_folder(path: Path, overwrite: bool) -> None:
     """Raises UserError where ``path`` cannot become the folder of a command; before its work, not after."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {path}: is not a folder: name a folder for the results")
-    if path.exists() and any(path.iterdir()) and not overwrite:
+    held = sorted(path.iterdir()) if path.exists() else []
+    if held and not overwrite:
         raise UserError(f"--output {path}: holds files: choose another folder or pass --overwrite")
+    others = [file for file in held if file.name not in ("results.json", "results.csv") and file.suffix != ".png"]
+    if others:
+        raise UserError(f"{others[0]}: is no result, and --overwrite would remove it: choose another folder")
 
 
 def write_rows(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
@@ -37,7 +41,7 @@ def write_rows(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> N
     the one and null in the other."""
     records = [{name: None if value != value else value for name, value in dataclasses.asdict(row).items()}
                for row in rows]  # fmt: skip
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
         writer.writerows(records)

@@ -14,7 +14,7 @@ from gcrm_fast.config import TrainConfig
 from gcrm_fast.errors import UserError
 from gcrm_fast.objectives import STATISTICS
 from gcrm_fast.optimizer import Updater
-from gcrm_fast.run_checkpoints import Found, damage, load, newest, read_manifest
+from gcrm_fast.run_checkpoints import Found, checkpoints, damage, first_whole, load, read_manifest
 
 # Options that change neither what is trained nor the order of the data: free to differ in a resumed run.
 FREE = frozenset({
@@ -83,6 +83,8 @@ class RunState:
             self.model, self.updater.optimizer, model_state_dict=tensors["model"],
             optim_state_dict=tensors["optimizer"],
         )  # fmt: skip
+        for parameters in self.updater.optimizer.param_groups:
+            parameters.update(self.updater.settings)
         self.window.sums.copy_(sum(sums.values(), torch.zeros_like(self.window.sums)))
         device = self.window.sums.device
         self.window.made = [(step, torch.tensor(False, device=device)) for step in found.facts["skipped"]]
@@ -124,7 +126,7 @@ def find(config: TrainConfig, output: Path, data_key: str, group: dist.ProcessGr
     if config.resume == "never":
         return None, []
     if config.resume == "auto":
-        found, notes = newest(output, group)
+        found, notes = first_whole(checkpoints(output)[::-1], group)
     else:
         path = Path(config.resume)
         manifest = read_manifest(path)

@@ -10,6 +10,7 @@ A checkpoint is written to ``step-00000100.partial`` and renamed when every file
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -101,13 +102,13 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def newest(output: Path, group: dist.ProcessGroup) -> tuple[Found | None, list[str]]:
-    """The newest complete and undamaged checkpoint, and a line about each newer one. Every rank reads a share of the
-    files; every rank returns the same."""
-    named: list[list[Path]] = [checkpoints(output)]
+def first_whole(paths: list[Path], group: dist.ProcessGroup) -> tuple[Found | None, list[str]]:
+    """The first complete and undamaged one of rank 0's ``paths``, and a line about each before it. Every rank reads a
+    share of the files; every rank returns the same."""
+    named = [paths]
     dist.broadcast_object_list(named, src=0, group=group)
     notes: list[str] = []
-    for path in reversed(named[0]):
+    for path in named[0]:
         try:
             manifest = read_manifest(path)
             wrong = damage(path, manifest, dist.get_rank(), dist.get_world_size())
@@ -196,7 +197,9 @@ class Checkpoints:
         """Every rank's share of writing a checkpoint. Raises UserError on every rank where one of them fails."""
         partial, path = self.folder / (name + PARTIAL), self.folder / name
         self._everywhere(path, lambda: partial.mkdir() if dist.get_rank() == 0 else None)
-        self._everywhere(path, lambda: dcp.save(state, checkpoint_id=partial, process_group=self.group))
+        # Nothing to copy ahead: all is on the CPU, and the writer's copying would wait for the GPU's stream.
+        writer = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
+        self._everywhere(path, lambda: dcp.save(state, storage_writer=writer, process_group=self.group))
         files = self._everywhere(path, lambda: self._described(partial))
         self._everywhere(path, lambda: self._finish(partial, path, files, facts) if dist.get_rank() == 0 else None)
 
@@ -236,22 +239,18 @@ class Checkpoints:
 
     def _prune(self) -> None:
         present = checkpoints(self.folder.parent)
-        keep = set(present[-self.keep :])
-        if self.metric:
-            keep.add(self.best()[0])
+        keep = {*present[-self.keep :], *self.ranked()[:1]}
         for path in set(present) - keep:
             _remove(path)
 
-    def best(self) -> Found:
-        """The complete checkpoint with the greatest metric (the oldest of equal ones; the newest where none has it)."""
-        present = []
+    def ranked(self, least: float = -math.inf) -> list[Path]:
+        """The complete checkpoints whose metric is at least ``least``, best first, of equal ones the oldest first."""
+        values: dict[Path, float] = {}
         for path in checkpoints(self.folder.parent):
             with contextlib.suppress(UserError):
-                present.append(Found(path, read_manifest(path)["facts"]))
-        with_metric = [found for found in present if found.facts["metrics"].get(self.metric) is not None]
-        if not with_metric:
-            return present[-1]
-        return max(with_metric, key=lambda found: found.facts["metrics"][self.metric])
+                values[path] = read_manifest(path)["facts"]["metrics"].get(self.metric, -math.inf)
+        return sorted((path for path, value in values.items() if value > -math.inf and value >= least),
+                      key=lambda path: -values[path])  # fmt: skip
 
     def remove_all(self) -> None:
         """On rank 0, once the run needs none of them."""
@@ -260,7 +259,7 @@ class Checkpoints:
 
 def _remove(path: Path) -> None:
     """Removes a checkpoint; a removal cut short leaves no damaged one behind, only a partial one."""
-    doomed = path.with_name(path.name + PARTIAL)
+    doomed = path.with_name(path.name + ".removed" + PARTIAL)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed)

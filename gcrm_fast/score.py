@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
+from gcrm_fast.candidates import encoded, unfit
 from gcrm_fast.command_line import ModelOptions, exit_code, output_file, parse_options
 from gcrm_fast.config import parse_columns
 from gcrm_fast.data import Completion
@@ -202,17 +203,26 @@ def json_line(record: dict[str, Any]) -> bytes:
         return (json.dumps(record, default=str) + "\n").encode()
 
 
-def score_window(window: Window, model: RewardModel, goal: Tensor | None, per_token: bool) -> bytes:
-    """The output lines of a window."""
-    flat = [candidate for record in window for candidate in record]
-    encoded = model.encode([c.prompt for c in flat], [c.completion for c in flat], [c.cut for c in flat])
-    judged = model.judge(
-        encoded, goals_GD=goal[None] if goal is not None else None, per_token=per_token,
-        names=[c.label for c in flat],
-    )  # fmt: skip
-    rest = iter(zip(encoded, judged, strict=True))
-    lines = []
+def score_window(
+    window: Window, model: RewardModel, goal: Tensor | None, per_token: bool, bad: BadRecords
+) -> bytes:  # fmt: skip
+    """The output lines of a window; its records with a completion that cannot be scored go to ``bad``."""
+    tokens = iter(encoded([candidate for record in window for candidate in record], model))
+    good: list[tuple[list[Candidate], list[Completion]]] = []
     for record in window:
+        own_tokens = list(itertools.islice(tokens, len(record)))
+        if wrong := unfit(record, own_tokens, model):
+            bad.add(UserError(wrong))
+        else:
+            good.append((record, own_tokens))
+    flat = [completion for _, own_tokens in good for completion in own_tokens]
+    judged = model.judge(
+        flat, goals_GD=goal[None] if goal is not None else None, per_token=per_token,
+        names=[candidate.label for record, _ in good for candidate in record],
+    )  # fmt: skip
+    rest = iter(zip(flat, judged, strict=True))
+    lines = []
+    for record, _ in good:
         own = list(itertools.islice(rest, len(record)))
         scores: dict[str, list[Any]] = {"reward": numbers(np.array([j.reward for _, j in own]))}
         if per_token:
@@ -260,7 +270,7 @@ def score_files(
     rank: int, world_size: int,
 ) -> bool:  # fmt: skip
     """Scores what ``done`` does not count yet. False, and nothing is written, if that was made of other records."""
-    bad = BadRecords(skip=options.on_bad_record == "skip")
+    bad, unscored = (BadRecords(skip=options.on_bad_record == "skip") for _ in range(2))
     records = completions_of_records(
         options.data, fields=["*"], columns=parse_columns(options.columns, COMPLETION_FORMATS),
         tokenizer=model.tokenizer, bad=bad,
@@ -283,7 +293,7 @@ def score_files(
             lines, complaint = b"", None
             try:
                 if rank < len(turn):
-                    lines = score_window(turn[rank], model, goal, options.per_token)
+                    lines = score_window(turn[rank], model, goal, options.per_token, unscored)
             except UserError as error:
                 complaint = error
             parts, complaints = zip(*gathered((lines, complaint), world_size), strict=True)
@@ -293,10 +303,11 @@ def score_files(
             if rank == 0:
                 done = output.append(b"".join(parts), done)
             bar.update(sum(map(len, turn)))
+    skipped = bad.skipped + [text for texts in gathered(unscored.skipped, world_size) for text in texts]
     if rank == 0:
         output.finish()
-    if bad.skipped:
-        say(f"{len(bad.skipped)} bad records skipped; the first: {bad.skipped[0]}")
+    if skipped:
+        say(f"{len(skipped)} bad records skipped; the first: {skipped[0]}")
     return True
 
 

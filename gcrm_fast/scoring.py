@@ -88,13 +88,28 @@ class RewardModel:
         """The tokens that are scored: as in training, jointly tokenized and with an end token (see data.py).
 
         ``cuts`` tells completions that a length limit cut: they have no end, and are scored at their last token.
+
+        Raises:
+            ValueError: ``prompts``, ``completions`` and ``cuts`` are not of one length.
         """
+        if not len(prompts) == len(completions) == len(completions if cuts is None else cuts):
+            raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions, "
+                             f"{len(completions if cuts is None else cuts)} cuts: one of each is wanted")  # fmt: skip
         encoded: list[Completion] = []
         for a in range(0, len(prompts), CHUNK):
             part = slice(a, a + CHUNK)
             cut = cuts[part] if cuts is not None else None
             encoded += encode_completions(self.tokenizer, prompts[part], completions[part], cut)
         return encoded
+
+    def unfit(self, completion: Completion) -> str:
+        """Why the completion cannot be scored; "" where it can."""
+        if completion.start == len(completion.ids):
+            return "is cut and has no token: leave it out"
+        if len(completion.ids) > self.budget.tokens:
+            limit = f"--tokens-per-batch {self.budget.tokens}"
+            return f"needs {len(completion.ids)} tokens, more than {limit}: raise that or leave it out"
+        return ""
 
     def texts(self, completion: Completion) -> list[str]:
         """The text of each completion token, special ones included; a character of several tokens comes with its last.
@@ -143,26 +158,27 @@ class RewardModel:
         ``names`` is what errors call the completions.
 
         Raises:
-            UserError: a completion over ``tokens_per_batch``, one without a token, a reward that is not finite.
+            UserError: a completion that is ``unfit``, or whose reward or Q-values are not finite.
         """
         goals = goals_GD.to(self.device) if goals_GD is not None else None
-        done: list[tuple[ScorePack, Tensor, Tensor | None]] = []
+        done: list[tuple[tuple[int, ...], tuple[np.ndarray, ...], Tensor, Tensor | None]] = []
         for pack, hidden_RH in self._states(encoded, per_token or goals is not None, names, progress):
             q_RG = q_values(self.network.compared(hidden_RH), goals) if goals is not None else None
-            done.append((pack, self.network.rewards(hidden_RH), q_RG))
+            done.append((pack.indices, pack.rows_of, self.network.rewards(hidden_RH), q_RG))
         judged: dict[int, Judged] = {}
         # Read only now: until all packs are on their way, nothing waits for the device.
-        for pack, rewards, q_RG in done:
+        for indices, rows_of, rewards, q_RG in done:
             reward_R, q_GR = rewards.float().cpu().numpy(), q_RG.float().mT.cpu().numpy() if q_RG is not None else None
-            for i, rows in zip(pack.indices, pack.rows_of, strict=True):
+            for i, rows in zip(indices, rows_of, strict=True):
                 judged[i] = Judged(
                     float(reward_R[rows[-1]]),
                     reward_R[rows] if per_token else None,
                     q_GR[:, rows] if q_GR is not None else None,
                 )
-        wrong = [i for i, of_completion in judged.items() if not np.isfinite(of_completion.reward)]
+        wrong = [i for i, j in judged.items()
+                 if not (np.isfinite(j.reward) and (j.q_Gn is None or np.isfinite(j.q_Gn).all()))]  # fmt: skip
         if wrong:
-            what = "has a reward that is not finite: mend the model's weights, or take float32"
+            what = "has a reward or Q-value that is not finite: mend the model's weights, or take float32"
             raise UserError(f"{_name(min(wrong), names)} {what}")
         return [judged[i] for i in range(len(encoded))]
 
@@ -180,11 +196,17 @@ class RewardModel:
     def goal_state(
         self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
     ) -> Tensor:
-        """Mean of z at the last token, [D] float32 on the CPU: a goal state (GCRM, section 4.2)."""
+        """Mean of z at the last token, [D] float32 on the CPU: a goal state (GCRM, section 4.2).
+
+        Raises:
+            UserError: a completion that is ``unfit``, or a state that is not finite.
+        """
         total = torch.zeros(self.config.projection_size or self.config.hidden_size, dtype=torch.float64)
         for pack, hidden_RH in self._states(encoded, False, names, progress):
             rows = torch.from_numpy(np.concatenate(pack.rows_of)).to(self.device)
             total += self.network.compared(hidden_RH).index_select(0, rows).double().sum(0).cpu()
+        if not total.isfinite().all():
+            raise UserError("the goal state is not finite: mend the model's weights, or take float32")
         return (total / len(encoded)).float()
 
     def packs(
@@ -192,9 +214,10 @@ class RewardModel:
     ) -> Iterator[ScorePack]:
         """All completions, in packs of ``tokens_per_batch``; those of one prompt side by side."""
         by_prompt: dict[bytes, list[Item]] = {}
-        for i, (ids, start, _) in enumerate(encoded):
-            if start == len(ids):
-                raise UserError(f"{_name(i, names)} is cut and has no token: leave it out")
+        for i, completion in enumerate(encoded):
+            if unfit := self.unfit(completion):
+                raise UserError(f"{_name(i, names)} {unfit}")
+            ids, start, _ = completion
             by_prompt.setdefault(ids[:start].tobytes(), []).append(Item(i, ids, start, _name(i, names)))
         groups = list(by_prompt.values())
         for a in range(0, len(groups), PLANNED_GROUPS):

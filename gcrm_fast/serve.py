@@ -123,9 +123,10 @@ def serve(options: ServeOptions) -> None:
         goals = ", ".join(model.goals) or "none"
         print(f"gcrm serve: http://{f'[{host}]' if ':' in host else host}:{port}, goals: {goals}", flush=True)
         # uvicorn raises the signal that ended it once more, which would make the exit look like a crash.
+        program = uvicorn.Server(config)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-        uvicorn.Server(config).run(sockets=[listener])
+            signal.signal(number, lambda *_: setattr(program, "should_exit", True))
+        program.run(sockets=[listener])
 
 
 def main(argv: list[str] | None = None) -> int:

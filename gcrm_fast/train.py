@@ -5,14 +5,16 @@ Read ``train`` at the bottom first: it is the whole program in the order in whic
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,14 +33,24 @@ from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, sh
 from gcrm_fast.interrupts import Interrupts, Wish, end_with_the_parent
 from gcrm_fast.loader import Steps, load
 from gcrm_fast.model import LlamaRewardModel
-from gcrm_fast.model_card import model_card
+from gcrm_fast.model_card import Rows, model_card
 from gcrm_fast.objectives import STATISTICS, Objective, losses
 from gcrm_fast.optimizer import Updater, cast_weights
 from gcrm_fast.packing import Pack
-from gcrm_fast.prepare import Prepared, compute_dtype, data_rows, describe, memory_plan, objective_of, prepare, steps_of
+from gcrm_fast.prepare import (
+    Prepared,
+    check_unfinished,
+    compute_dtype,
+    data_rows,
+    describe,
+    memory_plan,
+    objective_of,
+    prepare,
+    steps_of,
+)  # fmt: skip
 from gcrm_fast.report import MetricsLog, plot_curves, table
 from gcrm_fast.resume import RunState, Window, facts, find
-from gcrm_fast.run_checkpoints import Checkpoints, checkpoints
+from gcrm_fast.run_checkpoints import Checkpoints, checkpoints, first_whole
 
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
 LOCK_WAIT = 10.0  # seconds: longer than the processes of a killed torchrun take to notice
@@ -98,6 +110,14 @@ def list_skipped(prepared: Prepared) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- one run's parts
+
+
+class Whole(NamedTuple):
+    """A model as it is saved: weights on the CPU of rank 0 (elsewhere none), the goal state, and of how many pairs."""
+
+    weights: dict[str, Tensor]
+    goal: Tensor
+    goal_count: int
 
 
 @dataclass
@@ -160,7 +180,7 @@ class Run:
     def save(self, step: int, evaluation: dict[str, float]) -> None:
         """Starts a checkpoint; ``evaluation``: metrics of this very step, if there are any."""
         if self.config.keep:
-            about = facts(step, self.config, self.prepared.report.key, self.state.window, evaluation)
+            about = facts(step, self.config, self.prepared.data_key, self.state.window, evaluation)
             stall = self.checkpoints.save(step, self.state.tensors(), about)
             if self.log:
                 self.log.write(step, {"checkpoint_stall_s": stall})
@@ -172,22 +192,27 @@ class Run:
             return "there is no checkpoint"
         return f"the last checkpoint is {present[-1]}: without --resume never the same command goes on from it"
 
-    def write_model(self, name: str, goal: Tensor, goal_count: int) -> None:
-        """Saves the model as it is now to the output folder, with the help of every rank."""
+    def whole(self) -> Whole:
+        """The model as it is now, with the help of every rank."""
         weights = parallel.full_state(self.state.model, compute_dtype(self.config, self.device))
-        if self.log:
-            with written_aside(self.prepared.output / name) as partial:
-                checkpoint.save_model(
-                    partial, weights, self.prepared.model_config, self.prepared.tokenizer, goal.cpu(), goal_count
-                )
-        dist.barrier()
+        return Whole(weights, *self.goal())
+
+    def write_model(self, name: str, model: Whole, rows: Rows, evaluation: Mapping[str, float]) -> None:
+        """Saves a model, with its card, to the output folder; on rank 0."""
+        prepared = self.prepared
+        card = model_card(self.config, data_rows(prepared, self.config), rows, evaluation, dist.get_world_size())
+        with written_aside(prepared.output / name) as partial:
+            checkpoint.save_model(
+                partial, model.weights, prepared.model_config, prepared.tokenizer, model.goal.cpu(), model.goal_count
+            )
+            (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: torch.device) -> tuple[Run, int]:
     """The run, and the step after which it goes on (0 for a new one)."""
     rank, world_size, dtype = dist.get_rank(), dist.get_world_size(), compute_dtype(config, device)
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
-    found, notes = find(config, prepared.output, prepared.report.key, group)
+    found, notes = find(config, prepared.output, prepared.data_key, group)
     start = found.facts["step"] if found else 0
 
     recompute, predicted = memory_plan(prepared, config, world_size, device)
@@ -220,52 +245,50 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
 
 
 def finish(run: Run) -> None:
-    """Last evaluation, curves, the model and the summary; the checkpoints go."""
-    prepared, log, output = run.prepared, run.log, run.prepared.output
-    goal, count = run.goal()
-    evaluation = run.evaluate(prepared.steps, goal)
-    if run.config.keep_best:
-        run.save(prepared.steps, evaluation)
-        run.checkpoints.wait()
-    run.write_model("model", goal, count)
+    """Last evaluation, curves, the models and the summary; ``model``, which says that the run is finished, comes last,
+    and then the checkpoints go."""
+    prepared, log, output, metric = run.prepared, run.log, run.prepared.output, run.config.keep_best
+    last = run.whole()
+    evaluation = run.evaluate(prepared.steps, last.goal)
     rows = [("optimizer steps", f"{prepared.steps} of {run.config.global_batch_pairs} pairs")]
-    if run.config.keep_best:
-        best = run.checkpoints.best()
-        run.state.load(best, run.checkpoints.group)
-        run.write_model("model_best", *run.goal())
-        rows.append((f"best {run.config.keep_best}", f"{best.facts['metrics'][run.config.keep_best]:.3f} at step "
-                     f"{best.facts['step']}, saved {output / 'model_best'}"))  # fmt: skip
     if log:
         if evaluation:
             baselines = shortcuts(prepared.train, prepared.held_out, prepared.model_config.vocab_size)
             log.write(prepared.steps, baselines)
-            rows += [
-                (f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {evaluation[f'eval/{key}']:.3f}")
-                for name, key in (
-                    ("AUROC", "auroc"),
-                    ("pair accuracy", "accuracy"),
-                    ("ranking loss", "loss/ranking"),
-                    ("contrastive loss", "loss/contrastive"),
-                )
-            ]
-            rows += [
-                (f"  AUROC {key.removeprefix('eval/auroc/')}", f"{value:.3f}")
-                for key, value in evaluation.items()
-                if key.startswith("eval/auroc/")
-            ]
             rows += [("shortcut: length only", f"{baselines['baseline/auroc_length']:.3f}"),
                      ("shortcut: bag of tokens", f"{baselines['baseline/auroc_bag_of_tokens']:.3f}")]  # fmt: skip
         plot_curves(log.rows, output / "curves.png")
         (output / "config.toml").write_text(to_toml(run.config))
-        card = model_card(run.config, data_rows(prepared, run.config), rows, evaluation, dist.get_world_size())
-        for name in ("model", "model_best") if run.config.keep_best else ("model",):
-            (output / name / "README.md").write_text(card, encoding="utf-8")
+    if metric:
+        best, notes = first_whole(run.checkpoints.ranked(evaluation[metric]), run.checkpoints.group)
+        if log:
+            print(*notes, sep="\n", end="\n" if notes else "", flush=True)
+        model, step, of_best = last, prepared.steps, evaluation
+        if best:
+            run.state.load(best, run.checkpoints.group)
+            model, step, of_best = run.whole(), best.facts["step"], best.facts["metrics"]
+        rows.append((f"best {metric}", f"{of_best[metric]:.3f} at step {step}, saved {output / 'model_best'}"))
+        if log:
+            run.write_model("model_best", model, rows + held_out_rows(log, of_best), of_best)
+    if log:
+        rows += held_out_rows(log, evaluation)
+        run.write_model("model", last, rows, evaluation)
         log.close()
         run.checkpoints.remove_all()
         memory = f"{peak_memory(run.device) / 2**30:.2f} GiB a process"
         rows += [("peak memory", memory), ("saved", str(output / "model"))]
         print(f"\n{table(rows)}", flush=True)
     dist.barrier()
+
+
+def held_out_rows(log: MetricsLog, evaluation: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Lines of a table: an evaluation (empty without held-out data) beside the first one."""
+    names = {"AUROC": "auroc", "pair accuracy": "accuracy", "ranking loss": "loss/ranking",
+             "contrastive loss": "loss/contrastive"}  # fmt: skip
+    rows = [(f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {evaluation.get(f'eval/{key}', math.nan):.3f}")
+            for name, key in names.items() if evaluation]  # fmt: skip
+    groups = {key.removeprefix("eval/auroc/"): value for key, value in evaluation.items() if "auroc/" in key}
+    return rows + [(f"  AUROC {name}", f"{value:.3f}") for name, value in groups.items()]
 
 
 # ------------------------------------------------------------------------------------------------------- the program
@@ -287,6 +310,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
                unit="step", dynamic_ncols=True)  # fmt: skip
     with contextlib.closing(run.checkpoints):
         with load(run.steps, start, prepared.steps, workers, device) as steps, interrupts.handled():
+            run.meter.restart()
             for step in bar:
                 n_pairs, packs = run.meter.fetch(steps)
                 sums = accumulate(run.state.model, packs, n_pairs, run.objective, device)
@@ -325,6 +349,8 @@ def run_ranks(config: TrainConfig, prepared: Prepared) -> None:
     lost processes."""
     is_first = os.environ.get("RANK", "0") == "0"
     with locked(prepared.output) if is_first else contextlib.nullcontext():
+        if is_first:
+            check_unfinished(prepared.output, config)  # again: another run may have finished since
         try:
             with parallel.process_group(replicas=config.replicas, timeout=config.timeout) as (mesh, device):
                 train(config, prepared, mesh, device)
@@ -351,6 +377,8 @@ def run(config: TrainConfig) -> None:
         raise UserError(f"--replicas {config.replicas}: must divide the number of processes, {world_size}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_the_parent()
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # what was asked for has been done
+        config = replace(config, resume="auto")
     prepared = prepare(config)
     if is_first and prepared.weights.notes:
         print(*prepared.weights.notes, sep="\n", flush=True)

@@ -43,10 +43,10 @@ def filtered(question: Question, threshold: float) -> Filtered:
     """Keeps samples whose Q-values never fall below ``threshold`` after the first UNJUDGED tokens.
 
     Of a dropped sample the tokens after the first one below are saved: that one had to be generated to be seen. Where
-    all would be dropped, all vote and nothing is saved.
+    none with an answer would be left, all vote and nothing is saved.
     """
     kept_n = question.lowest_q() >= threshold
-    if not kept_n.any():
+    if not any(answer for answer, kept in zip(question.answers, kept_n, strict=True) if kept):
         return Filtered(np.ones_like(kept_n), 0, True)
     dropped = [question.q_n[i] for i in np.flatnonzero(~kept_n)]
     saved = sum(len(q) - UNJUDGED - 1 - int(np.argmax(q[UNJUDGED:] < threshold)) for q in dropped)

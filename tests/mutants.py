@@ -273,13 +273,13 @@ MUTANTS = {
     "benchmark: the reference reads negative goals on the chosen completion": (
         "bench/padded.py", "torch.tensor([0, 0, 0, n])", "torch.tensor([0, 0, 0, 0])", BENCH + "lever"),
     "benchmark: sharing not removed": (
-        "bench/train_step.py", 'return_value=0) if without == "sharing"', 'return_value=0) if without == "none"',
+        "bench/our_step.py", 'with unshared if without == "sharing"', 'with unshared if without == "none"',
         BENCH + "lever"),
     "benchmark: differences in gradients pass": (
-        "bench/train_step.py", "ok = loss_error <= tolerance and errors[worst] <= tolerance",
+        "bench/contestants.py", "ok = loss_error <= tolerance and errors[worst] <= tolerance",
         "ok = loss_error <= tolerance", BENCH + "lever"),
     "benchmark: all of causal attention counted": (
-        "bench/train_step.py", "length * (length + 1) // 2", "length * length", BENCH + "flops"),
+        "bench/contestants.py", "length * (length + 1) // 2", "length * length", BENCH + "flops"),
     "benchmark: medians over steps and not over rounds": (
         "bench/train_step.py", "np.median(seconds, axis=0)", "np.median(seconds, axis=1)", BENCH + "speed"),
     "README's GPU table from the oldest file": (
@@ -336,7 +336,7 @@ MUTANTS = {
     "run: damaged newer checkpoints stay in the way": (
         "gcrm_fast/run_checkpoints.py", "if step_of(path) > after:", "if False:", SURVIVAL + "all_checkpoints_damaged"),
     "run: the best checkpoint is not kept": (
-        "gcrm_fast/run_checkpoints.py", "keep.add(self.best()[0])", "pass", SURVIVAL + "stay"),
+        "gcrm_fast/run_checkpoints.py", ", *self.ranked()[:1]}", "}", SURVIVAL + "stay"),
     "run: one checkpoint too many kept": (
         "gcrm_fast/run_checkpoints.py", "present[-self.keep :]", "present[-self.keep - 1 :]", SURVIVAL + "stay"),
     "run: moments of the optimizer not resumed": (
@@ -394,6 +394,37 @@ MUTANTS = {
     "what was half-written stays": (
         "gcrm_fast/command_line.py", "    finally:\n        _remove(partial)", "    finally:\n        pass",
         "tests/test_command_line.py"),
+    "results: what is no result is overwritten": (
+        "gcrm_fast/results.py", "    if others:", "    if not others and others:", EVALUATE + "unasked"),
+    "scoring: lists of other lengths are cut to the shortest chunk": (
+        "gcrm_fast/scoring.py", "if not len(prompts) == len(completions) == ", "if not len(prompts) == ",
+        SCORING + "go_together"),
+    "scoring: what cannot be scored ends a run that skips": (
+        "gcrm_fast/candidates.py", "if bad.skip and (", "if not bad.skip and (", SCORING + "skipped_where"),
+    "scoring: a goal that is not finite": (
+        "gcrm_fast/scoring.py", "if not total.isfinite().all():", "if not len(encoded):", SCORING + "must_not"),
+    "vote: samples without an answer are left alone": (
+        "gcrm_fast/voting.py", "any(answer for answer, kept in", "any(True for answer, kept in", VOTE + "drops_none"),
+    "run: copies of a shard round each in its own way": (
+        "gcrm_fast/optimizer.py", "hash((self.seed, step, self.shard))", "hash((self.seed, step, dist.get_rank()))",
+        SURVIVAL + "copies"),
+    "run: two signals of one occasion end it unsaved": (
+        "gcrm_fast/interrupts.py", "if now >= self._told + REPEATED:", "if now >= self._told:", SURVIVAL + "second"),
+    "run: ignored signals stop it": (
+        "gcrm_fast/interrupts.py", "if signal.getsignal(number) != signal.SIG_IGN", "if number", SURVIVAL + "second"),
+    "run: a restart starts anew": (
+        "gcrm_fast/train.py", 'if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):', "if False:",
+        SURVIVAL + "whatever"),
+    "run: other margins pass for the same data": (
+        "gcrm_fast/prepare.py", "self.report.key.encode() + margins.tobytes()", "self.report.key.encode()",
+        SURVIVAL + "another_configuration"),
+    "run: a forced resume keeps the old weight decay": (
+        "gcrm_fast/resume.py", "parameters.update(self.updater.settings)", "pass", SURVIVAL + "another_configuration"),
+    "run: the best model's card tells of the last": (
+        "gcrm_fast/train.py", "held_out_rows(log, of_best), of_best", "held_out_rows(log, evaluation), evaluation",
+        SURVIVAL + "stay"),
+    "serve: a large request holds up all others": (
+        "gcrm_fast/batcher.py", "job.take(room)", "job.take(10**9)", SERVE + "takes_turns"),
     "vote: the first tokens judged": (
         "gcrm_fast/voting.py", "UNJUDGED = 5", "UNJUDGED = 0", VOTE + "sixth"),
     "vote: a Q-value at the threshold dropped": (

@@ -38,4 +38,8 @@ def test_an_output_is_complete_or_as_before(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert read() == ["second"]
-    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "link").symlink_to(path)
+    with written_aside(tmp_path / "link") as aside:
+        write(aside, "third")
+    assert read() == ["third"]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "link", path]

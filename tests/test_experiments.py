@@ -98,16 +98,17 @@ def test_intervals_over_seeds_are_students(experiments: SimpleNamespace) -> None
     assert math.isnan(experiments.summary.mean_interval([0.6])[1])
 
 
-def test_the_mean_within_groups_is_blind_to_what_tells_groups_apart(objectives: ModuleType) -> None:
+def test_aurocs_of_groups_are_blind_to_what_tells_groups_apart(objectives: ModuleType) -> None:
     rng = np.random.default_rng(0)
-    group = np.repeat([0, 1, 2], 200)
-    right = rng.random(600) < np.array([0.9, 0.1, 1.0])[group]  # the last group has one class alone
-    by_group = np.array([1.0, 0.0, 2.0])[group]
-    assert objectives.auroc(right, by_group) > 0.9
-    assert objectives.within_groups(right, by_group, group) == 0.5
-    informed = by_group + np.where(right, 0.1, 0.0)
-    assert objectives.within_groups(right, informed, group) == 1.0
-    assert math.isnan(objectives.within_groups(np.ones(600, dtype=bool), informed, group))
+    number = np.repeat([0, 1, 2], 200)
+    group = np.array(["a", "b", "c"])[number]
+    right = rng.random(600) < np.array([0.9, 0.1, 1.0])[number]  # the last group has one class alone
+    of_group = np.array([1.0, 0.0, 2.0])[number]
+    assert objectives.auroc(right, of_group) > 0.9
+    assert objectives.by_group(right, of_group, group) == {"a": 0.5, "b": 0.5}
+    informed = of_group + np.where(right & (number == 0), 0.1, 0.0)
+    assert objectives.by_group(right, informed, group) == {"a": 1.0, "b": 0.5}
+    assert objectives.by_group(np.ones(600, dtype=bool), informed, group) == {}
 
 
 def test_a_pair_stays_or_goes_as_a_whole(objectives: ModuleType) -> None:
@@ -212,7 +213,7 @@ def test_objectives_from_nothing_and_again(
     assert (tmp_path / "report.md").read_text() == text
     capsys.readouterr()
     assert objectives.main([*common, "2"]) == 2
-    assert "holds a model of other options" in capsys.readouterr().err
+    assert "holds a model of another run (in its config.toml: steps)" in capsys.readouterr().err
     assert len(trainings) == 4
 
 

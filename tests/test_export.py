@@ -236,10 +236,27 @@ def test_other_projects_heads_become_ours(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "out" / GOAL_FILE).exists()
 
 
+@pytest.fixture
+def mlp(tmp_path: Path) -> Path:
+    """A model whose head has several layers."""
+    config = small_config(vocab_size=VOCAB, head="mlp")
+    state = {name: p.detach() for name, p in small_model(config, torch.float32).named_parameters()}
+    checkpoint.write_model(tmp_path / "mlp", state, config, tokenizer())
+    return tmp_path / "mlp"
+
+
+def test_a_head_of_several_layers_goes_beside(mlp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(mlp), "-o", str(tmp_path / "out")]) == 0
+    assert "in gcrm.safetensors, for gcrm_fast alone" in capsys.readouterr().out
+    rewards = [RewardModel.from_pretrained(folder).score(PROMPTS, COMPLETIONS) for folder in (mlp, tmp_path / "out")]
+    np.testing.assert_array_equal(*rewards)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{mlp}", "-o", "{out}"], "its reward head has several layers"),
+        (["{mlp}", "-o", "{out}", "--format", "openrlhf"], "several layers, --format openrlhf holds one"),
+        (["{mlp}", "-o", "{out}", "--standardize", "{equal}"], "several layers, --standardize scales one"),
         (["{mlp}", "-o", "{mlp}"], "exists: choose another"),
         (["{source}", "-o", "{out}", "--standardize", "{equal}"], "all 2 rewards are equal"),
         (["{source}", "-o", "{out}", "--format", "onnx"], "onnx"),
@@ -247,13 +264,10 @@ def test_other_projects_heads_become_ours(tmp_path: Path, capsys: pytest.Capture
     ],
 )
 def test_what_cannot_be_exported_is_one_line(
-    source: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    source: Path, mlp: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = small_config(vocab_size=VOCAB, head="mlp")
-    state = {name: p.detach() for name, p in small_model(config, torch.float32).named_parameters()}
-    checkpoint.write_model(tmp_path / "mlp", state, config, tokenizer())
     (tmp_path / "equal").write_text('{"prompt": "a", "completions": ["b", "b"]}\n')
-    places = {"mlp": tmp_path / "mlp", "out": tmp_path / "out", "source": source / "model", "equal": tmp_path / "equal"}
+    places = {"mlp": mlp, "out": tmp_path / "out", "source": source / "model", "equal": tmp_path / "equal"}
     assert main([argument.format(**places) for argument in arguments]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line and "scoring:" not in line]  # a bar
     assert message in error

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import gcrm_fast
-from gcrm_fast import score
+from gcrm_fast import build_goals, evaluate, score, vote
 from gcrm_fast.data import CUT, Completion
 from gcrm_fast.errors import UserError
 from gcrm_fast.packing import Budget, Item, build_score_pack, common_prefix, plan_packs
@@ -191,6 +192,14 @@ def test_no_completions_and_completions_without_tokens(model: RewardModel) -> No
         model.judge([empty])
 
 
+def test_prompts_completions_and_cuts_go_together(model: RewardModel) -> None:
+    """Lists of the length of a chunk too, which a chunk by chunk comparison would take for whole."""
+    many = ["one"] * 1024
+    for arguments in ((many[:512], many), (many, many[:512]), (many, many, [True] * 512), (["one"], [])):
+        with pytest.raises(ValueError, match="one of each is wanted"):
+            model.encode(*arguments)
+
+
 def test_it_is_exported_without_loading_torch() -> None:
     assert gcrm_fast.RewardModel is RewardModel
     code = "import sys, gcrm_fast; sys.exit('torch' in sys.modules)"
@@ -205,8 +214,11 @@ def test_models_that_must_not_score(tmp_path: Path) -> None:
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, tmp_path / "nan" / "model.safetensors")
     (tmp_path / "nan" / "goal.safetensors").unlink()
-    with pytest.raises(UserError, match=r"completion 0 has a reward that is not finite: mend"):
+    with pytest.raises(UserError, match=r"completion 0 has a reward or Q-value that is not finite: mend"):
         RewardModel.from_pretrained(tmp_path / "nan", device="cpu").score(["one"], ["two"])
+    broken = RewardModel.from_pretrained(tmp_path / "nan", device="cpu")
+    with pytest.raises(UserError, match="the goal state is not finite"):
+        broken.goal_state(broken.encode(["one"], ["two"]))
     models.save(tmp_path / "cut", projection_size=4)
     (tmp_path / "cut" / "gcrm.safetensors").unlink()
     with pytest.raises(UserError, match="holds no projection: train one"):
@@ -426,6 +438,26 @@ def test_a_bad_record_ends_the_run_with_its_place_and_no_output(
         assert result.returncode == 0
         assert [r["n"] for r in read(tmp_path / "out")] == [*range(10), *range(10)]
         assert "1 bad records skipped; the first: " in result.stderr
+
+
+def test_records_that_cannot_be_scored_are_skipped_where_asked(
+    folder: Path, model: RewardModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every command."""
+    records = [{**r, "is_correct": bool(r["n"] % 2), "predicted_answer": "x", "expected_answer": "x"} for r in many(20)]
+    longest = max(len(c.ids) for c in model.encode([r["prompt"] for r in records], [r["completion"] for r in records]))
+    too_long = {**records[1], "completion": " one" * 200}
+    data = str(write(tmp_path / "a", [*records[:10], too_long, *records[10:]]))
+    common = [str(folder), data, "--tokens-per-batch", str(longest), "-o", str(tmp_path / "out")]
+    for command in (score, build_goals, evaluate, vote):
+        assert command.main(common) == 2
+        assert re.search(r"a:11: field 'completion' needs \d+ tokens", capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
+        assert command.main([*common, "--on-bad-record", "skip"]) == 0
+        assert "1 bad records" in "".join(capsys.readouterr())
+        if command is score:
+            assert [r["n"] for r in read(tmp_path / "out")] == list(range(20))
+        (shutil.rmtree if (tmp_path / "out").is_dir() else os.remove)(tmp_path / "out")
 
 
 def test_damaged_gzip_and_wrong_calls(gcrm: Gcrm, tmp_path: Path) -> None:

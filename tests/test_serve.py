@@ -261,7 +261,7 @@ MALFORMED = {
     "text and messages": ({"prompts": ["a"], "completions": [[{"role": "assistant", "content": "b"}]]}, "both"),
     "a message without content": ({"prompts": [[{"role": "user"}]], "completions": [[]]}, "prompts[0][0].content"),
     "no messages": ({"prompts": [[]], "completions": [[]]}, "completion 0"),
-    "longer than a batch": ({"prompts": ["a"], "completions": ["b c " * 300]}, "tokens with its prompt"),
+    "longer than a batch": ({"prompts": ["a"], "completions": ["b c " * 300]}, "more than --tokens-per-batch 256"),
     "more than may wait": ({"prompts": ["a"] * 65, "completions": ["b"] * 65}, "at most 64"),
     "a longer body": ({"prompts": ["a"], "completions": ["b" * 10_000]}, "10000 bytes"),
 }
@@ -375,6 +375,46 @@ def test_clients_that_hang_up(model: RewardModel, monkeypatch: pytest.MonkeyPatc
         assert [len(encoded) for encoded in judged] == [1]  # nobody's work is done after they have gone
         assert eventually(lambda: not found.program.server_state.tasks)
         assert found.score("yes").status == 200
+
+
+def test_a_large_request_takes_turns_and_ends_with_its_client(
+    model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f" {i} words of a completion" for i in range(100)]
+    judge, batches = model.judge, []
+
+    def watched(encoded: Any, **more: Any) -> Any:
+        batches.append(len(encoded))
+        return judge(encoded, **more)
+
+    monkeypatch.setattr(model, "judge", watched)
+    expected = model.score(["hello?"] * 100, texts)
+    with running(model, limit=200) as found, ThreadPoolExecutor(2) as pool:
+        assert sum(len(c.ids) for c in model.encode(["hello?"] * 100, texts)) > 4 * model.budget.tokens
+        stopped = Stopped(model, monkeypatch)
+        large = pool.submit(found.score, *texts)
+        assert stopped.entered.wait(30)
+        small = pool.submit(found.score, "yes")
+        assert eventually(lambda: found.batcher.waiting == 101)
+        batches.clear()
+        stopped.go()
+        np.testing.assert_allclose(large.result().body["rewards"], expected, rtol=1e-5, atol=1e-5)
+        assert small.result().status == 200
+        assert len(batches) > 4
+        assert sum(batches) == 101
+        assert found.idle()
+        # One that nobody waits for any more ends with the batch at hand.
+        stopped = Stopped(model, monkeypatch)
+        line = http.client.HTTPConnection("127.0.0.1", found.port, timeout=10)
+        line.request("POST", "/score", json.dumps({"prompts": ["hello?"] * 100, "completions": texts}),
+                     {"content-type": "application/json"})  # fmt: skip
+        assert stopped.entered.wait(30)
+        line.close()
+        assert eventually(lambda: not found.program.server_state.tasks)
+        batches.clear()
+        stopped.go()
+        assert found.idle()
+        assert len(batches) == 1
 
 
 def test_a_model_that_fails_for_one_answers_the_others(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 Real processes under torchrun where processes matter, one process where files do. `make torture` has more of it.
 """
 
+import gzip
+import importlib.util
 import json
 import os
 import re
@@ -142,18 +144,60 @@ def test_another_number_of_processes_goes_on_alike(stopped: Path, pair_file: Pat
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
+    """But not what comes with the first one, nor what the process was started to ignore."""
     code = """
-import signal, os, torch.distributed as dist
-from gcrm_fast.interrupts import Interrupts
+import signal, os, time, torch.distributed as dist
+from gcrm_fast.interrupts import REPEATED, Interrupts
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with Interrupts(dist.new_group(backend="gloo")).handled():
-    os.kill(os.getpid(), signal.SIGINT)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
     print("first", flush=True)
+    time.sleep(REPEATED)
+    os.kill(os.getpid(), signal.SIGHUP)
+    print("ignored", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
     print("second", flush=True)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "first\n"), done.stderr
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "first\nignored\n"), done.stderr
+
+
+COPIES = """
+import torch, torch.distributed as dist
+from gcrm_fast import checkpoint, parallel
+from gcrm_fast.config import TrainConfig
+from gcrm_fast.model import LlamaRewardModel, ModelConfig
+from gcrm_fast.optimizer import Updater, cast_weights
+config = ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                     num_key_value_heads=2, head_dim=8)
+with parallel.process_group(replicas=2) as (mesh, device):
+    with torch.device("meta"):
+        model = LlamaRewardModel(config)
+    cast_weights(model, "adamw-bf16")
+    parallel.shard(model, mesh, torch.float32)
+    parallel.materialize(model, mesh, device, checkpoint.fresh_weights(config, 0).rows)
+    updater = Updater(model, TrainConfig(optimizer="adamw-bf16", warmup=0.0, lr=1e-4), 9, device)
+    before = [p.to_local().clone() for p in model.parameters()]
+    for step in range(3):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        updater.update(step, torch.zeros(()))
+    for p, old in zip(model.parameters(), before):
+        copies = [torch.empty_like(old) for _ in range(2)]
+        dist.all_gather(copies, p.to_local().detach())
+        assert torch.equal(*copies)
+    assert any(not torch.equal(p.to_local(), old) for p, old in zip(model.parameters(), before))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_copies_of_a_shard_round_alike(tmp_path: Path) -> None:
+    script = tmp_path / "copies.py"
+    script.write_text(COPIES)
+    result = torchrun(processes=2, script=str(script))
+    assert result.returncode == 0, result.stderr
 
 
 def test_orphans_end_and_free_the_folder(pair_file: Path, tmp_path: Path) -> None:
@@ -276,19 +320,45 @@ def test_a_chosen_checkpoint_or_none(
     assert "manifest.json: missing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("asked", ["never", "checkpoints/step-00000002"])
+def test_a_restart_goes_on_whatever_was_asked_for_at_the_start(
+    unfinished: Path, undisturbed: Path, pair_file: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], asked: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    asked = asked if asked == "never" else str(unfinished / asked)
+    assert main(arguments(pair_file, unfinished, "--resume", asked)) == 0
+    assert "step-00000008 after step 8" in capsys.readouterr().out
+    assert_same(undisturbed, unfinished)
+
+
 def test_another_configuration_is_refused_with_the_difference(
-    unfinished: Path, pair_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    unfinished: Path, pair_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    other_margins = tmp_path / "margins.jsonl"
+    with gzip.open(pair_file, "rt") as file:
+        other_margins.write_text("".join(json.dumps({**json.loads(line), "margin": 1.0}) + "\n" for line in file))
     for changed, told in (
         (("--seed", "3"), "--seed was 0 and is 3"),
         (("--global-batch-pairs", "4"), "--global-batch-pairs was 8 and is 4"),
         (("--train-pairs", "20"), "the training data or its tokens are others"),
+        ((), "the training data or its tokens are others"),
     ):
-        assert main(arguments(pair_file, unfinished, *changed)) == 2
+        assert main(arguments(pair_file if changed else other_margins, unfinished, *changed)) == 2
         error = capsys.readouterr().err
         assert told in error
         assert error.count("\n") == 1
-    assert main(arguments(pair_file, unfinished, "--seed", "3", "--resume-force", "--tokens-per-batch", "300")) == 0
+    decays, update = set(), train.Updater.update
+
+    def watched(self: train.Updater, step: int, loss: torch.Tensor) -> Any:
+        decays.add(self.optimizer.param_groups[0]["weight_decay"])
+        return update(self, step, loss)
+
+    monkeypatch.setattr(train.Updater, "update", watched)
+    assert main(arguments(pair_file, unfinished, "--seed", "3", "--resume-force", "--tokens-per-batch", "300",
+                          "--weight-decay", "0.25")) == 0  # fmt: skip
+    assert decays == {0.25}, "forced to go on, with the options of now"
 
 
 def test_checkpoints_that_stay(pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,12 +375,44 @@ def test_checkpoints_that_stay(pair_file: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(run_checkpoints.Checkpoints, "remove_all", look)
     assert main(arguments(pair_file, tmp_path, "--eval-every", "2", "--keep", "2", "--keep-best", "eval/auroc",
                           "--save-every", "5")) == 0  # fmt: skip
-    assert [name for name, _ in present] == ["step-00000004", "step-00000010", "step-00000012"]
-    assert [about["eval/auroc"] for _, about in present] == [0.9, 0.2, 0.1]
+    assert [name for name, _ in present] == ["step-00000004", "step-00000008", "step-00000010"]
+    assert [about["eval/auroc"] for _, about in present] == [0.9, 0.3, 0.2]
     then = torch.load(tmp_path / "step4.pt")["model"]
     best, last = (load_file(tmp_path / name / "model.safetensors") for name in ("model_best", "model"))
     assert all(torch.equal(best[name], then[name]) for name in best)
     assert any(not torch.equal(last[name], then[name]) for name in last)
+    for name, auroc in (("model_best", 0.9), ("model", 0.1)):
+        assert f"| held-out AUROC | 0.100 -> {auroc:.3f} |" in (tmp_path / name / "README.md").read_text()
+
+
+def test_a_run_that_is_cut_short_at_its_end_ends_when_called_again(
+    pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing tells of a finished run before all else is written; a damaged best checkpoint is not taken."""
+    common = arguments(pair_file, tmp_path, "--keep-best", "eval/auroc", "--eval-every", "2")
+    values, real = iter([0.1, 0.7, 0.9, 0.8, 0.3, 0.2, 0.1, 0.3, 0.2, 0.1]), train.metrics
+    monkeypatch.setattr(train, "metrics", lambda scores: real(scores) | {"eval/auroc": next(values)})
+    save, written = train.checkpoint.save_model, []
+
+    def ending(folder: Path, *rest: Any) -> None:
+        if folder.name.startswith("model."):
+            raise Ended
+        save(folder, *rest)
+        written.append(folder.name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.checkpoint, "save_model", ending)
+        with pytest.raises(Ended):
+            main(common)
+    assert written == ["model_best.partial"]
+    flip_a_byte(shard(tmp_path / "checkpoints" / "step-00000004"))
+    capsys.readouterr()
+    assert main(common) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"step-00000004\S*: .*: checkpoint skipped", said), said
+    assert "0.300 at step 8" in said
+    assert (tmp_path / "model" / "README.md").is_file()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_no_checkpoints_if_none_are_wanted(pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

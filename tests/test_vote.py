@@ -26,14 +26,14 @@ def question(answers: list[str], rewards: list[float], q: list[list[float]] | No
 
 def test_filter_judges_no_token_before_the_sixth() -> None:
     q = [[-1] * 5 + [1], [-1] * 5, [-1] * 3, [1] * 5 + [-1], [1] * 6]
-    kept_n, saved, _ = voting.filtered(question([""] * 5, [0] * 5, q), 0.0)
+    kept_n, saved, _ = voting.filtered(question(["a"] * 5, [0] * 5, q), 0.0)
     assert kept_n.tolist() == [True, True, True, False, True]
     assert saved == 0  # the token that fell below was the last
 
 
 def test_filter_keeps_a_q_value_at_the_threshold_and_saves_what_follows_the_first_below() -> None:
     q = [[0] * 10, [9] * 7 + [-1, 9, -1], [9] * 5 + [-0.1] + [9] * 4]
-    kept_n, saved, _ = voting.filtered(question([""] * 3, [0] * 3, q), 0.0)
+    kept_n, saved, _ = voting.filtered(question(["a"] * 3, [0] * 3, q), 0.0)
     assert kept_n.tolist() == [True, False, False]
     assert saved == 2 + 4
 
@@ -41,6 +41,9 @@ def test_filter_keeps_a_q_value_at_the_threshold_and_saves_what_follows_the_firs
 def test_filter_that_drops_all_drops_none() -> None:
     kept_n, *rest = voting.filtered(question(["r", "w"], [0, 0], [[-1] * 9, [-1] * 20]), 0.0)
     assert kept_n.tolist() == [True, True]
+    assert rest == [0, True]
+    kept_n, *rest = voting.filtered(question(["r", ""], [0, 0], [[-1] * 9, [1] * 20]), 0.0)
+    assert kept_n.tolist() == [True, True], "no answer would be left"
     assert rest == [0, True]
 
 

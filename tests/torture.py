@@ -27,24 +27,32 @@ KILLS = int(os.environ.get("KILLS", "50"))
 def test_many_kills_at_random_moments_change_nothing(pair_file: Path, tmp_path: Path) -> None:
     """Of one process, of all of them, or of torchrun, from its start to its last seconds."""
     draw = random.Random(0)
-    more = ("--steps", "600", "--log-every", "5", "--eval-every", "100", "--save-every", "3")
+    more = ("--steps", "200", "--log-every", "5", "--eval-every", "50", "--save-every", "3")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     started = time.monotonic()
     assert torchrun(*arguments(pair_file, whole, *more), processes=2).returncode == 0
     length = time.monotonic() - started
-    for kill in range(KILLS):
+    kills = 0
+    while kills < KILLS:
         run = start(*arguments(pair_file, killed, *more), processes=2)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            run.wait(draw.uniform(0.3, 1.0) * length)
-            break
+            _, stderr = run.communicate(timeout=draw.uniform(0.3, 1.0) * length)
+            assert run.returncode == 0, stderr
+            assert_same(whole, killed)
+            shutil.rmtree(killed)
+            continue
+        kills += 1
         ranks = workers(run)
         victims = {0: [run.pid], 1: draw.sample(ranks, min(1, len(ranks))), 2: ranks}[draw.randrange(3)]
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         run.communicate(timeout=120)
-        print(f"kill {kill + 1}: {[path.name for path in checkpoints(killed)]}")
-    result = torchrun(*arguments(pair_file, killed, *more, "--overwrite"), processes=2)
+        print(f"kill {kills}: {[path.name for path in checkpoints(killed)]}")
+        if (killed / "model").exists():  # finished, and killed on its way out
+            assert_same(whole, killed)
+            shutil.rmtree(killed)
+    result = torchrun(*arguments(pair_file, killed, *more), processes=2)
     assert result.returncode == 0, result.stderr
     assert_same(whole, killed)
 
@@ -118,7 +126,17 @@ def test_a_full_disk(pair_file: Path, tmp_path: Path, size: str) -> None:
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.parametrize("what", ["read-only", "vanished"])
+def test_a_read_only_disk(pair_file: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, "100m"):
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        result = torchrun(*arguments(pair_file, disk / "out"), processes=2)
+        assert result.returncode != 0
+        assert re.search("gcrm train: .*disk/out.*: Read-only file system", result.stderr), result.stderr
+        assert tracebacks(result.stderr) == 1, result.stderr
+
+
+@pytest.mark.parametrize("what", ["filled", "vanished"])
 def test_an_output_that_can_no_longer_be_written(pair_file: Path, tmp_path: Path, what: str) -> None:
     output = tmp_path / "disk" / "out"
     with small_disk(tmp_path / "disk", "100m"):
@@ -127,9 +145,8 @@ def test_an_output_that_can_no_longer_be_written(pair_file: Path, tmp_path: Path
         if what == "vanished":
             shutil.rmtree(output, ignore_errors=True)
         else:
-            # Files open for writing forbid it: as an administrator would, by force on the mount.
-            subprocess.run(["mount", "-o", "remount,size=1", str(tmp_path / "disk")], check=False)
-            (tmp_path / "disk" / "filler").write_bytes(bytes(10))
+            with contextlib.suppress(OSError):
+                (tmp_path / "disk" / "filler").write_bytes(bytes(200_000_000))
         _, stderr = run.communicate(timeout=120)
         assert run.returncode != 0
         assert "gcrm train:" in stderr
