@@ -44,7 +44,7 @@ def test_many_kills_at_random_moments_change_nothing(pair_file: Path, tmp_path: 
         kills += 1
         ranks = workers(run)
         victims = {0: [run.pid], 1: draw.sample(ranks, min(1, len(ranks))), 2: ranks}[draw.randrange(3)]
-        for pid in victims:
+        for pid in victims or [run.pid]:  # which has no processes yet
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         run.communicate(timeout=120)
