@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from runs import ROOT as ROOT
-from runs import Gcrm, Result, torchrun, write_pairs
+from training_runs import ROOT as ROOT
+from training_runs import Gcrm, Result, torchrun, write_pairs
 
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():

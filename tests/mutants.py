@@ -298,7 +298,7 @@ MUTANTS = {
         "gcrm_fast/scoring.py", "open_weights(folder, config, seed=None)", "open_weights(folder, config, seed=0)",
         SCORING + "must_not_score"),
     "a reward that is not finite is returned": (
-        "gcrm_fast/scoring.py", "if not np.isfinite(of_completion.reward)", "if of_completion.reward is None",
+        "gcrm_fast/scoring.py", "if not (np.isfinite(j.reward) and", "if not (j.reward is not None and",
         SCORING + "must_not_score"),
     "another model's goal is taken": (
         "gcrm_fast/goals.py", 'if metadata["fingerprint"] != fingerprint:', "if False:", GOALS + "another"),
@@ -423,8 +423,9 @@ MUTANTS = {
     "run: the best model's card tells of the last": (
         "gcrm_fast/train.py", "held_out_rows(log, of_best), of_best", "held_out_rows(log, evaluation), evaluation",
         SURVIVAL + "stay"),
-    "serve: a large request holds up all others": (
-        "gcrm_fast/batcher.py", "job.take(room)", "job.take(10**9)", SERVE + "takes_turns"),
+    "server: a large request outlives its client": (
+        "gcrm_fast/batcher.py", "                if job.over:\n", "                if job.refused:\n",
+        SERVE + "takes_turns"),
     "vote: the first tokens judged": (
         "gcrm_fast/voting.py", "UNJUDGED = 5", "UNJUDGED = 0", VOTE + "sixth"),
     "vote: a Q-value at the threshold dropped": (
@@ -433,7 +434,7 @@ MUTANTS = {
     "vote: the token that fell below saved too": (
         "gcrm_fast/voting.py", "len(q) - UNJUDGED - 1 - int", "len(q) - UNJUDGED - int", VOTE + "first_below"),
     "vote: all dropped": (
-        "gcrm_fast/voting.py", "if not kept_n.any():", "if False:", VOTE + "drops_all"),
+        "gcrm_fast/voting.py", "if not any(answer for", "if False and any(answer for", VOTE + "drops_all"),
     "vote: ties not broken by reward": (
         "gcrm_fast/voting.py", "reward_before + reward", "reward_before", VOTE + "ties_by_summed"),
     "vote: samples without an answer vote": (
@@ -468,7 +469,9 @@ MUTANTS = {
     "export: a token classifier without its bias": (
         "gcrm_fast/export.py", "tokenizer, bias=bias,", "tokenizer, bias=None,", EXPORT + "standardized"),
     "export: an MLP head dropped": (
-        "gcrm_fast/export.py", 'if head != "linear":', "if False:", EXPORT + "one_line"),
+        "gcrm_fast/export.py", 'if head != "linear" and (', "if False and (", EXPORT + "one_line"),
+    "export: nobody is told of a head that transformers cannot read": (
+        "gcrm_fast/export.py", 'if config.head != "linear":', "if False:", EXPORT + "goes_beside"),
     "model card: a command without what differs from its preset": (
         "gcrm_fast/model_card.py", "value == getattr(default, field.name)", "value == field.default",
         "tests/test_model_card.py -k command"),
@@ -477,11 +480,10 @@ MUTANTS = {
     "rewards: cut completions taken for ended": (
         "gcrm_fast/rewards.py", "bool(ids) and ids[-1] not in self.ends", "False", REWARDS + "length_limit"),
     "server: answers handed to others": (
-        "gcrm_fast/batcher.py", "for _ in job.completions]) for job in jobs]",
-        "for _ in job.completions]) for job in reversed(jobs)]", SERVE + "many_clients"),
+        "gcrm_fast/batcher.py", "for job in jobs:\n            job.judged +=",
+        "for job in reversed(jobs):\n            job.judged +=", SERVE + "many_clients"),
     "server: batches over the token budget": (
-        "gcrm_fast/batcher.py", "tokens + self._jobs[0].tokens <= self.model.budget.tokens", "True",
-        SERVE + "token_budget"),
+        "gcrm_fast/batcher.py", "job.take(room)", "job.take(10**9)", SERVE + "token_budget"),
     "server: one failing request fails its batch": (
         "gcrm_fast/batcher.py", "            if len(jobs) > 1:", "            if False:", SERVE + "fails_for_one"),
     "server: a queue without a bound": (

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from judged import write
-from runs import Gcrm
 from safetensors import safe_open
 from safetensors.torch import save_file
+from training_runs import Gcrm
 
 from gcrm_fast.build_goals import Condition, is_preferred
 from gcrm_fast.errors import UserError

@@ -20,8 +20,8 @@ import torch
 from conftest import ROOT
 from folders import llama, trunk
 from judged import write
-from runs import Gcrm
 from safetensors.torch import load_file, save_file
+from training_runs import Gcrm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import gcrm_fast

@@ -24,7 +24,7 @@ import torch
 import uvicorn
 from chat import CHATML, chat_tokenizer
 from conftest import small_config, small_model
-from runs import ROOT
+from training_runs import ROOT
 
 from gcrm_fast import RewardModel, checkpoint
 from gcrm_fast.batcher import Batcher

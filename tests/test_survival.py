@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ROOT, TIMES, TINY, alive, rows, start, torchrun, wait_for, workers
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from training_runs import ROOT, TIMES, TINY, alive, rows, start, torchrun, wait_for, workers
 
 from gcrm_fast import run_checkpoints, train
 from gcrm_fast.errors import UserError

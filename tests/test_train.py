@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, TIMES, TINY, Gcrm, rows, torchrun
 from safetensors.torch import load_file
+from training_runs import ROOT, TIMES, TINY, Gcrm, rows, torchrun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gcrm_fast import train

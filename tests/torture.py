@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import rows, start, torchrun, wait_for, workers
 from safetensors.torch import load_file
 from test_survival import arguments, assert_same
+from training_runs import rows, start, torchrun, wait_for, workers
 
 from gcrm_fast.run_checkpoints import checkpoints
 
