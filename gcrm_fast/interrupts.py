@@ -87,9 +87,11 @@ class Interrupts:
         self._own = max(self._own, Wish.SAVE)
 
 
-def end_with_the_parent() -> None:
-    """Ends this process, whatever it is doing, within a second or two of its parent's end."""
-    parent = os.getppid()
+def end_with_the_parent(parent: int) -> None:
+    """Ends this process, whatever it is doing, within a second or two of the end of ``parent``, its process id.
+
+    To be taken as early as may be: of a process whose parent is gone the system names another.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -93,4 +94,4 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     """torchrun sends them to all processes of a rank; a parent that was killed takes its workers along."""
     for number in (*STOPPING, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    end_with_the_parent()
+    end_with_the_parent(os.getppid())

@@ -16,6 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+PARENT = os.getppid()  # torchrun may end while all of the following is imported, which takes seconds
+
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
@@ -376,7 +378,7 @@ def run(config: TrainConfig) -> None:
     if world_size % config.replicas:
         raise UserError(f"--replicas {config.replicas}: must divide the number of processes, {world_size}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_the_parent()
+        end_with_the_parent(PARENT)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # what was asked for has been done
         config = replace(config, resume="auto")
     prepared = prepare(config)

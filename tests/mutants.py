@@ -412,6 +412,9 @@ MUTANTS = {
         "gcrm_fast/interrupts.py", "if now >= self._told + REPEATED:", "if now >= self._told:", SURVIVAL + "second"),
     "run: ignored signals stop it": (
         "gcrm_fast/interrupts.py", "if signal.getsignal(number) != signal.SIG_IGN", "if number", SURVIVAL + "second"),
+    "run: orphans that have hardly begun go on": (
+        "gcrm_fast/train.py", "end_with_the_parent(PARENT)", "end_with_the_parent(os.getppid())",
+        SURVIVAL + "hardly_begun"),
     "run: a restart starts anew": (
         "gcrm_fast/train.py", 'if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):', "if False:",
         SURVIVAL + "whatever"),

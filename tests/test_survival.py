@@ -200,6 +200,18 @@ def test_copies_of_a_shard_round_alike(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_orphans_that_have_hardly_begun_end(pair_file: Path, tmp_path: Path) -> None:
+    """torchrun is killed while its processes still import."""
+    run = start(*arguments(pair_file, tmp_path), processes=2)
+    wait_for(lambda: len(workers(run)) == 2, "the processes")
+    ranks = workers(run)
+    time.sleep(1)
+    run.kill()
+    wait_for(lambda: not any(map(alive, ranks)), "the orphans' end", 60)
+    run.communicate()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_orphans_end_and_free_the_folder(pair_file: Path, tmp_path: Path) -> None:
     more = ("--steps", "100000", "--eval-every", "50000", "--save-every", "50000", "--workers", "1")
     run = start(*arguments(pair_file, tmp_path, *more), processes=2)
