@@ -134,7 +134,7 @@ class Batcher:
         self._together(batch, self._judge)
         with self._changed:
             for job in batch:
-                if job.over or len(job.judged) == len(job.completions):
+                if len(job.judged) == len(job.completions):
                     self.waiting -= len(job.completions)
                 else:
                     self._jobs.append(job)

@@ -1,5 +1,6 @@
 """What is checked and known before training: data, tokenizer, weights, budgets, memory; and its description."""
 
+import functools
 import hashlib
 import math
 import re
@@ -46,7 +47,7 @@ class Prepared:
     steps: int
     output: Path
 
-    @property
+    @functools.cached_property
     def data_key(self) -> str:
         """Of all that the training data is: tokens and margins."""
         margins = np.array([pair.margin for pair in self.train], dtype=np.float64)

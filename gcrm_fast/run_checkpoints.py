@@ -239,7 +239,9 @@ class Checkpoints:
 
     def _prune(self) -> None:
         present = checkpoints(self.folder.parent)
-        keep = {*present[-self.keep :], *self.ranked()[:1]}
+        keep = set(present[-self.keep :])
+        if self.metric:
+            keep.update(self.ranked()[:1])
         for path in set(present) - keep:
             _remove(path)
 

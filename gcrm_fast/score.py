@@ -203,9 +203,7 @@ def json_line(record: dict[str, Any]) -> bytes:
         return (json.dumps(record, default=str) + "\n").encode()
 
 
-def score_window(
-    window: Window, model: RewardModel, goal: Tensor | None, per_token: bool, bad: BadRecords
-) -> bytes:  # fmt: skip
+def score_window(window: Window, model: RewardModel, goal: Tensor | None, per_token: bool, bad: BadRecords) -> bytes:
     """The output lines of a window; its records with a completion that cannot be scored go to ``bad``."""
     tokens = iter(encoded([candidate for record in window for candidate in record], model))
     good: list[tuple[list[Candidate], list[Completion]]] = []

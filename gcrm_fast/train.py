@@ -49,7 +49,7 @@ from gcrm_fast.prepare import (
     objective_of,
     prepare,
     steps_of,
-)  # fmt: skip
+)
 from gcrm_fast.report import MetricsLog, plot_curves, table
 from gcrm_fast.resume import RunState, Window, facts, find
 from gcrm_fast.run_checkpoints import Checkpoints, checkpoints, first_whole
@@ -289,7 +289,9 @@ def held_out_rows(log: MetricsLog, evaluation: Mapping[str, float]) -> list[tupl
              "contrastive loss": "loss/contrastive"}  # fmt: skip
     rows = [(f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {evaluation.get(f'eval/{key}', math.nan):.3f}")
             for name, key in names.items() if evaluation]  # fmt: skip
-    groups = {key.removeprefix("eval/auroc/"): value for key, value in evaluation.items() if "auroc/" in key}
+    groups = {
+        key.removeprefix("eval/auroc/"): value for key, value in evaluation.items() if key.startswith("eval/auroc/")
+    }
     return rows + [(f"  AUROC {name}", f"{value:.3f}") for name, value in groups.items()]
 
 

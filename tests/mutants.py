@@ -20,9 +20,7 @@ TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.
 BENCH, STEP, SURVIVAL = (f"tests/test_{name}.py -k " for name in ("bench", "step", "survival"))
 SCORING, GOALS = "tests/test_scoring.py -k ", "tests/test_goals.py -k "
 EXPORT, REWARDS, SERVE = (f"tests/test_{name}.py -k " for name in ("export", "rewards", "serve"))
-KERNELS = "tests/test_kernels.py -k "
 JUDGING, EVALUATE, VOTE, PAGE = (f"tests/test_{name}.py -k " for name in ("judging", "evaluate", "vote", "page"))
-BENCH, STEP = "tests/test_bench.py -k ", "tests/test_step.py -k "
 KERNELS, EXPERIMENTS = "tests/test_kernels.py -k ", "tests/test_experiments.py -k "
 GATHER, TILES = KERNELS + "gather", KERNELS + "tiles"
 ANALYTIC, TRITON = (KERNELS + f"({path}-5-64 or {path}-16-200 or {path}-33 or eps) and not {other}"
@@ -336,7 +334,7 @@ MUTANTS = {
     "run: damaged newer checkpoints stay in the way": (
         "gcrm_fast/run_checkpoints.py", "if step_of(path) > after:", "if False:", SURVIVAL + "all_checkpoints_damaged"),
     "run: the best checkpoint is not kept": (
-        "gcrm_fast/run_checkpoints.py", ", *self.ranked()[:1]}", "}", SURVIVAL + "stay"),
+        "gcrm_fast/run_checkpoints.py", "keep.update(self.ranked()[:1])", "pass", SURVIVAL + "stay"),
     "run: one checkpoint too many kept": (
         "gcrm_fast/run_checkpoints.py", "present[-self.keep :]", "present[-self.keep - 1 :]", SURVIVAL + "stay"),
     "run: moments of the optimizer not resumed": (
@@ -397,7 +395,7 @@ MUTANTS = {
     "results: what is no result is overwritten": (
         "gcrm_fast/results.py", "    if others:", "    if not others and others:", EVALUATE + "unasked"),
     "scoring: lists of other lengths are cut to the shortest chunk": (
-        "gcrm_fast/scoring.py", "if not len(prompts) == len(completions) == ", "if not len(prompts) == ",
+        "gcrm_fast/scoring.py", "if not len(prompts) == len(completions) == ", "if not len(completions) == ",
         SCORING + "go_together"),
     "scoring: what cannot be scored ends a run that skips": (
         "gcrm_fast/candidates.py", "if bad.skip and (", "if not bad.skip and (", SCORING + "skipped_where"),

@@ -154,7 +154,7 @@ with Interrupts(dist.new_group(backend="gloo")).handled():
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(os.getpid(), number)
     print("first", flush=True)
-    time.sleep(REPEATED)
+    time.sleep(REPEATED)  # else it counts as the same occasion
     os.kill(os.getpid(), signal.SIGHUP)
     print("ignored", flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -205,7 +205,7 @@ def test_orphans_that_have_hardly_begun_end(pair_file: Path, tmp_path: Path) -> 
     run = start(*arguments(pair_file, tmp_path), processes=2)
     wait_for(lambda: len(workers(run)) == 2, "the processes")
     ranks = workers(run)
-    time.sleep(1)
+    wait_for(lambda: all("libtorch" in Path(f"/proc/{pid}/maps").read_text() for pid in ranks), "the first imports")
     run.kill()
     wait_for(lambda: not any(map(alive, ranks)), "the orphans' end", 60)
     run.communicate()
