@@ -1,17 +1,19 @@
 """Causal attention over packed segments: one variable-length call, three backends behind one signature.
 
-Letters: T query rows, K gathered key/value rows, N query heads, G key/value heads, M = N / G, D head size, B segments;
-b segments padded to q queries and k keys.
+Letters: T query rows, K gathered key/value rows, N query heads, G key/value heads, D head size, B segments; b segments
+padded to q queries and k keys.
 
 Segment b owns the queries cu_seqlens_q[b]:cu_seqlens_q[b + 1] and the keys cu_seqlens_k[b]:cu_seqlens_k[b + 1]. It has
 at least as many keys as queries, and its causal mask is aligned bottom-right: the last query sees every key. With keys
 gathered as [P C1 | P C2 | ...] that makes one call compute a shared prefix once (see packing.py).
 """
 
+import functools
 import importlib.util
 import inspect
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -78,14 +80,14 @@ class _Rows(NamedTuple):
     last row, and which of them are real."""
 
     at: slice | Tensor
-    real: Tensor
+    real: Tensor | None
 
     @staticmethod
-    def of(starts: Sequence[int], lengths: Sequence[int], size: int, device: torch.device) -> "_Rows":
+    def of(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> "_Rows":
         if len(starts) == 1:
-            return _Rows(slice(starts[0], starts[0] + size), torch.ones(1, size, dtype=torch.bool, device=device))
+            return _Rows(slice(starts[0], starts[0] + lengths[0]), None)
         start, length = torch.tensor([starts, lengths], device=device).unsqueeze(-1)
-        n = torch.arange(size, device=device)
+        n = torch.arange(max(lengths), device=device)
         return _Rows(start + n.minimum(length - 1), n < length)
 
     def take(self, x_T: Tensor) -> Tensor:
@@ -101,97 +103,81 @@ class _Rows(NamedTuple):
 
 
 class _Bucket(NamedTuple):
-    """Segments padded to one shape, and the mask [b, 1, 1, q, k] of the keys that a query must not see."""
+    """Segments padded to one shape, and what their causal mask adds to the scores, [b, 1, q, k]: 0, or -inf at the keys
+    that a query must not see. None where the kernel masks by itself and leaves out what it need not compute."""
 
     queries: _Rows
     keys: _Rows
-    hidden: Tensor
+    bias: Tensor | None
 
 
-def _buckets(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[_Bucket]:
-    """All segments, those of equal lengths after rounding up to ``PADDING`` side by side."""
-    device = cu_seqlens_q.device
-    q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    members: dict[tuple[int, int], list[tuple[int, int, int, int]]] = defaultdict(list)
-    for b in range(len(q_bounds) - 1):
-        q_len, k_len = q_bounds[b + 1] - q_bounds[b], k_bounds[b + 1] - k_bounds[b]
-        shape = -(-q_len // PADDING), -(-k_len // PADDING)
-        members[shape].append((q_bounds[b], k_bounds[b], q_len, k_len))
+@functools.lru_cache(maxsize=1)  # of a pack, for all its layers
+def _buckets(
+    q_bounds: tuple[int, ...], k_bounds: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> list[_Bucket]:
+    """All segments, those of equal lengths after rounding up to ``PADDING`` side by side, square ones by themselves."""
+    members: dict[tuple[int, int, bool], list[tuple[int, int, int, int]]] = defaultdict(list)
+    for (q_start, q_end), (k_start, k_end) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
+        q_len, k_len = q_end - q_start, k_end - k_start
+        shape = -(-q_len // PADDING), -(-k_len // PADDING), q_len == k_len
+        members[shape].append((q_start, k_start, q_len, k_len))
     buckets = []
-    for segments in members.values():
+    for (_, _, square), segments in members.items():
         q_starts, k_starts, q_lens, k_lens = zip(*segments, strict=True)
-        q, k = torch.arange(max(q_lens), device=device), torch.arange(max(k_lens), device=device)
-        earlier = torch.tensor(k_lens, device=device) - torch.tensor(q_lens, device=device)
-        # Bottom-right causal; this also hides the padded keys from every real query.
-        hidden = k > q.unsqueeze(-1) + earlier[:, None, None]
-        rows_q, rows_k = (_Rows.of(*of, device) for of in ((q_starts, q_lens, len(q)), (k_starts, k_lens, len(k))))
-        buckets.append(_Bucket(rows_q, rows_k, hidden[:, None, None]))
+        bias = None
+        if not (square and device.type == "cpu"):
+            q, k = torch.arange(max(q_lens), device=device), torch.arange(max(k_lens), device=device)
+            earlier = torch.tensor(k_lens, device=device) - torch.tensor(q_lens, device=device)
+            # Bottom-right causal; this also hides the padded keys from every real query.
+            hidden = k > q.unsqueeze(-1) + earlier[:, None, None]
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf).unsqueeze(1)
+        buckets.append(_Bucket(_Rows.of(q_starts, q_lens, device), _Rows.of(k_starts, k_lens, device), bias))
     return buckets
 
 
-def _folded(x_bGMqD: Tensor) -> Tensor:
-    """[b, G, M, q, ...] -> [b, G, M * q, ...]: query heads that share keys are rows of one product."""
-    return x_bGMqD.flatten(2, 3)
+def _cut(q_TND: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[_Bucket]:
+    """The pack's buckets, their masks at least float32."""
+    dtype = torch.promote_types(q_TND.dtype, torch.float32) if not q_TND.is_cpu else q_TND.dtype
+    return _buckets(tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist()), q_TND.device, dtype)
 
 
-def _bias(hidden: Tensor, q_bGMqD: Tensor) -> Tensor:
-    """-inf where hidden, else 0, for the folded queries: [b, 1, M * q, k]."""
-    b, _, _, q, k = hidden.shape
-    bias = q_bGMqD.new_zeros(b, 1, 1, q, k).masked_fill_(hidden, -torch.inf)
-    return bias.expand(b, 1, q_bGMqD.shape[2], q, k).flatten(2, 3)
-
-
-def _scores(q: Tensor, k: Tensor, hidden: Tensor) -> Tensor:
-    """q k^T / sqrt(D), -inf where hidden, [b, G, M, q, k], at least float32."""
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """q k^T / sqrt(D) + bias, [b, N, q, k], at least float32."""
     scores = q @ k.mT * q.shape[-1] ** -0.5
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    return scores.masked_fill(hidden, -torch.inf)
+    return (scores if scores.dtype == torch.float64 else scores.float()) + bias
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [b, G, M, q, D] and logsumexp of the scores [b, G, M, q], for q [b, G, M, q, D], k and v [b, G, 1, k, D].
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output [b, N, q, D] and logsumexp of the scores [b, N, q], for q [b, N, q, D], k and v [b, N, k, D].
 
     On a CPU PyTorch's flash kernel, called below autograd, where scaled_dot_product_attention itself would have no
     backward; elsewhere written out.
     """
     if q.is_cpu:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _folded(q), k.squeeze(2), v.squeeze(2), attn_mask=_bias(hidden, q)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, is_causal=bias is None, attn_mask=bias
         )
-        return out.unflatten(2, q.shape[2:4]), lse.unflatten(2, q.shape[2:4])
-    scores = _scores(q, k, hidden)
+    scores = _scores(q, k, bias)
     return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
 
 
 def _attend_backward(
-    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [b, G, M, q, D], k and v [b, G, k, D]."""
+    """Gradients of q [b, N, q, D], k and v [b, N, k, D]."""
     if q.is_cpu:
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _folded(grad), _folded(q), k.squeeze(2), v.squeeze(2), _folded(out), _folded(lse), 0.0, False,
-            attn_mask=_bias(hidden, q),
-        )  # fmt: skip
-        return dq.unflatten(2, q.shape[2:4]), dk, dv
-    p = (_scores(q, k, hidden) - lse.unsqueeze(-1)).exp()
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, bias is None, attn_mask=bias
+        )
+    p = (_scores(q, k, bias) - lse.unsqueeze(-1)).exp()
     ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
     ds, p = ds.to(q.dtype), p.to(q.dtype)
-    return ds @ k, (ds.mT @ q).sum(2), (p.mT @ grad).sum(2)
+    return ds @ k, ds.mT @ q, p.mT @ grad
 
 
-def _queries(x_bqN: Tensor, kv_heads: int) -> Tensor:
-    """[b, q, N, ...] -> [b, G, M, q, ...]: the M = N / G query heads that share a key/value head side by side."""
-    return x_bqN.unflatten(2, (kv_heads, -1)).movedim(1, 3)
-
-
-def _keys(x_bkGD: Tensor) -> Tensor:
-    """[b, k, G, D] -> [b, G, 1, k, D]."""
-    return x_bkGD.transpose(1, 2).unsqueeze(2)
-
-
-def _flat(x_bGMq: Tensor) -> Tensor:
-    """[b, G, M, q, ...] -> [b, q, N, ...]."""
-    return x_bGMq.movedim(3, 1).flatten(2, 3)
+def _for_heads(x_KGD: Tensor, heads: int) -> Tensor:
+    """[K, G, D] -> [K, N, D]: each key/value head once for every query head that reads it."""
+    return x_KGD.repeat_interleave(heads // x_KGD.shape[1], 1)
 
 
 @torch.library.custom_op("gcrm::segment_attention", mutates_args=())
@@ -200,11 +186,12 @@ def _segment_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, N, D] and logsumexp [T, N], at least float32, for the backward."""
     out_TND, lse_TN = _empty_results(q_TND)
-    for queries, keys, hidden in _buckets(cu_seqlens_q, cu_seqlens_k):
-        k, v = _keys(keys.take(k_KGD)), _keys(keys.take(v_KGD))
-        out, lse = _attend(_queries(queries.take(q_TND), k_KGD.shape[1]), k, v, hidden)
-        queries.put(out_TND, _flat(out))
-        queries.put(lse_TN, _flat(lse))
+    k_KND, v_KND = (_for_heads(x, q_TND.shape[1]) for x in (k_KGD, v_KGD))
+    for queries, keys, bias in _cut(q_TND, cu_seqlens_q, cu_seqlens_k):
+        q, k, v = (rows.take(x).transpose(1, 2) for rows, x in ((queries, q_TND), (keys, k_KND), (keys, v_KND)))
+        out, lse = _attend(q, k, v, bias)
+        queries.put(out_TND, out.transpose(1, 2))
+        queries.put(lse_TN, lse.transpose(1, 2))
     return out_TND, lse_TN
 
 
@@ -224,16 +211,18 @@ def _segment_attention_backward(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v. Each row belongs to one segment, so writing is enough: nothing adds up here."""
-    dq_TND, dk_KGD, dv_KGD = (x.new_empty(x.shape) for x in (q_TND, k_KGD, v_KGD))
-    kv_heads = k_KGD.shape[1]
-    for queries, keys, hidden in _buckets(cu_seqlens_q, cu_seqlens_k):
-        k, v = _keys(keys.take(k_KGD)), _keys(keys.take(v_KGD))
-        grad, out, lse, q = (_queries(queries.take(x), kv_heads) for x in (grad_TND, out_TND, lse_TN, q_TND))
-        grad = grad * queries.real[:, None, None, :, None]  # padding repeats a real query: it must not count again
-        dq, dk, dv = _attend_backward(grad, out, lse, q, k, v, hidden)
-        queries.put(dq_TND, _flat(dq))
-        keys.put(dk_KGD, dk.transpose(1, 2))
-        keys.put(dv_KGD, dv.transpose(1, 2))
+    k_KND, v_KND = (_for_heads(x, q_TND.shape[1]) for x in (k_KGD, v_KGD))
+    dq_TND, dk_KND, dv_KND = (torch.empty_like(x) for x in (q_TND, k_KND, v_KND))
+    for queries, keys, bias in _cut(q_TND, cu_seqlens_q, cu_seqlens_k):
+        grad, out, lse, q = (queries.take(x).transpose(1, 2) for x in (grad_TND, out_TND, lse_TN, q_TND))
+        k, v = (keys.take(x).transpose(1, 2) for x in (k_KND, v_KND))
+        if queries.real is not None:
+            grad = grad * queries.real[:, None, :, None]  # padding repeats a real query: it must not count again
+        dq, dk, dv = _attend_backward(grad, out, lse, q, k, v, bias)
+        queries.put(dq_TND, dq.transpose(1, 2))
+        keys.put(dk_KND, dk.transpose(1, 2))
+        keys.put(dv_KND, dv.transpose(1, 2))
+    dk_KGD, dv_KGD = (x.unflatten(1, (k_KGD.shape[1], -1)).sum(2) for x in (dk_KND, dv_KND))
     return dq_TND, dk_KGD, dv_KGD
 
 

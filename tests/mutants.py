@@ -266,7 +266,13 @@ MUTANTS = {
     "bfloat16 weights without stochastic rounding": (
         "gcrm_fast/optimizer.py", "bf16_stochastic_round=True", "bf16_stochastic_round=False", STEP + "stochastic"),
     "padded queries counted again in attention": (
-        "gcrm_fast/attention.py", "grad = grad * queries.real[:, None, None, :, None]", "grad = grad * 1.0",
+        "gcrm_fast/attention.py", "grad = grad * queries.real[:, None, :, None]", "grad = grad * 1.0",
+        PACKING + " -k segment_attention"),
+    "attention: square segments see what follows": (
+        "gcrm_fast/attention.py", "is_causal=bias is None, attn_mask", "is_causal=False, attn_mask",
+        PACKING + " -k segment_attention"),
+    "attention: the backward of square segments sees what follows": (
+        "gcrm_fast/attention.py", "0.0, bias is None, attn_mask", "0.0, False, attn_mask",
         PACKING + " -k segment_attention"),
     "benchmark: the reference reads negative goals on the chosen completion": (
         "bench/padded.py", "torch.tensor([0, 0, 0, n])", "torch.tensor([0, 0, 0, 0])", BENCH + "lever"),
