@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-PADDING = 16  # rows to which the eager backend pads segments, so that many of them share one matrix product
+PADDING = 16  # rows to which the eager backend pads short segments, so that many of them share one matrix product
+ALONE = 64  # queries from which a segment has a product of its own, on views instead of copies
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "eager")
 
@@ -76,30 +77,33 @@ def packed_attention(
 
 
 class _Rows(NamedTuple):
-    """Rows of a flat axis that segments take: a slice for a single one, else indices [b, n], padded with each segment's
-    last row, and which of them are real."""
+    """Rows of a flat axis that b segments take: a slice for a single one; else the indices of all of them [b * n],
+    padded with each segment's last row, and which of these are real [b, n]."""
 
     at: slice | Tensor
-    real: Tensor | None
+    real: Tensor
 
     @staticmethod
     def of(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> "_Rows":
         if len(starts) == 1:
-            return _Rows(slice(starts[0], starts[0] + lengths[0]), None)
+            rows = slice(starts[0], starts[0] + lengths[0])
+            return _Rows(rows, torch.ones(1, lengths[0], dtype=torch.bool, device=device))
         start, length = torch.tensor([starts, lengths], device=device).unsqueeze(-1)
         n = torch.arange(max(lengths), device=device)
-        return _Rows(start + n.minimum(length - 1), n < length)
+        return _Rows((start + n.minimum(length - 1)).flatten(), n < length)
 
     def take(self, x_T: Tensor) -> Tensor:
         """[T, ...] -> [b, n, ...]"""
-        return x_T[self.at].unsqueeze(0) if isinstance(self.at, slice) else x_T[self.at]
+        if isinstance(self.at, slice):
+            return x_T[self.at].unsqueeze(0)
+        return x_T.index_select(0, self.at).unflatten(0, self.real.shape)
 
     def put(self, x_T: Tensor, values: Tensor) -> None:
         """Writes the real ones of values [b, n, ...]."""
         if isinstance(self.at, slice):
             x_T[self.at] = values[0]
         else:
-            x_T[self.at[self.real]] = values[self.real].to(x_T.dtype)
+            x_T[self.at[self.real.flatten()]] = values[self.real].to(x_T.dtype)
 
 
 class _Bucket(NamedTuple):
@@ -115,14 +119,16 @@ class _Bucket(NamedTuple):
 def _buckets(
     q_bounds: tuple[int, ...], k_bounds: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> list[_Bucket]:
-    """All segments, those of equal lengths after rounding up to ``PADDING`` side by side, square ones by themselves."""
-    members: dict[tuple[int, int, bool], list[tuple[int, int, int, int]]] = defaultdict(list)
+    """All segments: long ones alone, short ones of equal lengths after rounding up to ``PADDING`` side by side, square
+    ones by themselves."""
+    members: dict[tuple[int, int, bool, int], list[tuple[int, int, int, int]]] = defaultdict(list)
     for (q_start, q_end), (k_start, k_end) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
         q_len, k_len = q_end - q_start, k_end - k_start
-        shape = -(-q_len // PADDING), -(-k_len // PADDING), q_len == k_len
+        alone = q_start if q_len >= ALONE else -1
+        shape = -(-q_len // PADDING), -(-k_len // PADDING), q_len == k_len, alone
         members[shape].append((q_start, k_start, q_len, k_len))
     buckets = []
-    for (_, _, square), segments in members.items():
+    for (_, _, square, _), segments in members.items():
         q_starts, k_starts, q_lens, k_lens = zip(*segments, strict=True)
         bias = None
         if not (square and device.type == "cpu"):
@@ -216,7 +222,7 @@ def _segment_attention_backward(
     for queries, keys, bias in _cut(q_TND, cu_seqlens_q, cu_seqlens_k):
         grad, out, lse, q = (queries.take(x).transpose(1, 2) for x in (grad_TND, out_TND, lse_TN, q_TND))
         k, v = (keys.take(x).transpose(1, 2) for x in (k_KND, v_KND))
-        if queries.real is not None:
+        if isinstance(queries.at, Tensor):
             grad = grad * queries.real[:, None, :, None]  # padding repeats a real query: it must not count again
         dq, dk, dv = _attend_backward(grad, out, lse, q, k, v, bias)
         queries.put(dq_TND, dq.transpose(1, 2))

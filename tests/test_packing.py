@@ -166,13 +166,13 @@ def test_inverse_index_lists_the_uses_of_each_row_in_order() -> None:
 
 
 def test_segment_attention_gradcheck_with_shared_keys_and_grouped_heads() -> None:
-    # Square and not; alone, and two of different lengths that are padded to one shape.
-    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 7, 27, 30, 34], [0, 5, 11, 31, 34, 43]))
-    q = torch.randn(34, 4, 6, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(43, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    # Square and not; alone, and two of different lengths that are padded to one shape; one long enough to be alone.
+    cu_q, cu_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 7, 27, 30, 34, 99], [0, 5, 11, 31, 34, 43, 110]))
+    q = torch.randn(99, 4, 6, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(110, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda q, k, v: segment_attention(q, k, v, cu_q, cu_k), (q, k, v), fast_mode=True)
     torch.library.opcheck(torch.ops.gcrm.segment_attention.default, (q, k, v, cu_q, cu_k))
-    for b in range(5):
+    for b in range(6):
         rows_q, rows_k = slice(int(cu_q[b]), int(cu_q[b + 1])), slice(int(cu_k[b]), int(cu_k[b + 1]))
         mask = torch.ones(rows_q.stop - rows_q.start, rows_k.stop - rows_k.start, dtype=torch.bool)
         mask = mask.tril(mask.shape[1] - mask.shape[0])
