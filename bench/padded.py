@@ -210,8 +210,9 @@ def trl_trainer(
         try:
             yield trainer
         finally:
-            # Accelerate replaces the model's forward by one under autocast: a second trainer would wrap it again.
-            vars(padded.model).pop("forward", None)
+            # Accelerate replaces the model's forward by one under autocast, and notes that it need not do so again.
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                vars(padded.model).pop(name, None)
             padded.checkpointing(False)
 
 

@@ -276,6 +276,13 @@ MUTANTS = {
         PACKING + " -k segment_attention"),
     "benchmark: the reference reads negative goals on the chosen completion": (
         "bench/padded.py", "torch.tensor([0, 0, 0, n])", "torch.tensor([0, 0, 0, 0])", BENCH + "lever"),
+    "benchmark: TRL without autocast from its second trainer on": (
+        "bench/padded.py", '("forward", "_original_forward", "_is_accelerate_prepared")', '("forward",)',
+        BENCH + "dtype_that_is_timed"),
+    "benchmark: views move bytes": (
+        "bench/step_model.py", "not func.is_view and ", "", BENCH + "charged"),
+    "benchmark: attention's backward counted once": (
+        "bench/step_model.py", '(2 if name.endswith("backward") else 1)', "1", BENCH + "operations_of_the_log"),
     "benchmark: sharing not removed": (
         "bench/our_step.py", 'with unshared if without == "sharing"', 'with unshared if without == "none"',
         BENCH + "lever"),

@@ -17,14 +17,14 @@ from conftest import ROOT, small_config
 from gcrm_kernels import launch, reference
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcrm_fast import objectives, parallel
+from gcrm_fast import accounting, objectives, parallel
 from gcrm_fast.accounting import forward_flops
 from gcrm_fast.config import TrainConfig
 from gcrm_fast.packing import Sampling
 
 CPU = torch.device("cpu")
 MODULES = ("contrastive_loss", "measure", "fused_projection", "train_step", "contestants", "our_step", "step_costs",
-           "scoring", "padded", "records", "gpu")  # fmt: skip
+           "scoring", "padded", "records", "gpu", "step_model")  # fmt: skip
 
 
 @pytest.fixture
@@ -128,10 +128,10 @@ CONFIG = small_config(vocab_size=32_000)
 OPTIONS = TrainConfig(global_batch_pairs=8)
 
 
-def padded_and_batch(step: ModuleType) -> tuple[Any, list[Any]]:
+def padded_and_batch(step: ModuleType, dtype: torch.dtype = torch.float32) -> tuple[Any, list[Any]]:
     """(the padded reference, a global batch of 8 pairs, one a group)"""
     pairs = step.records.records("gsm8k_pairs", 8)
-    model = step.padded.Padded(CONFIG, OPTIONS, objectives.Objective(), Sampling(), torch.float32, CPU)
+    model = step.padded.Padded(CONFIG, OPTIONS, objectives.Objective(), Sampling(), dtype, CPU)
     return model, [[pair] for pair in pairs]
 
 
@@ -246,6 +246,45 @@ def test_trl_runs_its_own_trainer_and_computes_the_same_ranking_loss(step: Modul
     assert (len(shipped.seconds), len(off.seconds)) == (2, 2)
     assert (shipped.checkpointing, off.checkpointing) == (True, False)
     assert all(peak.bytes > 0 for peak in off.peaks)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+def test_trl_computes_in_the_dtype_that_is_timed_each_time(step: ModuleType) -> None:
+    model, batch = padded_and_batch(step, torch.bfloat16)
+    seen = []
+    model.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
+    for as_shipped in (False, True):
+        step.padded.trl_steps(model, [step.flat(batch)[:2]], 2, as_shipped)
+        assert set(seen) == {torch.bfloat16}
+        seen.clear()
+
+
+# -------------------------------------------------------------------------------------------------- the model of a step
+
+
+@pytest.fixture
+def step_model(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("step_model")
+
+
+def test_operators_are_charged_for_what_they_read_and_write(step_model: ModuleType) -> None:
+    a, b = torch.zeros(4, 8), torch.zeros(8, 2)
+    with step_model.Counter(1e3, 10.0, 0.0) as counter:
+        (a @ b).t().unsqueeze(0) + 1  # views move nothing
+    assert counter.totals == {
+        step_model.MATMUL: [2 * 4 * 8 * 2, 4 * (32 + 16 + 8), 4 * (32 + 16 + 8) / 10],
+        step_model.REST: [0.0, 4 * (8 + 8), 4 * (8 + 8) / 10],
+    }
+
+
+def test_the_model_of_a_step_has_the_operations_of_the_log(step_model: ModuleType) -> None:
+    pack = step_model.pack_of(20, 30, 500)
+    assert pack.n_pairs == 6
+    counter = step_model.count(CONFIG, pack, 1e12, 1e12)
+    operations = {part: total[0] for part, total in counter.totals.items()}
+    assert operations[step_model.ATTENTION] > 0
+    assert sum(operations.values()) == pytest.approx(accounting.work(pack, CONFIG, "none").model_flops, rel=1e-3)
+    assert counter.totals[step_model.KERNELS][1] > 0
 
 
 # ---------------------------------------------------------------------------------------------------------- make gpu
