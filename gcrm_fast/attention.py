@@ -142,7 +142,7 @@ def _buckets(
 
 
 def _cut(q_TND: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[_Bucket]:
-    """The pack's buckets, their masks at least float32."""
+    """The pack's buckets, their masks in the dtype of what they are added to."""
     dtype = torch.promote_types(q_TND.dtype, torch.float32) if not q_TND.is_cpu else q_TND.dtype
     return _buckets(tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist()), q_TND.device, dtype)
 

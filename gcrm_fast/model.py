@@ -89,6 +89,11 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
     return torch.where(between, smooth, scaled)
 
 
+# The first cosine of a process, computed by several threads of a CPU, may be wrong by 1e-4 in all but one thread's part
+# while MKL sets itself up. Cosines of one element, which one thread computes, come before it.
+torch.zeros(1).cos(), torch.zeros(1).sin()
+
+
 def rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     """Rotary embedding with halves paired (i with i + D/2), as in Hugging Face checkpoints."""
     a, b = x_TND.chunk(2, dim=-1)

@@ -78,9 +78,10 @@ def test_three_kills_change_nothing(pair_file: Path, tmp_path: Path) -> None:
         ("a later checkpoint", lambda: bool(checkpoints(killed)) and checkpoints(killed)[-1].name > last),
     ]
     for rank, (what, moment) in enumerate(moments):
+        wait_for(lambda: len(workers(run)) == 2, "the processes")
         before = workers(run)
         wait_for(moment, what)
-        os.kill(workers(run)[rank % 2], signal.SIGKILL)
+        os.kill(before[rank % 2], signal.SIGKILL)
         wait_for(lambda gone=before: len(workers(run)) == 2 and not set(gone) & set(workers(run)), "a restart")
         last = max((path.name for path in checkpoints(killed)), default="")
     stdout, stderr = run.communicate(timeout=300)
