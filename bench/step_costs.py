@@ -95,8 +95,9 @@ def plot_scaling(rows: list[dict[str, Any]], path: str, title: str) -> None:
         by_size = what.startswith("tokens")
         axis, column = (axes[0], "us/token") if by_size else (axes[1], "pairs/s")
         axis.plot([row["n"] for row in mine], [row[column] for row in mine], "o-", label=what)
-        axis.set(xscale="log", xlabel=what if by_size else "pairs sharing a prompt", ylabel=column, ylim=(0, None))
+        axis.set(xscale="log", xlabel=what if by_size else "pairs sharing a prompt", ylabel=column)
     for axis in axes:
+        axis.set_ylim(bottom=0)  # of all lines: it fixes the top as well
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(title)

@@ -36,10 +36,10 @@ COLUMNS = ("model", "prompt/completion", "part", "TFLOP/pair", "GB/pair", "ms/pa
 class Counter(TorchDispatchMode):
     """Operations, bytes and seconds of the operators that run under it, by part."""
 
-    def __init__(self, flops: float, bandwidth: float, products: float) -> None:
-        """``products``: operations of one attention forward over all its heads."""
+    def __init__(self, flops: float, bandwidth: float, attention: float) -> None:
+        """``attention``: operations of one layer's attention forward."""
         super().__init__()
-        self.peak, self.bandwidth, self.attention = flops, bandwidth, products
+        self.peak, self.bandwidth, self.attention = flops, bandwidth, attention
         self.totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -74,9 +74,8 @@ def pack_of(prompt: int, completion: int, tokens: int) -> Pack:
 
 def count(config: ModelConfig, pack: Pack, flops: float, bandwidth: float) -> Counter:
     """Forward and backward of the trainer's model on the pack."""
-    q_B, k_B = pack.cu_seqlens_q.diff().long(), pack.cu_seqlens_k.diff().long()
-    products = int((q_B * k_B - q_B * (q_B - 1) // 2).sum())
-    counter = Counter(flops, bandwidth, 4.0 * config.num_attention_heads * config.head_dim * products)
+    attention = accounting.forward_flops(config, 0, accounting.query_key_products(pack), 0)
+    counter = Counter(flops, bandwidth, attention / config.num_hidden_layers)
     kernels = mock.patch("gcrm_kernels.swiglu.use_triton", return_value=True)
     recomputed = mock.patch("gcrm_fast.model.use_triton", return_value=True)
     with FakeTensorMode() as mode, kernels, recomputed:
@@ -111,7 +110,8 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["1b", "8b"], help="default: 1b 8b")
     parser.add_argument("--tokens-per-batch", type=int, default=16384, help="of a pack, default: 16384")
     parser.add_argument("--global-batch", type=int, default=64, help="pairs an optimizer step, default: 64")
-    parser.add_argument("--tflops", type=float, default=989.0, help="bfloat16 matrix products, default: H200's 989")
+    parser.add_argument("--tflops", type=float, default=accounting.DATA_SHEET["H200"] / 1e12,
+                        help="bfloat16 matrix products, default: H200's")  # fmt: skip
     parser.add_argument("--bandwidth", type=float, default=4.8, help="of memory in TB/s, default: H200's 4.8")
     options = parser.parse_args()
     rows = [row for name in options.model for shape in SHAPES for row in rows_of(name, *shape, options)]

@@ -57,12 +57,17 @@ def forward_flops(config: ModelConfig, tokens: int, products: int, read_rows: in
     return layers * (projections * tokens + 4 * q * products) + tail * ((layers - 1) * tokens + read_rows)
 
 
+def query_key_products(pack: Pack) -> int:
+    """Of one attention head: the pairs of a query and a key that the causal mask leaves."""
+    q_B, k_B = pack.cu_seqlens_q.diff().long(), pack.cu_seqlens_k.diff().long()
+    return int((q_B * k_B - q_B * (q_B - 1) // 2).sum())
+
+
 def work(pack: Pack, config: ModelConfig, recompute: str) -> Work:
     """What training on ``pack`` takes. A backward pass counts twice the forward (Kaplan et al. 2020, section 2.1), of
     attention too: what flash attention computes again belongs to neither number."""
     t, r, h = len(pack.input_ids_T), len(pack.read_rows_R), config.hidden_size
-    q_B, k_B = pack.cu_seqlens_q.diff().long(), pack.cu_seqlens_k.diff().long()
-    forward = forward_flops(config, t, int((q_B * k_B - q_B * (q_B - 1) // 2).sum()), r)
+    forward = forward_flops(config, t, query_key_products(pack), r)
     # One of the MLP's three products; the last of a recomputed part is not needed again.
     product = 2 * h * config.intermediate_size * ((config.num_hidden_layers - 1) * t + r)
     again = {"none": 0, "mlp": 2 * product, "block": forward - product}[recompute]

@@ -91,7 +91,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 # The first cosine of a process, computed by several threads of a CPU, may be wrong by 1e-4 in all but one thread's part
 # while MKL sets itself up. Cosines of one element, which one thread computes, come before it.
-torch.zeros(1).cos(), torch.zeros(1).sin()
+torch.zeros(1, device="cpu").cos(), torch.zeros(1, device="cpu").sin()
 
 
 def rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ CPU = torch.device("cpu")
 MODULES = ("contrastive_loss", "measure", "fused_projection", "train_step", "contestants", "our_step", "step_costs",
            "scoring", "padded", "records", "gpu", "step_model")  # fmt: skip
 
+# An extra for this benchmark alone.
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
@@ -235,7 +238,7 @@ def test_one_that_does_not_fit_is_a_note(step: ModuleType, contestants: ModuleTy
     assert "pairs/s" not in rows[0]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+@needs_trl
 def test_trl_runs_its_own_trainer_and_computes_the_same_ranking_loss(step: ModuleType, contestants: ModuleType) -> None:
     model, batch = padded_and_batch(step)
     pairs = step.flat(batch)
@@ -248,7 +251,7 @@ def test_trl_runs_its_own_trainer_and_computes_the_same_ranking_loss(step: Modul
     assert all(peak.bytes > 0 for peak in off.peaks)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+@needs_trl
 def test_trl_computes_in_the_dtype_that_is_timed_each_time(step: ModuleType) -> None:
     model, batch = padded_and_batch(step, torch.bfloat16)
     seen = []
