@@ -1,11 +1,11 @@
-"""Generated preference pairs: sums of named values modulo 7, with step-by-step solutions.
+"""Generated preference pairs: sums of named values modulo 5, with step-by-step solutions.
 
-    prompt    a=3,b=5,c=0,d=2:b+d+a?
-    chosen    5+2=0;0+3=3;
-    rejected  5+2=4;4+3=0;        one step is wrong, and the solution goes on from it
+    prompt    a=3,b=4,c=0,d=2:b+d+a?
+    chosen    4+2=1;1+3=4;
+    rejected  4+2=3;3+3=1;        one step is wrong, and the solution goes on from it
 
 Whether a step is right can be known only by doing it: both sides have the same length, and each digit is as likely in a
-wrong solution as in a right one. The named values make even the problems of one step too many to memorise.
+wrong solution as in a right one. The named values make thousands of problems of a few sums.
 
 ``gcrm samples`` writes many labelled solutions of a problem, as if drawn from a model, with the place of the error.
 """
@@ -25,7 +25,7 @@ from gcrm_fast.command_line import exit_code, output_file, parse_options, writte
 from gcrm_fast.errors import UserError
 from gcrm_fast.records import Pair
 
-MODULUS = 7
+MODULUS = 5
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 HELD_OUT_SHARE = 10  # one problem in this many, by a hash of its text, is never trained on
 PATIENCE = 100_000  # draws without a new held-out problem after which there are taken to be no more

@@ -76,42 +76,63 @@ def packed_attention(
     return segment_attention(q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k)
 
 
-class _Rows(NamedTuple):
-    """Rows of a flat axis that b segments take: a slice for a single one; else the indices of all of them [b * n],
-    padded with each segment's last row, and which of these are real [b, n]."""
+class _One(NamedTuple):
+    """Rows of a flat axis that one segment takes."""
 
-    at: slice | Tensor
-    real: Tensor
+    rows: slice
+
+    def take(self, x_T: Tensor) -> Tensor:
+        """[T, ...] -> [1, n, ...]"""
+        return x_T[self.rows].unsqueeze(0)
+
+    def put(self, x_T: Tensor, values: Tensor) -> None:
+        """Writes values [1, n, ...]."""
+        x_T[self.rows] = values[0]
+
+    def unpadded(self, values: Tensor) -> Tensor:
+        return values
+
+
+class _Many(NamedTuple):
+    """Rows of a flat axis that b segments take, each padded to n with its last row."""
+
+    rows: Tensor  # [b * n]
+    real: Tensor  # [b, n, 1, 1]: 1 or, for padding, 0
+    places: Tensor  # of the real ones among the rows
 
     @staticmethod
-    def of(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> "_Rows":
-        if len(starts) == 1:
-            rows = slice(starts[0], starts[0] + lengths[0])
-            return _Rows(rows, torch.ones(1, lengths[0], dtype=torch.bool, device=device))
+    def of(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> "_Many":
         start, length = torch.tensor([starts, lengths], device=device).unsqueeze(-1)
         n = torch.arange(max(lengths), device=device)
-        return _Rows((start + n.minimum(length - 1)).flatten(), n < length)
+        real = n < length
+        return _Many((start + n.minimum(length - 1)).flatten(), real[..., None, None], real.flatten().nonzero()[:, 0])
 
     def take(self, x_T: Tensor) -> Tensor:
         """[T, ...] -> [b, n, ...]"""
-        if isinstance(self.at, slice):
-            return x_T[self.at].unsqueeze(0)
-        return x_T.index_select(0, self.at).unflatten(0, self.real.shape)
+        return x_T.index_select(0, self.rows).unflatten(0, self.real.shape[:2])
 
     def put(self, x_T: Tensor, values: Tensor) -> None:
         """Writes the real ones of values [b, n, ...]."""
-        if isinstance(self.at, slice):
-            x_T[self.at] = values[0]
-        else:
-            x_T[self.at[self.real.flatten()]] = values[self.real].to(x_T.dtype)
+        real = values.flatten(0, 1).index_select(0, self.places)
+        x_T.index_copy_(0, self.rows.index_select(0, self.places), real.to(x_T.dtype))
+
+    def unpadded(self, values: Tensor) -> Tensor:
+        """values [b, n, N, D], 0 in the padding."""
+        return values * self.real
+
+
+def _rows(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> _One | _Many:
+    if len(starts) == 1:
+        return _One(slice(starts[0], starts[0] + lengths[0]))
+    return _Many.of(starts, lengths, device)
 
 
 class _Bucket(NamedTuple):
     """Segments padded to one shape, and what their causal mask adds to the scores, [b, 1, q, k]: 0, or -inf at the keys
     that a query must not see. None where the kernel masks by itself and leaves out what it need not compute."""
 
-    queries: _Rows
-    keys: _Rows
+    queries: _One | _Many
+    keys: _One | _Many
     bias: Tensor | None
 
 
@@ -137,7 +158,7 @@ def _buckets(
             # Bottom-right causal; this also hides the padded keys from every real query.
             hidden = k > q.unsqueeze(-1) + earlier[:, None, None]
             bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf).unsqueeze(1)
-        buckets.append(_Bucket(_Rows.of(q_starts, q_lens, device), _Rows.of(k_starts, k_lens, device), bias))
+        buckets.append(_Bucket(_rows(q_starts, q_lens, device), _rows(k_starts, k_lens, device), bias))
     return buckets
 
 
@@ -220,10 +241,10 @@ def _segment_attention_backward(
     k_KND, v_KND = (_for_heads(x, q_TND.shape[1]) for x in (k_KGD, v_KGD))
     dq_TND, dk_KND, dv_KND = (torch.empty_like(x) for x in (q_TND, k_KND, v_KND))
     for queries, keys, bias in _cut(q_TND, cu_seqlens_q, cu_seqlens_k):
-        grad, out, lse, q = (queries.take(x).transpose(1, 2) for x in (grad_TND, out_TND, lse_TN, q_TND))
+        # Padding repeats a real query, which must not count again.
+        grad = queries.unpadded(queries.take(grad_TND)).transpose(1, 2)
+        out, lse, q = (queries.take(x).transpose(1, 2) for x in (out_TND, lse_TN, q_TND))
         k, v = (keys.take(x).transpose(1, 2) for x in (k_KND, v_KND))
-        if isinstance(queries.at, Tensor):
-            grad = grad * queries.real[:, None, :, None]  # padding repeats a real query: it must not count again
         dq, dk, dv = _attend_backward(grad, out, lse, q, k, v, bias)
         queries.put(dq_TND, dq.transpose(1, 2))
         keys.put(dk_KND, dk.transpose(1, 2))

@@ -184,7 +184,7 @@ class TrainConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "": {},
     "arithmetic": {
-        "train_pairs": 60_000,
+        "train_pairs": 40_000,
         "eval_pairs": 1000,
         "eval_by": ("steps", "error_step"),
         "vocab_size": 259,
@@ -193,7 +193,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kv_heads": 4,
         "intermediate_size": 256,
         "lr": 4e-3,
-        "steps": 800,
+        "steps": 600,
+        "warmup": 0.1,
         "log_every": 20,
     },
     "math": {"lr": 9e-6, "max_length": 2048, "global_batch_pairs": 64, "epochs": 1.0},

@@ -266,7 +266,7 @@ MUTANTS = {
     "bfloat16 weights without stochastic rounding": (
         "gcrm_fast/optimizer.py", "bf16_stochastic_round=True", "bf16_stochastic_round=False", STEP + "stochastic"),
     "padded queries counted again in attention": (
-        "gcrm_fast/attention.py", "grad = grad * queries.real[:, None, :, None]", "grad = grad * 1.0",
+        "gcrm_fast/attention.py", "return values * self.real", "return values",
         PACKING + " -k segment_attention"),
     "attention: square segments see what follows": (
         "gcrm_fast/attention.py", "is_causal=bias is None, attn_mask", "is_causal=False, attn_mask",

@@ -27,26 +27,26 @@ def completions(pairs: list[TokenizedPair]) -> list[np.ndarray]:
 
 
 def step_is_right(step: str) -> bool:
-    """Whether one step, such as '5+2=0', is right in itself."""
+    """Whether one step, such as '4+2=1', is right in itself."""
     left, right, result = map(int, re.fullmatch(r"(\d)\+(\d)=(\d)", step).groups())
-    return result == (left + right) % 7
+    return result == (left + right) % 5
 
 
-PROMPT = "a=3,b=5,c=0,d=2:b+d+a?"
+PROMPT = "a=3,b=4,c=0,d=2:b+d+a?"
 
 
 @pytest.mark.parametrize(
     ("completion", "correct"),
     [
-        ("5+2=0;0+3=3;", True),
-        ("5+2=4;4+3=0;", False),  # wrong step, consistent after it
-        ("5+2=0;0+3=4;", False),
-        ("5+2=0;", False),  # a step is missing
-        ("5+2=0;0+3=3", False),  # not finished
-        ("5+2=0;0+3=3;3+0=3;", False),  # a step too many
-        ("2+5=0;0+3=3;", False),  # another problem
-        ("5+2=7;7+3=3;", False),  # not reduced
-        ("5+2=0;1+3=4;", False),  # goes on from another value
+        ("4+2=1;1+3=4;", True),
+        ("4+2=3;3+3=1;", False),  # wrong step, consistent after it
+        ("4+2=1;1+3=2;", False),
+        ("4+2=1;", False),  # a step is missing
+        ("4+2=1;1+3=4", False),  # not finished
+        ("4+2=1;1+3=4;4+0=4;", False),  # a step too many
+        ("2+4=1;1+3=4;", False),  # another problem
+        ("4+2=6;6+3=4;", False),  # not reduced
+        ("4+2=1;0+3=3;", False),  # goes on from another value
         ("", False),
     ],
 )
@@ -167,7 +167,7 @@ def test_the_place_of_the_error_is_the_digit_that_makes_the_step_wrong(tmp_path)
         assert completion[place - 1] == "="
         assert completion[:place].count(";") == record["error_step"] - 1
         # Another digit there makes the solution right up to the end of the step.
-        mended = [completion[:place] + digit for digit in "0123456" if digit != completion[place]]
+        mended = [completion[:place] + digit for digit in "01234" if digit != completion[place]]
         assert [step_is_right(text.split(";")[-1]) for text in mended].count(True) == 1
     assert wrong > 100
 
@@ -198,7 +198,7 @@ def test_samples_to_stdout_and_gzip(tmp_path, capsysbinary):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--problems", "500", "--arithmetic-steps", "1"], "--problems 500: found 13 of at most 1 steps"),
+        (["--problems", "500", "--arithmetic-steps", "1"], "--problems 500: found 5 of at most 1 steps"),
         (["--samples", "0"], "--samples 0: must be at least 1"),
         (["--right", "1.5"], "--right 1.5: must be between 0 and 1"),
         (["--arithmetic-steps", "26"], "--arithmetic-steps 26: must be less than 26"),

@@ -115,8 +115,8 @@ def test_a_policy_gets_better_by_our_rewards(finished: Path, tmp_path: Path) -> 
     model = RewardModel.from_pretrained(finished / "model")
     tokenizer = model.tokenizer
     reward = RewardFunction(model, q_weight=1.0, ends=[tokenizer.eos_token_id])
-    pairs = generate(2000, 0, seed=1, max_steps=1)[0]
-    prompts = sorted({pair.prompt for pair in pairs})[3::8]
+    pairs = [pair for pair in generate(4000, 0, seed=1, max_steps=2)[0] if pair.fields["steps"] == 1]
+    prompts = sorted({pair.prompt for pair in pairs})[3::60]
     policy = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,

@@ -35,7 +35,7 @@ def test_default_run_learns_what_shortcuts_cannot(finished: Path) -> None:
     assert evaluations[0]["step"] == 0
     assert abs(evaluations[0]["eval/auroc"] - 0.5) < 0.15
     assert evaluations[-1]["eval/auroc"] > 0.75
-    assert evaluations[-1]["eval/auroc/steps=1"] == pytest.approx(evaluations[-1]["eval/auroc"])
+    assert evaluations[-1]["eval/auroc/steps=1"] > evaluations[-1]["eval/auroc/steps=2"]
     baselines = next(row for row in log if "baseline/auroc_length" in row)
     assert baselines["baseline/auroc_length"] <= 0.6
     assert baselines["baseline/auroc_bag_of_tokens"] <= 0.6
@@ -55,7 +55,7 @@ def test_run_leaves_its_files_and_nothing_else(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names - {".lock"} == {"config.toml", "curves.png", "metrics.jsonl", "model", "tensorboard"}
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert parse(["--config", str(finished / "config.toml"), "--overwrite"]).arithmetic_steps == 1
+    assert parse(["--config", str(finished / "config.toml"), "--overwrite"]).arithmetic_steps == 2
 
 
 def test_saved_model_scores_in_transformers_as_it_did_here(finished: Path) -> None:
@@ -64,10 +64,10 @@ def test_saved_model_scores_in_transformers_as_it_did_here(finished: Path) -> No
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     right, wrong = [], []
     with torch.no_grad():
-        for a in range(7):
-            for b in range(7):
-                for score, result in ((right, (a + b) % 7), (wrong, (a + b + 3) % 7)):
-                    text = f"a={a},b={b}:a+b?{a}+{b}={result};{tokenizer.eos_token}"
+        for a in range(5):
+            for b in range(5):
+                for score, result in ((right, (a + b) % 5), (wrong, (a + b + 3) % 5)):
+                    text = f"a={a},b={b},c=0:a+b?{a}+{b}={result};{tokenizer.eos_token}"
                     score.append(model(**tokenizer(text, return_tensors="pt")).logits.item())
     assert np.mean(np.array(right) > np.array(wrong)) > 0.7
     goal = load_file(finished / "model" / "goal.safetensors")["default"]
