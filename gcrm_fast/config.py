@@ -195,6 +195,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 4e-3,
         "steps": 600,
         "warmup": 0.1,
+        "weight_decay": 0.1,
+        "contrastive_weight": 1.0,
         "log_every": 20,
     },
     "math": {"lr": 9e-6, "max_length": 2048, "global_batch_pairs": 64, "epochs": 1.0},
