@@ -59,7 +59,7 @@ def load_pairs(
 ) -> tuple[list[Pair], list[Pair]]:
     """(training, held-out) pairs, read or generated."""
     if config.data == (ARITHMETIC,):
-        n_train, n_eval = config.train_pairs or 60_000, config.eval_pairs or 1000
+        n_train, n_eval = config.train_pairs or 40_000, config.eval_pairs or 1000
         return arithmetic.generate(n_train, n_eval, config.seed, config.arithmetic_steps)
     train, held_out = (
         read_pairs(sources, fields=fields, columns=parse_columns(config.columns), tokenizer=tokenizer,
