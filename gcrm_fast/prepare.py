@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast import arithmetic, checkpoint
 from gcrm_fast.accounting import MemoryShape, choose_recompute, memory_limit, predicted_memory, work
-from gcrm_fast.config import ARITHMETIC, TrainConfig, parse_columns
+from gcrm_fast.config import ARITHMETIC, PRESETS, TrainConfig, parse_columns
 from gcrm_fast.data import TokenizedPair, TokenReport, end_tokens, tokenize_pairs, train_tokenizer
 from gcrm_fast.errors import UserError
 from gcrm_fast.llama_config import read_config
@@ -59,7 +59,8 @@ def load_pairs(
 ) -> tuple[list[Pair], list[Pair]]:
     """(training, held-out) pairs, read or generated."""
     if config.data == (ARITHMETIC,):
-        n_train, n_eval = config.train_pairs or 40_000, config.eval_pairs or 1000
+        usual = PRESETS[ARITHMETIC]
+        n_train, n_eval = config.train_pairs or usual["train_pairs"], config.eval_pairs or usual["eval_pairs"]
         return arithmetic.generate(n_train, n_eval, config.seed, config.arithmetic_steps)
     train, held_out = (
         read_pairs(sources, fields=fields, columns=parse_columns(config.columns), tokenizer=tokenizer,

@@ -26,8 +26,10 @@ CPU = torch.device("cpu")
 MODULES = ("contrastive_loss", "measure", "fused_projection", "train_step", "contestants", "our_step", "step_costs",
            "scoring", "padded", "records", "gpu", "step_model")  # fmt: skip
 
-# An extra for this benchmark alone.
-needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+# `make test` installs it; who only trains has no need of it.
+needs_trl = pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="TRL is not installed: pip install 'gcrm-fast[bench]'"
+)
 
 
 @pytest.fixture
