@@ -20,13 +20,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from gcrm_fast.errors import UserError, one_line
+from gcrm_fast.staging import Staging
 
 FOLDER, MANIFEST, PARTIAL, ASIDE = "checkpoints", "manifest.json", ".partial", ".set-aside"
 NAME = re.compile(r"step-(\d{8})")
@@ -128,17 +127,12 @@ def first_whole(paths: list[Path], group: dist.ProcessGroup) -> tuple[Found | No
 class Checkpoints:
     """Writes the checkpoints of a run, one at a time, in a thread; keeps the newest and the best."""
 
-    def __init__(self, output: Path, keep: int, metric: str, device: torch.device, group: dist.ProcessGroup) -> None:
+    def __init__(self, output: Path, keep: int, metric: str, group: dist.ProcessGroup) -> None:
         """``keep``: how many of the newest stay; ``metric``: of whose facts the greatest also stays, or empty.
         ``group``: of CPU tensors (gloo), used for nothing else at the same time."""
         self.folder = output / FOLDER
         self.keep, self.metric, self.group = keep, metric, group
-        cuda = device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-            )
-        )
+        self._staging = Staging()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._last = -1
@@ -169,8 +163,7 @@ class Checkpoints:
             return 0.0
         start = time.perf_counter()
         self.wait()
-        staged = self._stager.stage(state)
-        assert isinstance(staged, dict)  # not a future: staging is not asynchronous
+        staged = self._staging.copy(state)
         self._last = step
         self._writing = self._thread.submit(self._write, f"step-{step:08d}", staged, dict(facts))
         return time.perf_counter() - start
@@ -191,7 +184,6 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the thread, whatever became of its work."""
         self._thread.shutdown()
-        self._stager.close()
 
     def _write(self, name: str, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """Every rank's share of writing a checkpoint. Raises UserError on every rank where one of them fails."""

@@ -228,7 +228,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     state = RunState(model, Updater(model, config, prepared.steps, device), Window(device))
     if found:
         state.load(found, group)
-    saved = Checkpoints(prepared.output, config.keep, config.keep_best, device, group)
+    saved = Checkpoints(prepared.output, config.keep, config.keep_best, group)
     saved.start(after=start, remove=config.resume == "never")
 
     peak, source = peak_flops(device, dtype)

@@ -18,6 +18,7 @@ PACKING, DATA, ARITHMETIC = (f"tests/test_{name}.py" for name in ("packing", "da
 CHECKPOINT, TOKENIZATION, BAD_INPUT = (f"tests/test_{name}.py" for name in ("checkpoint", "tokenization", "bad_input"))
 TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.py", "tests/test_token_cache.py"
 BENCH, STEP, SURVIVAL = (f"tests/test_{name}.py -k " for name in ("bench", "step", "survival"))
+STAGING = "tests/test_staging.py"
 SCORING, GOALS = "tests/test_scoring.py -k ", "tests/test_goals.py -k "
 EXPORT, REWARDS, SERVE = (f"tests/test_{name}.py -k " for name in ("export", "rewards", "serve"))
 JUDGING, EVALUATE, VOTE, PAGE = (f"tests/test_{name}.py -k " for name in ("judging", "evaluate", "vote", "page"))
@@ -334,8 +335,13 @@ MUTANTS = {
         "gcrm_fast/score.py", "taken = sorted(raw.keys() & added.keys())", "taken = list[str]()",
         SCORING + "bad_record"),
     "run: tensors of a checkpoint not copied before training goes on": (
-        "gcrm_fast/run_checkpoints.py", "        staged = self._stager.stage(state)\n", "        staged = state\n",
-        SURVIVAL + "chosen"),
+        "gcrm_fast/run_checkpoints.py", "self._staging.copy(state)", "state", SURVIVAL + "chosen"),
+    "staging: a copy that is the tensor itself": (
+        "gcrm_fast/staging.py", "return buffer.copy_(tensor, non_blocking=True)", "return tensor", STAGING),
+    "staging: memory taken anew for every checkpoint": (
+        "gcrm_fast/staging.py", "            self._buffers[place] = buffer\n", "", STAGING),
+    "staging: every tensor to the same memory": (
+        "gcrm_fast/staging.py", "(*place, key)", "place", STAGING),
     "run: checksums not compared": (
         "gcrm_fast/run_checkpoints.py", 'if _digest(path) != expected["sha256"]:', "if False:", SURVIVAL + "damaged"),
     "run: damaged manifest believed": (
