@@ -335,7 +335,7 @@ MUTANTS = {
         "gcrm_fast/score.py", "taken = sorted(raw.keys() & added.keys())", "taken = list[str]()",
         SCORING + "bad_record"),
     "run: tensors of a checkpoint not copied before training goes on": (
-        "gcrm_fast/run_checkpoints.py", "self._staging.copy(state)", "state", SURVIVAL + "chosen"),
+        "gcrm_fast/run_checkpoints.py", "self._staging.copy(state)", "state", STAGING),
     "staging: a copy that is the tensor itself": (
         "gcrm_fast/staging.py", "return buffer.copy_(tensor, non_blocking=True)", "return tensor", STAGING),
     "staging: memory taken anew for every checkpoint": (
