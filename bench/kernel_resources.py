@@ -32,6 +32,7 @@ from gcrm_kernels import (
     triton_gather,
     triton_qvalues,
     triton_rms_norm,
+    triton_rotary,
     triton_swiglu,
 )
 from triton.backends.compiler import GPUTarget
@@ -46,6 +47,8 @@ INSTRUCTIONS = {
     "tensor": r"\b(?:HMMA|HGMMA|UTCHMMA|QGMMA)", "fma": r"\bFFMA", "load": r"\bLDG", "async_load": r"\bLDGSTS",
     "store": r"\bSTG", "wide": r"\.128\b", "atomic": r"\b(?:ATOM|RED)\b",
 }  # fmt: skip
+# Numbers that are divisible by 16 for the usual shapes
+DIVISIBLE = ("width", "row_stride", "count", "q_stride", "k_stride", "v_stride")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -126,6 +129,7 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
                          config.num_warps, config.num_stages)  # fmt: skip
 
     yield from elementwise_specialisations(dtype, TARGETS[target].warp_size)
+    yield from rotary_specialisations(dtype, TARGETS[target].warp_size)
 
 
 def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisation]:
@@ -160,6 +164,21 @@ def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisati
                                  config.num_warps, config.num_stages)  # fmt: skip
 
 
+def rotary_specialisations(dtype: str, lanes: int) -> Iterator[Specialisation]:
+    """Of the heads of a 1B, an 8B and a 405B Llama, of as many key as query heads, and of one head with an odd half."""
+    floats = ("q", "k", "v", "cos", "sin", "out_q", "out_k", "out_v", "grad_q", "grad_k", "grad_v", "dq", "dk", "dv")
+    types = {f"{name}_ptr": "*" + dtype for name in floats}
+    types |= dict.fromkeys(("index_ptr", "order_ptr", "offsets_ptr"), "*i64")
+    forward, backward = triton_rotary._rotary_forward_kernel, triton_rotary._rotary_backward_kernel
+    for n, g, d in ((32, 8, 64), (32, 8, 128), (128, 8, 128), (32, 32, 128), (1, 1, 10)):
+        config = triton_rotary.candidates(max(n, g), d // 2, lanes)[0]
+        ones = {name: 1 for name, heads in (("q_heads", n), ("kv_heads", g)) if heads == 1}
+        constants = triton_rotary.blocks(n, g, d // 2) | ones
+        for name, kernel in (("forward", forward), ("backward", backward)):
+            form = f"rotary {name} {dtype} N={n} G={g} D={d}"
+            yield Specialisation(form, kernel, constants, types, config.num_warps, config.num_stages)
+
+
 def argument_type(name: str, given: Specialisation) -> str:
     if name in given.constants:
         return "constexpr"
@@ -174,7 +193,7 @@ def compile_one(given: Specialisation, target: str) -> Resources:
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if signature[name].startswith("*") or (signature[name] == "i32" and name in ("width", "row_stride", "count"))
+        if signature[name].startswith("*") or (signature[name] == "i32" and name in DIVISIBLE)
     }
     constants = {(names.index(name),): value for name, value in given.constants.items()}
     source = ASTSource(given.kernel, signature, constexprs=constants, attrs=divisible)

@@ -34,11 +34,14 @@ Q_TRITON = KERNELS + "q_values and triton"
 ELEMENTWISE = "tests/test_elementwise.py -k "
 NORM, NORM_KERNELS = (ELEMENTWISE + f"test_rms_norm and {path} and not any_shape" for path in ("pytorch", "triton"))
 SWIGLU, SWIGLU_KERNELS = (ELEMENTWISE + f"test_swiglu and {path} and not any_shape" for path in ("pytorch", "triton"))
+ROTARY, ROTARY_KERNELS = (f"tests/test_rotary.py -k {path} and not any_shape" for path in ("pytorch", "triton"))
 CONTRASTIVE, SAMPLED, DENSE, DENSE_KERNELS, Q_KERNEL, LAUNCH = (
     f"kernels/gcrm_kernels/{name}.py"
     for name in ("contrastive", "triton_contrastive", "dense", "triton_dense", "triton_qvalues", "launch")
 )
-RMS_NORM, SWIGLU_KERNEL = (f"kernels/gcrm_kernels/triton_{name}.py" for name in ("rms_norm", "swiglu"))
+RMS_NORM, SWIGLU_KERNEL, ROTARY_KERNEL = (
+    f"kernels/gcrm_kernels/triton_{name}.py" for name in ("rms_norm", "swiglu", "rotary")
+)
 
 MUTANTS = {
     "position off by one after a shared prefix": (
@@ -139,6 +142,16 @@ MUTANTS = {
         SWIGLU_KERNEL, " * (1.0 + g * (1.0 - sigmoid))", "", SWIGLU_KERNELS),
     "SwiGLU kernel: the last element left out": (
         SWIGLU_KERNEL, "gate, up, out, count, BLOCK", "gate, up, out, count - 1, BLOCK", SWIGLU_KERNELS),
+    "rotary: keys gathered but not rotated": (
+        "kernels/gcrm_kernels/rotary.py", "(rotate(k_TGD, cos_TD, sin_TD), v_TGD)", "(k_TGD, v_TGD)", ROTARY),
+    "rotary kernel: the gradient rotated forward": (ROTARY_KERNEL, "sin = -sin", "sin = sin", ROTARY_KERNELS),
+    "rotary kernel: halves exchanged": (
+        ROTARY_KERNEL, "(a * cos - b * sin)", "(b * cos - a * sin)", ROTARY_KERNELS),
+    "rotary kernel: the last position in place of the sum": (
+        ROTARY_KERNEL, "v_a += _load", "v_a = _load", ROTARY_KERNELS),
+    "rotary kernel: angles of the gathered place": (
+        ROTARY_KERNEL, "angle += t * (2 * HALF)\n    _store_rotated(out_k_ptr",
+        "angle += j * (2 * HALF)\n    _store_rotated(out_k_ptr", ROTARY_KERNELS),
     "residual lost at the second norm": (
         "gcrm_fast/model.py", 'return x_TH + self._again("mlp"', 'return normed_TH + self._again("mlp"', PARITY),
     "weights of the two norms exchanged": (

@@ -30,7 +30,7 @@ def resources(*options: str) -> list[dict[str, Any]]:
 def test_kernels_compile_without_spills_or_atomics(target: str, dtypes: list[str], samples: list[int]) -> None:
     rows = resources("--targets", target, "--dtypes", *dtypes, "--samples", *map(str, samples))
     names = {r["kernel"].split()[0] for r in rows}
-    assert names == {"contrastive", "dense", "gather", "q_values", "rms_norm", "swiglu"}
+    assert names == {"contrastive", "dense", "gather", "q_values", "rms_norm", "rotary", "swiglu"}
     for row in rows:
         assert row["stack"] == 0, row
         assert row["shared"] <= row["shared_limit"], row
@@ -39,6 +39,7 @@ def test_kernels_compile_without_spills_or_atomics(target: str, dtypes: list[str
         is_product = "forward paired" not in row["kernel"] and row["kernel"].split()[0] not in (
             "gather",
             "rms_norm",
+            "rotary",
             "swiglu",
         )
         assert (row["instructions"]["tensor"] > 0) == ("fp32" not in row["kernel"] and is_product), row
@@ -49,7 +50,7 @@ def test_kernels_compile_for_other_targets(target: str) -> None:
     rows = resources("--targets", target, "--dtypes", "bf16", "--samples", "16")
     assert rows
     assert all(row["shared"] <= row["shared_limit"] for row in rows)
-    elementwise = [row for row in rows if row["kernel"].split()[0] in ("rms_norm", "swiglu")]
+    elementwise = [row for row in rows if row["kernel"].split()[0] in ("rms_norm", "rotary", "swiglu")]
     assert elementwise
     # At the widest row sm_100 spills two registers.
     assert all(row["stack"] <= (8 if "H=16384" in row["kernel"] else 0) for row in elementwise), elementwise

@@ -86,3 +86,16 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, residual_TH: Tensor | N
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up"""
     return gate * torch.sigmoid(gate) * up
+
+
+def rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotary embedding with halves paired (i with i + D/2), as in Hugging Face checkpoints."""
+    a, b = x_TND.chunk(2, dim=-1)
+    return x_TND * cos_TD.unsqueeze(1) + torch.cat((-b, a), dim=-1) * sin_TD.unsqueeze(1)
+
+
+def rotate_and_gather(
+    q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, cos_TD: Tensor, sin_TD: Tensor, kv_index_K: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(q [T, N, D] rotated, k [K, G, D] rotated and gathered, v [K, G, D] gathered)"""
+    return rotate(q_TND, cos_TD, sin_TD), rotate(k_TGD, cos_TD, sin_TD)[kv_index_K], v_TGD[kv_index_K]
