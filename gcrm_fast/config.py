@@ -123,8 +123,9 @@ class TrainConfig:
     optimizer: Literal["adamw", "adamw-bf16", "adamw-8bit"] = "adamw"
     """adamw: weights, gradient and moments in float32, 16 bytes a parameter. adamw-8bit: moments of 8 bits, 10 bytes.
     adamw-bf16: all in bfloat16, weights stochastically rounded, 8 bytes. The last two need torchao."""
-    recompute: Literal["auto", "none", "mlp", "block"] = "auto"
-    """What the backward computes again instead of keeping it. auto: as little as memory allows."""
+    recompute: Literal["auto", "none", "product", "mlp", "block"] = "auto"
+    """What the backward computes again instead of keeping it: nothing, the product of the MLP's two branches, the MLP,
+    or the whole block. auto: as little as memory allows."""
     compile: bool = False
     """Compile each block with torch.compile."""
     workers: int = -1
@@ -143,8 +144,9 @@ class TrainConfig:
     # ---- processes
     replicas: int = 1
     """Copies of the sharded model (HSDP): each is sharded over processes / replicas, e.g. one copy a node."""
-    reshard_after_forward: bool = True
-    """Drop the gathered weights of a block after its forward; no: keep them for the backward, faster and larger."""
+    gather: Literal["auto", "block", "step"] = "auto"
+    """When a process gathers the whole weights of a block: for each forward and each backward of it (block), or once
+    per step, faster and larger. auto: once per step where memory allows."""
     timeout: float = 600.0
     """Seconds after which a process that waits for the others gives up."""
 

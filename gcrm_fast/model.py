@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from gcrm_kernels import gather_rows, rms_norm, swiglu
-from gcrm_kernels.launch import use_triton
+import torch.nn.functional as F
+from gcrm_kernels import gather_rows, rms_norm, rotate_and_gather, swiglu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -104,6 +104,8 @@ def rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    fused_rope = True  # rotation and gather in one kernel
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
@@ -115,19 +117,54 @@ class Attention(nn.Module):
 
     def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], axis: TokenAxis, backend: str) -> Tensor:
         """Attention output before o_proj, [T, N * D]."""
-        q_TND = rotate(self.q_proj(x_TH).unflatten(-1, (-1, self.head_dim)), *rope)
-        k_TGD = rotate(self.k_proj(x_TH).unflatten(-1, (-1, self.head_dim)), *rope)
-        v_TGD = self.v_proj(x_TH).unflatten(-1, (-1, self.head_dim))
-        k_KGD, v_KGD = (gather_rows(x, axis.kv_index_K, axis.kv_inverse) for x in (k_TGD, v_TGD))
+        q_TND, k_TGD, v_TGD = (
+            x.unflatten(-1, (-1, self.head_dim)) for x in linears(x_TH, self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.fused_rope:
+            q_TND, k_KGD, v_KGD = rotate_and_gather(q_TND, k_TGD, v_TGD, *rope, axis.kv_index_K, axis.kv_inverse)
+        else:
+            q_TND, k_TGD = rotate(q_TND, *rope), rotate(k_TGD, *rope)
+            k_KGD, v_KGD = (gather_rows(x, axis.kv_index_K, axis.kv_inverse) for x in (k_TGD, v_TGD))
         out_TND = packed_attention(
             q_TND, k_KGD, v_KGD, axis.cu_seqlens_q, axis.cu_seqlens_k, axis.max_seqlen_q, axis.max_seqlen_k, backend
         )
         return out_TND.flatten(1)
 
 
-def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """``function(*args)`` that keeps only its arguments; the backward computes it again, but not its last product."""
+def maybe_recomputed(again: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``; with ``again`` it keeps only its arguments, and the backward computes the rest again except
+    for its last product."""
+    if not again or not torch.is_grad_enabled():
+        return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class _LinearsOfOneInput(torch.autograd.Function):
+    """Several linear layers of one input, whose gradients of the input add up in one buffer: each product adds to what
+    the one before it left, where autograd would write every one and then read them all again to add them."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, *weights_and_biases: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
+        ctx.save_for_backward(x_TH, *weights)
+        return tuple(F.linear(x_TH, w, b) for w, b in zip(weights, biases, strict=True) if w is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TH, *weights = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        dx_TH = None
+        of_parameters: list[Tensor | None] = []
+        for grad, weight, needs_weight, needs_bias in zip(grads, weights, needs[::2], needs[1::2], strict=True):
+            of_parameters += [grad.mT @ x_TH if needs_weight else None, grad.sum(0) if needs_bias else None]
+            if needs_x:
+                dx_TH = grad @ weight if dx_TH is None else torch.addmm(dx_TH, grad, weight, out=dx_TH)
+        return dx_TH, *of_parameters
+
+
+def linears(x_TH: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """``tuple(layer(x_TH) for layer in layers)``."""
+    return _LinearsOfOneInput.apply(x_TH, *(p for layer in layers for p in (layer.weight, layer.bias)))
 
 
 class MLP(nn.Module):
@@ -138,21 +175,19 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(h, f, bias=bias)
         self.down_proj = nn.Linear(f, h, bias=bias)
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        gate_TF, up_TF = self.gate_proj(x_TH), self.up_proj(x_TH)
-        if use_triton(gate_TF) and torch.is_grad_enabled():
-            # The product, which down_proj would keep, is one kernel to compute again: what follows it is not repeated.
-            return recomputed(self._down, gate_TF, up_TF)
-        return self._down(gate_TF, up_TF)
+    def forward(self, x_TH: Tensor, recompute_product: bool) -> Tensor:
+        gate_TF, up_TF = linears(x_TH, self.gate_proj, self.up_proj)
+        return maybe_recomputed(recompute_product, self._down, gate_TF, up_TF)
 
     def _down(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
         return self.down_proj(swiglu(gate_TF, up_TF))
 
 
 class Block(nn.Module):
-    """Its norms hold the weights only: the second one is computed together with the addition of the residual.
+    """Its norms hold the weights only: each is computed together with the addition of what comes before it.
 
-    ``recompute``: what the backward computes again instead of keeping it: ``none``, ``mlp`` or ``block``.
+    ``recompute``: what the backward computes again instead of keeping it: ``none``, ``product`` (of the MLP's gate and
+    up), ``mlp`` or ``block``.
     """
 
     def __init__(self, config: ModelConfig, recompute: str) -> None:
@@ -164,25 +199,44 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], axis: TokenAxis, backend: str, prune: bool) -> Tensor:
-        """[T, H] -> [T, H], or [R, H] at the read rows with ``prune``."""
-        return self._again("block", self._forward, x_TH, rope, axis, backend, prune)
+    def forward(
+        self,
+        x_TH: Tensor,
+        branch_TH: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        axis: TokenAxis,
+        backend: str,
+        prune: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, branch) whose sum are the block's states, [T, H] each, or [R, H] at the read rows with ``prune``.
 
-    def _forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], axis: TokenAxis, backend: str, prune: bool) -> Tensor:
-        normed_TH = rms_norm(x_TH, self.input_layernorm.weight, self.eps)
+        ``branch_TH`` is the MLP's output of the block before, still to be added to its x; None in the first block.
+        """
+        again = self.recompute == "block"
+        if again and branch_TH is not None:  # one tensor to keep instead of two
+            x_TH, branch_TH = x_TH + branch_TH, None
+        return maybe_recomputed(again, self._forward, x_TH, branch_TH, rope, axis, backend, prune)
+
+    def _forward(
+        self,
+        x_TH: Tensor,
+        branch_TH: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        axis: TokenAxis,
+        backend: str,
+        prune: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if branch_TH is None:
+            normed_TH = rms_norm(x_TH, self.input_layernorm.weight, self.eps)
+        else:
+            normed_TH, x_TH = rms_norm(branch_TH, self.input_layernorm.weight, self.eps, residual_TH=x_TH)
         attended = self.self_attn(normed_TH, rope, axis, backend)
         if prune:
             attended, x_TH = (gather_rows(x, axis.read_rows_R, axis.read_inverse) for x in (attended, x_TH))
         normed_TH, x_TH = rms_norm(
             self.self_attn.o_proj(attended), self.post_attention_layernorm.weight, self.eps, residual_TH=x_TH
         )
-        return x_TH + self._again("mlp", self.mlp, normed_TH)
-
-    def _again(self, part: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """``function(*args)``, its activations dropped and computed again in the backward if ``part`` is recomputed."""
-        if self.recompute != part or not torch.is_grad_enabled():
-            return function(*args)
-        return recomputed(function, *args)
+        return x_TH, maybe_recomputed(self.recompute == "mlp", self.mlp, normed_TH, self.recompute == "product")
 
 
 class Llama(nn.Module):
@@ -206,9 +260,11 @@ class Llama(nn.Module):
         angles = axis.position_ids_T.float().unsqueeze(1) * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        branch: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, axis, backend, prune=i == len(self.layers) - 1)
-        return rms_norm(x, self.norm.weight, self.config.rms_norm_eps)
+            x, branch = layer(x, branch, rope, axis, backend, prune=i == len(self.layers) - 1)
+        assert branch is not None  # there is at least one layer
+        return rms_norm(branch, self.norm.weight, self.config.rms_norm_eps, residual_TH=x)[0]
 
 
 class MLPHead(nn.Sequential):
@@ -232,6 +288,7 @@ class LlamaRewardModel(nn.Module):
         h = config.hidden_size
         self.config = config
         self.attention_backend = attention_backend
+        self.gather = "block"  # see parallel.shard
         self.model = Llama(config, recompute)
         self.score = nn.Linear(h, 1, bias=False) if config.head == "linear" else MLPHead(h)
         self.projection = nn.Linear(h, config.projection_size, bias=False) if config.projection_size else None

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from gcrm_fast.model import LlamaRewardModel
@@ -47,15 +47,41 @@ def process_group(*, replicas: int = 1, timeout: float = 600.0) -> Iterator[tupl
         dist.destroy_process_group()
 
 
-def shard(
-    model: LlamaRewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype, *, reshard_after_forward: bool = True
-) -> None:
-    """FSDP2: one unit a block, the reward head in float32, the rest in the root. Parameters stay float32 (master)."""
+def shard(model: LlamaRewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype, *, gather: str = "block") -> None:
+    """FSDP2: one unit per block, the reward head in float32, the rest in the root. Parameters stay float32 (master).
+
+    ``gather``: ``block`` drops a block's whole weights after its forward and again after its backward; with ``step``
+    they stay until ``reshard``, or the backward that ``last_backward`` announces.
+    """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    fully_shard(model.score, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+    head_policy = MixedPrecisionPolicy(param_dtype=torch.float32)
+    for unit, of_unit in (*((layer, policy) for layer in model.model.layers), (model.score, head_policy)):
+        fully_shard(unit, mesh=mesh, mp_policy=of_unit)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    set_gather(model, gather)
+
+
+def set_gather(model: LlamaRewardModel, gather: str) -> None:
+    """See ``shard``."""
+    model.gather = gather
+    for unit in (*model.model.layers, model.score):
+        assert isinstance(unit, FSDPModule)
+        unit.set_reshard_after_forward(gather == "block")
+
+
+def last_backward(model: LlamaRewardModel, last: bool) -> None:
+    """Says whether the next backward is the last one before the optimizer: then gradients are reduced, and weights that
+    were gathered for the step are dropped."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(last)
+    model.set_reshard_after_backward(last or model.gather == "block")
+
+
+def reshard(model: nn.Module) -> None:
+    """Drops gathered weights: after passes without a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local_rows(rows: int, mesh: DeviceMesh) -> slice:

@@ -6,14 +6,14 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from gcrm_kernels.launch import HAS_TRITON
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast import arithmetic, checkpoint
-from gcrm_fast.accounting import MemoryShape, choose_recompute, memory_limit, predicted_memory, work
+from gcrm_fast.accounting import MemoryShape, choose_plan, memory_limit, predicted_memory, work
 from gcrm_fast.config import ARITHMETIC, PRESETS, TrainConfig, parse_columns
 from gcrm_fast.data import TokenizedPair, TokenReport, end_tokens, tokenize_pairs, train_tokenizer
 from gcrm_fast.errors import UserError
@@ -184,8 +184,20 @@ def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def memory_plan(prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device) -> tuple[str, int]:
-    """What is recomputed, and the predicted memory of one process for the largest pack that the budget allows."""
+class MemoryPlan(NamedTuple):
+    """What is recomputed, when weights are gathered, and the predicted memory of one process in bytes, for the largest
+    pack that the budget allows."""
+
+    recompute: str
+    gather: str
+    predicted: int
+
+    def __str__(self) -> str:
+        return f"{self.predicted / 2**30:.2f} GiB per process, --recompute {self.recompute}, --gather {self.gather}"
+
+
+def memory_plan(prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device) -> MemoryPlan:
+    """The fastest plan that memory allows, with what the configuration fixes."""
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in prepared.train) / len(prepared.train)
     shape = MemoryShape(
         config=prepared.model_config,
@@ -193,13 +205,11 @@ def memory_plan(prepared: Prepared, config: TrainConfig, world_size: int, device
         keys=prepared.budget.keys,
         optimizer=config.optimizer,
         width=compute_dtype(config, device).itemsize,
-        kernels=HAS_TRITON and device.type == "cuda",
         world_size=world_size,
         several_packs=tokens * config.global_batch_pairs > prepared.budget.tokens * world_size,
     )
-    chosen = config.recompute
-    recompute = choose_recompute(memory_limit(device), shape) if chosen == "auto" else chosen
-    return recompute, predicted_memory(shape, recompute)
+    recompute, gather = choose_plan(memory_limit(device), shape, config.recompute, config.gather)
+    return MemoryPlan(recompute, gather, predicted_memory(shape, recompute, gather))
 
 
 def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
@@ -235,7 +245,7 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     tokens = [int(w.tokens) for w in done]
     m = prepared.model_config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recompute, predicted = memory_plan(prepared, config, world_size, device)
+    plan = memory_plan(prepared, config, world_size, device)
     return table(
         [
             *data_rows(prepared, config),
@@ -247,6 +257,6 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
             ("padded / packed", f"{sum(w.padded_tokens for w in done) / sum(tokens):.2f} times the tokens, were the "
                                 "packs padded"),
             ("parameters", f"{m.parameters() / 1e6:.2f} M"),
-            ("predicted memory", f"{predicted / 2**30:.2f} GiB a process, --recompute {recompute}"),
+            ("predicted memory", str(plan)),
         ]
     )  # fmt: skip

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from gcrm_fast.config import TrainConfig
 from gcrm_fast.errors import UserError
+from gcrm_fast.model import LlamaRewardModel
 from gcrm_fast.objectives import STATISTICS
 from gcrm_fast.optimizer import Updater
 from gcrm_fast.run_checkpoints import Found, checkpoints, damage, first_whole, load, read_manifest
@@ -20,7 +21,7 @@ from gcrm_fast.run_checkpoints import Found, checkpoints, damage, first_whole, l
 FREE = frozenset({
     "allow_overlap", "attention", "cache", "compile", "config", "deterministic", "dry_run", "eval_by", "eval_data",
     "eval_every", "eval_pairs", "goal_pairs", "keep", "keep_best", "log_every", "max_skipped", "output", "overwrite",
-    "preset", "recompute", "replicas", "reshard_after_forward", "resume", "resume_force", "save_every", "timeout",
+    "gather", "preset", "recompute", "replicas", "resume", "resume_force", "save_every", "timeout",
     "tokens_per_batch", "workers",
 })  # fmt: skip
 
@@ -58,7 +59,7 @@ class Window:
 class RunState:
     """Everything that a run's future depends on beside its configuration and data."""
 
-    model: nn.Module
+    model: LlamaRewardModel
     updater: Updater
     window: Window
 

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from gcrm_fast import checkpoint, parallel
@@ -74,16 +73,15 @@ def keep_freed_memory() -> None:
 
 
 def accumulate(
-    model: torch.nn.Module, packs: list[Pack], n_pairs: int, objective: Objective, device: torch.device
+    model: LlamaRewardModel, packs: list[Pack], n_pairs: int, objective: Objective, device: torch.device
 ) -> Tensor:
     """Gradients of the mean loss over the GLOBAL batch, from this rank's packs; returns the sums of STATISTICS.
 
     FSDP averages gradients over ranks, hence the factor world size; they are reduced once, at the last pack.
     """
     sums = torch.zeros(len(STATISTICS), device=device)
-    assert isinstance(model, FSDPModule)
     for i, pack in enumerate(packs):
-        model.set_requires_gradient_sync(i == len(packs) - 1)
+        parallel.last_backward(model, i == len(packs) - 1)
         on_device = pack.to(device)
         total, statistics = losses(model(on_device), on_device.pairs, objective)
         (total * (dist.get_world_size() / n_pairs)).backward()
@@ -141,7 +139,9 @@ class Run:
         whole = [pair for pair in self.prepared.train if not pair.chosen_cut]
         pairs = whole[: self.config.goal_pairs or None][:most]
         budget, sampling = self.prepared.budget, self.prepared.sampling
-        return goal_state(self.state.model, pairs, budget, sampling, self.device), len(pairs)
+        goal = goal_state(self.state.model, pairs, budget, sampling, self.device)
+        parallel.reshard(self.state.model)
+        return goal, len(pairs)
 
     def evaluate(self, step: int, goal: Tensor) -> dict[str, float]:
         """Logs the held-out metrics and returns them; empty without held-out pairs."""
@@ -150,6 +150,7 @@ class Run:
             return {}
         scores = score_pairs(self.state.model, prepared.held_out, goal, self.objective, prepared.budget,
                              prepared.sampling, self.device)  # fmt: skip
+        parallel.reshard(self.state.model)
         row = metrics(scores)
         if step == prepared.steps:
             row |= {f"eval/auroc/{k}": v for k, (v, _) in breakdown(scores, self.config.eval_by).items()}
@@ -217,13 +218,13 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     found, notes = find(config, prepared.output, prepared.data_key, group)
     start = found.facts["step"] if found else 0
 
-    recompute, predicted = memory_plan(prepared, config, world_size, device)
+    plan = memory_plan(prepared, config, world_size, device)
     with torch.device("meta"):
-        model = LlamaRewardModel(prepared.model_config, config.attention, recompute)
+        model = LlamaRewardModel(prepared.model_config, config.attention, plan.recompute)
     cast_weights(model, config.optimizer)
     if config.compile:
         model.compile_blocks()
-    parallel.shard(model, mesh, dtype, reshard_after_forward=config.reshard_after_forward)
+    parallel.shard(model, mesh, dtype, gather=plan.gather)
     parallel.materialize(model, mesh, device, prepared.weights.rows)
     state = RunState(model, Updater(model, config, prepared.steps, device), Window(device))
     if found:
@@ -238,10 +239,10 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
         if found:
             notes.append(f"resumed from {found.path} after step {start}")
         notes += [table(data_rows(prepared, config)),
-                  f"MFU and HFU refer to {peak / 1e12:.4g} TFLOP/s a process ({source}); predicted memory "
-                  f"{predicted / 2**30:.2f} GiB a process, --recompute {recompute}"]  # fmt: skip
+                  f"MFU and HFU refer to {peak / 1e12:.4g} TFLOP/s per process ({source})",
+                  f"predicted memory {plan}"]  # fmt: skip
         print(*notes, sep="\n", flush=True)
-    meter = Meter(prepared.model_config, recompute, device, peak)
+    meter = Meter(prepared.model_config, plan.recompute, device, peak)
     steps = steps_of(prepared, config, rank, world_size)
     return Run(config, prepared, device, objective_of(config), state, saved, steps, meter, log), start
 

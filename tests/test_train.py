@@ -95,7 +95,7 @@ def test_one_to_four_processes_give_the_same_losses_and_model(pair_file: Path, t
     """Invariant 4 through the real program: unequal packs, empty ones, a last batch of fewer pairs than ranks."""
     logs, models = [], []
     for processes, tokens, *shape in (
-        (1, "4000"), (2, "150", "--no-reshard-after-forward"), (3, "4000"), (4, "150", "--replicas", "2"),
+        (1, "4000"), (2, "150", "--gather", "block"), (3, "4000"), (4, "150", "--replicas", "2"),
     ):  # fmt: skip
         output = tmp_path / str(processes)
         result = torchrun(
