@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import drawn
 import matplotlib
 import measure
 import numpy as np
@@ -32,7 +33,7 @@ from gcrm_kernels.reference import unit_rows
 from torch import Tensor
 
 from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import LlamaRewardModel, ModelConfig, initial_value
+from gcrm_fast.model import ModelConfig
 from gcrm_fast.objectives import ranking_loss
 from gcrm_fast.packing import Sampling, build_pack
 
@@ -107,8 +108,9 @@ def cases(n: int, s: int, h: int, d: int, device: torch.device, dtype: torch.dty
     half = TOKENS_A_PAIR // 2
     offset = torch.tensor([0, 0, 0, half])[:, None, None] + TOKENS_A_PAIR * torch.arange(n)[:, None]
     rows = torch.randint(half, (4, n, s), generator=generator) + offset
-    projection = None if d == 0 else (torch.randn(d, h, generator=generator) / h**0.5).to(device, dtype)
-    hidden = torch.randn(n * TOKENS_A_PAIR, h, generator=generator).to(device, dtype)
+    on_device = torch.Generator(device).manual_seed(0)  # a CPU would take 10 s for the largest case
+    projection = None if d == 0 else (torch.randn(d, h, generator=on_device, device=device) / h**0.5).to(dtype)
+    hidden = torch.randn(n * TOKENS_A_PAIR, h, generator=on_device, device=device).to(dtype)
     distinct, compact = rows.unique(return_inverse=True)
     for source, states, index in (("tokens", hidden, rows), ("rows", hidden[distinct.to(device)], compact)):
         tiles = RowTiles(*(t.to(device) for t in RowTiles.of(index.numpy(), len(states))))
@@ -291,11 +293,7 @@ def share_of_step(device: torch.device, dtype: torch.dtype, seconds: float) -> l
         prompt, chosen, rejected = (rng.integers(3, 32000, size=k).astype(np.int32) for k in (100, 200, 180))
         pairs.append(TokenizedPair(i, np.r_[prompt, chosen], np.r_[prompt, rejected], 100, 100, 0.0, i, {}))
     pack = build_pack([[pair] for pair in pairs], Sampling(variant="repo"), 0).to(device)
-    model = LlamaRewardModel(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, config, 0))
-    model.to(device, dtype)
+    model = drawn.network(config, 0, device, dtype)
     z_RD = model(pack).z_RD.detach()
     case = Case("step", z_RD, pack.pairs.samples_4NS, pack.pairs.samples_tiles, None)
     grad = torch.ones(len(pairs), device=device)

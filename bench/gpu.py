@@ -1,18 +1,23 @@
-"""Everything that a machine with a GPU can tell, in at most ten minutes: ``make gpu``.
+"""Everything that a machine with a GPU can tell, the most valuable first: ``make gpu``.
 
-    python bench/gpu.py [--wheels FOLDER]     runs all stages, writes bench/results/, prints one table
-    python bench/gpu.py --readme              writes the table of README.md anew from bench/results/
+    python bench/gpu.py [--out FOLDER] [--seconds 350] [--parts NAME ...] [--wheels FOLDER]
+    python bench/gpu.py --docs      writes the tables of README.md and docs/performance.md from bench/results/
 
-It runs in the Python that starts it, whose torch must satisfy pyproject.toml; nothing is downloaded. Packages that are
-missing are named, or taken from the wheels in FOLDER. Without CUDA it says so in one line and exits with 2. Each stage
-is a process of its own with a limit; one that fails is a line of the table, and the exit code is then 1.
+Every result is a line of FOLDER/gpu-DEVICE-DATE.jsonl, on the disk before the next one is measured; the same file of an
+earlier call is continued. The parts are those of bench/gpu_parts.py, in a process of their own: parts for which no time
+is left are skipped by name, one that hangs or breaks the GPU's context is ended and the rest go on in a new process. It
+runs in the Python that starts it, whose torch must satisfy pyproject.toml; nothing is downloaded. Packages that cannot
+be imported are named, or taken from the wheels in a folder. Without CUDA it says so in one line and exits with 2; if a
+part failed it exits with 1.
 """
 
 import argparse
+import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,223 +28,168 @@ from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-TOOLS = ("pytest", "hypothesis")
-SECONDS = 600  # for everything
-TESTS = ("kernels", "elementwise", "invariants", "objectives", "parity", "step", "bench")
-BEGIN, END = "<!-- gpu:begin (written by python bench/gpu.py --readme) -->", "<!-- gpu:end -->"
-NOT_MEASURED = (
-    "Not yet measured on a GPU: the CUDA paths (nccl, bfloat16, Triton kernels, flash-attn and torch's varlen\n"
-    "attention) are written but not run."
-)
+GRACE = 30.0  # seconds that a part may take beyond twice its time
+# Names of packages' modules where they differ.
+MODULES = {"scikit-learn": "sklearn", "protobuf": "google.protobuf", "pytest-xdist": "xdist"}
+TOOLS = ("pytest", "hypothesis", "pytest-xdist")
 
 # ---------------------------------------------------------------------------------------------------- what is installed
 
 
-def unsatisfied(requirements: Sequence[str]) -> list[str]:
-    """Those of ``requirements`` that this Python does not satisfy, with what it has instead."""
+def not_importable(packages: Sequence[str]) -> list[str]:
+    """Those that cannot be imported here, with the reason: a package is of no use without what it imports itself."""
     missing = []
-    for text in requirements:
-        requirement = Requirement(text)
+    for package in packages:
         try:
-            found = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            missing.append(f"{text} (not installed)")
-            continue
-        if not requirement.specifier.contains(found, prereleases=True):  # also torch 2.13.0+cu130, 2.14.0a0
-            missing.append(f"{text} (found {found})")
+            importlib.import_module(MODULES.get(package, package.replace("-", "_")))
+        except Exception as error:  # whatever a half-installed package raises
+            missing.append(f"{package} ({error})")
     return missing
 
 
-def install_wheels(folder: Path, target: Path) -> list[str]:
-    """Unpacks into ``target`` the wheels of ``folder`` whose package is not installed; returns their names."""
-    wheels = [path for path in sorted(folder.glob("*.whl")) if unsatisfied([parse_wheel_filename(path.name)[0]])]
+def install_wheels(folder: Path, target: Path) -> None:
+    """Unpacks the wheels of ``folder`` into ``target``."""
+    wheels = sorted(map(str, folder.glob("*.whl")))
+    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(target)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, *wheels], check=True)
+
+
+def not_ready(wheels: Path | None, target: Path) -> str:
+    """Why this machine cannot run the parts, or an empty string. Packages come from ``wheels`` too."""
     if wheels:
-        subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(target),
-             *map(str, wheels)], check=True,
-        )  # fmt: skip
-    return [canonicalize_name(parse_wheel_filename(path.name)[0]) for path in wheels]
-
-
-# ---------------------------------------------------------------------------------------------------------- the stages
-
-
-def stages(python: str, scratch: Path) -> list[tuple[str, list[str], int]]:
-    """(name, command, limit in seconds) in order of importance: the last ones are cut where time runs out."""
-    tests = [f"tests/test_{name}.py" for name in TESTS]
-    return [
-        ("tests", [python, "-m", "pytest", "-q", f"--junit-xml={scratch / 'tests.xml'}", *tests], 180),
-        ("train_step", [python, "bench/train_step.py", "--quick"], 240),
-        ("train_step-profile", [python, "bench/train_step.py", "--profile"], 60),
-        ("training", [python, "gcrm_fast/train.py", "--steps", "200", "--output", str(scratch / "run")], 90),
-        ("train_step-scaling", [python, "bench/train_step.py", "--scaling", "--quick"], 90),
-        ("contrastive_loss", [python, "bench/contrastive_loss.py", "--quick"], 120),
-    ]
-
-
-def run_stage(command: list[str], seconds: float, environment: dict[str, str], log: Path) -> str:
-    """'ok', or why not; everything printed goes to ``log``."""
-    with log.open("w", encoding="utf-8") as file:
-        try:
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT,
-                                  timeout=seconds, check=False)  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"stopped after {seconds:.0f} s"
-    if done.returncode == 0:
-        return "ok"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
-    return f"exit code {done.returncode}: {lines[-1][:120]}"
-
-
-def tests_row(xml: Path) -> dict[str, Any]:
-    """Counts of pytest's JUnit file."""
-    head = re.search(r"<testsuite [^>]*>", xml.read_text(encoding="utf-8"))
-    counts = {name: int(number) for name, number in re.findall(r'(\w+)="(\d+)"', head[0] if head else "")}
-    failed = counts["errors"] + counts["failures"]
-    return {"passed": counts["tests"] - failed - counts["skipped"], "failed": failed, "skipped": counts["skipped"]}
-
-
-def training_row(run: Path) -> dict[str, Any]:
-    """Median speed and held-out AUROC of a run, from its metrics.jsonl."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    speeds = sorted(row["pairs_per_s"] for row in rows if "pairs_per_s" in row)
-    quality = [row["eval/auroc"] for row in rows if "eval/auroc" in row]
-    return {"steps": rows[-1]["step"], "pairs/s": speeds[len(speeds) // 2], "AUROC before": quality[0],
-            "AUROC": quality[-1]}  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------- README's table
-
-
-def newest(results: Path) -> dict[tuple[str, str], Path]:
-    """The latest file of each (device, benchmark) that ran on a GPU."""
-    found: dict[tuple[str, str], Path] = {}
-    for path in sorted(results.glob("*.json"), key=lambda p: (p.stem[-10:], p.stem)):  # names end in the date
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        if rows and "threads" not in rows[0]["device"]:
-            kind = rows[0]["device"].replace(" ", "-").lower()
-            found[rows[0]["device"], path.stem[: -len(f"-{kind}-0000-00-00")]] = path
-    return found
-
-
-def lines_of(benchmark: str, rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(what, result) of one file of results; nothing for files that the table does not show."""
-    if benchmark == "gpu_tests":
-        return [("tests on the GPU", "{passed} passed, {failed} failed, {skipped} skipped".format(**rows[0]))]
-    if benchmark == "gpu_training":
-        row = rows[0]
-        return [(f"training run of {row['steps']} steps",
-                 f"{row['pairs/s']:.0f} pairs/s, AUROC {row['AUROC before']:.3f} -> {row['AUROC']:.3f}")]  # fmt: skip
-    if benchmark.startswith("train_step") and "method" in rows[0]:
-        return [(f"step, {row['model']}, {row['dtype']}, {row['data']}: {row['method']}", _speed(row)) for row in rows]
-    if benchmark == "contrastive_loss":
-        timed = [row for row in rows if row.get("method") == "ours" and row.get("GB/s") and row.get("x naive")]
-        best = max(timed, key=lambda row: row["compulsory MB"], default=None)
-        if best:
-            what = f"contrastive loss, N={best['N']} S={best['S']} H={best['H']}, from {best['input']}"
-            return [(what, f"{best['forward+backward ms']:.3g} ms, {best['x naive']:.1f} times naive")]
-    return []
-
-
-def _speed(row: dict[str, Any]) -> str:
-    if not row.get("pairs/s"):
-        return str(row.get("note", "did not run"))
-    return f"{row['pairs/s']:.1f} pairs/s, MFU {row['MFU %']:.0f}%, peak {row['peak MB'] / 1000:.1f} GB"
-
-
-def readme_part(results: Path) -> str:
-    """What README.md says about GPUs: a line for each number's file, or that there is none."""
-    files = newest(results)
-    lines = []
-    for (device, benchmark), path in sorted(files.items()):
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        origin = f"{rows[0]['date']}, {rows[0]['commit']}, kernels {rows[0].get('kernels', 'unknown')}"
-        lines += [f"| {device} | {what} | {result} | {origin} | `{path.name}` |"
-                  for what, result in lines_of(benchmark, rows)]  # fmt: skip
-    if not lines:
-        return NOT_MEASURED
-    return "\n".join(["| device | what | result | date, commit, kernels | file |", "|---|---|---|---|---|", *lines])
-
-
-def write_readme(path: Path, results: Path) -> None:
-    """Replaces what stands between the two markers of the file at ``path``."""
-    text = path.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    path.write_text(f"{head}{BEGIN}\n{readme_part(results)}\n{END}{tail}", encoding="utf-8")
-
-
-# --------------------------------------------------------------------------------------------------------- the program
-
-
-def ready(wheels: Path | None, target: Path) -> str:
-    """Why this machine cannot run the stages, or an empty string. Installs from ``wheels`` what is missing."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    if wheels:
+        install_wheels(wheels, target)
         sys.path.insert(0, str(target))
-        print("from wheels:", ", ".join(install_wheels(wheels, target)) or "nothing was missing", flush=True)
-    torch = [text for text in project["dependencies"] if Requirement(text).name == "torch"]
-    if missing := unsatisfied(torch):
-        return f"make gpu uses this Python's own torch, which must satisfy pyproject.toml: {missing[0]}"
-    from torch import cuda  # after it is known to be there
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [Requirement(text) for text in project["dependencies"]]
+    torch = next(requirement for requirement in requirements if requirement.name == "torch")
+    try:
+        found = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return f"make gpu uses this Python's own torch, and there is none: it needs {torch}"
+    if not torch.specifier.contains(found, prereleases=True):  # also 2.13.0+cu130
+        return f"make gpu uses this Python's own torch, which must satisfy pyproject.toml: {torch}, found {found}"
+    from torch import cuda
 
     if not cuda.is_available():
         return "make gpu needs a CUDA device, and torch sees none here: `make test` and `make bench` run on a CPU"
-    if missing := unsatisfied([*project["dependencies"], *TOOLS]):
-        return f"missing: {', '.join(missing)}: install them, or name a folder of their wheels: make gpu WHEELS=FOLDER"
+    if missing := not_importable([*(requirement.name for requirement in requirements), *TOOLS]):
+        return (
+            f"cannot be imported: {', '.join(missing)}: install them, or name a folder of their wheels: "
+            "make gpu WHEELS=FOLDER"
+        )
     return ""
+
+
+# --------------------------------------------------------------------------------------------------------- the parts
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The results so far; a last line that is not whole is left to whoever writes it."""
+    if not path.exists():
+        return []
+    *whole, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]
+
+
+def environment(packages: Path) -> dict[str, str]:
+    """Of the measuring process: one GPU, no network, fragments of memory that can grow, output at once."""
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(packages), os.environ.get("PYTHONPATH", "")]
+    defaults = {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    always = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    return {**defaults, **os.environ, **always}
+
+
+def measure_parts(
+    parts: Sequence[str], path: Path, seconds: float, env: dict[str, str], more: Sequence[str] = ()
+) -> None:
+    """Runs the parts (all without any) in processes, a new one after each that broke, until the time is over."""
+    end = time.monotonic() + seconds
+    waiting = list(parts)
+    while end - time.monotonic() > 10:
+        before = len(lines(path))
+        options = ["--out", str(path), "--deadline", f"{end - time.monotonic():.0f}", *more]
+        options += ["--parts", *waiting] if waiting else []
+        command = [sys.executable, str(ROOT / "bench" / "gpu_parts.py"), *options]
+        watch(subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True), path, end)
+        rows = lines(path)[before:]
+        settled = {row["part"] for row in rows if row["what"] in ("began", "skipped")}
+        wanted = next((row["parts"] for row in rows if row["what"] == "begin"), [])
+        waiting = [part for part in wanted if part not in settled]
+        if not waiting or not settled:  # a process that did not come so far would not do so again
+            break
+
+
+def watch(child: subprocess.Popen[bytes], path: Path, end: float) -> None:
+    """Waits for the process; ends it and its own children at ``end``, or when a part takes far too long."""
+    seen, since, limit = 0, time.monotonic(), 120.0
+    while child.poll() is None and time.monotonic() < min(end, since + limit):
+        time.sleep(0.5)
+        rows = lines(path)
+        for row in rows[seen:]:
+            if row["what"] == "began":
+                since, limit = time.monotonic(), 2 * row["needs"] + GRACE
+        seen = len(rows)
+    if child.poll() is None:
+        with path.open("a", encoding="utf-8") as file:
+            part = next((row["part"] for row in reversed(lines(path)) if row["what"] == "began"), "")
+            file.write(json.dumps({"part": part, "what": "failed", "why": "ended: out of time, or it hung"}) + "\n")
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+# -------------------------------------------------------------------------------------------------------- the program
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wheels", type=Path, help="folder of wheels for packages that are missing")
-    parser.add_argument("--readme", action="store_true", help="only write README.md's table from bench/results/")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results, default: bench/results")
+    parser.add_argument("--seconds", type=float, default=350, help="for everything, default: 350")
+    parser.add_argument("--parts", nargs="+", help="only these, in this order; default: all")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels for packages that cannot be imported")
+    parser.add_argument(
+        "--docs", action="store_true", help="only write the tables of README.md and docs/performance.md"
+    )
     options = parser.parse_args()
-    if options.readme:
-        write_readme(ROOT / "README.md", RESULTS)
-        return 0
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        if reason := ready(options.wheels, scratch / "packages"):
+    if options.docs:
+        import gpu_report
+
+        gpu_report.write(ROOT, RESULTS)
+        return 0
+    with tempfile.TemporaryDirectory() as packages:
+        if reason := not_ready(options.wheels, Path(packages)):
             print(reason, file=sys.stderr)
             return 2
-        ok = run_all(scratch, started)
-    write_readme(ROOT / "README.md", RESULTS)
-    print(readme_part(RESULTS))
-    return 0 if ok else 1
+        return measure_all(options, Path(packages), options.seconds - (time.monotonic() - started))
 
 
-def run_all(scratch: Path, started: float) -> bool:
-    """Every stage, then the table of how they ended; their records are in bench/results/ whatever happened."""
-    import measure  # needs torch
+def measure_all(options: argparse.Namespace, packages: Path, seconds: float) -> int:
+    import gpu_report
+    import measure
     import torch
 
     where = measure.environment(torch.device("cuda"))
-    paths = [str(ROOT), str(ROOT / "kernels"), str(scratch / "packages"), os.environ.get("PYTHONPATH", "")]
-    environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    rows = []
-    for name, command, limit in stages(sys.executable, scratch):
-        begun = time.monotonic()
-        left = SECONDS - (begun - started)
-        log = scratch / f"{name}.log"
-        ended = run_stage(command, min(limit, left), environment, log) if left > 10 else "no time left"
-        rows.append({"stage": name, "result": ended, "seconds": time.monotonic() - begun})
-        print(measure.table(rows[-1:], ("stage", "result", "seconds")), flush=True)
-        if ended != "ok" and log.exists():
-            print(log.read_text(encoding="utf-8", errors="replace")[-3000:])
-    if (scratch / "tests.xml").exists():
-        measure.record("gpu_tests", [tests_row(scratch / "tests.xml")], where)
-    if (scratch / "run" / "model").exists():
-        measure.record("gpu_training", [training_row(scratch / "run")], where)
-    measure.record("gpu_stages", rows, where)
-    print(measure.table(rows, ("stage", "result", "seconds")))
-    return all(row["result"] == "ok" for row in rows)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"gpu-{where['device'].replace(' ', '-').lower()}-{where['date']}.jsonl"
+    before = len(lines(path))
+    measure_parts(options.parts or [], path, seconds, environment(packages))
+    rows = lines(path)[before:]
+    print(gpu_report.table(rows))
+    print(f"written: {path}")
+    return 1 if any(row["what"] == "failed" or row.get("right") is False for row in rows) else 0
 
 
 if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
     sys.exit(main())

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from unittest import mock
 
+import drawn
 import numpy as np
 import padded
 import torch
@@ -16,7 +17,7 @@ from gcrm_kernels import ContrastiveStatistics, InverseIndex, RowTiles, referenc
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from gcrm_fast import accounting, checkpoint, model, objectives, packing, parallel, prepare, train
+from gcrm_fast import accounting, model, objectives, packing, parallel, prepare, train
 from gcrm_fast.config import TrainConfig
 from gcrm_fast.data import TokenizedPair
 from gcrm_fast.model import LlamaRewardModel, ModelConfig
@@ -31,8 +32,9 @@ MODELS = {
     "8b": ModelConfig(vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                       num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=500_000.0),
 }  # fmt: skip
-LEVERS = ("packing", "sharing", "read rows", "fused loss") + (("Triton",) if torch.cuda.is_available() else ())
-RECOMPUTING = {"recomputing mlp": "mlp", "recomputing block": "block"}  # forms that spare memory: --recompute
+LEVERS = ("packing", "sharing", "read rows", "fused loss")
+LEVERS += ("fused RoPE", "Triton") if torch.cuda.is_available() else ()
+RECOMPUTING = {f"recomputing {part}": part for part in ("product", "mlp", "block")}  # --recompute: they save memory
 
 Groups = list[list[TokenizedPair]]  # one global batch: pairs of one prompt that are computed together
 
@@ -93,8 +95,8 @@ class Ours:
         cast_weights(self.model, options.optimizer)
         if options.compile:
             self.model.compile_blocks()
-        parallel.shard(self.model, mesh, dtype)
-        parallel.materialize(self.model, mesh, device, checkpoint.fresh_weights(config, options.seed).rows)
+        parallel.shard(self.model, mesh, dtype, gather="step" if options.gather == "auto" else options.gather)
+        parallel.materialize(self.model, mesh, device, drawn.weights(config, options.seed, device).rows)
         self.updater = Updater(self.model, options, padded.SCHEDULE_STEPS, device)
         self.objective, self.sampling = prepare.objective_of(options), sampling_of(options)
         self.budget = Budget(options.tokens_per_batch, config.hidden_size)
@@ -111,6 +113,7 @@ class Ours:
     def accumulate(self, packs: list[Pack], n_pairs: int, without: str = "") -> Tensor:
         for layer in self.model.model.layers:
             layer.recompute = RECOMPUTING.get(without, "none")
+            layer.self_attn.fused_rope = without not in ("fused RoPE", "Triton")
         with contextlib.ExitStack() as removed:
             if without == "fused loss":
                 removed.enter_context(mock.patch.object(objectives, "contrastive_loss", naive_loss))

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import drawn
 import measure
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCal
 
 from gcrm_fast.config import TrainConfig
 from gcrm_fast.data import TokenizedPair, train_tokenizer
-from gcrm_fast.model import ModelConfig, initial_value
+from gcrm_fast.model import ModelConfig
 from gcrm_fast.objectives import Objective, ranking_loss
 from gcrm_fast.optimizer import Updater
 from gcrm_fast.packing import Sampling, draw_samples
@@ -76,7 +77,7 @@ def classifier(
         model = LlamaForSequenceClassification(shape)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, parameter.shape, config, seed))
+            parameter.copy_(drawn.value(name, parameter.shape, config, seed, device))
     return model, attention
 
 

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import drawn
 import matplotlib
 import measure
 import numpy as np
@@ -29,10 +30,10 @@ from our_step import MODELS
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForSequenceClassification
 
-from gcrm_fast import checkpoint, train
+from gcrm_fast import train
 from gcrm_fast.data import Completion, train_tokenizer
 from gcrm_fast.model import ModelConfig
-from gcrm_fast.scoring import RewardModel, load_network
+from gcrm_fast.scoring import RewardModel
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -81,7 +82,7 @@ def padded_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
 
 
 def our_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, tokens: int) -> RewardModel:
-    network, _ = load_network(config, checkpoint.fresh_weights(config, SEED), device, dtype, "auto")
+    network = drawn.network(config, SEED, device, dtype).eval().requires_grad_(False)
     return RewardModel(network, train_tokenizer(["text"], 259), device, "", {}, tokens)
 
 

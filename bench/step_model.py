@@ -44,7 +44,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]  # what ``out=`` names is only written
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if not func.is_view and func.namespace != "prim":
             part, work = self._part(func, inputs)
@@ -53,7 +53,7 @@ class Counter(TorchDispatchMode):
 
     def _part(self, func: Any, inputs: list[Tensor]) -> tuple[str, float]:
         name = func.name()
-        if name in ("aten::mm", "aten::addmm"):
+        if name in ("aten::mm", "aten::addmm", "aten::addmm.out"):
             a, b = inputs[-2:]
             return MATMUL, 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
         if name.startswith("gcrm::segment_attention"):
@@ -76,9 +76,9 @@ def count(config: ModelConfig, pack: Pack, flops: float, bandwidth: float) -> Co
     """Forward and backward of the trainer's model on the pack."""
     attention = accounting.forward_flops(config, 0, accounting.query_key_products(pack), 0)
     counter = Counter(flops, bandwidth, attention / config.num_hidden_layers)
-    kernels = mock.patch("gcrm_kernels.swiglu.use_triton", return_value=True)
-    recomputed = mock.patch("gcrm_fast.model.use_triton", return_value=True)
-    with FakeTensorMode() as mode, kernels, recomputed:
+    swiglu = mock.patch("gcrm_kernels.swiglu.use_triton", return_value=True)
+    rotary = mock.patch("gcrm_kernels.rotary.use_triton", return_value=True)
+    with FakeTensorMode() as mode, swiglu, rotary:
         model = LlamaRewardModel(config, "eager")
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()

@@ -23,7 +23,7 @@ from gcrm_fast.config import TrainConfig
 from gcrm_fast.packing import Sampling
 
 CPU = torch.device("cpu")
-MODULES = ("contrastive_loss", "measure", "fused_projection", "train_step", "contestants", "our_step", "step_costs",
+MODULES = ("contrastive_loss", "drawn", "measure", "fused_projection", "train_step", "contestants", "our_step", "step_costs",
            "scoring", "padded", "records", "gpu", "step_model")  # fmt: skip
 
 # `make test` installs it; who only trains has no need of it.

@@ -1,0 +1,44 @@
+"""Initial weights of a benchmark's models, drawn where they are used: a billion normal numbers take a CPU 20 s, a GPU a
+few milliseconds. A function of (seed, name) on each kind of device, so that all contestants start from the same."""
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+from gcrm_fast.checkpoint import Weights
+from gcrm_fast.model import LlamaRewardModel, ModelConfig, initial_value
+
+
+def value(name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device) -> Tensor:
+    """On a CPU the trainer's own initial value; on a GPU one of the same distribution."""
+    if device.type == "cpu":
+        return initial_value(name, shape, config, seed)
+    if len(shape) == 1:
+        return torch.full(shape, float(name.endswith("norm.weight")), device=device)
+    generator = torch.Generator(device).manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    normal = torch.randn(shape, generator=generator, device=device)
+    if name == "model.embed_tokens.weight":
+        return normal
+    return normal.div_(shape[1] + 1 if name == "score.weight" else math.sqrt(shape[1]))
+
+
+def weights(config: ModelConfig, seed: int, device: torch.device) -> Weights:
+    """For ``parallel.materialize``."""
+    return Weights(lambda name, shape, rows: value(name, shape, config, seed, device)[rows])
+
+
+@torch.no_grad()
+def network(config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype) -> LlamaRewardModel:
+    """A model of its own, trunk in ``dtype``, reward head in float32."""
+    with torch.device("meta"):
+        model = LlamaRewardModel(config)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("score."):
+            parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    model.model.reset_inv_freq()
+    for name, parameter in model.named_parameters():
+        parameter.copy_(value(name, parameter.shape, config, seed, device))
+    return model
