@@ -35,6 +35,7 @@ from gcrm_kernels import (
     triton_rotary,
     triton_swiglu,
 )
+from gcrm_kernels.launch import LaunchConfig
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -48,7 +49,7 @@ INSTRUCTIONS = {
     "store": r"\bSTG", "wide": r"\.128\b", "atomic": r"\b(?:ATOM|RED)\b",
 }  # fmt: skip
 # Numbers that are divisible by 16 for the usual shapes
-DIVISIBLE = ("width", "row_stride", "count", "q_stride", "k_stride", "v_stride")
+DIVISIBLE = ("width", "row_stride", "columns", "count", "q_stride", "k_stride", "v_stride")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -91,13 +92,14 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
             constants = {"S": s, "SP": padded, "BLOCK_H": config.block, "GRID": grid}
             for mean_then_log in (False, True):
                 name = f"contrastive forward {form} {'mean_then_log' if mean_then_log else 'log_then_mean'}"
-                more = {"EPS": reference.EPS, "MEAN_THEN_LOG": mean_then_log}
+                more = {"EPS": reference.EPS, "MEAN_THEN_LOG": mean_then_log, "PARTS": 1, "partials_ptr": None}
                 if s == samples[0]:
                     yield Specialisation(f"{name} N=1", triton_contrastive._contrastive_forward_kernel,
                                          constants | more | {"n_pairs": 1}, types,
                                          config.num_warps, config.num_stages)  # fmt: skip
                 yield Specialisation(name, triton_contrastive._contrastive_forward_kernel, constants | more, types,
                                      config.num_warps, config.num_stages)  # fmt: skip
+            yield from split_specialisations(form, constants, types, config, one=s == samples[0])
             config = triton_contrastive.backward_candidates(s, itemsize)[0]
             constants |= {"TILE": contrastive.TILE_ROWS, "BLOCK_H": config.block}
             if s == samples[0]:  # a number that is 1 becomes a constant when a kernel is launched
@@ -130,6 +132,22 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
 
     yield from elementwise_specialisations(dtype, TARGETS[target].warp_size)
     yield from rotary_specialisations(dtype, TARGETS[target].warp_size)
+
+
+def split_specialisations(
+    form: str, constants: dict[str, Any], types: dict[str, str], config: LaunchConfig, one: bool
+) -> Iterator[Specialisation]:
+    """The forward of few pairs at H = 4096, in parts and then their sum; if ``one``, of one pair too."""
+    launch = config.num_warps, config.num_stages
+    parts, _ = triton_contrastive.column_parts(1, constants["S"], 4096)
+    name = f"contrastive forward {form} of {parts} fp32 partials"
+    for pairs, more in [("", {}), (" N=1", {"n_pairs": 1})][: 1 + one]:
+        kernel = triton_contrastive._contrastive_partial_kernel
+        yield Specialisation(f"contrastive forward {form} partial{pairs}", kernel, constants | more, types, *launch)
+        for reduce in contrastive.REDUCTIONS:
+            more = more | {"EPS": reference.EPS, "MEAN_THEN_LOG": reduce == "mean_then_log", "PARTS": parts}
+            kernel = triton_contrastive._contrastive_forward_kernel
+            yield Specialisation(f"{name} {reduce}{pairs}", kernel, constants | more, types, *launch)
 
 
 def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisation]:

@@ -30,7 +30,7 @@ DENSE_ANALYTIC, DENSE_TRITON = (
     KERNELS + f"dense_loss and not any_lengths and {path}" for path in ("pytorch", "triton")
 )
 DENSE_CLAMPED, TRITON_NORMS = KERNELS + "clamped", KERNELS + "(different_norms or no_sample) and triton"
-Q_TRITON = KERNELS + "q_values and triton"
+TRITON_PARTS, Q_TRITON = KERNELS + "number_of_parts and triton", KERNELS + "q_values and triton"
 ELEMENTWISE = "tests/test_elementwise.py -k "
 NORM, NORM_KERNELS = (ELEMENTWISE + f"test_rms_norm and {path} and not any_shape" for path in ("pytorch", "triton"))
 SWIGLU, SWIGLU_KERNELS = (ELEMENTWISE + f"test_swiglu and {path} and not any_shape" for path in ("pytorch", "triton"))
@@ -93,6 +93,10 @@ MUTANTS = {
     "kernel: gradient of goals with the strides of sources": (
         SAMPLED, "goal, source, 1, S, grad", "goal, source, S, 1, grad", TRITON),
     "kernel: negatives without their gradient": (SAMPLED, "* direction * has_term", "* has_term", TRITON),
+    "kernel: the last part of the columns left out": (
+        SAMPLED, "tl.static_range(PARTS)", "tl.static_range(PARTS - 1)", TRITON_PARTS),
+    "kernel: parts of the negatives from goals of the positives": (
+        SAMPLED, "unit // n_pairs * 2 * n_pairs", "unit // n_pairs * n_pairs", TRITON_PARTS),
     "kernel: one power of two for all rows": (
         SAMPLED, "tl.max(tl.abs(coefficients), axis=1)", "tl.max(tl.abs(coefficients), axis=1) * 0 "
         "+ tl.max(tl.abs(coefficients))", TRITON_NORMS),

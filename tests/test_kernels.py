@@ -3,8 +3,10 @@
 Uninitialised memory is NaN in all of these tests, so that an element that a kernel does not write shows.
 """
 
+import importlib
 from collections.abc import Callable
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,12 @@ def assert_contrastive(case: Case, *, tiles: RowTiles | None = None, **options: 
     )  # fmt: skip
 
 
+def kernels() -> ModuleType:
+    """The module of the contrastive kernels, with ``column_parts``."""
+    pytest.importorskip("triton")
+    return importlib.import_module("gcrm_kernels.triton_contrastive")
+
+
 # ------------------------------------------------------------------------------------- the references themselves
 
 
@@ -123,6 +131,66 @@ def test_contrastive_loss(path: str, pairing: str, reduce: str, dtype: torch.dty
 @pytest.mark.parametrize("width", [2048, 4096, 5120])
 def test_contrastive_loss_of_wide_states(path: str, width: int) -> None:
     assert_contrastive(Case(2, 16, 40, width, torch.float32), pairing="grid", reduce="mean_then_log")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(
+    ("n", "s", "width", "pairing", "reduce"),
+    [
+        (1, 16, 2048, "grid", "mean_then_log"),
+        (2, 5, 1031, "paired", "log_then_mean"),
+        (8, 33, 257, "grid", "log_then_mean"),
+        (1, 64, 300, "paired", "mean_then_log"),
+    ],
+)
+def test_contrastive_loss_of_few_pairs(
+    path: str, dtype: torch.dtype, n: int, s: int, width: int, pairing: str, reduce: str
+) -> None:
+    if path == "triton":
+        assert kernels().column_parts(n, s, width)[0] > 1
+    assert_contrastive(Case(n, s, 60, width, dtype), pairing=pairing, reduce=reduce, temperature=0.7)
+
+
+@pytest.mark.parametrize("pairing", contrastive.PAIRINGS)
+@pytest.mark.parametrize("split", [(1, 100), (2, 64), (4, 25), (7, 16), (16, 7)], ids=str)
+def test_contrastive_loss_in_any_number_of_parts(
+    pairing: str, split: tuple[int, int], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    if path == "triton":
+        monkeypatch.setattr(kernels(), "column_parts", lambda *_: split)
+    case = Case(3, 5, 40, 100, torch.float32)
+    case.hidden[case.rows[0, 0, 0]] *= 1e-10
+    assert_contrastive(case, pairing=pairing, reduce="mean_then_log")
+
+
+def test_parts_agree_with_the_whole_and_with_themselves(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(1, 16, 50, 1025, torch.float32)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        options = {"has_positive_N": case.has_positive, "pairing": "grid"}
+        return with_gradient(lambda h: goal_contrastive_loss(h, *case.rows, **options), case.hidden, case.grad)
+
+    first, second = run(), run()
+    if path == "triton":
+        monkeypatch.setattr(kernels(), "column_parts", lambda n, samples, width: (1, width))
+    for a, b, whole in zip(first, second, run(), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, whole, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(0, 600), s=st.integers(1, 64), width=st.integers(1, 20000))
+def test_parts_cover_the_columns(n: int, s: int, width: int) -> None:
+    parts, columns = kernels().column_parts(n, s, width)
+    assert (parts - 1) * columns < width <= parts * columns
+    assert parts == 1 or (n < 264 and parts <= 16 and columns * max(s, 16) >= 4096)
+
+
+def test_parts_keep_a_gpu_busy() -> None:
+    assert kernels().column_parts(8, 16, 4096) == (8, 512)
+    assert kernels().column_parts(1, 64, 4096) == (8, 512)
+    assert kernels().column_parts(512, 16, 4096) == (1, 4096)  # pairs enough
+    assert kernels().column_parts(8, 16, 256) == (1, 256)  # nothing to split
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

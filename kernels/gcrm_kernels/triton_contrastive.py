@@ -1,10 +1,13 @@
-"""Triton kernels of the contrastive loss of sampled positions: one launch forward, one backward. Maths, shapes, dtypes
-and bytes: contrastive.py.
+"""Triton kernels of the contrastive loss of sampled positions: one launch forward (two where pairs are few), one
+backward. Maths, shapes, dtypes and bytes: contrastive.py.
 
 Forward: a program a pair. It walks over H once for the positives and once for the negatives, gathering S source and S
 goal rows of BLOCK_H columns, and keeps S x S dot products and 2 S squared norms in registers; then cosines, loss,
 weights and own coefficients. Dot products of 16-bit states are exact products summed in float32 on tensor cores; those
 of float32 states are IEEE float32.
+Where pairs are too few to keep a GPU busy (``column_parts``), positives, negatives and parts of H get programs of their
+own, which write partial dot products and squared norms [2N, parts, SP SP + 2 SP] (paired: 3 SP) in float32; a second
+launch, a program a pair again, adds them part after part and goes on as above.
 
 Backward: a program a tile of consecutive gradient rows and BLOCK_H columns. For each unit (a pair's positives or
 negatives) that touches the tile, the tile's rows look up their rows of w, repeated samples one after another, and
@@ -23,15 +26,95 @@ from torch import Tensor
 from gcrm_kernels.launch import LaunchConfig, pick
 from gcrm_kernels.reference import EPS
 
+MULTIPROCESSORS = 132  # of an H100, also where the device has another number
+STEP = 4096  # elements that a program takes of each operand at a time: 8 KiB of 16-bit states
+PARTIALS = 2**15  # dot products of one unit, of all parts together, that the forward's second launch adds: 128 KiB
+MOST_PARTS = 16
+
 # ------------------------------------------------------------------------------------------------------------- forward
 
 
 @triton.jit
+def _products(
+    hidden_ptr, sources, goals, valid, first, end, SP: tl.constexpr, BLOCK_H: tl.constexpr, GRID: tl.constexpr
+):
+    """Dot products of source and goal rows and the squared norms of both, over columns from ``first`` to ``end``."""
+    dots = tl.zeros((SP, SP) if GRID else (SP,), dtype=tl.float32)
+    squares_a = tl.zeros((SP,), dtype=tl.float32)
+    squares_b = tl.zeros((SP,), dtype=tl.float32)
+    for start in range(first, end, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        inside = valid[:, None] & (h < end)[None, :]
+        a = tl.load(hidden_ptr + sources[:, None] + h[None, :], mask=inside, other=0.0)
+        b = tl.load(hidden_ptr + goals[:, None] + h[None, :], mask=inside, other=0.0)
+        a32, b32 = a.to(tl.float32), b.to(tl.float32)
+        squares_a += tl.sum(a32 * a32, axis=1)
+        squares_b += tl.sum(b32 * b32, axis=1)
+        if GRID:
+            dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
+        else:
+            dots += tl.sum(a32 * b32, axis=1)
+    return dots, squares_a, squares_b
+
+
+@triton.jit
+def _places(partials_ptr, program, s, SP: tl.constexpr, GRID: tl.constexpr):
+    """Where a program's partial dot products and squared norms lie; those of padding samples are written too."""
+    size: tl.constexpr = SP * SP if GRID else SP
+    start = partials_ptr + program * (size + 2 * SP)
+    return start + (s[:, None] * SP + s[None, :] if GRID else s), start + size + s, start + size + SP + s
+
+
+@triton.jit
+def _summed(partials_ptr, first, s, SP: tl.constexpr, GRID: tl.constexpr, PARTS: tl.constexpr):
+    """What the programs from ``first`` on wrote, added part after part."""
+    dots = tl.zeros((SP, SP) if GRID else (SP,), dtype=tl.float32)
+    squares_a = tl.zeros((SP,), dtype=tl.float32)
+    squares_b = tl.zeros((SP,), dtype=tl.float32)
+    for part in tl.static_range(PARTS):  # unrolled, so that one load need not wait for another
+        at_dots, at_a, at_b = _places(partials_ptr, first + part, s, SP, GRID)
+        dots += tl.load(at_dots)
+        squares_a += tl.load(at_a)
+        squares_b += tl.load(at_b)
+    return dots, squares_a, squares_b
+
+
+@triton.jit
+def _contrastive_partial_kernel(
+    hidden_ptr,
+    rows_ptr,
+    partials_ptr,
+    n_pairs,
+    width,
+    row_stride,
+    columns,
+    parts,
+    S: tl.constexpr,
+    SP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GRID: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    unit, first = program // parts, (tl.program_id(0) % parts) * columns
+    s = tl.arange(0, SP)
+    valid = s < S
+    sample = (unit // n_pairs * 2 * n_pairs + unit % n_pairs) * S + s
+    sources = tl.load(rows_ptr + sample, mask=valid, other=0) * row_stride
+    goals = tl.load(rows_ptr + sample + n_pairs * S, mask=valid, other=0) * row_stride
+    end = tl.minimum(first + columns, width)
+    dots, squares_a, squares_b = _products(hidden_ptr, sources, goals, valid, first, end, SP, BLOCK_H, GRID)
+    at_dots, at_a, at_b = _places(partials_ptr, program, s, SP, GRID)
+    tl.store(at_dots, dots)
+    tl.store(at_a, squares_a)
+    tl.store(at_b, squares_b)
+
+
+@triton.jit
 def _contrastive_forward_kernel(
-    hidden_ptr, rows_ptr, has_positive_ptr, loss_ptr, similarity_ptr, weights_ptr, own_ptr,
+    hidden_ptr, partials_ptr, rows_ptr, has_positive_ptr, loss_ptr, similarity_ptr, weights_ptr, own_ptr,
     n_pairs, width, row_stride, inverse_temperature,
     EPS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BLOCK_H: tl.constexpr,
-    GRID: tl.constexpr, MEAN_THEN_LOG: tl.constexpr,
+    GRID: tl.constexpr, MEAN_THEN_LOG: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SP)
@@ -40,23 +123,13 @@ def _contrastive_forward_kernel(
     loss = 0.0
     for sign in range(2):
         sample = (2 * sign * n_pairs + n) * S + s
-        sources = tl.load(rows_ptr + sample, mask=valid, other=0) * row_stride
-        goals = tl.load(rows_ptr + sample + n_pairs * S, mask=valid, other=0) * row_stride
-        dots = tl.zeros((SP, SP) if GRID else (SP,), dtype=tl.float32)
-        squares_a = tl.zeros((SP,), dtype=tl.float32)
-        squares_b = tl.zeros((SP,), dtype=tl.float32)
-        for start in range(0, width, BLOCK_H):
-            h = start + tl.arange(0, BLOCK_H)
-            inside = valid[:, None] & (h < width)[None, :]
-            a = tl.load(hidden_ptr + sources[:, None] + h[None, :], mask=inside, other=0.0)
-            b = tl.load(hidden_ptr + goals[:, None] + h[None, :], mask=inside, other=0.0)
-            a32, b32 = a.to(tl.float32), b.to(tl.float32)
-            squares_a += tl.sum(a32 * a32, axis=1)
-            squares_b += tl.sum(b32 * b32, axis=1)
-            if GRID:
-                dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
-            else:
-                dots += tl.sum(a32 * b32, axis=1)
+        if PARTS == 1:
+            sources = tl.load(rows_ptr + sample, mask=valid, other=0) * row_stride
+            goals = tl.load(rows_ptr + sample + n_pairs * S, mask=valid, other=0) * row_stride
+            dots, squares_a, squares_b = _products(hidden_ptr, sources, goals, valid, 0, width, SP, BLOCK_H, GRID)
+        else:
+            first = (sign * n_pairs + n) * PARTS
+            dots, squares_a, squares_b = _summed(partials_ptr, first, s, SP, GRID, PARTS)
         inverse_a = 1.0 / tl.maximum(tl.sqrt(squares_a), EPS)
         inverse_b = 1.0 / tl.maximum(tl.sqrt(squares_b), EPS)
         if GRID:
@@ -203,6 +276,23 @@ def forward_candidates(samples: int, itemsize: int) -> list[LaunchConfig]:
     return [LaunchConfig(block, warps, 2), LaunchConfig(block // 2, warps, 4), LaunchConfig(block, 2 * warps, 2)]
 
 
+def column_parts(n_pairs: int, samples: int, width: int) -> tuple[int, int]:
+    """(parts of H, columns of a part) of the forward; one part: a single launch.
+
+    A power of two, less the parts that H leaves empty: as many as make four programs of each of MULTIPROCESSORS (a part
+    is 2N programs), while a part keeps two steps of loads and the second launch adds at most MOST_PARTS parts and
+    PARTIALS dot products of a unit. From N, S and H alone, so that sums have the same order on every device.
+    """
+    padded = _padded(samples)
+    step = STEP // padded
+    steps = triton.cdiv(width, step)
+    most = min(triton.cdiv(2 * MULTIPROCESSORS, max(n_pairs, 1)), steps // 2, PARTIALS // padded**2, MOST_PARTS)
+    if most < 2:
+        return 1, width
+    columns = triton.cdiv(steps, 2 ** (most.bit_length() - 1)) * step
+    return triton.cdiv(width, columns), columns
+
+
 def backward_candidates(samples: int, itemsize: int) -> list[LaunchConfig]:
     """A tile of 64 rows by 64 columns, a 128-byte line of bfloat16 each: up to 32 accumulators a thread."""
     warps = 4 if itemsize == 2 and _padded(samples) == 16 else 8
@@ -214,22 +304,45 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [N], similarity [2, N], weights [2, N, S, S] or [2, N, S], own [4, N, S]), all float32."""
     _, n, s = rows_4NS.shape
+    width, padded = hidden_RH.shape[1], _padded(s)
+    parts, columns = column_parts(n, s, width)
     hidden_RH = hidden_RH if hidden_RH.stride(-1) == 1 else hidden_RH.contiguous()
     loss, similarity, weights, own = (
         hidden_RH.new_empty(shape, dtype=torch.float32)
         for shape in ((n,), (2, n), (2, n, s, s) if grid else (2, n, s), (4, n, s))
     )
 
+    partials = None
+    if parts > 1:
+        partials = hidden_RH.new_empty(2 * n, parts, (padded + 2 if grid else 3) * padded, dtype=torch.float32)
+
     def run(config: LaunchConfig) -> None:
+        if partials is not None:
+            _contrastive_partial_kernel[(2 * n * parts,)](
+                hidden_RH,
+                rows_4NS,
+                partials,
+                n,
+                width,
+                hidden_RH.stride(0),
+                columns,
+                parts,
+                S=s,
+                SP=padded,
+                BLOCK_H=config.block,
+                GRID=grid,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
         _contrastive_forward_kernel[(n,)](
-            hidden_RH, rows_4NS, has_positive_N, loss, similarity, weights, own,
-            n, hidden_RH.shape[1], hidden_RH.stride(0), 1.0 / temperature,
-            EPS=EPS, S=s, SP=_padded(s), BLOCK_H=config.block, GRID=grid, MEAN_THEN_LOG=mean_then_log,
+            hidden_RH, partials, rows_4NS, has_positive_N, loss, similarity, weights, own,
+            n, width, hidden_RH.stride(0), 1.0 / temperature,
+            EPS=EPS, S=s, SP=padded, BLOCK_H=config.block, GRID=grid, MEAN_THEN_LOG=mean_then_log, PARTS=parts,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
     if n:
-        key = ("forward", s, hidden_RH.shape[1], hidden_RH.dtype, grid)
+        key = ("forward", s, width, hidden_RH.dtype, grid, parts)
         run(pick(key, forward_candidates(s, hidden_RH.itemsize), run))
     return loss, similarity, weights, own
 
