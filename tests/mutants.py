@@ -271,11 +271,14 @@ MUTANTS = {
         "gcrm_fast/accounting.py", "return layers * (projections * tokens + 4 * q * products)",
         "return layers * projections * tokens + (layers - 1) * 4 * q * products", STEP + "counted"),
     "kept activations without the MLP's product": (
-        "gcrm_fast/accounting.py", "tokens * (2 if kernels else 3) * f", "tokens * 2 * f",
-        STEP + "recomputing"),
+        "gcrm_fast/accounting.py", "mlp_input + tokens * 3 * f", "mlp_input + tokens * 2 * f", STEP + "recomputing"),
     "recomputation ignored": (
-        "gcrm_fast/model.py", "if self.recompute != part or not", "if self.recompute == part or not",
-        STEP + "recomputing"),
+        "gcrm_fast/model.py", "if not again or not torch", "if again or not torch", STEP + "recomputing"),
+    "only the last layer's gradient of a shared input": (
+        "gcrm_fast/model.py", "torch.addmm(dx_TH, grad, weight, out=dx_TH)", "grad @ weight", STEP + "counted"),
+    "weights gathered once per step are never dropped": (
+        "gcrm_fast/parallel.py", "set_reshard_after_backward(last or model.gather == \"block\")",
+        "set_reshard_after_backward(model.gather == \"block\")", STEP + "gathered_once"),
     "sizes of packs compiled in": (
         "gcrm_fast/model.py", "dynamic=True", "dynamic=False", STEP + "compiled_blocks"),
     "a host sync in the step": (
