@@ -48,7 +48,7 @@ from gcrm_fast.packing import Pack, Sampling, build_pack
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ((100, 225), (250, 80))  # tokens of a prompt and of each completion: GSM8K's, and HH's
 PACK, LARGE_PACK = 16_384, 36_864  # tokens
-TESTS = ("kernels", "rotary", "elementwise", "attention_cuda", "invariants", "objectives", "parity", "step", "bench")
+TESTS = ("attention_cuda", "kernels", "rotary", "elementwise", "staging", "invariants", "parity", "step", "bench")
 KINDS = {  # of a profile's kernels, by a part of their name; the first that fits
     "matrix products": ("gemm", "nvjet", "cutlass", "sm90_x", "cublas"),
     "attention": ("flash",),
