@@ -1,5 +1,6 @@
 """Measuring and recording, shared by the benchmarks: what ran where, time, memory, bandwidth, JSON and CSV."""
 
+import contextlib
 import csv
 import datetime
 import hashlib
@@ -9,7 +10,6 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,27 @@ def environment(device: torch.device) -> dict[str, str]:
     """Device, versions, commit and a hash of the kernels' sources: part of every recorded row."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=False
-    )
     return {
         "device": name,
         "torch": torch.__version__,
         "triton": triton.__version__ if HAS_TRITON else "none",
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "kernels": kernel_hash(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def _commit() -> str:
+    """What GCRM_COMMIT says, for copies without a repository; else git, or "unknown"."""
+    described = os.environ.get("GCRM_COMMIT", "")
+    if not described:
+        with contextlib.suppress(OSError):  # no git here
+            described = subprocess.run(
+                ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True,
+                check=False,
+            ).stdout.strip()  # fmt: skip
+    return described or "unknown"
 
 
 def kernel_hash() -> str:
@@ -104,7 +113,7 @@ class Peak:
     bytes: int = 0
 
 
-@contextmanager
+@contextlib.contextmanager
 def recorded_peak(device: torch.device) -> Iterator[Peak]:
     """Fills in the peak of its block at the end. CPU: of tensors, from the profiler's record of every allocation, since
     the resident size of a process also counts what the allocator keeps. CUDA: of the caching allocator."""

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCal
 
 from gcrm_fast.config import TrainConfig
 from gcrm_fast.data import TokenizedPair, train_tokenizer
+from gcrm_fast.errors import one_line
 from gcrm_fast.model import ModelConfig
 from gcrm_fast.objectives import Objective, ranking_loss
 from gcrm_fast.optimizer import Updater
@@ -145,8 +146,13 @@ class Padded:
 
 def trl_missing() -> str:
     """Why TRL cannot run here, or an empty string."""
-    missing = [name for name in ("trl", "accelerate", "datasets") if importlib.util.find_spec(name) is None]
-    return f"{', '.join(missing)} not installed: pip install '.[bench]'" if missing else ""
+    try:
+        importlib.import_module("trl").RewardTrainer  # noqa: B018  # by itself trl imports none of what it needs
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed: pip install '.[bench]'"
+    except Exception as error:  # whatever half an installation raises
+        return f"TRL cannot be imported ({one_line(error)})"
+    return ""
 
 
 class _Clock(TrainerCallback):

@@ -1,6 +1,7 @@
 """Process group, FSDP2 sharding, and moving whole tensors in and out of sharded parameters."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,8 +21,12 @@ def process_group(*, replicas: int = 1, timeout: float = 600.0) -> Iterator[tupl
     """The default process group (nccl on CUDA, else gloo), as a mesh, and this rank's device.
 
     The mesh has one dimension, or with ``replicas`` two: copies of the model, and the processes that share a copy.
-    Works under torchrun, and by itself as a group of one. ``timeout``: of a collective, in seconds.
+    Works under torchrun, and by itself as a group of one. ``timeout``: of a collective, in seconds. On one Linux
+    machine the processes talk over ``lo``, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME say otherwise.
     """
+    if sys.platform == "linux" and os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # else they look up this machine's name
+            os.environ.setdefault(variable, "lo")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:

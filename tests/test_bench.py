@@ -1,7 +1,6 @@
 """The benchmarks: contestants agree, a disagreement is reported instead of a time, and numbers have their files."""
 
 import importlib
-import importlib.util
 import json
 import sys
 import zipfile
@@ -23,13 +22,8 @@ from gcrm_fast.config import TrainConfig
 from gcrm_fast.packing import Sampling
 
 CPU = torch.device("cpu")
-MODULES = ("contrastive_loss", "drawn", "measure", "fused_projection", "train_step", "contestants", "our_step", "step_costs",
-           "scoring", "padded", "records", "gpu", "step_model")  # fmt: skip
-
-# `make test` installs it; who only trains has no need of it.
-needs_trl = pytest.mark.skipif(
-    importlib.util.find_spec("trl") is None, reason="TRL is not installed: pip install 'gcrm-fast[bench]'"
-)
+MODULES = ("contrastive_loss", "drawn", "measure", "fused_projection", "train_step", "contestants", "our_step",
+           "step_costs", "scoring", "padded", "records", "gpu", "step_model")  # fmt: skip
 
 
 @pytest.fixture
@@ -98,6 +92,16 @@ def test_peak_memory_counts_what_lives_at_once(bench: ModuleType) -> None:
         return second * 2
 
     assert bench.measure.peak_memory(function, CPU) == pytest.approx(8000, abs=200)
+
+
+def test_the_commit_is_known_without_git_too(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("GCRM_COMMIT", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench.measure.environment(CPU)["commit"] == "unknown"
+    monkeypatch.setenv("GCRM_COMMIT", "abc1234")
+    assert bench.measure.environment(CPU)["commit"] == "abc1234"
 
 
 @pytest.mark.skipif(not launch.HAS_TRITON, reason="triton is not installed")
@@ -240,8 +244,26 @@ def test_one_that_does_not_fit_is_a_note(step: ModuleType, contestants: ModuleTy
     assert "pairs/s" not in rows[0]
 
 
-@needs_trl
+def test_trl_that_cannot_be_imported_is_left_out_with_the_reason(
+    step: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "trl.py").write_text("raise RuntimeError('half installed')")
+    monkeypatch.delitem(sys.modules, "trl", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert step.padded.trl_missing() == "TRL cannot be imported (half installed)"
+    (tmp_path / "trl.py").write_text("import gcrm_absent")
+    importlib.invalidate_caches()
+    assert "gcrm_absent is not installed" in step.padded.trl_missing()
+
+
+def skip_without_trl(step: ModuleType) -> None:
+    """`make test` installs it; who only trains has no need of it."""
+    if missing := step.padded.trl_missing():
+        pytest.skip(missing)
+
+
 def test_trl_runs_its_own_trainer_and_computes_the_same_ranking_loss(step: ModuleType, contestants: ModuleType) -> None:
+    skip_without_trl(step)
     model, batch = padded_and_batch(step)
     pairs = step.flat(batch)
     assert contestants.references(model, pairs).keys() >= {"naive", "TRL"}
@@ -253,8 +275,8 @@ def test_trl_runs_its_own_trainer_and_computes_the_same_ranking_loss(step: Modul
     assert all(peak.bytes > 0 for peak in off.peaks)
 
 
-@needs_trl
 def test_trl_computes_in_the_dtype_that_is_timed_each_time(step: ModuleType) -> None:
+    skip_without_trl(step)
     model, batch = padded_and_batch(step, torch.bfloat16)
     seen = []
     model.model.model.layers[0].mlp.up_proj.register_forward_hook(lambda layer, x, out: seen.append(out.dtype))

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training_runs import ROOT, TIMES, TINY, alive, rows, start, torchrun, wait_for, workers
 
-from gcrm_fast import run_checkpoints, train
+from gcrm_fast import parallel, run_checkpoints, train
 from gcrm_fast.errors import UserError
 from gcrm_fast.run_checkpoints import checkpoints, read_manifest
 from gcrm_fast.train import main
@@ -432,6 +432,15 @@ def test_no_checkpoints_if_none_are_wanted(pair_file: Path, tmp_path: Path, monk
     monkeypatch.setattr(run_checkpoints.Checkpoints, "save", None)
     assert main(arguments(pair_file, tmp_path, "--keep", "0")) == 0
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lo is Linux's name")
+def test_processes_of_one_machine_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # which notes the value to go back to
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    with parallel.process_group():
+        assert [os.environ[f"{name}_SOCKET_IFNAME"] for name in ("GLOO", "NCCL")] == ["lo", ""]
 
 
 # ------------------------------------------------------------------------------------------------ numbers that are none
