@@ -18,6 +18,7 @@ from training_runs import Gcrm, Result, torchrun, write_pairs
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses work under ``poisoned``
 
 from gcrm_kernels import launch
 
@@ -34,6 +35,8 @@ SPECIAL = 3  # bos, eos, pad: no random token is one of them
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter's bfloat16 arithmetic is not that of any device; bfloat16 kernels are tested compiled.
 HALVES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
+# tl.exp and tl.log of a GPU are approximations, right to two units in the last place; the interpreter's are exact.
+APPROXIMATE = 2**-22 if DEVICE == "cuda" else 0.0
 OPERATORS = ("contrastive", "dense", "gather", "qvalues", "rms_norm", "swiglu")  # modules of gcrm_kernels with kernels
 
 

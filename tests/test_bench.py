@@ -137,10 +137,12 @@ CONFIG = small_config(vocab_size=32_000)
 OPTIONS = TrainConfig(global_batch_pairs=8)
 
 
-def padded_and_batch(step: ModuleType, dtype: torch.dtype = torch.float32) -> tuple[Any, list[Any]]:
+def padded_and_batch(
+    step: ModuleType, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> tuple[Any, list[Any]]:
     """(the padded reference, a global batch of 8 pairs, one a group)"""
     pairs = step.records.records("gsm8k_pairs", 8)
-    model = step.padded.Padded(CONFIG, OPTIONS, objectives.Objective(), Sampling(), dtype, CPU)
+    model = step.padded.Padded(CONFIG, OPTIONS, objectives.Objective(), Sampling(), dtype, device)
     return model, [[pair] for pair in pairs]
 
 
@@ -170,8 +172,8 @@ def test_padded_and_ours_agree_with_every_lever(
     step: ModuleType, contestants: ModuleType, our_step: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step.padded, "trl_missing", lambda: "not asked for")
-    model, batch = padded_and_batch(step)
     with parallel.process_group() as (mesh, device):
+        model, batch = padded_and_batch(step, device=device)
         ours = our_step.Ours(CONFIG, OPTIONS, torch.float32, mesh, device)
         expected = contestants.references(model, step.flat(batch))
         assert contestants.check(ours, expected, batch, 1e-4)

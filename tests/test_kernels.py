@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE, HALVES
+from conftest import APPROXIMATE, DEVICE, HALVES
 from gcrm_kernels import (
     InverseIndex,
     RowTiles,
@@ -73,7 +73,7 @@ def assert_within_budget(
         assert torch.isfinite(f).all(), name
         kind = torch.finfo(x.dtype)
         largest = terms if name == "gradient" else e.abs().max() + 1
-        allowed = 2 * (u - e).abs().max() + 2**-22 * largest
+        allowed = 2 * (u - e).abs().max() + (2**-22 + APPROXIMATE) * largest
         if name == "gradient" and kind.bits == 16:
             allowed += kind.eps / 2 * (e.abs().max() + kind.tiny)
         assert (f - e).abs().max() <= allowed, f"{name}: error {(f - e).abs().max():.3g}, allowed {allowed:.3g}"
@@ -426,10 +426,12 @@ def test_dense_loss_of_clamped_norms_and_strided_inputs(path: str) -> None:
     z = (torch.randn(17, 5, dtype=torch.float64) * torch.logspace(-10, 0, 17)[:, None]).float().to(DEVICE)
     grad = torch.tensor([1.0, -2.0], dtype=torch.float64, device=DEVICE)
     exact = with_gradient(lambda z: reference.dense_contrastive_loss(z, cuts), z.double(), grad)
+    # Terms of a row's gradient are as large as 1 / norm and cancel: what float32 leaves of them depends on the device.
+    cancelled = 2**-21 / z.double().norm(dim=1, keepdim=True).clamp_min(1e-8)
     for states in (z, z.T.contiguous().T):
         found = with_gradient(lambda z: dense_contrastive_loss(z, cuts, 9), states, grad)
-        for f, e in zip(found, exact, strict=True):
-            torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-5)
+        for f, e, floor in zip(found, exact, (0.0, 0.0, cancelled), strict=True):
+            assert ((f - e).abs() <= 1e-5 * (1 + e.abs()) + floor).all()
 
 
 def test_losses_of_no_pairs_have_a_gradient(path: str) -> None:

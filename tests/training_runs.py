@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32"]
@@ -43,11 +44,16 @@ def write_pairs(path: Path, n: int = 21) -> Path:
 def start(
     *arguments: str, processes: int = 1, options: Sequence[str] = (), script: str = "gcrm_fast/train.py"
 ) -> subprocess.Popen[str]:
-    """torchrun (with further ``options`` of its own) of a script, whose output is read by ``communicate``."""
-    launch = ["--standalone", *options, "--nproc-per-node", str(processes)]
+    """torchrun (with further ``options`` of its own) of a script, whose output is read by ``communicate``.
+
+    On CPUs, unless there are several GPUs: runs of one and of two processes are compared.
+    """
+    on_cpus = {"CUDA_VISIBLE_DEVICES": ""}
+    launch = ["--standalone", "--local-addr", "127.0.0.1", *options, "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *launch, str(ROOT / script), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **({} if torch.cuda.device_count() > 1 else on_cpus)},
     )  # fmt: skip
 
 
