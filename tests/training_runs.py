@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32"]
@@ -48,6 +49,9 @@ def start(
 
     On CPUs, unless there are several GPUs: runs of one and of two processes are compared.
     """
+    if "--shutdown-timeout" in options and "--shutdown-timeout" not in get_args_parser().format_help():  # torch 2.11
+        i = options.index("--shutdown-timeout")
+        options = [*options[:i], *options[i + 2 :]]
     on_cpus = {"CUDA_VISIBLE_DEVICES": ""}
     launch = ["--standalone", "--local-addr", "127.0.0.1", *options, "--nproc-per-node", str(processes)]
     return subprocess.Popen(
