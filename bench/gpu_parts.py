@@ -13,6 +13,7 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import contrastive_loss
 import measure
@@ -31,7 +33,8 @@ import padded
 import records
 import scoring
 import torch
-from gcrm_kernels import q_values
+from gcrm_kernels import goal_contrastive_loss, q_values
+from gcrm_kernels.launch import LaunchConfig
 from our_step import MODELS, RECOMPUTING, Groups, Ours, packed_work, sampling_of
 from step_costs import profiled
 from torch import Tensor
@@ -52,11 +55,14 @@ TESTS = ("attention_cuda", "kernels", "rotary", "elementwise", "staging", "invar
 KINDS = {  # of a profile's kernels, by a part of their name; the first that fits
     "matrix products": ("gemm", "nvjet", "cutlass", "sm90_x", "cublas"),
     "attention": ("flash",),
-    "our kernels": ("_rms_norm", "_swiglu", "_add_rows", "_contrastive", "_rotate", "_rotary"),
+    "our kernels": ("_rms_norm", "_swiglu", "_add_rows", "_contrastive", "_rotary"),
     "AdamW": ("multi_tensor", "fused_adam"),
     "copies and casts": ("copy", "chunk_cat", "memcpy"),
     "concatenation and indexing": ("cat", "index", "gather", "embedding"),
 }
+
+
+TESTS_SECONDS = 180
 
 
 class Part(NamedTuple):
@@ -169,8 +175,8 @@ def equal_pairs(prompt: int, completion: int, count: int, per_prompt: int = 1) -
 def memory_shape(config: ModelConfig, packs: Sequence[Pack]) -> MemoryShape:
     """Of a step on ``packs`` in bfloat16 on one process."""
     largest = max(packs, key=lambda pack: len(pack.input_ids_T))
-    tokens, keys = len(largest.input_ids_T), len(largest.kv_index_K)
-    return MemoryShape(config, tokens, keys, "adamw", 2, world_size=1, several_packs=len(packs) > 1)
+    tokens, keys, rows = (len(x) for x in (largest.input_ids_T, largest.kv_index_K, largest.read_rows_R))
+    return MemoryShape(config, tokens, keys, rows, "adamw", 2, True, world_size=1, several_packs=len(packs) > 1)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -380,6 +386,46 @@ def contrastive(lab: Lab) -> None:
     lab.put("Q-values", ms=1e3 * spent, tbps=states.nbytes / spent / 1e12)
 
 
+def tuning(lab: Lab) -> None:
+    """The launch configurations that GCRM_AUTOTUNE=1 would choose from, and a few besides."""
+    if not lab.cuda:
+        lab.put("tuning", note="needs a GPU")
+        return
+    from gcrm_kernels import triton_contrastive, triton_qvalues
+
+    wide = [LaunchConfig(*shape) for shape in ((64, 4, 2), (128, 4, 2), (128, 8, 2), (256, 8, 2), (256, 8, 1))]
+    [_, case] = contrastive_loss.cases(512, 16, 4096, 0, lab.device, torch.bfloat16)
+    grad = torch.ones(512, device=lab.device)
+    has_positive = torch.ones(512, dtype=torch.bool, device=lab.device)
+
+    def loss(pairing: str, hidden: Tensor) -> Tensor:
+        return goal_contrastive_loss(
+            hidden, *case.rows, has_positive_N=has_positive, pairing=pairing, tiles=case.tiles
+        )[0]
+
+    def both(pairing: str) -> None:
+        hidden = case.hidden.detach().requires_grad_()
+        torch.autograd.grad(loss(pairing, hidden), hidden, grad)
+
+    states = torch.randn(PACK, 4096, device=lab.device).bfloat16()
+    goals = torch.randn(4, 4096, device=lab.device)
+    trials: list[tuple[str, Any, str, Callable[[], object], list[LaunchConfig]]] = [
+        ("Q-values", triton_qvalues, "candidates", lambda: q_values(states, goals), triton_qvalues.candidates(2))
+    ]
+    for pairing in ("paired", "grid"):
+        no_grad = torch.no_grad()(lambda pairing=pairing: loss(pairing, case.hidden))
+        forward = [*triton_contrastive.forward_candidates(16, 2), LaunchConfig(512, 4, 2), LaunchConfig(256, 2, 2)]
+        trials.append((f"forward, {pairing}", triton_contrastive, "forward_candidates", no_grad, forward))
+        backward = [*triton_contrastive.backward_candidates(16, 2), *wide]
+        call = lambda pairing=pairing: both(pairing)  # noqa: E731
+        trials.append((f"forward + backward, {pairing}", triton_contrastive, "backward_candidates", call, backward))
+    for name, module, attribute, function, configs in trials:
+        for config in dict.fromkeys(configs):
+            with mock.patch.object(module, attribute, return_value=[config]):
+                milliseconds = measure.graph_time(function)
+            lab.put(f"tuning: {name}", **dataclasses.asdict(config), ms=milliseconds)
+
+
 def scored(lab: Lab) -> None:
     """Completions per second against padded batches: 8 per prompt, lengths of GSM8K answers."""
     lab.release()
@@ -407,17 +453,21 @@ def run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         printed.seek(0)
-        return code, printed.read()[-6000:]
+        return code, printed.read()
 
 
 def tests(lab: Lab) -> None:
     """The tests that a GPU changes, spread over its machine's cores."""
     lab.release()
     files = [f"tests/test_{name}.py" for name in TESTS if (ROOT / f"tests/test_{name}.py").exists()]
-    options = ["-q", "-p", "no:cacheprovider", "-n", str(min(8, os.cpu_count() or 1)), "--maxfail", "40"]
-    code, printed = run([sys.executable, "-m", "pytest", *options, *files], 150)
-    lines = [line for line in printed.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    lab.put("tests", code=code, last=(printed.strip().splitlines() or [""])[-1], failed=lines[:40], trace=printed)
+    spread = ["-n", str(min(12, os.cpu_count() or 1))]
+    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark", *spread]
+    code, printed = run([sys.executable, "-m", "pytest", *options, *files], TESTS_SECONDS)
+    ends = re.findall(r" (PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)", printed)
+    counts = {end.lower(): sum(end == other for other, _ in ends) for end in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    failed = sorted({name for end, name in ends if end in ("FAILED", "ERROR")})
+    why = printed[printed.find("= FAILURES =") :][:20_000] if failed else ""
+    lab.put("tests", code=code, **counts, failing=failed, right=not failed, trace=why)
 
 
 def training(lab: Lab) -> None:
@@ -441,7 +491,7 @@ def training(lab: Lab) -> None:
         code, printed = run([*start, str(whole)], 90)
         rows = logged(whole)
         if code != 0 or not rows:
-            lab.put("training run", code=code, trace=printed)
+            lab.put("training run", code=code, right=False, trace=printed[-4000:])
             return
         speeds = sorted(row["pairs_per_s"] for row in rows if "pairs_per_s" in row)
         quality = [row["eval/auroc"] for row in rows if "eval/auroc" in row]
@@ -454,7 +504,7 @@ def training(lab: Lab) -> None:
             [(r["step"], r["loss/ranking"]) for r in logged(run) if "loss/ranking" in r] for run in (whole, stopped)
         ]
         about = {"stopped with": stopped_code, "code": code, "rows": len(losses[1])}
-        lab.put("resumed run", **about, same=losses[0] == losses[1] and code == 0, trace=printed if code else "")
+        lab.put("resumed run", **about, right=losses[0] == losses[1], trace=printed[-4000:] if code else "")
 
 
 def logged(output: Path) -> list[dict[str, Any]]:
@@ -489,10 +539,11 @@ PARTS = [
     Part("variants", 50, variants),
     Part("baseline", 60, baseline),
     Part("wide", 30, wide),
-    Part("contrastive", 70, contrastive),
+    Part("contrastive", 100, contrastive),
+    Part("tuning", 25, tuning),
     Part("compiled", 100, compiled),
     Part("scored", 40, scored),
-    Part("tests", 120, tests),
+    Part("tests", TESTS_SECONDS, tests),
     Part("training", 100, training),
 ]
 

@@ -114,8 +114,9 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
     types = {"states_ptr": "*" + dtype, "high_ptr": "*" + dtype, "low_ptr": "*" + dtype}
     for goals in (1, 64):
         config = triton_qvalues.candidates(itemsize)[0]
-        constants = {"EPS": reference.EPS, "BLOCK_T": triton_qvalues.BLOCK_T, "GP": max(16, goals),
-                     "BLOCK_D": config.block} | ({"goals": 1} if goals == 1 else {})  # fmt: skip
+        tokens = triton_qvalues.tokens_per_program(config.block, itemsize)
+        constants = {"EPS": reference.EPS, "BLOCK_T": tokens, "GP": max(16, goals), "BLOCK_D": config.block}
+        constants |= {"goals": 1} if goals == 1 else {}
         yield Specialisation(f"q_values {dtype} G={goals}", triton_qvalues._q_kernel, constants, types,
                              config.num_warps, config.num_stages)  # fmt: skip
     types = {"states_ptr": "*" + dtype, "out_ptr": "*" + dtype, "cu_seqlens_ptr": "*i32"}

@@ -113,14 +113,14 @@ class Ours:
     def accumulate(self, packs: list[Pack], n_pairs: int, without: str = "") -> Tensor:
         for layer in self.model.model.layers:
             layer.recompute = RECOMPUTING.get(without, "none")
-            layer.self_attn.fused_rope = without not in ("fused RoPE", "Triton")
         with contextlib.ExitStack() as removed:
             if without == "fused loss":
                 removed.enter_context(mock.patch.object(objectives, "contrastive_loss", naive_loss))
+            plain = {"fused RoPE": ("rotary",), "Triton": ("contrastive", "gather", "rotary")}
+            for name in plain.get(without, ()):
+                module = importlib.import_module(f"gcrm_kernels.{name}")
+                removed.enter_context(mock.patch.object(module, "use_triton", new=never))
             if without == "Triton":
-                for name in ("contrastive", "gather"):
-                    module = importlib.import_module(f"gcrm_kernels.{name}")
-                    removed.enter_context(mock.patch.object(module, "use_triton", new=never))
                 # Plain PyTorch, which torch.compile can fuse, unlike an operator of ours.
                 removed.enter_context(mock.patch.object(model, "rms_norm", new=plain_rms_norm))
                 removed.enter_context(mock.patch.object(model, "swiglu", new=reference.swiglu))

@@ -16,6 +16,7 @@ from gcrm_fast.packing import Pack, build_pack
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+RANGES = ("FSDP::", "Optimizer.step")  # spans of a profile that cover kernels, which are listed themselves
 SCALING_COLUMNS = ("what", "n", "tokens", "ms", "us/token", "pairs/s", "GFLOP/s", "peak MB")
 
 
@@ -67,7 +68,7 @@ def profiled(ours: Ours, batch: Groups) -> list[dict[str, Any]]:
     for event in recorded.key_averages():
         on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
         time = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if on_gpu == cuda and time > 0:
+        if on_gpu == cuda and time > 0 and not event.key.startswith(RANGES):
             spent.setdefault(event.key, [0.0, 0.0])
             spent[event.key][0] += time
             spent[event.key][1] += event.count

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -35,6 +35,7 @@ DATA_SHEET = {
 
 # Bytes a parameter: weights, gradient, two moments.
 OPTIMIZER_BYTES = {"adamw": 16.0, "adamw-bf16": 8.0, "adamw-8bit": 10.1}
+GRADIENT_BYTES = {"adamw": 4.0, "adamw-bf16": 2.0, "adamw-8bit": 4.0}  # of these
 RECOMPUTE = ("none", "product", "mlp", "block")  # the less memory, the more work
 # (recomputation, when weights are gathered), fastest first: on one H100 at the 1b shape the product is some 2% of a
 # step, gathering for every pack 7%, the MLP 15%.
@@ -126,7 +127,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes that one process may count on: free memory of the GPU, or its share of the machine's memory."""
+    """Bytes that this process may count on: free memory of the GPU, or its share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -184,20 +185,21 @@ class Meter:
         return row
 
 
-def kept_for_backward(config: ModelConfig, tokens: int, keys: int, recompute: str, width: int) -> int:
-    """Bytes of activations that L layers keep until their backward, ``width`` bytes per element."""
+def kept_for_backward(
+    config: ModelConfig, tokens: int, keys: int, read_rows: int, recompute: str, width: int, kernels: bool
+) -> int:
+    """Bytes of activations that L layers keep until their backward, ``width`` bytes per element; the last one's MLP
+    runs at the read rows alone. ``kernels``: whether the Triton kernels run, without which SwiGLU keeps silu(gate)."""
     h, f = config.hidden_size, config.intermediate_size
     q, g = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     # The block's input and its norm, queries, output; gathered keys and values.
     attention = tokens * (2 * h + 2 * q) + keys * 2 * g
-    mlp_input = tokens * 2 * h  # residual and its norm
-    kept = {
-        "none": attention + mlp_input + tokens * 3 * f,  # gate, up, product
-        "product": attention + mlp_input + tokens * 2 * f,
-        "mlp": attention + mlp_input,
-        "block": tokens * h,
-    }[recompute]
-    return config.num_hidden_layers * kept * width
+    # Residual and its norm; gate, up and their product.
+    mlp = {"none": 2 * h + (3 if kernels else 4) * f, "product": 2 * h + 2 * f, "mlp": 2 * h}
+    layers = config.num_hidden_layers
+    if recompute == "block":
+        return layers * tokens * h * width
+    return (layers * attention + ((layers - 1) * tokens + read_rows) * mlp[recompute]) * width
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,10 @@ class MemoryShape:
     config: ModelConfig
     tokens: int  # of the largest pack
     keys: int
+    read_rows: int
     optimizer: str
     width: int  # bytes of an activation's element
+    kernels: bool  # Triton's
     world_size: int
     several_packs: bool  # a step
 
@@ -216,8 +220,10 @@ class MemoryShape:
 def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
     """Bytes of tensors of one process at its peak, in the backward of the largest pack.
 
-    Sharded weights, gradients and moments; weights whole, of the largest parts or with ``gather`` ``step`` of all; what
-    the layers keep; and what the backward of one block holds at a time, a recomputed part included.
+    Sharded weights and moments; weights whole, of the largest parts or with ``gather`` ``step`` of all; and either what
+    the layers keep and what the backward of one block holds at a time, a recomputed part included, or, later, the
+    sharded gradients, whichever is more. (One H100 at the 1b shape, 3 packs and 1 pack per step: 5% and 7% above what
+    was measured.)
     """
     config, tokens, keys, width = shape.config, shape.tokens, shape.keys, shape.width
     h, f = config.hidden_size, config.intermediate_size
@@ -225,12 +231,16 @@ def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
     # What FSDP holds whole: weights in the compute dtype, and gradients of the root and of two blocks; and, until the
     # last pack of a step, all gradients in float32.
     largest = embedding + 2 * block
+    sharded = config.parameters() / shape.world_size
     whole = (largest + (config.parameters() if gather == "step" else largest)) * width
     whole += 4 * config.parameters() if shape.several_packs else 0
-    working = kept_for_backward(config, tokens, keys, "none", width) // config.num_hidden_layers
+    working = kept_for_backward(
+        replace(config, num_hidden_layers=1), tokens, keys, tokens, "none", width, shape.kernels
+    )
     working += tokens * (2 * h + 3 * f) * width  # gradients on their way
-    kept = kept_for_backward(config, tokens, keys, recompute, width)
-    return int(config.parameters() * OPTIMIZER_BYTES[shape.optimizer] / shape.world_size) + whole + kept + working
+    kept = kept_for_backward(config, tokens, keys, shape.read_rows, recompute, width, shape.kernels)
+    held = int(sharded * (OPTIMIZER_BYTES[shape.optimizer] - GRADIENT_BYTES[shape.optimizer]))
+    return held + whole + max(kept + working, int(sharded * GRADIENT_BYTES[shape.optimizer]))
 
 
 def choose_plan(limit: int, shape: MemoryShape, recompute: str = "auto", gather: str = "auto") -> tuple[str, str]:

@@ -94,18 +94,10 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 torch.zeros(1, device="cpu").cos(), torch.zeros(1, device="cpu").sin()
 
 
-def rotate(x_TND: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotary embedding with halves paired (i with i + D/2), as in Hugging Face checkpoints."""
-    a, b = x_TND.chunk(2, dim=-1)
-    return x_TND * cos_TD.unsqueeze(1) + torch.cat((-b, a), dim=-1) * sin_TD.unsqueeze(1)
-
-
 # ---------------------------------------------------------------------------------------------------------- modules
 
 
 class Attention(nn.Module):
-    fused_rope = True  # rotation and gather in one kernel
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
@@ -120,11 +112,7 @@ class Attention(nn.Module):
         q_TND, k_TGD, v_TGD = (
             x.unflatten(-1, (-1, self.head_dim)) for x in linears(x_TH, self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.fused_rope:
-            q_TND, k_KGD, v_KGD = rotate_and_gather(q_TND, k_TGD, v_TGD, *rope, axis.kv_index_K, axis.kv_inverse)
-        else:
-            q_TND, k_TGD = rotate(q_TND, *rope), rotate(k_TGD, *rope)
-            k_KGD, v_KGD = (gather_rows(x, axis.kv_index_K, axis.kv_inverse) for x in (k_TGD, v_TGD))
+        q_TND, k_KGD, v_KGD = rotate_and_gather(q_TND, k_TGD, v_TGD, *rope, axis.kv_index_K, axis.kv_inverse)
         out_TND = packed_attention(
             q_TND, k_KGD, v_KGD, axis.cu_seqlens_q, axis.cu_seqlens_k, axis.max_seqlen_q, axis.max_seqlen_k, backend
         )

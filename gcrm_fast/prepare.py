@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from gcrm_kernels.launch import HAS_TRITON
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast import arithmetic, checkpoint
@@ -196,19 +197,26 @@ class MemoryPlan(NamedTuple):
         return f"{self.predicted / 2**30:.2f} GiB per process, --recompute {self.recompute}, --gather {self.gather}"
 
 
-def memory_plan(prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device) -> MemoryPlan:
-    """The fastest plan that memory allows, with what the configuration fixes."""
+def memory_plan(
+    prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device, limit: int
+) -> MemoryPlan:
+    """The fastest plan that ``limit`` bytes allow, with what the configuration fixes. Every process must hand over the
+    same limit: all gather weights together."""
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in prepared.train) / len(prepared.train)
+    pairs = prepared.budget.tokens / tokens  # in the largest pack
+    read_rows = prepared.budget.tokens if config.objective_variant == "dense" else int(pairs * (4 * config.samples + 2))
     shape = MemoryShape(
         config=prepared.model_config,
         tokens=prepared.budget.tokens,
         keys=prepared.budget.keys,
+        read_rows=min(read_rows, prepared.budget.tokens),
         optimizer=config.optimizer,
         width=compute_dtype(config, device).itemsize,
+        kernels=HAS_TRITON and device.type == "cuda",
         world_size=world_size,
         several_packs=tokens * config.global_batch_pairs > prepared.budget.tokens * world_size,
     )
-    recompute, gather = choose_plan(memory_limit(device), shape, config.recompute, config.gather)
+    recompute, gather = choose_plan(limit, shape, config.recompute, config.gather)
     return MemoryPlan(recompute, gather, predicted_memory(shape, recompute, gather))
 
 
@@ -245,7 +253,7 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     tokens = [int(w.tokens) for w in done]
     m = prepared.model_config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = memory_plan(prepared, config, world_size, device)
+    plan = memory_plan(prepared, config, world_size, device, memory_limit(device))
     return table(
         [
             *data_rows(prepared, config),

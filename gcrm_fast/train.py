@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from gcrm_fast import checkpoint, parallel
-from gcrm_fast.accounting import Meter, peak_flops, peak_memory
+from gcrm_fast.accounting import Meter, memory_limit, peak_flops, peak_memory
 from gcrm_fast.command_line import exit_code, written_aside
 from gcrm_fast.config import TrainConfig, parse, to_toml
 from gcrm_fast.errors import RankError, UserError, one_line
@@ -218,7 +218,9 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     found, notes = find(config, prepared.output, prepared.data_key, group)
     start = found.facts["step"] if found else 0
 
-    plan = memory_plan(prepared, config, world_size, device)
+    least = torch.tensor(memory_limit(device))
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    plan = memory_plan(prepared, config, world_size, device, int(least))
     with torch.device("meta"):
         model = LlamaRewardModel(prepared.model_config, config.attention, plan.recompute)
     cast_weights(model, config.optimizer)

@@ -168,7 +168,7 @@ MUTANTS = {
     "read rows shifted": (
         "gcrm_fast/model.py", "prune=i == len(self.layers) - 1", "prune=i == 0", INVARIANTS),
     "wrong rotary pairing": (
-        "gcrm_fast/model.py", "torch.cat((-b, a), dim=-1)", "torch.cat((b, -a), dim=-1)", PARITY),
+        "kernels/gcrm_kernels/reference.py", "torch.cat((-b, a), dim=-1)", "torch.cat((b, -a), dim=-1)", PARITY),
     "llama3 rope not interpolated": (
         "gcrm_fast/model.py", "torch.where(between, smooth, scaled)", "scaled", PARITY),
     "norm epsilon of another model": (
@@ -271,7 +271,7 @@ MUTANTS = {
         "gcrm_fast/accounting.py", "return layers * (projections * tokens + 4 * q * products)",
         "return layers * projections * tokens + (layers - 1) * 4 * q * products", STEP + "counted"),
     "kept activations without the MLP's product": (
-        "gcrm_fast/accounting.py", "mlp_input + tokens * 3 * f", "mlp_input + tokens * 2 * f", STEP + "recomputing"),
+        "gcrm_fast/accounting.py", "(3 if kernels else 4) * f", "(2 if kernels else 3) * f", STEP + "recomputing"),
     "recomputation ignored": (
         "gcrm_fast/model.py", "if not again or not torch", "if again or not torch", STEP + "recomputing"),
     "only the last layer's gradient of a shared input": (

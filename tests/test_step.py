@@ -165,6 +165,7 @@ def test_recomputing_changes_memory_and_nothing_else(pairs: list[TokenizedPair])
     pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=2), 0)
     plain = small_model(config)
     expected, _ = backward(plain, pack)
+    rows = len(pack.read_rows_R)
     kept = []
     for recompute in RECOMPUTE:
         model = LlamaRewardModel(config, recompute=recompute).double()
@@ -172,7 +173,7 @@ def test_recomputing_changes_memory_and_nothing_else(pairs: list[TokenizedPair])
         found, size = backward(model, pack)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-        predicted = kept_for_backward(config, len(pack.input_ids_T), len(pack.kv_index_K), recompute, 8)
+        predicted = kept_for_backward(config, len(pack.input_ids_T), len(pack.kv_index_K), rows, recompute, 8, False)
         assert size == pytest.approx(predicted, rel=0.15), recompute
         kept.append(size)
     assert kept[0] > 1.1 * kept[1] > 1.2 * kept[2] > 2 * kept[3]
@@ -180,7 +181,15 @@ def test_recomputing_changes_memory_and_nothing_else(pairs: list[TokenizedPair])
 
 def test_the_fastest_plan_that_fits_is_chosen() -> None:
     shape = MemoryShape(
-        small_config(), tokens=10_000, keys=15_000, optimizer="adamw", width=4, world_size=1, several_packs=False
+        small_config(),
+        tokens=10_000,
+        keys=15_000,
+        read_rows=2_000,
+        optimizer="adamw",
+        width=4,
+        kernels=False,
+        world_size=1,
+        several_packs=False,
     )
     needs = {plan: predicted_memory(shape, *plan) for plan in PLANS}
     for i, (plan, need) in enumerate(needs.items()):

@@ -42,12 +42,14 @@ def _q_kernel(
 
 
 def candidates(itemsize: int) -> list[LaunchConfig]:
-    """64 tokens a program, 8 KiB of states a step. First the rule, then what autotuning tries besides."""
+    """8 KiB of states per step, of 64, 32 or 16 tokens. First the rule, then what autotuning tries besides."""
     block = 128 // itemsize
-    return [LaunchConfig(block, 4, 3), LaunchConfig(block, 4, 4), LaunchConfig(2 * block, 4, 3)]
+    return [LaunchConfig(block, 4, 3), LaunchConfig(2 * block, 4, 3), LaunchConfig(4 * block, 4, 3)]
 
 
-BLOCK_T = 64
+def tokens_per_program(block: int, itemsize: int) -> int:
+    """So many that a step of ``block`` columns takes 8 KiB of states."""
+    return 8192 // (block * itemsize)
 
 
 def q_values(states_TD: Tensor, unit_GD: Tensor) -> Tensor:
@@ -63,9 +65,10 @@ def q_values(states_TD: Tensor, unit_GD: Tensor) -> Tensor:
     padded = min(GOALS, max(16, triton.next_power_of_2(goals)))
 
     def run(config: LaunchConfig) -> None:
-        _q_kernel[(triton.cdiv(tokens, BLOCK_T), triton.cdiv(goals, padded))](
+        block_t = tokens_per_program(config.block, states_TD.itemsize)
+        _q_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(goals, padded))](
             states_TD, high_GD, low_GD, largest_G, out_TG, tokens, goals, width, states_TD.stride(0),
-            EPS=EPS, BLOCK_T=BLOCK_T, GP=padded, BLOCK_D=config.block,
+            EPS=EPS, BLOCK_T=block_t, GP=padded, BLOCK_D=config.block,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
