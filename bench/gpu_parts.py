@@ -62,7 +62,7 @@ KINDS = {  # of a profile's kernels, by a part of their name; the first that fit
 }
 
 
-TESTS_SECONDS = 180
+TESTS_SECONDS = 160
 
 
 class Part(NamedTuple):
@@ -541,7 +541,7 @@ PARTS = [
     Part("wide", 30, wide),
     Part("contrastive", 100, contrastive),
     Part("tuning", 25, tuning),
-    Part("compiled", 100, compiled),
+    Part("compiled", 60, compiled),
     Part("scored", 40, scored),
     Part("tests", TESTS_SECONDS, tests),
     Part("training", 100, training),
