@@ -23,7 +23,8 @@ from unittest import mock
 import measure
 import torch
 
-from gcrm_fast import run_checkpoints, train
+from gcrm_fast import train
+from gcrm_fast.training import snapshots as run_checkpoints
 
 ROUNDS = 3
 

@@ -14,10 +14,10 @@ from our_step import LEVERS, RECOMPUTING, Groups, Ours, Work, flat, packed_work
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gcrm_fast import accounting
-from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig
-from gcrm_fast.packing import Pack
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import Pack
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.training import accounting
 
 PAIRS = 8  # a micro-batch, as people run it
 SIZES = (4, 8, 16, 32)  # micro-batches of which the padded reference may choose its best

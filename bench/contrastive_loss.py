@@ -32,10 +32,10 @@ from gcrm_kernels.launch import use_triton
 from gcrm_kernels.reference import unit_rows
 from torch import Tensor
 
-from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig
-from gcrm_fast.objectives import ranking_loss
-from gcrm_fast.packing import Sampling, build_pack
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import Sampling, build_pack
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.training.objectives import ranking_loss
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -7,8 +7,8 @@ import zlib
 import torch
 from torch import Tensor
 
-from gcrm_fast.checkpoint import Weights
-from gcrm_fast.model import LlamaRewardModel, ModelConfig, initial_value
+from gcrm_fast.checkpoints.weights import Weights
+from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig, initial_value
 
 
 def value(name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device) -> Tensor:

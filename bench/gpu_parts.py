@@ -40,13 +40,13 @@ from step_costs import profiled
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from gcrm_fast import accounting, parallel, prepare
-from gcrm_fast.accounting import MemoryShape
-from gcrm_fast.attention import packed_attention, resolve_backend
-from gcrm_fast.config import TrainConfig
-from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig
-from gcrm_fast.packing import Pack, Sampling, build_pack
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import Pack, Sampling, build_pack
+from gcrm_fast.model.attention import packed_attention, resolve_backend
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.training import accounting, parallel, prepare
+from gcrm_fast.training.accounting import MemoryShape
+from gcrm_fast.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ((100, 225), (250, 80))  # tokens of a prompt and of each completion: GSM8K's, and HH's

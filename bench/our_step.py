@@ -17,12 +17,15 @@ from gcrm_kernels import ContrastiveStatistics, InverseIndex, RowTiles, referenc
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from gcrm_fast import accounting, model, objectives, packing, parallel, prepare, train
-from gcrm_fast.config import TrainConfig
-from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import LlamaRewardModel, ModelConfig
-from gcrm_fast.optimizer import Updater, cast_weights
-from gcrm_fast.packing import Budget, Pack, Sampling, build_pack, plan_packs
+from gcrm_fast import train
+from gcrm_fast.data import packing
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import Budget, Pack, Sampling, build_pack, plan_packs
+from gcrm_fast.model import llama as model
+from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
+from gcrm_fast.training import accounting, objectives, parallel, prepare
+from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.optimizer import Updater, cast_weights
 
 MODELS = {
     "tiny": ModelConfig(vocab_size=32_000, hidden_size=256, intermediate_size=768, num_hidden_layers=6,

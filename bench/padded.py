@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
-from gcrm_fast.config import TrainConfig
-from gcrm_fast.data import TokenizedPair, train_tokenizer
-from gcrm_fast.errors import one_line
-from gcrm_fast.model import ModelConfig
-from gcrm_fast.objectives import Objective, ranking_loss
-from gcrm_fast.optimizer import Updater
-from gcrm_fast.packing import Sampling, draw_samples
+from gcrm_fast.common.errors import one_line
+from gcrm_fast.data.encoding import TokenizedPair, train_tokenizer
+from gcrm_fast.data.packing import Sampling, draw_samples
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.objectives import Objective, ranking_loss
+from gcrm_fast.training.optimizer import Updater
 
 SCHEDULE_STEPS = 1_000_000  # so many that the learning rate does not change
 

@@ -31,9 +31,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForSequenceClassification
 
 from gcrm_fast import train
-from gcrm_fast.data import Completion, train_tokenizer
-from gcrm_fast.model import ModelConfig
-from gcrm_fast.scoring import RewardModel
+from gcrm_fast.data.encoding import Completion, train_tokenizer
+from gcrm_fast.inference.scoring import RewardModel
+from gcrm_fast.model.llama import ModelConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -28,9 +28,10 @@ import measure
 import numpy as np
 import torch
 
-from gcrm_fast import RewardModel, checkpoint
-from gcrm_fast.data import train_tokenizer
-from gcrm_fast.model import LlamaRewardModel, ModelConfig, initial_value
+from gcrm_fast import RewardModel
+from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.data.encoding import train_tokenizer
+from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig, initial_value
 
 WORDS = ("sum", "of", "two", "numbers", "is", "the", "and", "so", "we", "get", "then", "add", "half", "times", "apples")
 QUEUE = 20_000

@@ -10,8 +10,8 @@ import torch
 from our_step import Groups, Ours, flat, packed_work
 from torch.profiler import ProfilerActivity, profile
 
-from gcrm_fast import packing
-from gcrm_fast.packing import Pack, build_pack
+from gcrm_fast.data import packing
+from gcrm_fast.data.packing import Pack, build_pack
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -24,9 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gcrm_fast import accounting, packing
-from gcrm_fast.model import LlamaRewardModel, ModelConfig
-from gcrm_fast.packing import Pack, Sampling, build_pack
+from gcrm_fast.data import packing
+from gcrm_fast.data.packing import Pack, Sampling, build_pack
+from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
+from gcrm_fast.training import accounting
 
 SHAPES = ((100, 225), (250, 80))  # tokens of prompt and of each completion
 MATMUL, ATTENTION, KERNELS, REST, OPTIMIZER = "matrix products", "attention", "our kernels", "RoPE and others", "AdamW"

@@ -54,11 +54,12 @@ from our_step import MODELS, Groups, Ours, flat, sampling_of
 from step_costs import SCALING_COLUMNS, missing_kernels, plot_scaling, profiled, scaling
 from torch.distributed.device_mesh import DeviceMesh
 
-from gcrm_fast import accounting, parallel, prepare, train
-from gcrm_fast.config import TrainConfig
-from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import ModelConfig
-from gcrm_fast.packing import epoch_batches
+from gcrm_fast import train
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import epoch_batches
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.training import accounting, parallel, prepare
+from gcrm_fast.training.config import TrainConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -18,16 +18,18 @@ import torch
 import tyro
 from summary import machine, markdown, to_json, trained, write_aside
 
-from gcrm_fast import arithmetic, build_goals, evaluate, vote
-from gcrm_fast.command_line import exit_code, parse_options
-from gcrm_fast.config import parse
-from gcrm_fast.data import Completion
-from gcrm_fast.errors import UserError
-from gcrm_fast.goals import named_goal
-from gcrm_fast.judging import ratio, ratio_interval
-from gcrm_fast.prepare import default_output
-from gcrm_fast.records import Candidate, read_completions
-from gcrm_fast.scoring import RewardModel
+from gcrm_fast.checkpoints.goals import named_goal
+from gcrm_fast.commands import evaluate, vote
+from gcrm_fast.commands import goals as build_goals
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import exit_code, parse_options
+from gcrm_fast.data import arithmetic
+from gcrm_fast.data.encoding import Completion
+from gcrm_fast.data.records import Candidate, read_completions
+from gcrm_fast.evaluation.measures import ratio, ratio_interval
+from gcrm_fast.inference.scoring import RewardModel
+from gcrm_fast.training.config import parse
+from gcrm_fast.training.prepare import default_output
 
 MODELS = {"gcrm": (), "contrastive weight 0": ("--objective", "ranking")}  # options of gcrm train
 GOALS = {"right": "is_correct==true", "any": "steps>=1"}  # name: which solutions of training problems it is the mean of

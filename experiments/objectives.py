@@ -20,13 +20,13 @@ import tyro
 from summary import COVERAGE, cell, data_folder, machine, markdown, mean_interval, to_json, trained, write_aside
 from tqdm import tqdm
 
-from gcrm_fast import voting
-from gcrm_fast.command_line import exit_code, parse_options
-from gcrm_fast.data import Completion
-from gcrm_fast.errors import UserError
-from gcrm_fast.judging import Labelled, auroc, cross_fitted, group_scores, halves, pair_accuracy
-from gcrm_fast.records import Candidate, read_completions
-from gcrm_fast.scoring import Judged, RewardModel
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import exit_code, parse_options
+from gcrm_fast.data.encoding import Completion
+from gcrm_fast.data.records import Candidate, read_completions
+from gcrm_fast.evaluation import voting
+from gcrm_fast.evaluation.measures import Labelled, auroc, cross_fitted, group_scores, halves, pair_accuracy
+from gcrm_fast.inference.scoring import Judged, RewardModel
 
 VARIANTS = {
     "ranking": ("--objective", "ranking"),

@@ -14,10 +14,10 @@ import scipy.stats
 import torch
 
 from gcrm_fast import train
-from gcrm_fast.command_line import written_aside
-from gcrm_fast.config import TrainConfig, parse, read_toml
-from gcrm_fast.errors import UserError
-from gcrm_fast.resume import FREE
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import written_aside
+from gcrm_fast.training.config import TrainConfig, parse, read_toml
+from gcrm_fast.training.resume import FREE
 
 COVERAGE = 0.95
 

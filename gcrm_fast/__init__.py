@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gcrm_fast.scoring import RewardModel
+    from gcrm_fast.inference.scoring import RewardModel
 
 __all__ = ["RewardModel", "__version__"]
 __version__ = "0.1.0"
@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "RewardModel":  # on demand, so that `gcrm --help` needs no torch
-        from gcrm_fast.scoring import RewardModel
+        from gcrm_fast.inference.scoring import RewardModel
 
         return RewardModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,14 +9,14 @@ from gcrm_fast import __version__
 
 COMMANDS = {  # name: (module with a main(argv), what it does)
     "train": ("gcrm_fast.train", "train a reward model on preference pairs"),
-    "score": ("gcrm_fast.score", "rewards of completions, and Q-values of their tokens"),
-    "goals": ("gcrm_fast.build_goals", "a goal state from preferred completions"),
-    "evaluate": ("gcrm_fast.evaluate", "AUROC over completions known to be right or wrong, beside shortcuts"),
-    "vote": ("gcrm_fast.vote", "answers by many samples of a question, filtered and weighed"),
-    "inspect": ("gcrm_fast.page", "a web page of a record, its tokens coloured by Q and reward"),
-    "export": ("gcrm_fast.export", "write a model as other programs read it"),
-    "serve": ("gcrm_fast.serve", "rewards and Q-values over HTTP"),
-    "samples": ("gcrm_fast.arithmetic", "labelled solutions of generated problems, with the place of the error"),
+    "score": ("gcrm_fast.commands.score", "rewards of completions, and Q-values of their tokens"),
+    "goals": ("gcrm_fast.commands.goals", "a goal state from preferred completions"),
+    "evaluate": ("gcrm_fast.commands.evaluate", "AUROC over completions known to be right or wrong, beside shortcuts"),
+    "vote": ("gcrm_fast.commands.vote", "answers by many samples of a question, filtered and weighed"),
+    "inspect": ("gcrm_fast.commands.inspect", "a web page of a record, its tokens coloured by Q and reward"),
+    "export": ("gcrm_fast.commands.export", "write a model as other programs read it"),
+    "serve": ("gcrm_fast.commands.serve", "rewards and Q-values over HTTP"),
+    "samples": ("gcrm_fast.data.arithmetic", "labelled solutions of generated problems, with the place of the error"),
 }
 
 

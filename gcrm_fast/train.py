@@ -25,20 +25,22 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from gcrm_fast import checkpoint, parallel
-from gcrm_fast.accounting import Meter, memory_limit, peak_flops, peak_memory
-from gcrm_fast.command_line import exit_code, written_aside
-from gcrm_fast.config import TrainConfig, parse, to_toml
-from gcrm_fast.errors import RankError, UserError, one_line
-from gcrm_fast.evaluation import breakdown, goal_state, metrics, score_pairs, shortcuts
-from gcrm_fast.interrupts import Interrupts, Wish, end_with_the_parent
-from gcrm_fast.loader import Steps, load
-from gcrm_fast.model import LlamaRewardModel
-from gcrm_fast.model_card import Rows, model_card
-from gcrm_fast.objectives import STATISTICS, Objective, losses
-from gcrm_fast.optimizer import Updater, cast_weights
-from gcrm_fast.packing import Pack
-from gcrm_fast.prepare import (
+from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.common.errors import RankError, UserError, one_line
+from gcrm_fast.common.options import exit_code, written_aside
+from gcrm_fast.data.packing import Pack
+from gcrm_fast.model.llama import LlamaRewardModel
+from gcrm_fast.training import parallel
+from gcrm_fast.training.accounting import Meter, memory_limit, peak_flops, peak_memory
+from gcrm_fast.training.config import TrainConfig, parse, to_toml
+from gcrm_fast.training.held_out import breakdown, goal_state, metrics, score_pairs, shortcuts
+from gcrm_fast.training.interrupts import Interrupts, Wish, end_with_the_parent
+from gcrm_fast.training.loader import Steps, load
+from gcrm_fast.training.metrics_log import MetricsLog, plot_curves, table
+from gcrm_fast.training.model_card import Rows, model_card
+from gcrm_fast.training.objectives import STATISTICS, Objective, losses
+from gcrm_fast.training.optimizer import Updater, cast_weights
+from gcrm_fast.training.prepare import (
     Prepared,
     check_unfinished,
     compute_dtype,
@@ -49,9 +51,8 @@ from gcrm_fast.prepare import (
     prepare,
     steps_of,
 )
-from gcrm_fast.report import MetricsLog, plot_curves, table
-from gcrm_fast.resume import RunState, Window, facts, find
-from gcrm_fast.run_checkpoints import Checkpoints, checkpoints, first_whole
+from gcrm_fast.training.resume import RunState, Window, facts, find
+from gcrm_fast.training.snapshots import Checkpoints, checkpoints, first_whole
 
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
 LOCK_WAIT = 10.0  # seconds: longer than the processes of a killed torchrun take to notice

@@ -23,8 +23,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refus
 from gcrm_kernels import launch
 
 from gcrm_fast.cli import COMMANDS
-from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import LlamaRewardModel, ModelConfig, initial_value
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig, initial_value
 
 # The same examples at every run, so that a red test is the change's own. --hypothesis-profile=default: fresh ones.
 settings.register_profile("repeatable", derandomize=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gcrm_fast import train
-from gcrm_fast.optimizer import Updater
+from gcrm_fast.training.optimizer import Updater
 
 
 def plant(kind: str, rank: int, step: int) -> None:

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gcrm_fast.checkpoint import Weights, open_weights
-from gcrm_fast.data import train_tokenizer
-from gcrm_fast.llama_config import read_config
-from gcrm_fast.model import LlamaRewardModel, ModelConfig
+from gcrm_fast.checkpoints.config_json import read_config
+from gcrm_fast.checkpoints.weights import Weights, open_weights
+from gcrm_fast.data.encoding import train_tokenizer
+from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
 
 VOCAB = 300
 CONFIG: dict[str, Any] = {

@@ -8,9 +8,9 @@ from conftest import small_config, small_model
 from folders import VOCAB, tokenizer
 from torch import Tensor
 
-from gcrm_fast import checkpoint
-from gcrm_fast.model import LlamaRewardModel
-from gcrm_fast.tokenization import choose_pad
+from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.data.tokenization import choose_pad
+from gcrm_fast.model.llama import LlamaRewardModel
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", ", ", "; ", " 1", "2")
 

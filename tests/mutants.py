@@ -45,10 +45,11 @@ RMS_NORM, SWIGLU_KERNEL, ROTARY_KERNEL = (
 
 MUTANTS = {
     "position off by one after a shared prefix": (
-        "gcrm_fast/packing.py", "np.arange(start, len(sequence))", "np.arange(start, len(sequence)) + (start > 0)",
+        "gcrm_fast/data/packing.py", "np.arange(start, len(sequence))", "np.arange(start, len(sequence)) + (start > 0)",
         INVARIANTS),
     "segment boundary moved": (
-        "gcrm_fast/packing.py", "self.q_lens.append(len(own))", "self.q_lens.append(len(own) - (i == 1) + (i == 0))",
+        "gcrm_fast/data/packing.py",
+        "self.q_lens.append(len(own))", "self.q_lens.append(len(own) - (i == 1) + (i == 0))",
         INVARIANTS),
     "gathered rows scattered instead of added": (
         "kernels/gcrm_kernels/gather.py", ".index_add_(0, index, exact)", ".index_copy_(0, index, exact)", GATHER),
@@ -58,7 +59,7 @@ MUTANTS = {
     "inverse index in the wrong order": (
         "kernels/gcrm_kernels/gather.py", "out=offsets[1:]", "out=offsets[:-1]", PACKING),
     "margin dropped": (
-        "gcrm_fast/objectives.py", "reward_2N[1] - margin_N", "reward_2N[1]", OBJECTIVES),
+        "gcrm_fast/training/objectives.py", "reward_2N[1] - margin_N", "reward_2N[1]", OBJECTIVES),
     "scatter instead of add": (
         CONTRASTIVE, "out_RH.index_add_(0, index_I, values_IH)", "out_RH.index_copy_(0, index_I, values_IH)",
         OBJECTIVES),
@@ -157,143 +158,148 @@ MUTANTS = {
         ROTARY_KERNEL, "angle += t * (2 * HALF)\n    _store_rotated(out_k_ptr",
         "angle += j * (2 * HALF)\n    _store_rotated(out_k_ptr", ROTARY_KERNELS),
     "residual lost at the second norm": (
-        "gcrm_fast/model.py", 'return x_TH + self._again("mlp"', 'return normed_TH + self._again("mlp"', PARITY),
+        "gcrm_fast/model/llama.py", 'return x_TH + self._again("mlp"', 'return normed_TH + self._again("mlp"', PARITY),
     "weights of the two norms exchanged": (
-        "gcrm_fast/model.py", "self.input_layernorm.weight", "self.post_attention_layernorm.weight", PARITY),
+        "gcrm_fast/model/llama.py", "self.input_layernorm.weight", "self.post_attention_layernorm.weight", PARITY),
     "dense: rejected positions before the divergence": (
-        "gcrm_fast/packing.py", "positions = [chosen, rejected[negative_goals]]", "positions = [chosen, rejected]",
+        "gcrm_fast/data/packing.py", "positions = [chosen, rejected[negative_goals]]", "positions = [chosen, rejected]",
         PACKING),
     "causal mask aligned top-left": (
-        "gcrm_fast/attention.py", "+ earlier[:, None, None]", "+ 0 * earlier[:, None, None]", INVARIANTS),
+        "gcrm_fast/model/attention.py", "+ earlier[:, None, None]", "+ 0 * earlier[:, None, None]", INVARIANTS),
     "read rows shifted": (
-        "gcrm_fast/model.py", "prune=i == len(self.layers) - 1", "prune=i == 0", INVARIANTS),
+        "gcrm_fast/model/llama.py", "prune=i == len(self.layers) - 1", "prune=i == 0", INVARIANTS),
     "wrong rotary pairing": (
         "kernels/gcrm_kernels/reference.py", "torch.cat((-b, a), dim=-1)", "torch.cat((b, -a), dim=-1)", PARITY),
     "llama3 rope not interpolated": (
-        "gcrm_fast/model.py", "torch.where(between, smooth, scaled)", "scaled", PARITY),
+        "gcrm_fast/model/llama.py", "torch.where(between, smooth, scaled)", "scaled", PARITY),
     "norm epsilon of another model": (
-        "gcrm_fast/llama_config.py", '"rms_norm_eps": config.rms_norm_eps', '"rms_norm_eps": 0.1', PARITY),
+        "gcrm_fast/checkpoints/config_json.py", '"rms_norm_eps": config.rms_norm_eps', '"rms_norm_eps": 0.1', PARITY),
     "reward scaled by a sigmoid in servers": (
-        "gcrm_fast/llama_config.py", '"problem_type": "regression",', "", PARITY),
+        "gcrm_fast/checkpoints/config_json.py", '"problem_type": "regression",', "", PARITY),
     "pad equal to eos": (
-        "gcrm_fast/tokenization.py", " and token != tokenizer.eos_token", "", TOKENIZATION),
+        "gcrm_fast/data/tokenization.py", " and token != tokenizer.eos_token", "", TOKENIZATION),
     "missing trunk tensor re-initialised": (
-        "gcrm_fast/checkpoint.py", "    missing = [key for key in source.values() if key not in stored]\n",
+        "gcrm_fast/checkpoints/weights.py", "    missing = [key for key in source.values() if key not in stored]\n",
         "    missing = []\n    source = {name: key for name, key in source.items() if key in stored}\n",
         f"{BAD_INPUT} -k missing"),
     "lost head of a classifier re-initialised": (
-        "gcrm_fast/checkpoint.py", '"Classification" in', '"Never" in', f"{BAD_INPUT} -k classifier"),
+        "gcrm_fast/checkpoints/weights.py", '"Classification" in', '"Never" in', f"{BAD_INPUT} -k classifier"),
     "tensors without a place ignored": (
-        "gcrm_fast/checkpoint.py", "    if rest:\n", "    if False:\n", f"{BAD_INPUT} -k unknown"),
+        "gcrm_fast/checkpoints/weights.py", "    if rest:\n", "    if False:\n", f"{BAD_INPUT} -k unknown"),
     "shape of a tensor not checked": (
-        "gcrm_fast/checkpoint.py", "if tensor.shape != shape:", "if False:", f"{BAD_INPUT} -k shape"),
+        "gcrm_fast/checkpoints/weights.py", "if tensor.shape != shape:", "if False:", f"{BAD_INPUT} -k shape"),
     "dtype of a tensor not checked": (
-        "gcrm_fast/checkpoint.py", "if tensor.dtype not in FLOATS:", "if False:", f"{BAD_INPUT} -k int8"),
+        "gcrm_fast/checkpoints/weights.py", "if tensor.dtype not in FLOATS:", "if False:", f"{BAD_INPUT} -k int8"),
     "every rank reads whole tensors": (
-        "gcrm_fast/checkpoint.py", "file.get_slice(source[name])[rows]", "file.get_tensor(source[name])[rows]",
+        "gcrm_fast/checkpoints/weights.py", "file.get_slice(source[name])[rows]", "file.get_tensor(source[name])[rows]",
         CHECKPOINT),
     "tied embedding under the name of lm_head not found": (
-        "gcrm_fast/checkpoint.py", 'source["model.embed_tokens.weight"] = "lm_head.weight"', "pass",
+        "gcrm_fast/checkpoints/weights.py", 'source["model.embed_tokens.weight"] = "lm_head.weight"', "pass",
         f"{PARITY} -k tied"),
     "head_dim of config.json ignored": (
-        "gcrm_fast/llama_config.py", '_field(raw, path, "head_dim", int, hidden // heads)', "hidden // heads", PARITY),
+        "gcrm_fast/checkpoints/config_json.py",
+        '_field(raw, path, "head_dim", int, hidden // heads)', "hidden // heads", PARITY),
     "rope scaling of transformers 4 ignored": (
-        "gcrm_fast/llama_config.py", 'else "rope_scaling"', 'else "rope_parameters"', PARITY),
+        "gcrm_fast/checkpoints/config_json.py", 'else "rope_scaling"', 'else "rope_parameters"', PARITY),
     "older name of the rope type ignored": (
-        "gcrm_fast/llama_config.py", 'parameters.get("type", "default")', '"default"', PARITY),
+        "gcrm_fast/checkpoints/config_json.py", 'parameters.get("type", "default")', '"default"', PARITY),
     "rope theta of transformers 5 ignored": (
-        "gcrm_fast/llama_config.py", "**raw, **parameters}, path, \"rope_theta\"", "**raw}, path, \"rope_theta\"",
+        "gcrm_fast/checkpoints/config_json.py",
+        "**raw, **parameters}, path, \"rope_theta\"", "**raw}, path, \"rope_theta\"",
         PARITY),
     "bos of a bare sentencepiece model lost": (
-        "gcrm_fast/tokenization.py", '"add_bos_token", True', '"add_bos_token", False', TOKENIZATION),
+        "gcrm_fast/data/tokenization.py", '"add_bos_token", True', '"add_bos_token", False', TOKENIZATION),
     "sentencepiece model not compared with sentencepiece": (
-        "gcrm_fast/tokenization.py", "for text in PROBES:", "for text in ():", f"{BAD_INPUT} -k sentencepiece"),
+        "gcrm_fast/data/tokenization.py", "for text in PROBES:", "for text in ():", f"{BAD_INPUT} -k sentencepiece"),
     "text rules of another transformers version": (
-        "gcrm_fast/tokenization.py", "normalizer = stated.normalizer", "normalizer = None", TOKENIZATION),
+        "gcrm_fast/data/tokenization.py", "normalizer = stated.normalizer", "normalizer = None", TOKENIZATION),
     "goal not strictly after its source": (
-        "gcrm_fast/packing.py", "i, j + (j >= i)", "i, j", PACKING),
+        "gcrm_fast/data/packing.py", "i, j + (j >= i)", "i, j", PACKING),
     "sampling depends on the epoch only": (
-        "gcrm_fast/packing.py", "counter=[0, 0, 0, pair.pair_id]", "counter=[0, 0, 0, 0]", PACKING),
+        "gcrm_fast/data/packing.py", "counter=[0, 0, 0, pair.pair_id]", "counter=[0, 0, 0, 0]", PACKING),
     "negatives before the divergence": (
-        "gcrm_fast/packing.py", 'if sampling.negatives != "after-divergence":', "if True:", PACKING),
+        "gcrm_fast/data/packing.py", 'if sampling.negatives != "after-divergence":', "if True:", PACKING),
     "a pair lost at a batch boundary": (
-        "gcrm_fast/packing.py", "rest[room:], room - len(batch[-1])",
+        "gcrm_fast/data/packing.py", "rest[room:], room - len(batch[-1])",
         "rest[room + 1 :], room - len(batch[-1])", PACKING),
     "eos not appended": (
-        "gcrm_fast/data.py", "[*ids, tokenizer.eos_token_id]", "[*ids]", DATA),
+        "gcrm_fast/data/encoding.py", "[*ids, tokenizer.eos_token_id]", "[*ids]", DATA),
     "data: bos of the tokenizer and of the template": (
-        "gcrm_fast/data.py", "if bos is not None and ids[:2] == [bos, bos]:", "if False:", DATA),
+        "gcrm_fast/data/encoding.py", "if bos is not None and ids[:2] == [bos, bos]:", "if False:", DATA),
     "data: what follows the end token kept": (
-        "gcrm_fast/data.py", "ids = ids[: found[-1] + (not cut)]", "pass", DATA),
+        "gcrm_fast/data/encoding.py", "ids = ids[: found[-1] + (not cut)]", "pass", DATA),
     "data: end of turn ends nothing": (
-        "gcrm_fast/data.py", "if i in added][:1]", "if i in added][:0]", DATA),
-    "data: eos after a cut completion": ("gcrm_fast/data.py", "elif not cut:", "else:", DATA),
-    "data: truncation takes bos": ("gcrm_fast/data.py", "kept = int(ids[0][0] == bos)", "kept = 0", DATA),
+        "gcrm_fast/data/encoding.py", "if i in added][:1]", "if i in added][:0]", DATA),
+    "data: eos after a cut completion": ("gcrm_fast/data/encoding.py", "elif not cut:", "else:", DATA),
+    "data: truncation takes bos": ("gcrm_fast/data/encoding.py", "kept = int(ids[0][0] == bos)", "kept = 0", DATA),
     "data: a pair one token too long": (
-        "gcrm_fast/data.py", "if longest > max_length:", "if longest > max_length + 1:", DATA),
+        "gcrm_fast/data/encoding.py", "if longest > max_length:", "if longest > max_length + 1:", DATA),
     "data: a cut completion without tokens": (
-        "gcrm_fast/data.py", "if starts[k] == len(ids[k])", "if False", f"{BAD_INPUT} -k cut"),
+        "gcrm_fast/data/encoding.py", "if starts[k] == len(ids[k])", "if False", f"{BAD_INPUT} -k cut"),
     "data: dialogue split at the first answer": (
-        "gcrm_fast/records.py", "text.rpartition(ASSISTANT)", "text.partition(ASSISTANT)", RECORDS),
+        "gcrm_fast/data/records.py", "text.rpartition(ASSISTANT)", "text.partition(ASSISTANT)", RECORDS),
     "data: earlier turns lost": (
-        "gcrm_fast/records.py", "self._messages(prompt, before) + shared", "self._messages(prompt, before)", RECORDS),
+        "gcrm_fast/data/records.py",
+        "self._messages(prompt, before) + shared", "self._messages(prompt, before)", RECORDS),
     "data: ranks taken for scores": (
-        "gcrm_fast/records.py", "[-value for value in values]", "values", RECORDS),
+        "gcrm_fast/data/records.py", "[-value for value in values]", "values", RECORDS),
     "data: pairs of a record without a limit": (
-        "gcrm_fast/records.py", "if len(pairs) == limit:", "if False:", RECORDS),
+        "gcrm_fast/data/records.py", "if len(pairs) == limit:", "if False:", RECORDS),
     "data: fields outside --columns read": (
-        "gcrm_fast/records.py", "_Record(named or raw,", "_Record(raw | named,", RECORDS),
+        "gcrm_fast/data/records.py", "_Record(named or raw,", "_Record(raw | named,", RECORDS),
     "data: overlap hidden by white space": (
-        "gcrm_fast/records.py", 'return "".join(text.split())', "return text", RECORDS),
+        "gcrm_fast/data/records.py", 'return "".join(text.split())', "return text", RECORDS),
     "data: NaN taken for a number": (
-        "gcrm_fast/records.py", "if not abs(value) <= MOST:", "if abs(value) > MOST:",
+        "gcrm_fast/data/records.py", "if not abs(value) <= MOST:", "if abs(value) > MOST:",
         f"{BAD_INPUT} -k NaN"),
     "data: bad records skipped unasked": (
-        "gcrm_fast/sources.py", "if not self.skip:", "if False:", f"{BAD_INPUT} -k UTF"),
+        "gcrm_fast/data/sources.py", "if not self.skip:", "if False:", f"{BAD_INPUT} -k UTF"),
     "data: blank lines not counted": (
-        "gcrm_fast/sources.py", "number += 1\n            yield number",
+        "gcrm_fast/data/sources.py", "number += 1\n            yield number",
         "number += bool(line.strip())\n            yield number", RECORDS),
     "data: cached tokens not checked": (
-        "gcrm_fast/token_cache.py", '"sha256": digest.hexdigest()', '"sha256": ""', CACHE),
+        "gcrm_fast/data/token_cache.py", '"sha256": digest.hexdigest()', '"sha256": ""', CACHE),
     "data: one key for two cuts of a text": (
-        "gcrm_fast/data.py", 'digest.update(len(raw).to_bytes(8, "little"))', "", CACHE),
-    "data: failed input leaves a cache": ("gcrm_fast/token_cache.py", "if kind is None:", "if True:", CACHE),
-    "data: every process tokenizes": ("gcrm_fast/token_cache.py", "lock.acquire()", "pass", CACHE),
+        "gcrm_fast/data/encoding.py", 'digest.update(len(raw).to_bytes(8, "little"))', "", CACHE),
+    "data: failed input leaves a cache": ("gcrm_fast/data/token_cache.py", "if kind is None:", "if True:", CACHE),
+    "data: every process tokenizes": ("gcrm_fast/data/token_cache.py", "lock.acquire()", "pass", CACHE),
     "error step recorded wrongly": (
-        "gcrm_fast/arithmetic.py", "number == wrong_step", "number == 1", ARITHMETIC),
+        "gcrm_fast/data/arithmetic.py", "number == wrong_step", "number == 1", ARITHMETIC),
     "one rank's scale wrong": (
         "gcrm_fast/train.py", "dist.get_world_size() / n_pairs", "(1 + dist.get_rank()) / n_pairs", TRAIN),
     "every rank trains on the same packs": (
-        "gcrm_fast/loader.py", "[self.rank :: self.world_size]", "[0 :: self.world_size]", STEP + "ranks"),
+        "gcrm_fast/training/loader.py", "[self.rank :: self.world_size]", "[0 :: self.world_size]", STEP + "ranks"),
     "an epoch's order from another epoch": (
-        "gcrm_fast/loader.py", "if epoch != self._epoch:", "if self._epoch < 0:", STEP + "who_builds"),
+        "gcrm_fast/training/loader.py", "if epoch != self._epoch:", "if self._epoch < 0:", STEP + "who_builds"),
     "attention of the last layer not counted": (
-        "gcrm_fast/accounting.py", "return layers * (projections * tokens + 4 * q * products)",
+        "gcrm_fast/training/accounting.py", "return layers * (projections * tokens + 4 * q * products)",
         "return layers * projections * tokens + (layers - 1) * 4 * q * products", STEP + "counted"),
     "kept activations without the MLP's product": (
-        "gcrm_fast/accounting.py", "(3 if kernels else 4) * f", "(2 if kernels else 3) * f", STEP + "recomputing"),
+        "gcrm_fast/training/accounting.py",
+        "(3 if kernels else 4) * f", "(2 if kernels else 3) * f", STEP + "recomputing"),
     "recomputation ignored": (
-        "gcrm_fast/model.py", "if not again or not torch", "if again or not torch", STEP + "recomputing"),
+        "gcrm_fast/model/llama.py", "if not again or not torch", "if again or not torch", STEP + "recomputing"),
     "only the last layer's gradient of a shared input": (
-        "gcrm_fast/model.py", "torch.addmm(dx_TH, grad, weight, out=dx_TH)", "grad @ weight", STEP + "counted"),
+        "gcrm_fast/model/llama.py", "torch.addmm(dx_TH, grad, weight, out=dx_TH)", "grad @ weight", STEP + "counted"),
     "weights gathered once per step are never dropped": (
-        "gcrm_fast/parallel.py", "set_reshard_after_backward(last or model.gather == \"block\")",
+        "gcrm_fast/training/parallel.py", "set_reshard_after_backward(last or model.gather == \"block\")",
         "set_reshard_after_backward(model.gather == \"block\")", STEP + "gathered_once"),
     "sizes of packs compiled in": (
-        "gcrm_fast/model.py", "dynamic=True", "dynamic=False", STEP + "compiled_blocks"),
+        "gcrm_fast/model/llama.py", "dynamic=True", "dynamic=False", STEP + "compiled_blocks"),
     "a host sync in the step": (
         "gcrm_fast/train.py", "        sums += statistics\n", "        sums += statistics * bool(total.isfinite())\n",
         STEP + "never_waits"),
     "bfloat16 weights without stochastic rounding": (
-        "gcrm_fast/optimizer.py", "bf16_stochastic_round=True", "bf16_stochastic_round=False", STEP + "stochastic"),
+        "gcrm_fast/training/optimizer.py",
+        "bf16_stochastic_round=True", "bf16_stochastic_round=False", STEP + "stochastic"),
     "padded queries counted again in attention": (
-        "gcrm_fast/attention.py", "return values * self.real", "return values",
+        "gcrm_fast/model/attention.py", "return values * self.real", "return values",
         PACKING + " -k segment_attention"),
     "attention: square segments see what follows": (
-        "gcrm_fast/attention.py", "is_causal=bias is None, attn_mask", "is_causal=False, attn_mask",
+        "gcrm_fast/model/attention.py", "is_causal=bias is None, attn_mask", "is_causal=False, attn_mask",
         PACKING + " -k segment_attention"),
     "attention: the backward of square segments sees what follows": (
-        "gcrm_fast/attention.py", "0.0, bias is None, attn_mask", "0.0, False, attn_mask",
+        "gcrm_fast/model/attention.py", "0.0, bias is None, attn_mask", "0.0, False, attn_mask",
         PACKING + " -k segment_attention"),
     "benchmark: the reference reads negative goals on the chosen completion": (
         "bench/padded.py", "torch.tensor([0, 0, 0, n])", "torch.tensor([0, 0, 0, 0])", BENCH + "lever"),
@@ -318,137 +324,151 @@ MUTANTS = {
         "bench/gpu.py", "key=lambda p: (p.stem[-10:], p.stem))", "key=lambda p: (p.stem[-10:], p.stem), reverse=True)",
         BENCH + "newest"),
     "the rewards of a pack in another order": (
-        "gcrm_fast/packing.py", "indices=tuple(item.index for item in items),",
+        "gcrm_fast/data/packing.py", "indices=tuple(item.index for item in items),",
         "indices=tuple(sorted(item.index for item in items)),", SCORING + "company"),
     "the reward read before the end token": (
-        "gcrm_fast/packing.py", "item.start if per_token else -1 :]", "item.start if per_token else -2 :][:1]",
+        "gcrm_fast/data/packing.py", "item.start if per_token else -1 :]", "item.start if per_token else -2 :][:1]",
         SCORING + "transformers"),
     "a prompt computed for every completion": (
-        "gcrm_fast/scoring.py", "by_prompt.setdefault(ids[:start].tobytes(), [])",
+        "gcrm_fast/inference/scoring.py", "by_prompt.setdefault(ids[:start].tobytes(), [])",
         "by_prompt.setdefault(ids.tobytes(), [])", SCORING + "computed_once"),
     "a new reward head scores in silence": (
-        "gcrm_fast/scoring.py", "open_weights(folder, config, seed=None)", "open_weights(folder, config, seed=0)",
+        "gcrm_fast/inference/scoring.py",
+        "open_weights(folder, config, seed=None)", "open_weights(folder, config, seed=0)",
         SCORING + "must_not_score"),
     "a reward that is not finite is returned": (
-        "gcrm_fast/scoring.py", "if not (np.isfinite(j.reward) and", "if not (j.reward is not None and",
+        "gcrm_fast/inference/scoring.py", "if not (np.isfinite(j.reward) and", "if not (j.reward is not None and",
         SCORING + "must_not_score"),
     "another model's goal is taken": (
-        "gcrm_fast/goals.py", 'if metadata["fingerprint"] != fingerprint:', "if False:", GOALS + "another"),
+        "gcrm_fast/checkpoints/goals.py", 'if metadata["fingerprint"] != fingerprint:', "if False:", GOALS + "another"),
     "a cut completion's state is in the goal": (
-        "gcrm_fast/build_goals.py", "for candidate in wanted if not candidate.cut]", "for candidate in wanted]",
+        "gcrm_fast/commands/goals.py", "for candidate in wanted if not candidate.cut]", "for candidate in wanted]",
         GOALS + "means"),
     "the worse side of a pair is in the goal": (
-        "gcrm_fast/build_goals.py", 'if candidate.name in ("rejected", "incorrect"):', "if False:",
+        "gcrm_fast/commands/goals.py", 'if candidate.name in ("rejected", "incorrect"):', "if False:",
         GOALS + "conditions"),
     "a resumed output keeps what came after its last whole window": (
-        "gcrm_fast/score.py", "file.truncate()", "file.seek(0, 2)", SCORING + "killed"),
+        "gcrm_fast/commands/score.py", "file.truncate()", "file.seek(0, 2)", SCORING + "killed"),
     "a partial output of other records is continued": (
-        "gcrm_fast/score.py", "if read.hexdigest() != (done.records or hashlib.sha256().hexdigest()):",
+        "gcrm_fast/commands/score.py", "if read.hexdigest() != (done.records or hashlib.sha256().hexdigest()):",
         "if False:", SCORING + "something_else"),
     "a partial output of other options is continued": (
-        "gcrm_fast/score.py", "if found.made_by.get(name) != made_by[name]]", "if name not in found.made_by]",
+        "gcrm_fast/commands/score.py", "if found.made_by.get(name) != made_by[name]]", "if name not in found.made_by]",
         SCORING + "something_else"),
     "the processes' windows in another order": (
-        "gcrm_fast/score.py", 'output.append(b"".join(parts), done)', 'output.append(b"".join(parts[::-1]), done)',
+        "gcrm_fast/commands/score.py",
+        'output.append(b"".join(parts), done)', 'output.append(b"".join(parts[::-1]), done)',
         SCORING + "share_the_work"),
     "a record's own reward is lost": (
-        "gcrm_fast/score.py", "taken = sorted(raw.keys() & added.keys())", "taken = list[str]()",
+        "gcrm_fast/commands/score.py", "taken = sorted(raw.keys() & added.keys())", "taken = list[str]()",
         SCORING + "bad_record"),
     "run: tensors of a checkpoint not copied before training goes on": (
-        "gcrm_fast/run_checkpoints.py", "self._staging.copy(state)", "state", STAGING),
+        "gcrm_fast/training/snapshots.py", "self._staging.copy(state)", "state", STAGING),
     "staging: a copy that is the tensor itself": (
-        "gcrm_fast/staging.py", "return buffer.copy_(tensor, non_blocking=True)", "return tensor", STAGING),
+        "gcrm_fast/training/staging.py", "return buffer.copy_(tensor, non_blocking=True)", "return tensor", STAGING),
     "staging: memory taken anew for every checkpoint": (
-        "gcrm_fast/staging.py", "            self._buffers[place] = buffer\n", "", STAGING),
+        "gcrm_fast/training/staging.py", "            self._buffers[place] = buffer\n", "", STAGING),
     "staging: every tensor to the same memory": (
-        "gcrm_fast/staging.py", "(*place, key)", "place", STAGING),
+        "gcrm_fast/training/staging.py", "(*place, key)", "place", STAGING),
     "run: checksums not compared": (
-        "gcrm_fast/run_checkpoints.py", 'if _digest(path) != expected["sha256"]:', "if False:", SURVIVAL + "damaged"),
+        "gcrm_fast/training/snapshots.py",
+        'if _digest(path) != expected["sha256"]:', "if False:", SURVIVAL + "damaged"),
     "run: damaged manifest believed": (
-        "gcrm_fast/run_checkpoints.py", 'manifest.get("sha256") != _own_digest(manifest)', "False",
+        "gcrm_fast/training/snapshots.py", 'manifest.get("sha256") != _own_digest(manifest)', "False",
         SURVIVAL + "damaged"),
     "run: unfinished checkpoint under its final name": (
-        "gcrm_fast/run_checkpoints.py", "partial, path = self.folder / (name + PARTIAL), self.folder / name",
+        "gcrm_fast/training/snapshots.py", "partial, path = self.folder / (name + PARTIAL), self.folder / name",
         "partial = path = self.folder / name", SURVIVAL + "cannot_be_written_ends"),
     "run: damaged newer checkpoints stay in the way": (
-        "gcrm_fast/run_checkpoints.py", "if step_of(path) > after:", "if False:", SURVIVAL + "all_checkpoints_damaged"),
+        "gcrm_fast/training/snapshots.py",
+        "if step_of(path) > after:", "if False:", SURVIVAL + "all_checkpoints_damaged"),
     "run: the best checkpoint is not kept": (
-        "gcrm_fast/run_checkpoints.py", "keep.update(self.ranked()[:1])", "pass", SURVIVAL + "stay"),
+        "gcrm_fast/training/snapshots.py", "keep.update(self.ranked()[:1])", "pass", SURVIVAL + "stay"),
     "run: one checkpoint too many kept": (
-        "gcrm_fast/run_checkpoints.py", "present[-self.keep :]", "present[-self.keep - 1 :]", SURVIVAL + "stay"),
+        "gcrm_fast/training/snapshots.py", "present[-self.keep :]", "present[-self.keep - 1 :]", SURVIVAL + "stay"),
     "run: moments of the optimizer not resumed": (
-        "gcrm_fast/resume.py", "        load(found, tensors, group) ",
+        "gcrm_fast/training/resume.py", "        load(found, tensors, group) ",
         '        load(found, {**tensors, "optimizer": {}}, group) ', SURVIVAL + "chosen"),
     "run: schedule starts anew": (
-        "gcrm_fast/resume.py", '"applied": self.updater.applied,', '"applied": self.updater.applied.clone(),',
+        "gcrm_fast/training/resume.py", '"applied": self.updater.applied,', '"applied": self.updater.applied.clone(),',
         SURVIVAL + "chosen"),
     "run: sums since the last log row lost": (
-        "gcrm_fast/resume.py",
+        "gcrm_fast/training/resume.py",
         "self.window.sums.copy_(sum(sums.values(), torch.zeros_like(self.window.sums)))", "pass", SURVIVAL + "chosen"),
     "run: data start anew": (
         "gcrm_fast/train.py", "with load(run.steps, start, ", "with load(run.steps, 0, ", SURVIVAL + "chosen"),
     "run: processes that build packs stay": (
-        "gcrm_fast/loader.py", "            found._shutdown_workers()", "            pass", STEP + "worker_fails"),
+        "gcrm_fast/training/loader.py",
+        "            found._shutdown_workers()", "            pass", STEP + "worker_fails"),
     "run: log not cut back": (
-        "gcrm_fast/report.py", 'if row["step"] <= step', "if True", SURVIVAL + "cut_back"),
+        "gcrm_fast/training/metrics_log.py", 'if row["step"] <= step', "if True", SURVIVAL + "cut_back"),
     "run: other data go unnoticed": (
-        "gcrm_fast/resume.py", 'if found.facts["data_key"] != data_key:', "if False:",
+        "gcrm_fast/training/resume.py", 'if found.facts["data_key"] != data_key:', "if False:",
         SURVIVAL + "another_configuration"),
     "run: another seed goes unnoticed": (
-        "gcrm_fast/resume.py", "if name not in FREE and", 'if name not in FREE | {"seed"} and',
+        "gcrm_fast/training/resume.py", "if name not in FREE and", 'if name not in FREE | {"seed"} and',
         SURVIVAL + "another_configuration"),
     "run: updates that are not finite are made": (
-        "gcrm_fast/optimizer.py", "self.optimizer.found_inf = bad ", "self.optimizer.found_inf = bad * 0 ",
+        "gcrm_fast/training/optimizer.py", "self.optimizer.found_inf = bad ", "self.optimizer.found_inf = bad * 0 ",
         SURVIVAL + "left_out"),
     "run: schedule goes on without an update": (
-        "gcrm_fast/optimizer.py", "self.applied += made", "self.applied += 1", SURVIVAL + "left_out"),
+        "gcrm_fast/training/optimizer.py", "self.applied += made", "self.applied += 1", SURVIVAL + "left_out"),
     "run: a loss that is none counts in the log": (
-        "gcrm_fast/resume.py", "self.sums += torch.where(made, together, 0)", "self.sums += together",
+        "gcrm_fast/training/resume.py", "self.sums += torch.where(made, together, 0)", "self.sums += together",
         SURVIVAL + "left_out"),
     "run: second signal ignored": (
-        "gcrm_fast/interrupts.py", "os._exit(128 + number)", "pass", SURVIVAL + "second"),
+        "gcrm_fast/training/interrupts.py", "os._exit(128 + number)", "pass", SURVIVAL + "second"),
     "judging: intervals draw completions": (
-        "gcrm_fast/judging.py", "_, number_N = np.unique(question_N, return_inverse=True)",
+        "gcrm_fast/evaluation/measures.py", "_, number_N = np.unique(question_N, return_inverse=True)",
         "number_N = np.arange(len(question_N))", JUDGING + "draw_questions"),
     "judging: ties count for nothing in an interval": (
-        "gcrm_fast/judging.py", "(below[:, above] + below[:, level]) / 2", "below[:, above]", JUDGING + "weighed"),
+        "gcrm_fast/evaluation/measures.py",
+        "(below[:, above] + below[:, level]) / 2", "below[:, above]", JUDGING + "weighed"),
     "judging: ties count for nothing": (
-        "gcrm_fast/judging.py", "rankdata(score_N)", "rankdata(score_N, 'min')", JUDGING + "sklearn"),
+        "gcrm_fast/evaluation/measures.py", "rankdata(score_N)", "rankdata(score_N, 'min')", JUDGING + "sklearn"),
     "judging: a shortcut fitted on what it is judged on": (
-        "gcrm_fast/judging.py", "scores(~own_N)[own_N]", "scores(own_N)[own_N]", JUDGING + "groups_score_nothing"),
+        "gcrm_fast/evaluation/measures.py",
+        "scores(~own_N)[own_N]", "scores(own_N)[own_N]", JUDGING + "groups_score_nothing"),
     "judging: couples of different questions": (
-        "gcrm_fast/judging.py", "np.diff(question_N[order], prepend=-1)", "np.diff(question_N[order] * 0, prepend=-1)",
+        "gcrm_fast/evaluation/measures.py",
+        "np.diff(question_N[order], prepend=-1)", "np.diff(question_N[order] * 0, prepend=-1)",
         JUDGING + "within"),
     "judging: a tied pair counts whole": (
-        "gcrm_fast/judging.py", "+ 1) / 2\n    _, number", "+ 1) > 0\n    _, number", JUDGING + "ties_counts"),
+        "gcrm_fast/evaluation/measures.py",
+        "+ 1) / 2\n    _, number", "+ 1) > 0\n    _, number", JUDGING + "ties_counts"),
     "judging: rejected completions taken for right": (
-        "gcrm_fast/candidates.py", '"rejected": False', '"rejected": True', EVALUATE + "reports"),
+        "gcrm_fast/commands/candidates.py", '"rejected": False', '"rejected": True', EVALUATE + "reports"),
     "judging: a limit cuts records in two": (
-        "gcrm_fast/evaluate.py", "[candidate.row for candidate in candidates]", "list(range(len(candidates)))",
+        "gcrm_fast/commands/evaluate.py", "[candidate.row for candidate in candidates]", "list(range(len(candidates)))",
         EVALUATE + "whole_records"),
     "outputs written in place": (
-        "gcrm_fast/command_line.py", 'path.name + ".partial"', "path.name", "tests/test_command_line.py"),
+        "gcrm_fast/common/options.py", 'path.name + ".partial"', "path.name", "tests/test_command_line.py"),
     "what was half-written stays": (
-        "gcrm_fast/command_line.py", "    finally:\n        _remove(partial)", "    finally:\n        pass",
+        "gcrm_fast/common/options.py", "    finally:\n        _remove(partial)", "    finally:\n        pass",
         "tests/test_command_line.py"),
     "results: what is no result is overwritten": (
-        "gcrm_fast/results.py", "    if others:", "    if not others and others:", EVALUATE + "unasked"),
+        "gcrm_fast/evaluation/results.py", "    if others:", "    if not others and others:", EVALUATE + "unasked"),
     "scoring: lists of other lengths are cut to the shortest chunk": (
-        "gcrm_fast/scoring.py", "if not len(prompts) == len(completions) == ", "if not len(completions) == ",
+        "gcrm_fast/inference/scoring.py", "if not len(prompts) == len(completions) == ", "if not len(completions) == ",
         SCORING + "go_together"),
     "scoring: what cannot be scored ends a run that skips": (
-        "gcrm_fast/candidates.py", "if bad.skip and (", "if not bad.skip and (", SCORING + "skipped_where"),
+        "gcrm_fast/commands/candidates.py", "if bad.skip and (", "if not bad.skip and (", SCORING + "skipped_where"),
     "scoring: a goal that is not finite": (
-        "gcrm_fast/scoring.py", "if not total.isfinite().all():", "if not len(encoded):", SCORING + "must_not"),
+        "gcrm_fast/inference/scoring.py",
+        "if not total.isfinite().all():", "if not len(encoded):", SCORING + "must_not"),
     "vote: samples without an answer are left alone": (
-        "gcrm_fast/voting.py", "any(answer for answer, kept in", "any(True for answer, kept in", VOTE + "drops_none"),
+        "gcrm_fast/evaluation/voting.py",
+        "any(answer for answer, kept in", "any(True for answer, kept in", VOTE + "drops_none"),
     "run: copies of a shard round each in its own way": (
-        "gcrm_fast/optimizer.py", "hash((self.seed, step, self.shard))", "hash((self.seed, step, dist.get_rank()))",
+        "gcrm_fast/training/optimizer.py",
+        "hash((self.seed, step, self.shard))", "hash((self.seed, step, dist.get_rank()))",
         SURVIVAL + "copies"),
     "run: two signals of one occasion end it unsaved": (
-        "gcrm_fast/interrupts.py", "if now >= self._told + REPEATED:", "if now >= self._told:", SURVIVAL + "second"),
+        "gcrm_fast/training/interrupts.py",
+        "if now >= self._told + REPEATED:", "if now >= self._told:", SURVIVAL + "second"),
     "run: ignored signals stop it": (
-        "gcrm_fast/interrupts.py", "if signal.getsignal(number) != signal.SIG_IGN", "if number", SURVIVAL + "second"),
+        "gcrm_fast/training/interrupts.py",
+        "if signal.getsignal(number) != signal.SIG_IGN", "if number", SURVIVAL + "second"),
     "run: orphans that have hardly begun go on": (
         "gcrm_fast/train.py", "end_with_the_parent(PARENT)", "end_with_the_parent(os.getppid())",
         SURVIVAL + "hardly_begun"),
@@ -456,100 +476,110 @@ MUTANTS = {
         "gcrm_fast/train.py", 'if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):', "if False:",
         SURVIVAL + "whatever"),
     "run: other margins pass for the same data": (
-        "gcrm_fast/prepare.py", "self.report.key.encode() + margins.tobytes()", "self.report.key.encode()",
+        "gcrm_fast/training/prepare.py", "self.report.key.encode() + margins.tobytes()", "self.report.key.encode()",
         SURVIVAL + "another_configuration"),
     "run: a forced resume keeps the old weight decay": (
-        "gcrm_fast/resume.py", "parameters.update(self.updater.settings)", "pass", SURVIVAL + "another_configuration"),
+        "gcrm_fast/training/resume.py",
+        "parameters.update(self.updater.settings)", "pass", SURVIVAL + "another_configuration"),
     "run: the best model's card tells of the last": (
         "gcrm_fast/train.py", "held_out_rows(log, of_best), of_best", "held_out_rows(log, evaluation), evaluation",
         SURVIVAL + "stay"),
     "server: a large request outlives its client": (
-        "gcrm_fast/batcher.py", "                if job.over:\n", "                if job.refused:\n",
+        "gcrm_fast/inference/batcher.py", "                if job.over:\n", "                if job.refused:\n",
         SERVE + "takes_turns"),
     "vote: the first tokens judged": (
-        "gcrm_fast/voting.py", "UNJUDGED = 5", "UNJUDGED = 0", VOTE + "sixth"),
+        "gcrm_fast/evaluation/voting.py", "UNJUDGED = 5", "UNJUDGED = 0", VOTE + "sixth"),
     "vote: a Q-value at the threshold dropped": (
-        "gcrm_fast/voting.py", "question.lowest_q() >= threshold", "question.lowest_q() > threshold",
+        "gcrm_fast/evaluation/voting.py", "question.lowest_q() >= threshold", "question.lowest_q() > threshold",
         VOTE + "at_the_threshold"),
     "vote: the token that fell below saved too": (
-        "gcrm_fast/voting.py", "len(q) - UNJUDGED - 1 - int", "len(q) - UNJUDGED - int", VOTE + "first_below"),
+        "gcrm_fast/evaluation/voting.py",
+        "len(q) - UNJUDGED - 1 - int", "len(q) - UNJUDGED - int", VOTE + "first_below"),
     "vote: all dropped": (
-        "gcrm_fast/voting.py", "if not any(answer for", "if False and any(answer for", VOTE + "drops_all"),
+        "gcrm_fast/evaluation/voting.py", "if not any(answer for", "if False and any(answer for", VOTE + "drops_all"),
     "vote: ties not broken by reward": (
-        "gcrm_fast/voting.py", "reward_before + reward", "reward_before", VOTE + "ties_by_summed"),
+        "gcrm_fast/evaluation/voting.py", "reward_before + reward", "reward_before", VOTE + "ties_by_summed"),
     "vote: samples without an answer vote": (
-        "gcrm_fast/voting.py", "        if answer:\n", "        if True:\n", VOTE + "empty_answers"),
+        "gcrm_fast/evaluation/voting.py", "        if answer:\n", "        if True:\n", VOTE + "empty_answers"),
     "vote: weights depend on a constant": (
-        "gcrm_fast/voting.py", "softmax(question.rewards_n)", "question.rewards_n", VOTE + "constant"),
+        "gcrm_fast/evaluation/voting.py", "softmax(question.rewards_n)", "question.rewards_n", VOTE + "constant"),
     "vote: the released metric takes ties for wrong": (
-        "gcrm_fast/voting.py", "len(answers) - len(wrong) >= max", "len(answers) - len(wrong) > max",
+        "gcrm_fast/evaluation/voting.py", "len(answers) - len(wrong) >= max", "len(answers) - len(wrong) > max",
         VOTE + "released_metric"),
     "vote: the test counts questions that agree": (
-        "gcrm_fast/voting.py", "binomtest(won, won + lost)", "binomtest(won, len(right_Q))", VOTE + "paired"),
+        "gcrm_fast/evaluation/voting.py",
+        "binomtest(won, won + lost)", "binomtest(won, len(right_Q))", VOTE + "paired"),
     "vote: the threshold reported where it was chosen": (
-        "gcrm_fast/vote.py", "for q, taken in zip(reported, taken_Q, strict=True) if taken]",
+        "gcrm_fast/commands/vote.py", "for q, taken in zip(reported, taken_Q, strict=True) if taken]",
         "for q, taken in zip(reported, taken_Q, strict=True) if not taken]", VOTE + "automatic"),
     "inspect: text not escaped": (
-        "gcrm_fast/page.py", "shown = html.escape(text).replace", "shown = text.replace", PAGE + "escapes"),
+        "gcrm_fast/commands/inspect.py", "shown = html.escape(text).replace", "shown = text.replace", PAGE + "escapes"),
     "inspect: steps counted from 1 where they count from 0": (
-        "gcrm_fast/page.py", '"first_error_step": 0', '"first_error_step": 1', PAGE + "error_steps"),
+        "gcrm_fast/commands/inspect.py", '"first_error_step": 0', '"first_error_step": 1', PAGE + "error_steps"),
     "inspect: the token before a step marked": (
-        "gcrm_fast/page.py", 'position, "right"', 'position, "left"', PAGE + "steps_begin"),
+        "gcrm_fast/commands/inspect.py", 'position, "right"', 'position, "left"', PAGE + "steps_begin"),
     "inspect: the difference counted from the prompt": (
-        "gcrm_fast/page.py", "a, b = one.ids[one.start :], other.ids[other.start :]", "a, b = one.ids, other.ids",
+        "gcrm_fast/commands/inspect.py",
+        "a, b = one.ids[one.start :], other.ids[other.start :]", "a, b = one.ids, other.ids",
         PAGE + "first_difference"),
     "export: rewards not divided by their deviation": (
-        "gcrm_fast/export.py", 'state["score.weight"].double() / scale.std', 'state["score.weight"].double()',
+        "gcrm_fast/commands/export.py", 'state["score.weight"].double() / scale.std', 'state["score.weight"].double()',
         EXPORT + "standardized"),
     "export: the shift with the wrong sign": (
-        "gcrm_fast/export.py", "return -self.mean / self.std", "return self.mean / self.std", EXPORT + "standardized"),
+        "gcrm_fast/commands/export.py",
+        "return -self.mean / self.std", "return self.mean / self.std", EXPORT + "standardized"),
     "export: goals under the fingerprint of the old weights": (
-        "gcrm_fast/export.py", "    weights = checkpoint.write_model(", "    checkpoint.write_model(",
+        "gcrm_fast/commands/export.py", "    weights = checkpoint.write_model(", "    checkpoint.write_model(",
         EXPORT + "standardized"),
     "export: a token classifier without its bias": (
-        "gcrm_fast/export.py", "tokenizer, bias=bias,", "tokenizer, bias=None,", EXPORT + "standardized"),
+        "gcrm_fast/commands/export.py", "tokenizer, bias=bias,", "tokenizer, bias=None,", EXPORT + "standardized"),
     "export: an MLP head dropped": (
-        "gcrm_fast/export.py", 'if head != "linear" and (', "if False and (", EXPORT + "one_line"),
+        "gcrm_fast/commands/export.py", 'if head != "linear" and (', "if False and (", EXPORT + "one_line"),
     "export: nobody is told of a head that transformers cannot read": (
-        "gcrm_fast/export.py", 'if config.head != "linear":', "if False:", EXPORT + "goes_beside"),
+        "gcrm_fast/commands/export.py", 'if config.head != "linear":', "if False:", EXPORT + "goes_beside"),
     "model card: a command without what differs from its preset": (
-        "gcrm_fast/model_card.py", "value == getattr(default, field.name)", "value == field.default",
+        "gcrm_fast/training/model_card.py", "value == getattr(default, field.name)", "value == field.default",
         "tests/test_model_card.py -k command"),
     "rewards: Q at the first token": (
-        "gcrm_fast/rewards.py", "j.q_Gn[0, -1]", "j.q_Gn[0, 0]", REWARDS + "second_signal"),
+        "gcrm_fast/rlhf/trl.py", "j.q_Gn[0, -1]", "j.q_Gn[0, 0]", REWARDS + "second_signal"),
     "rewards: cut completions taken for ended": (
-        "gcrm_fast/rewards.py", "bool(ids) and ids[-1] not in self.ends", "False", REWARDS + "length_limit"),
+        "gcrm_fast/rlhf/trl.py", "bool(ids) and ids[-1] not in self.ends", "False", REWARDS + "length_limit"),
     "server: answers handed to others": (
-        "gcrm_fast/batcher.py", "for job in jobs:\n            job.judged +=",
+        "gcrm_fast/inference/batcher.py", "for job in jobs:\n            job.judged +=",
         "for job in reversed(jobs):\n            job.judged +=", SERVE + "many_clients"),
     "server: batches over the token budget": (
-        "gcrm_fast/batcher.py", "job.take(room)", "job.take(10**9)", SERVE + "token_budget"),
+        "gcrm_fast/inference/batcher.py", "job.take(room)", "job.take(10**9)", SERVE + "token_budget"),
     "server: one failing request fails its batch": (
-        "gcrm_fast/batcher.py", "            if len(jobs) > 1:", "            if False:", SERVE + "fails_for_one"),
+        "gcrm_fast/inference/batcher.py",
+        "            if len(jobs) > 1:", "            if False:", SERVE + "fails_for_one"),
     "server: a queue without a bound": (
-        "gcrm_fast/batcher.py", "if self.waiting + count > self.limit:", "if False:", SERVE + "full_queue"),
+        "gcrm_fast/inference/batcher.py", "if self.waiting + count > self.limit:", "if False:", SERVE + "full_queue"),
     "server: work for clients that hung up": (
-        "gcrm_fast/server.py", "            future.cancel()  # takes", "            pass  # takes", SERVE + "hang_up"),
+        "gcrm_fast/inference/server.py",
+        "            future.cancel()  # takes", "            pass  # takes", SERVE + "hang_up"),
     "server: a body without a bound": (
-        "gcrm_fast/server.py", "            if size > self.max_body:", "            if False:",
+        "gcrm_fast/inference/server.py", "            if size > self.max_body:", "            if False:",
         SERVE + "without_an_announced"),
     "server: the start of a token is enough": (
-        "gcrm_fast/server.py", "not hmac.compare_digest(given.strip(), self.token)",
+        "gcrm_fast/inference/server.py", "not hmac.compare_digest(given.strip(), self.token)",
         "not self.token.startswith(given.strip())", SERVE + "token_is_asked"),
     "server: OpenRLHF's samples without their prompt": (
-        "gcrm_fast/server.py", "if query.startswith(prompt) else", "if not query else", SERVE + "compute_it_once"),
+        "gcrm_fast/inference/server.py",
+        "if query.startswith(prompt) else", "if not query else", SERVE + "compute_it_once"),
     "server: Q-values of the default goal only": (
-        "gcrm_fast/server.py", "goal = goals.index(body.goal) if body.goal else 0", "goal = 0", SERVE + "any_goal"),
+        "gcrm_fast/inference/server.py",
+        "goal = goals.index(body.goal) if body.goal else 0", "goal = 0", SERVE + "any_goal"),
     "samples: a wrong solution that is right": (
-        "gcrm_fast/arithmetic.py", '"is_correct": not error_step', '"is_correct": not error_step or error_step > 1',
+        "gcrm_fast/data/arithmetic.py",
+        '"is_correct": not error_step', '"is_correct": not error_step or error_step > 1',
         ARITHMETIC + " -k samples"),
     "samples: the error's place one digit off": (
-        "gcrm_fast/arithmetic.py", "next(differing, -1)", "next(differing, -2) + 1", ARITHMETIC + " -k place"),
+        "gcrm_fast/data/arithmetic.py", "next(differing, -1)", "next(differing, -2) + 1", ARITHMETIC + " -k place"),
     "samples of problems that are trained on": (
-        "gcrm_fast/arithmetic.py", 'if options.side == "held-out":', 'if options.side != "held-out":',
+        "gcrm_fast/data/arithmetic.py", 'if options.side == "held-out":', 'if options.side != "held-out":',
         ARITHMETIC + " -k sides"),
     "halves: every held-out problem in the same one": (
-        "gcrm_fast/judging.py", ">> 16 & 1", "% 2", ARITHMETIC + " -k halves"),
+        "gcrm_fast/evaluation/measures.py", ">> 16 & 1", "% 2", ARITHMETIC + " -k halves"),
     "localisation: the error's own token counted before it": (
         "experiments/arithmetic_chain.py", "above(one)[one.error :].tolist()", "above(one)[one.error + 1 :].tolist()",
         EXPERIMENTS + "known_values"),

@@ -12,11 +12,11 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from gcrm_fast import arithmetic
-from gcrm_fast.arithmetic import generate, is_correct, is_held_out
-from gcrm_fast.data import TokenizedPair, tokenize_pairs, train_tokenizer
-from gcrm_fast.judging import halves
-from gcrm_fast.records import Pair
+from gcrm_fast.data import arithmetic
+from gcrm_fast.data.arithmetic import generate, is_correct, is_held_out
+from gcrm_fast.data.encoding import TokenizedPair, tokenize_pairs, train_tokenizer
+from gcrm_fast.data.records import Pair
+from gcrm_fast.evaluation.measures import halves
 
 TRAIN, HELD_OUT = generate(6000, 1000, seed=0, max_steps=3)
 

@@ -8,7 +8,7 @@ import torch
 from conftest import DEVICE
 from torch import Tensor
 
-from gcrm_fast.attention import packed_attention, resolve_backend
+from gcrm_fast.model.attention import packed_attention, resolve_backend
 
 HEADS, KEY_HEADS = 8, 2
 QUERIES = (5, 64, 1, 130, 17)

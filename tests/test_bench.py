@@ -16,10 +16,10 @@ from conftest import ROOT, small_config
 from gcrm_kernels import launch, reference
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcrm_fast import accounting, objectives, parallel
-from gcrm_fast.accounting import forward_flops
-from gcrm_fast.config import TrainConfig
-from gcrm_fast.packing import Sampling
+from gcrm_fast.data.packing import Sampling
+from gcrm_fast.training import accounting, objectives, parallel
+from gcrm_fast.training.accounting import forward_flops
+from gcrm_fast.training.config import TrainConfig
 
 CPU = torch.device("cpu")
 MODULES = ("contrastive_loss", "drawn", "measure", "fused_projection", "train_step", "contestants", "our_step",

@@ -19,11 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForSequenceClassification
 
-from gcrm_fast import parallel
-from gcrm_fast.checkpoint import HEADS, MODEL_FILES, SUBFOLDERS, TOKENIZER_FILES, locate, open_weights
-from gcrm_fast.llama_config import read_config
-from gcrm_fast.model import LlamaRewardModel
+from gcrm_fast.checkpoints.config_json import read_config
+from gcrm_fast.checkpoints.weights import HEADS, MODEL_FILES, SUBFOLDERS, TOKENIZER_FILES, locate, open_weights
+from gcrm_fast.model.llama import LlamaRewardModel
 from gcrm_fast.train import main
+from gcrm_fast.training import parallel
 
 H = CONFIG["hidden_size"]
 LM_HEAD = {"lm_head.weight": torch.zeros(VOCAB, H)}
@@ -161,7 +161,7 @@ def test_a_rank_reads_its_own_rows_one_tensor_at_a_time(
             assert name != "get_tensor", "a whole tensor was read"
             return getattr(self.file, name)
 
-    monkeypatch.setattr("gcrm_fast.checkpoint.safe_open", Counting)
+    monkeypatch.setattr("gcrm_fast.checkpoints.weights.safe_open", Counting)
     weights = open_weights(tmp_path, config, seed=0)
     whole: dict[str, list[Tensor]] = {}
     for rank in range(world_size):

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from gcrm_fast.data import (
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.encoding import (
     BOS,
     CUT,
     EOS,
@@ -17,9 +18,8 @@ from gcrm_fast.data import (
     tokenize_pairs,
     train_tokenizer,
 )
-from gcrm_fast.errors import UserError
-from gcrm_fast.records import Pair
-from gcrm_fast.sources import BadRecords
+from gcrm_fast.data.records import Pair
+from gcrm_fast.data.sources import BadRecords
 
 TOKENIZER = train_tokenizer(TEXTS, 300)
 

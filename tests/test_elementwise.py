@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gcrm_fast.data import TokenizedPair
-from gcrm_fast.packing import Sampling, build_pack
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import Sampling, build_pack
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(0, 8), (1, 1), (1, 123), (7, 64), (3, 4097)]

@@ -13,10 +13,11 @@ import pytest
 from judged import samples, write
 from sklearn.metrics import roc_auc_score
 
-from gcrm_fast import candidates, evaluate, results
-from gcrm_fast.errors import UserError
-from gcrm_fast.records import Candidate
-from gcrm_fast.scoring import RewardModel
+from gcrm_fast.commands import candidates, evaluate
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.records import Candidate
+from gcrm_fast.evaluation import results
+from gcrm_fast.inference.scoring import RewardModel
 
 PAIRS = [{"prompt": f"one {'two ' * (i // 2)}", "chosen": "three " * (i + 1), "rejected": "four " * (9 - i),
           "family": "ab"[i % 2], "class": "both"} for i in range(8)]  # fmt: skip

@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT
 
 from gcrm_fast import train
-from gcrm_fast.data import Completion
-from gcrm_fast.records import Candidate
+from gcrm_fast.data.encoding import Completion
+from gcrm_fast.data.records import Candidate
 
 MODULES = ("arithmetic_chain", "objectives", "summary")
 SMALL = ("--hidden-size", "16", "--intermediate-size", "16", "--layers", "1", "--goal-pairs", "8", "--cache", "none")

@@ -21,13 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gcrm_fast import RewardModel, checkpoint
-from gcrm_fast.data import ADDED_END, CUT, OWN_END, Completion, TokenizedPair, encode_completions
-from gcrm_fast.export import main
-from gcrm_fast.goals import GOAL_FILE, read_counts, write_goals
-from gcrm_fast.model import LlamaRewardModel
-from gcrm_fast.packing import Sampling, build_pack
-from gcrm_fast.tokenization import choose_pad
+from gcrm_fast import RewardModel
+from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.checkpoints.goals import GOAL_FILE, read_counts, write_goals
+from gcrm_fast.commands.export import main
+from gcrm_fast.data.encoding import ADDED_END, CUT, OWN_END, Completion, TokenizedPair, encode_completions
+from gcrm_fast.data.packing import Sampling, build_pack
+from gcrm_fast.data.tokenization import choose_pad
+from gcrm_fast.model.llama import LlamaRewardModel
 
 QUESTIONS = ("hello?", "", "world café hello 1 2 3")
 ANSWERS = ("yes.", "hello world 123 yes yes yes.", "漢字", "no no no no no no no no no no no.")

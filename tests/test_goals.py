@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from training_runs import Gcrm
 
-from gcrm_fast.build_goals import Condition, is_preferred
-from gcrm_fast.errors import UserError
-from gcrm_fast.goals import END_POLICY, read_counts, read_goals, write_goals
-from gcrm_fast.records import Candidate
-from gcrm_fast.scoring import RewardModel
+from gcrm_fast.checkpoints.goals import END_POLICY, read_counts, read_goals, write_goals
+from gcrm_fast.commands.goals import Condition, is_preferred
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.records import Candidate
+from gcrm_fast.inference.scoring import RewardModel
 
 PAIRS = [{"prompt": "one", "chosen": "two", "rejected": "three", "chosen_cut": False},
          {"prompt": "six", "chosen": "five six", "rejected": "two", "chosen_cut": False},

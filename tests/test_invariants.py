@@ -9,10 +9,10 @@ import torch
 from conftest import small_config, small_model
 from gcrm_kernels import InverseIndex
 
-from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import LlamaRewardModel
-from gcrm_fast.objectives import Objective, losses
-from gcrm_fast.packing import Budget, Sampling, build_pack, plan_packs
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import Budget, Sampling, build_pack, plan_packs
+from gcrm_fast.model.llama import LlamaRewardModel
+from gcrm_fast.training.objectives import Objective, losses
 
 Groups = Sequence[Sequence[TokenizedPair]]
 
@@ -63,7 +63,7 @@ def test_shared_prefix_equals_two_full_sequences(pairs: list[TokenizedPair], mon
     model, sampling, objective = small_model(small_config()), Sampling(samples=6), Objective()
     shared = loss_and_gradients(model, [[pairs[:2], pairs[2:5]]], sampling, objective)
     tokens_shared = len(build_pack([pairs[:2], pairs[2:5]], sampling, 3).input_ids_T)
-    monkeypatch.setattr("gcrm_fast.packing.common_prefix", lambda sequences: 0)
+    monkeypatch.setattr("gcrm_fast.data.packing.common_prefix", lambda sequences: 0)
     full = loss_and_gradients(model, [[pairs[:2], pairs[2:5]]], sampling, objective)
     assert_same(shared, full)
     # two prompts of 5 and 8 tokens, stored once instead of 4 and 6 times

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from gcrm_fast import judging
-from gcrm_fast.judging import Labelled
+from gcrm_fast.evaluation import measures as judging
+from gcrm_fast.evaluation.measures import Labelled
 
 
 def labelled(right: list[int], reward: list[float], question: list[int], **changes: object) -> Labelled:

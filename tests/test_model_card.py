@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from gcrm_fast.config import TrainConfig, parse
-from gcrm_fast.model_card import command, model_card
 from gcrm_fast.train import main
+from gcrm_fast.training.config import TrainConfig, parse
+from gcrm_fast.training.model_card import command, model_card
 
 DATA = [("training pairs", "3 (0 dropped)")]
 RESULTS = [("held-out AUROC", "0.500 -> 0.800")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from gcrm_kernels import goal_contrastive_loss, q_values
 
-from gcrm_fast.objectives import ranking_loss
+from gcrm_fast.training.objectives import ranking_loss
 
 
 def sigmoid(x: float) -> float:

@@ -7,10 +7,9 @@ import pytest
 import torch
 from gcrm_kernels import InverseIndex
 
-from gcrm_fast.attention import segment_attention
-from gcrm_fast.data import TokenizedPair
-from gcrm_fast.errors import UserError
-from gcrm_fast.packing import (
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import (
     Budget,
     Sampling,
     build_pack,
@@ -21,6 +20,7 @@ from gcrm_fast.packing import (
     plan_packs,
     quantile_positions,
 )
+from gcrm_fast.model.attention import segment_attention
 
 
 def many_draws(pair: TokenizedPair, sampling: Sampling, epochs: int = 2000) -> np.ndarray:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from judged import write
 
-from gcrm_fast import page
-from gcrm_fast.data import Completion
-from gcrm_fast.page import Column
-from gcrm_fast.records import Candidate
-from gcrm_fast.scoring import RewardModel
+from gcrm_fast.commands import inspect as page
+from gcrm_fast.commands.inspect import Column
+from gcrm_fast.data.encoding import Completion
+from gcrm_fast.data.records import Candidate
+from gcrm_fast.inference.scoring import RewardModel
 
 PAIR = {
     "prompt": "<b>one</b>\ntwo",

@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gcrm_fast import checkpoint
-from gcrm_fast.data import TokenizedPair
-from gcrm_fast.model import LlamaRewardModel, ModelConfig
-from gcrm_fast.packing import Sampling, build_pack
-from gcrm_fast.tokenization import choose_pad
+from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import Sampling, build_pack
+from gcrm_fast.data.tokenization import choose_pad
+from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
 
 LLAMA3 = {
     "rope_type": "llama3",

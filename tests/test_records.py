@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from gcrm_fast.data import tokenize_pairs, train_tokenizer
-from gcrm_fast.errors import UserError
-from gcrm_fast.records import Overlap, Pair, ordered_pairs, overlap, read_pairs
-from gcrm_fast.sources import BadRecords
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.encoding import tokenize_pairs, train_tokenizer
+from gcrm_fast.data.records import Overlap, Pair, ordered_pairs, overlap, read_pairs
+from gcrm_fast.data.sources import BadRecords
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "yes"),
@@ -116,7 +116,7 @@ def test_missing_optional_library_is_named(tmp_path, monkeypatch, module):
 
 
 def test_optional_libraries_are_imported_where_used_only():
-    code = "import sys, gcrm_fast.sources; sys.exit(bool({'datasets', 'pyarrow'} & set(sys.modules)))"
+    code = "import sys, gcrm_fast.data.sources; sys.exit(bool({'datasets', 'pyarrow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0
 
 

@@ -10,12 +10,13 @@ from chat import CHATML, LLAMA2, chat_tokenizer
 from conftest import small_config, small_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from gcrm_fast import RewardModel, checkpoint
-from gcrm_fast.arithmetic import generate, is_correct
-from gcrm_fast.errors import UserError
-from gcrm_fast.records import Pair
-from gcrm_fast.rewards import RewardFunction, as_text
-from gcrm_fast.tokenization import choose_pad
+from gcrm_fast import RewardModel
+from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.arithmetic import generate, is_correct
+from gcrm_fast.data.records import Pair
+from gcrm_fast.data.tokenization import choose_pad
+from gcrm_fast.rlhf.trl import RewardFunction, as_text
 
 PROMPTS = ["hello?", "hello?", "1 2 3"]
 COMPLETIONS = [" yes.", "", " world 漢字"]

@@ -25,12 +25,13 @@ from training_runs import Gcrm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import gcrm_fast
-from gcrm_fast import build_goals, evaluate, score, vote
-from gcrm_fast.data import CUT, Completion
-from gcrm_fast.errors import UserError
-from gcrm_fast.packing import Budget, Item, build_score_pack, common_prefix, plan_packs
-from gcrm_fast.records import read_completions
-from gcrm_fast.scoring import RewardModel
+from gcrm_fast.commands import evaluate, score, vote
+from gcrm_fast.commands import goals as build_goals
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.encoding import CUT, Completion
+from gcrm_fast.data.packing import Budget, Item, build_score_pack, common_prefix, plan_packs
+from gcrm_fast.data.records import read_completions
+from gcrm_fast.inference.scoring import RewardModel
 
 LIST = [{"prompt": "one", "completions": ["two", "three four", "two"], "n": 1}, {"prompt": "x", "completions": ["six"]}]
 PAIR = [{"question": "one", "correct": "two", "incorrect": "three", "id": "é"}]
@@ -321,7 +322,7 @@ def test_from_a_pipe_into_a_pipe(folder: Path, gcrm: Gcrm, tmp_path: Path, monke
 
 KILLED = """
 import os, signal
-from gcrm_fast import score
+from gcrm_fast.commands import score
 score.WINDOW_RECORDS = 7
 whole, count = os.replace, 0
 def replace(*paths):
@@ -398,7 +399,8 @@ def test_processes_share_the_work_and_write_one_output(gcrm: Gcrm, folder: Path,
     data = write(tmp_path / "a", [{"prompt": f"p{i % 40}", "completion": f"{i}"} for i in range(2500)])
     assert gcrm(data, "-o", tmp_path / "one").returncode == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(ROOT / "gcrm_fast" / "score.py"), str(folder), str(data), "-o", str(tmp_path / "two")]  # fmt: skip
+               str(ROOT / "gcrm_fast" / "commands" / "score.py"), str(folder), str(data), "-o",
+               str(tmp_path / "two")]  # fmt: skip
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -26,13 +26,14 @@ from chat import CHATML, chat_tokenizer
 from conftest import small_config, small_model
 from training_runs import ROOT
 
-from gcrm_fast import RewardModel, checkpoint
-from gcrm_fast.batcher import Batcher
-from gcrm_fast.errors import UserError
-from gcrm_fast.goals import GOAL_FILE, write_goals
-from gcrm_fast.serve import ServeOptions, is_open, main, read_token
-from gcrm_fast.server import create_app
-from gcrm_fast.tokenization import choose_pad
+from gcrm_fast import RewardModel
+from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.checkpoints.goals import GOAL_FILE, write_goals
+from gcrm_fast.commands.serve import ServeOptions, is_open, main, read_token
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.tokenization import choose_pad
+from gcrm_fast.inference.batcher import Batcher
+from gcrm_fast.inference.server import create_app
 
 PROMPTS = ["hello?", "hello?", "naïve", "1 2 3", ""]
 COMPLETIONS = [" yes.", " hello world 123<|eos|>", " 漢字", "", "no no no"]

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from gcrm_fast import parallel, run_checkpoints
-from gcrm_fast.config import TrainConfig
-from gcrm_fast.optimizer import Updater
-from gcrm_fast.resume import RunState, Window
-from gcrm_fast.staging import Staging
+from gcrm_fast.training import parallel
+from gcrm_fast.training import snapshots as run_checkpoints
+from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.optimizer import Updater
+from gcrm_fast.training.resume import RunState, Window
+from gcrm_fast.training.staging import Staging
 
 
 def parts(state: Any) -> list[Tensor]:

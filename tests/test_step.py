@@ -14,8 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcrm_fast import parallel, train
-from gcrm_fast.accounting import (
+from gcrm_fast import train
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import Budget, Pack, Sampling, build_pack
+from gcrm_fast.model.llama import LlamaRewardModel
+from gcrm_fast.training import parallel
+from gcrm_fast.training.accounting import (
     PLANS,
     RECOMPUTE,
     MemoryShape,
@@ -25,14 +30,10 @@ from gcrm_fast.accounting import (
     predicted_memory,
     work,
 )
-from gcrm_fast.config import TrainConfig
-from gcrm_fast.data import TokenizedPair
-from gcrm_fast.errors import UserError
-from gcrm_fast.loader import Step, Steps, load
-from gcrm_fast.model import LlamaRewardModel
-from gcrm_fast.objectives import Objective, losses
-from gcrm_fast.optimizer import Updater, cast_weights
-from gcrm_fast.packing import Budget, Pack, Sampling, build_pack
+from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.loader import Step, Steps, load
+from gcrm_fast.training.objectives import Objective, losses
+from gcrm_fast.training.optimizer import Updater, cast_weights
 
 CPU = torch.device("cpu")
 
@@ -297,7 +298,7 @@ def test_weights_gathered_once_per_step_train_the_same(
 def test_optimizers_learn_with_the_memory_they_promise(pairs: list[TokenizedPair], name: str) -> None:
     if name != "adamw":
         pytest.importorskip("torchao")
-    from gcrm_fast.accounting import OPTIMIZER_BYTES
+    from gcrm_fast.training.accounting import OPTIMIZER_BYTES
 
     pack = build_pack([[pair] for pair in pairs], Sampling(samples=4), 0)
     # Compiled, as it is meant to run: 8-bit states of sharded parameters work no other way.

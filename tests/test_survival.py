@@ -24,10 +24,12 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training_runs import ROOT, TIMES, TINY, alive, rows, start, torchrun, wait_for, workers
 
-from gcrm_fast import parallel, run_checkpoints, train
-from gcrm_fast.errors import UserError
-from gcrm_fast.run_checkpoints import checkpoints, read_manifest
+from gcrm_fast import train
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.train import main
+from gcrm_fast.training import parallel
+from gcrm_fast.training import snapshots as run_checkpoints
+from gcrm_fast.training.snapshots import checkpoints, read_manifest
 
 
 def arguments(pair_file: Path, output: Path, *more: str) -> list[str]:
@@ -148,7 +150,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     """But not what comes with the first one, nor what the process was started to ignore."""
     code = """
 import signal, os, time, torch.distributed as dist
-from gcrm_fast.interrupts import REPEATED, Interrupts
+from gcrm_fast.training.interrupts import REPEATED, Interrupts
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 with Interrupts(dist.new_group(backend="gloo")).handled():
@@ -167,10 +169,11 @@ with Interrupts(dist.new_group(backend="gloo")).handled():
 
 COPIES = """
 import torch, torch.distributed as dist
-from gcrm_fast import checkpoint, parallel
-from gcrm_fast.config import TrainConfig
-from gcrm_fast.model import LlamaRewardModel, ModelConfig
-from gcrm_fast.optimizer import Updater, cast_weights
+from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.training import parallel
+from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
+from gcrm_fast.training.optimizer import Updater, cast_weights
 config = ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=8)
 with parallel.process_group(replicas=2) as (mesh, device):

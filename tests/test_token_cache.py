@@ -10,9 +10,9 @@ import pytest
 from chat import TEXTS
 from safetensors.numpy import save_file
 
-from gcrm_fast.data import cache_key, encode_pairs, tokenize_pairs, train_tokenizer
-from gcrm_fast.records import Pair
-from gcrm_fast.token_cache import TokenCache, cache_folder
+from gcrm_fast.data.encoding import cache_key, encode_pairs, tokenize_pairs, train_tokenizer
+from gcrm_fast.data.records import Pair
+from gcrm_fast.data.token_cache import TokenCache, cache_folder
 
 TOKENIZER = train_tokenizer(TEXTS, 300)
 PAIRS = [Pair("hello", " world 1", " world 2"), Pair("hello", " yes", " 3", chosen_cut=True)]
@@ -137,7 +137,7 @@ BUILD_SLOWLY = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from gcrm_fast.token_cache import TokenCache
+from gcrm_fast.data.token_cache import TokenCache
 def build():
     print("built", flush=True)
     time.sleep(1)

@@ -17,9 +17,9 @@ from training_runs import ROOT, TIMES, TINY, Gcrm, rows, torchrun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gcrm_fast import train
-from gcrm_fast.config import TrainConfig, parse, to_toml
-from gcrm_fast.errors import UserError
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.train import locked, main
+from gcrm_fast.training.config import TrainConfig, parse, to_toml
 
 
 @pytest.fixture

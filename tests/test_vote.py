@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from judged import samples, write
 
-from gcrm_fast import vote, voting
-from gcrm_fast.scoring import RewardModel
-from gcrm_fast.voting import Question
+from gcrm_fast.commands import vote
+from gcrm_fast.evaluation import voting
+from gcrm_fast.evaluation.voting import Question
+from gcrm_fast.inference.scoring import RewardModel
 
 
 def question(answers: list[str], rewards: list[float], q: list[list[float]] | None = None) -> Question:

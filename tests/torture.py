@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_survival import arguments, assert_same
 from training_runs import rows, start, torchrun, wait_for, workers
 
-from gcrm_fast.run_checkpoints import checkpoints
+from gcrm_fast.training.snapshots import checkpoints
 
 KILLS = int(os.environ.get("KILLS", "50"))
 

@@ -1,0 +1,1 @@
+"""Model folders as Hugging Face has them, and goal files: read and written."""

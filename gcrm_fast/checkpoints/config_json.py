@@ -1,0 +1,163 @@
+"""config.json of Hugging Face Llamas: read in the words of transformers 4 and of 5, written for both."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.model.llama import ModelConfig
+
+ROPE_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig:
+    """The shape of the Llama in ``folder``, from a config.json of transformers 4 or 5.
+
+    Raises:
+        UserError: no such file, another architecture, a quantised model or an adapter, a field of the wrong type or
+            value, or a RoPE type that is not supported.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: holds an adapter (adapter_config.json): merge it into its base model first")
+    path = folder / "config.json"
+    raw = read_json(path, "name the folder of a Hugging Face Llama")
+    if raw.get("model_type") != "llama":
+        raise UserError(f"{path}: field 'model_type' is {raw.get('model_type')!r}: only 'llama' is supported")
+    if raw.get("quantization_config"):
+        raise UserError(f"{path}: field 'quantization_config': a quantised model cannot be trained: use the original")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: field 'hidden_act' is {raw['hidden_act']!r}: only 'silu' is supported")
+    hidden, heads = (_field(raw, path, name, int) for name in ("hidden_size", "num_attention_heads"))
+    if raw.get("head_dim") is None and hidden % heads:
+        raise UserError(f"{path}: field 'hidden_size' is {hidden}, not a multiple of the {heads} attention heads")
+    theta, scaling = _rope(raw, path)
+    config = ModelConfig(
+        vocab_size=_field(raw, path, "vocab_size", int),
+        hidden_size=hidden,
+        intermediate_size=_field(raw, path, "intermediate_size", int),
+        num_hidden_layers=_field(raw, path, "num_hidden_layers", int),
+        num_attention_heads=heads,
+        num_key_value_heads=_field(raw, path, "num_key_value_heads", int, heads),
+        head_dim=_field(raw, path, "head_dim", int, hidden // heads),
+        rms_norm_eps=_field(raw, path, "rms_norm_eps", float, 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        attention_bias=_field(raw, path, "attention_bias", bool, False),
+        mlp_bias=_field(raw, path, "mlp_bias", bool, False),
+        max_position_embeddings=_field(raw, path, "max_position_embeddings", int, 2048),
+        head=head,
+        projection_size=projection_size,
+    )
+    if heads % config.num_key_value_heads:
+        raise UserError(f"{path}: field 'num_key_value_heads' is {config.num_key_value_heads}: must divide {heads}")
+    if config.head_dim % 2:
+        raise UserError(f"{path}: field 'head_dim' is {config.head_dim}: rotary embeddings need an even one")
+    return config
+
+
+def _field(raw: Mapping[str, Any], path: Path, name: str, kind: type, default: Any = None) -> Any:
+    """``raw[name]``: a boolean, or a positive finite number. Absent and null are ``default``, or an error without one.
+
+    ``kind`` is bool, int or float.
+    """
+    value = raw.get(name)
+    if value is None:
+        if default is None:
+            raise UserError(f"{path}: field {name!r} is missing")
+        return default
+    if kind is bool:
+        fits = isinstance(value, bool)
+    else:
+        accepted = int if kind is int else (int, float)
+        fits = isinstance(value, accepted) and not isinstance(value, bool) and 0 < value < 2**31
+    if not fits:
+        what = {bool: "true or false", int: "a positive integer", float: "a positive number"}[kind]
+        raise UserError(f"{path}: field {name!r} is {value!r}: must be {what}")
+    return value
+
+
+def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling or None) from ``rope_parameters`` (transformers 5) or ``rope_theta``/``rope_scaling`` (4)."""
+    if raw.get("rope_parameters") and raw.get("rope_scaling") not in (None, {}, raw["rope_parameters"]):
+        raise UserError(f"{path}: fields 'rope_parameters' and 'rope_scaling' differ: keep the one that holds")
+    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    parameters = raw.get(name) or {}
+    if not isinstance(parameters, dict):
+        raise UserError(f"{path}: field {name!r} is {type(parameters).__name__}: must be an object or null")
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise UserError(f"{path}: field {name!r} differs from layer to layer: only one RoPE for all is supported")
+    theta = float(_field({"rope_theta": 10000.0, **raw, **parameters}, path, "rope_theta", float))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
+        raise UserError(
+            f"{path}: field {name!r} asks for RoPE of type {kind!r}: supported are {', '.join(ROPE_FIELDS)}"
+        )
+    part = _field({**raw, **parameters}, path, "partial_rotary_factor", float, 1.0)
+    if part != 1:
+        raise UserError(f"{path}: field 'partial_rotary_factor' is {part}: only RoPE on whole heads is supported")
+    if kind == "default":
+        return theta, None
+    scaling = {field: _field(parameters, path, field, float) for field in ROPE_FIELDS[kind]}
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(f"{path}: field {name!r}: low_freq_factor must be below high_freq_factor")
+    return theta, {**scaling, "rope_type": kind}
+
+
+def read_json(path: Path, hint: str) -> dict[str, Any]:
+    """A JSON object from a file, or a UserError that ends in ``hint``."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): {hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}): {hint}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object: {hint}")
+    return value
+
+
+def huggingface_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json that transformers 4 and 5 read alike.
+
+    ``problem_type: regression`` keeps servers from putting the reward through a sigmoid. A folder with an MLP head
+    names the bare trunk as its architecture, so that nobody loads it with a random linear head by accident.
+    """
+    rope = config.rope_scaling or {"rope_type": "default"}
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": ["LlamaForSequenceClassification" if config.head == "linear" else "LlamaModel"],
+        "model_type": "llama",
+        "num_labels": 1,
+        "id2label": {"0": "reward"},
+        "label2id": {"reward": 0},
+        "problem_type": "regression",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling,
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": False,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "torch_dtype": name,
+        "dtype": name,
+    }

@@ -1,0 +1,66 @@
+"""Goal files: named goal states of one model, with what they were made from.
+
+A goal state is the mean of z at the last token of preferred completions (GCRM, section 4.2). The metadata of the
+safetensors file name the weights it belongs to: a cosine to the states of another model means nothing.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gcrm_fast.common.errors import UserError, one_line
+
+GOAL_FILE = "goal.safetensors"  # of a model's folder
+DEFAULT = "default"
+END_POLICY = "completion ends with the tokenizer's eos token, which is scored"
+
+
+def write_goals(path: Path, goals: Mapping[str, Tensor], counts: Mapping[str, int], fingerprint: str) -> None:
+    """Writes goal states [D], each the mean over ``counts[name]`` completions, of the model with that fingerprint."""
+    metadata = {"fingerprint": fingerprint, "counts": json.dumps(dict(counts)), "end_policy": END_POLICY}
+    save_file({name: goal.float().contiguous() for name, goal in goals.items()}, path, metadata=metadata)
+
+
+def read_goals(path: Path, fingerprint: str) -> dict[str, Tensor]:
+    """Goal states [D] float32 by name, the default one first, on the CPU.
+
+    Raises:
+        UserError: no readable goal file, or one of a model with another fingerprint or end-token policy.
+    """
+    return _read(path, fingerprint)[0]
+
+
+def named_goal(name: str, fingerprint: str) -> Tensor:
+    """The goal state [D] that FILE[:NAME] names; without NAME the default one. Raises UserError, see read_goals."""
+    file, _, goal = (name, "", "") if os.path.exists(name) else name.rpartition(":")
+    goals = read_goals(Path(file or name), fingerprint)
+    goal = goal or next(iter(goals))
+    if goal not in goals:
+        raise UserError(f"{file}: holds no goal {goal!r}: it has {', '.join(goals)}")
+    return goals[goal]
+
+
+def read_counts(path: Path, fingerprint: str) -> dict[str, int]:
+    """How many completions each goal of the file is the mean of. Raises UserError, see read_goals."""
+    return json.loads(_read(path, fingerprint)[1].get("counts", "{}"))
+
+
+def _read(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            goals = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable goal file ({one_line(error)}): make one with gcrm goals") from None
+    if "fingerprint" not in metadata:
+        raise UserError(f"{path}: not a goal file (no fingerprint in its metadata): make one with gcrm goals")
+    if metadata["fingerprint"] != fingerprint:
+        raise UserError(f"{path}: its goals are of another model's weights: make them with gcrm goals for this one")
+    if metadata.get("end_policy") != END_POLICY:
+        raise UserError(f"{path}: its goals are of completions that end otherwise: make them again with gcrm goals")
+    return dict(sorted(goals.items(), key=lambda item: item[0] != DEFAULT)), metadata

@@ -1,0 +1,353 @@
+"""Hugging Face Llama checkpoints: finding, checking and reading them row by row; writing a reward model that
+transformers loads.
+
+A saved model is a ``LlamaForSequenceClassification`` folder (one label) plus
+
+    gcrm.json            which head, projection size, end-token policy, weights fingerprint
+    gcrm.safetensors     projection and MLP head, where there are any: what the transformers class cannot hold
+    goal.safetensors     the default goal state (see goals.py)
+    README.md            the model card, of a run (see model_card.py)
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gcrm_fast.checkpoints.config_json import huggingface_config, read_json
+from gcrm_fast.checkpoints.goals import DEFAULT, END_POLICY, GOAL_FILE, write_goals
+from gcrm_fast.common.errors import UserError, one_line
+from gcrm_fast.data.tokenization import save_tokenizer
+from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig, initial_value
+
+HEAD_FILE = "gcrm.json"
+COMPANION = "gcrm.safetensors"
+BESIDE = (COMPANION, "value_head.safetensors")  # files read beside the shards; the second is LLaMA-Factory's
+TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+                   "vocab.json", "merges.txt"]  # fmt: skip
+SUBFOLDERS = "*/*"  # other copies of the weights: not fetched
+MODEL_FILES = [*TOKENIZER_FILES, "adapter_config.json", HEAD_FILE, "*.safetensors", "*.safetensors.index.json"]
+# Where reward models keep one linear layer from H to 1, as NAME.weight and, in some, NAME.bias.
+HEADS = (
+    "score",  # transformers' sequence and token classification, and with them OpenRLHF and veRL
+    "v_head.summary",  # TRL, LLaMA-Factory
+    "v_head",  # DeepSpeed-Chat, trlX
+    "value_head",  # older OpenRLHF, ColossalChat
+    "score_head",  # safe-rlhf
+    "reward_head",  # MOSS-RLHF
+    "regression_head",  # UltraRM
+    "scalar_head",  # the TL;DR reproduction of Huang et al.
+)
+LEFT_OUT = {  # tensors that are left out knowingly: a pattern of their names, with a dot before; and why
+    "*.lm_head.weight": "a reward model has no use for it",
+    "*.rotary_emb.inv_freq": "computed from config.json",
+    ".normalizer.*": "it moves and scales all rewards alike",  # safe-rlhf
+}
+BIAS_LEFT_OUT = "it moves all rewards alike, so that no comparison changes"
+FIRST_TENSOR = "layers.0.input_layernorm.weight"  # what stands before it is the trunk's prefix
+FLOATS = ("BF16", "F16", "F32", "F64")
+
+RowReader = Callable[[str, torch.Size, slice], Tensor]  # (parameter name, its full shape, rows) -> those rows
+
+
+class Weights(NamedTuple):
+    """Where a model's values come from, and what its user should know about it (a line each)."""
+
+    rows: RowReader
+    notes: tuple[str, ...] = ()
+
+
+# --------------------------------------------------------------------------------------------------------- finding
+
+
+def locate(name: str, flag: str, files: list[str]) -> Path:
+    """The folder ``name``, or the copy of the hub repository ``name``, of which ``files`` (patterns) are downloaded
+    unless they are in the hub's cache.
+
+    Any number of processes may call it at once: the hub's own file locks let one of them download each file.
+
+    Raises:
+        UserError: neither a folder that may be read nor a repository that can be had.
+    """
+    # os.path answers False where pathlib raises: names too long, or folders that may not be entered.
+    if os.path.isdir(name):
+        if not os.access(name, os.R_OK | os.X_OK):
+            raise UserError(f"{flag} {name}: permission denied: make the folder readable")
+        return Path(name)
+    if os.path.exists(name):
+        raise UserError(f"{flag} {name}: is a file: name the folder of a Hugging Face model")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"{flag} {name}: no such folder") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=SUBFOLDERS))
+    except Exception as error:  # the hub lets through errors of its HTTP library, which depends on its version
+        raise UserError(
+            f"{flag} {name}: no such folder, and not to be had from the Hugging Face hub ({one_line(error)})"
+        ) from None
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file; ``dtype`` is safetensors' name."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_heads(folder: Path) -> tuple[str, int]:
+    """Kind of the reward head and size of the projection as ``gcrm.json`` has them; a linear head and no projection
+    for a folder that this program did not write.
+
+    Raises:
+        UserError: a damaged gcrm.json.
+    """
+    path = folder / HEAD_FILE
+    if not path.is_file():
+        return "linear", 0
+    raw = read_json(path, "save the model again")
+    head, size = raw.get("head"), raw.get("projection_size")
+    if head not in ("linear", "mlp"):
+        raise UserError(f"{path}: field 'head' is {head!r}: must be 'linear' or 'mlp'")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise UserError(f"{path}: field 'projection_size' is {size!r}: must be 0 or a positive integer")
+    return head, size
+
+
+def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights:
+    """A reader of parameter rows for ``parallel.materialize``; all names, shapes and dtypes are checked before it
+    returns, and every tensor of the folder is used, known to be of no use (LEFT_OUT, with a note), or an error.
+
+    Tensors are read from safetensors, one at a time and only the rows asked for. The trunk may stand behind any one
+    prefix (none, ``model.``, ``pretrained_model.model.`` ...). The linear reward head may have any name of HEADS; its
+    bias, if any, is left out with a note, since it moves every reward alike. A head or projection of which the folder
+    has no tensor starts from ``initial_value``, with a note; without a ``seed`` it is an error.
+
+    Raises:
+        UserError: no safetensors, a missing shard, an unreadable file, tensors missing, left over, in two files, or of
+            the wrong shape or dtype, a head that is not the one that ``config`` asks for.
+    """
+    stored = _scan(_weight_files(folder))
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in LlamaRewardModel(config).named_parameters()}
+    source, notes = _match(stored, wanted, folder, config, seed)
+
+    def rows(name: str, shape: torch.Size, rows: slice) -> Tensor:
+        if seed is not None and name not in source:
+            return initial_value(name, shape, config, seed)[rows]
+        with safe_open(stored[source[name]].path, framework="pt") as file:
+            return file.get_slice(source[name])[rows]
+
+    return Weights(rows, notes)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files to read: ``model.safetensors``, or else the shards of its index, and those BESIDE."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    names = {single.name}
+    if index.is_file() and not single.is_file():
+        weight_map = read_json(index, "download the checkpoint again").get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not files or any(not isinstance(name, str) or Path(name).name != name for name in files):
+            raise UserError(f"{index}: field 'weight_map' must name a file of this folder for each tensor")
+        names = set(files)
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+            found = f" ({pickles[0]} is a pickle: convert it)" if pickles else ""
+            raise UserError(f"{folder / name}: missing: weights are read from safetensors files only{found}")
+    if (folder / "value_head.bin").is_file() and not (folder / "value_head.safetensors").is_file():
+        raise UserError(f"{folder / 'value_head.bin'}: a reward head in a pickle: convert it to value_head.safetensors")
+    return [folder / name for name in (*sorted(names), *BESIDE) if (folder / name).is_file()]
+
+
+def _scan(files: Iterable[Path]) -> dict[str, Stored]:
+    """All tensors of the files, from their headers."""
+    stored: dict[str, Stored] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a file handle, not a dict)
+                    if name in stored:
+                        raise UserError(f"{path}: tensor {name!r} is also in {stored[name].path.name}: remove one")
+                    tensor = file.get_slice(name)
+                    stored[name] = Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({one_line(error)}): download it again") from None
+    return stored
+
+
+def _match(
+    stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], folder: Path, config: ModelConfig,
+    seed: int | None,
+) -> tuple[dict[str, str], tuple[str, ...]]:  # fmt: skip
+    """(stored name of each parameter that is not to be started anew, notes). Raises UserError, see open_weights."""
+    source, left_out, notes = _match_trunk(stored, wanted, folder), dict(LEFT_OUT), []
+    head = _linear_head(stored, folder, config)
+    if head:
+        source["score.weight"] = f"{head}.weight"
+        left_out[f".{head}.bias"] = BIAS_LEFT_OUT
+        if f"{head}.bias" in stored:
+            _check(f"{head}.bias", stored[f"{head}.bias"], (1,))
+    for part, what in (("score", "reward head"), ("projection", "projection")):
+        own = {name: name for name in wanted if name.startswith(f"{part}.") and name not in source}
+        if own.keys() & stored.keys():
+            source |= own
+        elif own and seed is None:
+            raise UserError(f"{folder}: holds no {what}: train one with gcrm train --model {folder}")
+        elif own:
+            notes.append(f"holds no {what}: a new one is started")
+    missing = [key for key in source.values() if key not in stored]
+    if missing:
+        raise UserError(f"{folder}: {_some(missing)} missing from its safetensors files: download it again")
+    for name, key in source.items():
+        _check(key, stored[key], wanted[name])
+    rest = stored.keys() - source.values()
+    for pattern, why in left_out.items():
+        known = {key for key in rest if fnmatchcase(f".{key}", pattern)}
+        if known:
+            notes.append(f"{_some(known)} left out: {why}")
+        rest -= known
+    if rest:
+        raise UserError(f"{folder}: {_some(rest)} without a place in this model: {_hint(rest, stored)}")
+    return source, tuple(f"{folder}: {note}" for note in notes)
+
+
+def _match_trunk(stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, str]:
+    """Stored names of the trunk's parameters, whether they are there or not."""
+    anchors = [key for key in stored if f".{key}".endswith(f".{FIRST_TENSOR}")]
+    if len(anchors) != 1:
+        found = _some(anchors) if anchors else f"no tensor {FIRST_TENSOR!r}"
+        raise UserError(f"{folder}: {found} in its safetensors files: one Llama is expected there")
+    prefix = anchors[0].removesuffix(FIRST_TENSOR)
+    source = {name: prefix + name.removeprefix("model.") for name in wanted if name.startswith("model.")}
+    # Of two tied tensors safetensors' save_model keeps the first by name.
+    embedding = source["model.embed_tokens.weight"]
+    if embedding not in stored and "lm_head.weight" in stored and _stated(folder, "tie_word_embeddings") is True:
+        source["model.embed_tokens.weight"] = "lm_head.weight"
+    return source
+
+
+def _linear_head(stored: Mapping[str, Stored], folder: Path, config: ModelConfig) -> str:
+    """Which of HEADS the files hold; empty for none."""
+    heads = [head for head in HEADS if f"{head}.weight" in stored]
+    if len(heads) > 1:
+        raise UserError(f"{folder}: holds {len(heads)} reward heads ({', '.join(heads)}): remove all but one")
+    if heads and config.head != "linear":
+        raise UserError(
+            f"{folder}: its reward head '{heads[0]}.weight' is linear: leave out --head {config.head}, or start from "
+            f"the language model"
+        )
+    if not heads and config.head == "linear" and "Classification" in str(_stated(folder, "architectures")):
+        raise UserError(
+            f"{folder}: tensor 'score.weight' missing from its safetensors files, though config.json, field "
+            f"'architectures', speaks of a head: download it again, or write LlamaForCausalLM there for a new head"
+        )
+    return heads[0] if heads else ""
+
+
+def _stated(folder: Path, field: str) -> object:
+    return read_json(folder / "config.json", "download it again").get(field)
+
+
+def _check(key: str, tensor: Stored, shape: tuple[int, ...]) -> None:
+    """Raises UserError for a tensor of another shape or a dtype that is no plain float."""
+    if tensor.shape != shape:
+        cause = "a reward head has one output" if shape[0] == 1 else "see config.json and --projection-size"
+        raise UserError(f"{tensor.path}: tensor {key!r} has shape {tensor.shape}, not {shape}: {cause}")
+    if tensor.dtype not in FLOATS:
+        raise UserError(
+            f"{tensor.path}: tensor {key!r} has dtype {tensor.dtype}, not one of {', '.join(FLOATS)}: "
+            f"use a checkpoint that is not quantised"
+        )
+
+
+def _hint(rest: Collection[str], stored: Mapping[str, Stored]) -> str:
+    """What to do about tensors without a place, which would be lost in silence."""
+    options = []  # of a model that this program saved
+    if "score.0.weight" in rest:
+        options.append("--head mlp")
+    if "projection.weight" in rest:
+        options.append(f"--projection-size {stored['projection.weight'].shape[0]}")
+    if options:
+        return f"pass {' '.join(options)}, with which it was trained"
+    return "merge adapters into the weights, and make a head one linear layer 'score.weight'"
+
+
+def _some(names: Collection[str]) -> str:
+    """How many names and the first few: "5 tensors ('a', 'b', 'c', ...)"."""
+    shown = ", ".join(repr(name) for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def fresh_weights(config: ModelConfig, seed: int) -> Weights:
+    """Weights for a model trained from scratch."""
+    return Weights(lambda name, shape, rows: initial_value(name, shape, config, seed)[rows])
+
+
+# --------------------------------------------------------------------------------------------------------- writing
+
+
+def fingerprint(state: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, shapes and bytes of all tensors, which come in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in state:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_model(
+    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: PreTrainedTokenizerBase, goal: Tensor,
+    goal_count: int,
+) -> None:  # fmt: skip
+    """Writes the whole model folder. ``goal`` [D or H] is the mean of z over ``goal_count`` preferred end states."""
+    weights = write_model(folder, state, config, tokenizer)
+    write_goals(folder / GOAL_FILE, {DEFAULT: goal}, {DEFAULT: goal_count}, weights)
+
+
+def write_model(
+    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *,
+    bias: Tensor | None = None, fields: Mapping[str, Any] | None = None, about: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """Writes weights, configuration and tokenizer; returns the fingerprint of the weights.
+
+    For what other programs read (see commands/export.py): ``bias`` [1] of the reward head, which has none here;
+    ``fields`` of config.json besides or instead of those of a sequence classifier; ``about``, fields of gcrm.json
+    besides its own.
+    """
+    folder.mkdir(parents=True)
+    held = {k: v for k, v in state.items() if k.startswith("model.") or k == "score.weight"}
+    companion = {k: v for k, v in state.items() if k not in held}
+    dtype = next(iter(held.values())).dtype
+    save_torch_state_dict(held if bias is None else held | {"score.bias": bias}, folder, max_shard_size="5GB")
+    if companion:
+        save_file(companion, folder / COMPANION, metadata={"format": "pt"})
+    weights = fingerprint(sorted(state.items()))
+    gcrm = {
+        "head": config.head,
+        "projection_size": config.projection_size,
+        "end_policy": END_POLICY,
+        "fingerprint": weights,
+        **(about or {}),
+    }
+    (folder / HEAD_FILE).write_text(json.dumps(gcrm, indent=2) + "\n")
+    raw = {**huggingface_config(config, tokenizer, dtype), **(fields or {})}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    save_tokenizer(tokenizer, folder)
+    return weights

@@ -1,0 +1,1 @@
+"""The subcommands of ``gcrm``, one file each: options and printing."""

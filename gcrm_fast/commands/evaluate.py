@@ -1,0 +1,173 @@
+"""``gcrm evaluate``: how well a model's rewards and Q-values tell right completions from wrong ones, and how far
+shortcuts get on the same completions."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from gcrm_fast.commands.candidates import (
+    PAIRED,
+    TableOptions,
+    groups_of,
+    judge,
+    limited,
+    open_model,
+    questions_of,
+    records,
+)
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import exit_code, parse_options, written_aside
+from gcrm_fast.data.packing import quantile_positions
+from gcrm_fast.data.records import Candidate
+from gcrm_fast.evaluation.measures import COVERAGE, RESAMPLES, Labelled, cross_fitted, group_scores, halves, measures
+from gcrm_fast.evaluation.plots import plot_histograms, plot_partial, plot_roc
+from gcrm_fast.evaluation.results import Row, check_folder, columns, number, with_interval, write_rows
+from gcrm_fast.inference.scoring import RewardModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TableOptions):
+    """AUROC of rewards and Q-values over completions known to be right or wrong, beside what shortcuts reach. The
+    records are labelled completions or preference pairs; each file is reported on its own.
+
+    Leaves results.json, results.csv, roc.png, partial.png and histograms.png in the output folder.
+    """
+
+    label: str = "is_correct"
+    """Field that says whether a completion is right: true or false. Of a pair the chosen one is."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a source's completions before they are scored."""
+
+    candidates: list[Candidate]
+    questions: list[str]
+    right_N: np.ndarray
+    groups: dict[str, np.ndarray]
+
+
+def is_right(candidate: Candidate, label: str) -> bool:
+    """Whether a completion is right: as its place in a pair says, or else its label."""
+    if candidate.name in PAIRED:
+        return PAIRED[candidate.name]
+    value = candidate.field(label, "named by --label")
+    if value not in (True, False):  # 1 and 0 too
+        raise UserError(f"{candidate.where}: field '{label}' is {str(value)[:20]!r}, not true or false")
+    return bool(value)
+
+
+def read_source(source: str, model: RewardModel, options: Options) -> Source:
+    """Raises UserError for a record without label, question or group, and where all completions are of one class."""
+    candidates = [candidate for of_record in records([source], model, options) for candidate in of_record]
+    candidates = limited(candidates, [candidate.row for candidate in candidates], options.limit)
+    right_N = np.array([is_right(candidate, options.label) for candidate in candidates], dtype=bool)
+    if right_N.all() or not right_N.any():
+        kind = "right" if right_N.all() else "wrong"
+        raise UserError(f"{source}: all {len(right_N)} completions are {kind}: there is nothing to tell apart")
+    return Source(candidates, questions_of(candidates, options.question), right_N, groups_of(candidates, options.by))
+
+
+def score(model: RewardModel, source: Source, goal_D: Tensor) -> Labelled:
+    """Rewards and Q-values of every completion, beside its label."""
+    judged = judge(model, source.candidates, goal_D)
+    return Labelled(
+        right_N=source.right_N,
+        question_N=np.unique(source.questions, return_inverse=True)[1],
+        half_N=halves(source.questions),
+        lengths_N=np.array([len(one.q_n) for one in judged]),
+        reward_NP=np.array([one.reward_n[quantile_positions(len(one.reward_n))] for one in judged], dtype=np.float64),
+        q_N=[one.q_n for one in judged],
+        pairs=all(candidate.name in PAIRED for candidate in source.candidates),
+    )
+
+
+def identity_auroc(labelled: Labelled, group_N: np.ndarray) -> float:
+    """AUROC of knowing the group of a completion and nothing else."""
+    number_N = np.unique(group_N, return_inverse=True)[1]
+    [value] = cross_fitted(labelled, lambda fitted_N: group_scores(number_N, labelled.right_N, fitted_N))
+    return value
+
+
+def rows_of(source: str, labelled: Labelled, groups: dict[str, np.ndarray]) -> list[Row]:
+    """Every measure of a source as a whole and of each group."""
+    parts = {"all": np.ones_like(labelled.right_N)}
+    parts |= {f"{name}={value}": value_N == value for name, value_N in groups.items() for value in np.unique(value_N)}
+    rows = []
+    for group, mask_N in tqdm(parts.items(), desc="resampling", unit="group", leave=False, delay=1):
+        part = labelled.subset(mask_N)
+        rows += [
+            Row(source, group, "completions", len(part.right_N)),
+            Row(source, group, "right", int(part.right_N.sum())),
+        ]
+        rows += [Row(source, group, *measure) for measure in measures(part)]
+    for name, value_N in groups.items():
+        rows.append(Row(source, "all", f"baseline_identity:{name}", identity_auroc(labelled, value_N)))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The printed summary: a line for each source and each of its groups."""
+    lines: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        lines.setdefault((row.source, row.group), {})[row.measure] = row
+    identities = sorted({row.measure for row in rows if row.measure.startswith("baseline_identity")})
+    pairs = any(row.measure == "pair_accuracy" for row in rows)
+    head = ["", "n", "right", "AUROC of reward", "of Q", "within questions", *(["pair accuracy"] if pairs else []),
+            "length", "position Q", *(name.removeprefix("baseline_") for name in identities)]  # fmt: skip
+    cells = []
+    for (source, group), found in lines.items():
+        n, right = found["completions"].value, found["right"].value
+        longer = found["auroc_longer"].value
+        sign = "" if longer != longer else " longer" if longer >= 0.5 else " shorter"
+        cells.append(
+            [
+                source if group == "all" else f"  {group}",
+                f"{n:.0f}",
+                f"{100 * right / n:.0f}%",
+                with_interval(found["auroc_reward"]) if 0 < right < n else "one class",
+                number(found["auroc_q"].value),
+                number(found["auroc_reward_within_questions"].value),
+                *([with_interval(found["pair_accuracy"]) if "pair_accuracy" in found else "-"] if pairs else []),
+                number(found["baseline_length"].value) + sign,
+                number(found["baseline_position_q@100"].value),
+                *(number(found[name].value) if name in found else "" for name in identities),
+            ]
+        )
+    return columns(head, cells)
+
+
+def run(options: Options) -> None:
+    """Reads and checks all files, then scores them. Raises UserError."""
+    check_folder(options.output, options.overwrite)
+    model, goal_D = open_model(options)
+    sources = {name: read_source(name, model, options) for name in options.data}
+    rows: list[Row] = []
+    with written_aside(options.output) as folder:
+        folder.mkdir(parents=True)
+        scored = {name: score(model, source, goal_D) for name, source in sources.items()}
+        for name, labelled in scored.items():
+            rows += rows_of(name, labelled, sources[name].groups)
+        unit = f"field {options.question}" if options.question else "prompt"
+        about = {
+            "model": options.model,
+            "fingerprint": model.fingerprint,
+            "goal": options.goal or "the model's own",
+            "limit": options.limit,
+            "intervals": f"{100 * COVERAGE:.0f} %, bootstrap of {RESAMPLES} draws of questions (told apart by {unit})",
+        }
+        write_rows(folder, rows, about)
+        plot_roc(scored, folder / "roc.png")
+        plot_partial(rows, folder / "partial.png")
+        plot_histograms(scored, folder / "histograms.png")
+    print(table(rows))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code("gcrm evaluate", lambda: run(parse_options(Options, arguments, "gcrm evaluate")))

@@ -1,0 +1,167 @@
+"""``gcrm export``: a reward model in the folder that another program loads.
+
+    transformers           LlamaForSequenceClassification, one label: also vLLM and SGLang, which score the LAST token
+    openrlhf               the same, and in config.json value_head_prefix, mean and std as OpenRLHF reads them
+    token-classification   LlamaForTokenClassification: a reward at every token, from a head with a bias
+
+All of them load here again with the same rewards. The first takes a head of several layers too, in a file beside it
+that is read here alone. MODEL may have any head that README lists,
+so this also turns other projects' reward models into these.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from tyro.conf import Positional
+
+from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.checkpoints.config_json import read_config
+from gcrm_fast.checkpoints.goals import GOAL_FILE, read_counts, read_goals, write_goals
+from gcrm_fast.commands.candidates import encoded
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import exit_code, parse_options, written_aside
+from gcrm_fast.data.records import COMPLETION_FORMATS, read_completions
+from gcrm_fast.data.tokenization import choose_pad, load_tokenizer
+from gcrm_fast.inference.scoring import RewardModel
+from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
+from gcrm_fast.training.config import parse_columns
+from gcrm_fast.training.metrics_log import table
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Writes a reward model as other programs read it."""
+
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Reward model: a folder or a hub name."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write; it must not exist."""
+    format: Literal["transformers", "openrlhf", "token-classification"] = "transformers"
+    """Who reads it: AutoModelForSequenceClassification (and vLLM, SGLang, rewardbench), OpenRLHF, or
+    AutoModelForTokenClassification."""
+    standardize: tuple[str, ...] = ()
+    """Sources of completions (see gcrm score) over which rewards shall have mean 0 and deviation 1. The scale goes into
+    score.weight; the shift, for which that head has no place, into what the format has for it, and into gcrm.json."""
+    columns: str = ""
+    """Names that these records use for this project's fields: prompt=instruction,completion=answer."""
+
+
+class Scale(NamedTuple):
+    """Mean and standard deviation of the rewards of ``completions`` completions."""
+
+    mean: float
+    std: float
+    completions: int
+
+    @property
+    def shift(self) -> float:
+        """What a reward over ``std`` lacks."""
+        return -self.mean / self.std
+
+
+def measure(options: ExportOptions) -> Scale:
+    """The scale of rewards over the completions of --standardize. Raises UserError where they are all alike."""
+    model = RewardModel.from_pretrained(options.model)
+    candidates = read_completions(
+        options.standardize, columns=parse_columns(options.columns, COMPLETION_FORMATS), tokenizer=model.tokenizer
+    )
+    names = [c.label for c in candidates]
+    judged = model.judge(encoded(candidates, model), names=names, progress=True)
+    rewards = np.array([j.reward for j in judged], dtype=np.float64)
+    scale = Scale(float(rewards.mean()), float(rewards.std()), len(rewards))
+    if scale.std <= 1e-12 * np.abs(rewards).max():
+        raise UserError(f"--standardize {' '.join(options.standardize)}: all {len(rewards)} rewards are equal")
+    return scale
+
+
+def read_state(folder: Path, options: ExportOptions) -> tuple[dict[str, Tensor], ModelConfig, tuple[str, ...]]:
+    """(tensors as the folder has them, shape, what was left out). Raises UserError."""
+    head, projection_size = checkpoint.read_heads(folder)
+    if head != "linear" and (options.format != "transformers" or options.standardize):
+        asked = "--standardize scales" if options.standardize else f"--format {options.format} holds"
+        raise UserError(
+            f"{options.model}: its reward head has several layers, {asked} one: use it with gcrm_fast, or train with "
+            "--head linear"
+        )
+    config = read_config(folder, head=head, projection_size=projection_size)
+    weights = checkpoint.open_weights(folder, config, seed=None)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaRewardModel(config).named_parameters()}
+    return {name: weights.rows(name, shape, slice(None)) for name, shape in shapes.items()}, config, weights.notes
+
+
+def config_fields(options: ExportOptions, scale: Scale | None) -> dict[str, Any]:
+    """Fields of config.json that the format adds to those of a sequence classifier."""
+    if options.format == "openrlhf":  # it computes (reward - mean) / std when asked to normalize
+        return {"value_head_prefix": "score", "mean": -scale.shift if scale else 0.0, "std": 1.0}
+    if options.format == "token-classification":
+        return {"architectures": ["LlamaForTokenClassification"], "classifier_dropout": 0.0}
+    return {}
+
+
+def export(options: ExportOptions) -> None:
+    """Writes the folder and prints what became of the model. Raises UserError."""
+    output = Path(options.output)
+    if output.exists():
+        raise UserError(f"--output {output}: exists: choose another")
+    folder = checkpoint.locate(options.model, "MODEL", checkpoint.MODEL_FILES)
+    state, config, notes = read_state(folder, options)
+    tokenizer = load_tokenizer(folder)
+    choose_pad(tokenizer, config.vocab_size, options.model)
+    goal_file = folder / GOAL_FILE
+    goals, counts = {}, {}
+    if goal_file.is_file():
+        weights = checkpoint.fingerprint(sorted(state.items()))
+        goals, counts = read_goals(goal_file, weights), read_counts(goal_file, weights)
+    scale = measure(options) if options.standardize else None
+    bias = torch.zeros(1, dtype=state["score.weight"].dtype) if options.format == "token-classification" else None
+    about: dict[str, Any] = {}
+    if scale:
+        state["score.weight"] = (state["score.weight"].double() / scale.std).to(state["score.weight"].dtype)
+        about = {"standardized": {**scale._asdict(), "shift": scale.shift}}
+        if bias is not None:
+            bias += scale.shift
+
+    rows = _summary(options, config, scale)
+    with written_aside(output) as partial:
+        weights = checkpoint.write_model(
+            partial, state, config, tokenizer, bias=bias, fields=config_fields(options, scale), about=about
+        )
+        if goals:  # states do not depend on the head, but the fingerprint does
+            write_goals(partial / GOAL_FILE, goals, counts, weights)
+        if (folder / CARD).is_file():
+            card = (folder / CARD).read_text(encoding="utf-8")
+            lines = "".join(f"- {name}: {value}\n" for name, value in rows)
+            (partial / CARD).write_text(f"{card}\n## Export\n\n{lines}", encoding="utf-8")
+    print(*notes, table([*rows, ("saved", str(output))]), sep="\n", flush=True)
+
+
+def _summary(options: ExportOptions, config: ModelConfig, scale: Scale | None) -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = [("format", options.format)]
+    if scale:
+        place = {"openrlhf": "config.json (mean) and gcrm.json", "token-classification": "score.bias and gcrm.json"}
+        rows += [
+            ("rewards were", f"mean {scale.mean:.6g}, deviation {scale.std:.6g}, {scale.completions} completions"),
+            ("rewards are", f"divided by the deviation; still to be added: {scale.shift:.6g}, in "
+                            f"{place.get(options.format, 'gcrm.json')}"),
+        ]  # fmt: skip
+    if config.head != "linear":
+        rows.append(("reward head", f"in {checkpoint.COMPANION}, for gcrm_fast alone: it has several layers, and "
+                                    "transformers would start another one"))  # fmt: skip
+    if config.projection_size:
+        rows.append(("projection", f"in {checkpoint.COMPANION}, for Q-values here: the format has no place for it"))
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code("gcrm export", lambda: export(parse_options(ExportOptions, arguments, "gcrm export")))

@@ -1,0 +1,144 @@
+"""``gcrm goals``: a goal state from preferred completions, into a goal file."""
+
+import json
+import operator
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from gcrm_fast.checkpoints.goals import DEFAULT, read_counts, read_goals, write_goals
+from gcrm_fast.commands.candidates import fit
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import ModelOptions, exit_code, output_file, parse_options, written_aside
+from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records
+from gcrm_fast.data.sources import BadRecords
+from gcrm_fast.inference.scoring import RewardModel
+from gcrm_fast.training.config import parse_columns
+
+LABEL = "is_correct"
+COMPARISONS = {
+    ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+CONDITION = re.compile(rf"\s*(.+?)\s*({'|'.join(COMPARISONS)})\s*(.+?)\s*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoalOptions(ModelOptions):
+    """Writes a goal state: the mean state at the end of preferred completions. These are the chosen ones of pairs, and
+    of labelled completions those whose field is_correct is true. Completions that a length limit cut have no end
+    state: they are left out and counted."""
+
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
+    """Goal file. A goal is added to one of the same model that exists."""
+    name: str = DEFAULT
+    """Name of the goal in the file."""
+    where: tuple[str, ...] = ()
+    """Conditions on fields of the record, all of which must hold, in place of is_correct: 'helpfulness>=4'. One of >=,
+    <=, ==, !=, > and <; of a field that is a list, each completion has its own entry."""
+    limit: int = 0
+    """Take the first so many completions; 0 is all."""
+
+
+class Condition(NamedTuple):
+    """``field compare value`` on a record."""
+
+    field: str
+    compare: Callable[[Any, Any], bool]
+    value: Any
+    asked: str = "named by --where"
+
+    @staticmethod
+    def parse(text: str) -> "Condition":
+        """Of text like 'helpfulness>=4' or 'family==code'. Raises UserError."""
+        match = CONDITION.fullmatch(text)
+        if not match:
+            raise UserError(f"--where {text}: must be FIELD, one of {' '.join(COMPARISONS)}, and a value")
+        field, sign, value = match.groups()
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        if not isinstance(parsed, (bool, int, float, str)):
+            parsed = value
+        if sign not in ("==", "!=") and isinstance(parsed, (bool, str)):
+            raise UserError(f"--where {text}: {sign} compares with a number")
+        return Condition(field, COMPARISONS[sign], parsed)
+
+    def holds(self, candidate: Candidate) -> bool:
+        """Raises UserError where the record has no such field, or one of another type than the condition's."""
+        value = candidate.field(self.field, self.asked)
+        kinds = [bool if isinstance(v, bool) else str if isinstance(v, str) else float for v in (value, self.value)]
+        if kinds[0] is not kinds[1] or not isinstance(value, (bool, int, float, str)):
+            wanted = {bool: "true or false", str: "a string", float: "a number"}[kinds[1]]
+            raise UserError(
+                f"{candidate.where}: field '{self.field}' is {type(value).__name__}, not {wanted} ({candidate.name})"
+            )
+        return self.compare(value, self.value)
+
+
+def is_preferred(candidate: Candidate, conditions: Sequence[Condition]) -> bool:
+    """Whether a completion belongs to the goal: never the worse side of a pair; of what is left, what fulfils the
+    conditions, or without any the better side or what is labelled correct."""
+    if candidate.name in ("rejected", "incorrect"):
+        return False
+    if not conditions and candidate.name in ("chosen", "correct"):
+        return True
+    conditions = conditions or [Condition(LABEL, operator.eq, True, "read where --where is not given")]
+    return all(condition.holds(candidate) for condition in conditions)
+
+
+def preferred(options: GoalOptions, model: RewardModel, bad: BadRecords) -> tuple[list[Candidate], int]:
+    """The completions of the goal, and how many were left out because they are cut."""
+    conditions = [Condition.parse(text) for text in options.where]
+    columns = parse_columns(options.columns, COMPLETION_FORMATS)
+    found, cut = list[Candidate](), 0
+    read = completions_of_records(options.data, fields=["*"], columns=columns, tokenizer=model.tokenizer, bad=bad)
+    for record in fit(read, model, bad):
+        try:
+            wanted = [candidate for candidate in record if is_preferred(candidate, conditions)]
+        except UserError as error:
+            bad.add(error)
+            continue
+        cut += sum(candidate.cut for candidate in wanted)
+        found += [candidate for candidate in wanted if not candidate.cut]
+        if options.limit and len(found) >= options.limit:
+            return found[: options.limit], cut
+    return found, cut
+
+
+def run(options: GoalOptions) -> None:
+    """Reads the records, computes the goal and writes the file. Raises UserError."""
+    if options.limit < 0:
+        raise UserError(f"--limit {options.limit}: must be 0 or more")
+    path = output_file(options.output, options.data)
+    model = RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch)
+    goals, counts = {}, {}
+    if path.exists():
+        goals, counts = read_goals(path, model.fingerprint), read_counts(path, model.fingerprint)
+    if options.name in goals:
+        raise UserError(f"{path}: holds a goal {options.name!r} already: choose another --name, or remove the file")
+    bad = BadRecords(skip=options.on_bad_record == "skip")
+    chosen, cut = preferred(options, model, bad)
+    if not chosen:
+        raise UserError(f"{' '.join(options.data)}: no completion to make a goal of ({cut} cut): see gcrm goals --help")
+    encoded = model.encode([c.prompt for c in chosen], [c.completion for c in chosen])
+    goals[options.name] = model.goal_state(encoded, names=[c.label for c in chosen], progress=True)
+    counts[options.name] = len(chosen)
+    with written_aside(path) as partial:
+        write_goals(partial, goals, counts, model.fingerprint)
+    print(f"{path}: goal {options.name!r} is the mean end state of {len(chosen)} completions; {cut} cut ones left out, "
+          f"{len(bad.skipped)} bad records skipped")  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code("gcrm goals", lambda: run(parse_options(GoalOptions, arguments, "gcrm goals")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""``gcrm vote``: answers questions by many samples of each, with and without a reward model, and what that gains."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from gcrm_fast.commands.candidates import (
+    Judgement,
+    TableOptions,
+    groups_of,
+    judge,
+    limited,
+    open_model,
+    questions_of,
+    records,
+    text_of,
+)
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import exit_code, parse_options, written_aside
+from gcrm_fast.data.records import Candidate
+from gcrm_fast.evaluation.measures import halves
+from gcrm_fast.evaluation.plots import plot_savings
+from gcrm_fast.evaluation.results import Row, check_folder, columns, number, write_rows
+from gcrm_fast.evaluation.voting import Question, Result, Saving, chosen_threshold, results, saving, thresholds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TableOptions):
+    """Majority, Q-filtered and reward-weighted votes, best of n, and the majority of the top K, over many samples of
+    each question.
+
+    Leaves results.json, results.csv and savings.png (accuracy against tokens saved) in the output folder. --limit
+    counts questions; --by also holds a vote among the samples of each value alone.
+    """
+
+    answer: str = "predicted_answer"
+    """Field of a sample's answer; null or empty where it has none: such a sample takes part in no vote."""
+    expected: str = "expected_answer"
+    """Field of the right answer. Answers are compared as text, without the white space around them."""
+    threshold: float | Literal["auto"] = 0.0
+    """A sample is dropped once a Q-value falls below this. auto: what is best on one half of the questions, by a hash
+    of their text; the other half alone is then reported."""
+    top_k: int = 5
+    """Samples of greatest reward among which the re-ranked vote takes the majority."""
+
+
+# ------------------------------------------------------------------------------------------------------------ input
+
+
+def answer_of(candidate: Candidate, name: str) -> str:
+    """A sample's answer, "" where it has none."""
+    value = candidate.field(name, "named by --answer")
+    return "" if value is None else text_of(candidate, name, "--answer")
+
+
+def expected_of(candidates: Sequence[Candidate], questions: Sequence[str], name: str) -> dict[str, str]:
+    """The right answer of each question. Raises UserError where one is missing, or samples state different ones."""
+    expected: dict[str, str] = {}
+    for candidate, question in zip(candidates, questions, strict=True):
+        answer = text_of(candidate, name, "--expected")
+        if not answer:
+            raise UserError(f"{candidate.where}: field '{name}' is empty: every question needs its right answer")
+        if expected.setdefault(question, answer) != answer:
+            raise UserError(
+                f"{candidate.where}: field '{name}' is {answer[:20]!r}, but {expected[question][:20]!r} in another "
+                "sample of the question: mend it, or tell questions apart with --question"
+            )
+    return expected
+
+
+def gather(
+    questions: Sequence[str], answers: Sequence[str], expected: dict[str, str], judged: Sequence[Judgement]
+) -> dict[str, Question]:
+    """The samples of each question."""
+    samples: dict[str, list[int]] = {}
+    for i, question in enumerate(questions):
+        samples.setdefault(question, []).append(i)
+    return {
+        question: Question(
+            expected=expected[question],
+            answers=[answers[i] for i in own],
+            rewards_n=np.array([judged[i].reward_n[-1] for i in own], dtype=np.float64),
+            q_n=[judged[i].q_n for i in own],
+        )
+        for question, own in samples.items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- output
+
+
+@dataclass(frozen=True)
+class Election:
+    """All votes over one group's questions, at one threshold, and what filtering saves at this and other thresholds."""
+
+    group: str
+    samples: int
+    results: list[Result]
+    saving: Saving
+    curve: list[Saving]
+
+
+def elect(group: str, questions: dict[str, Question], threshold: float | Literal["auto"], top_k: int) -> Election:
+    """All votes over a group's questions; with --threshold auto over the half that it was not chosen on."""
+    reported = list(questions.values())
+    if threshold == "auto":
+        taken_Q = halves(list(questions))
+        threshold = chosen_threshold([q for q, taken in zip(reported, taken_Q, strict=True) if not taken])
+        reported = [q for q, taken in zip(reported, taken_Q, strict=True) if taken]
+    return Election(
+        group=group,
+        samples=sum(len(question.answers) for question in reported),
+        results=results(reported, threshold, top_k),
+        saving=saving(reported, threshold),
+        curve=[saving(reported, value) for value in thresholds(reported)],
+    )
+
+
+def rows_of(source: str, election: Election) -> list[Row]:
+    group, chosen = election.group, election.saving
+    rows = [
+        Row(source, group, "questions", election.results[0].questions),
+        Row(source, group, "samples", election.samples),
+        Row(source, group, "threshold", chosen.threshold),
+        Row(source, group, "dropped", chosen.dropped),
+        Row(source, group, "tokens_saved", chosen.saved),
+        Row(source, group, "none_left", chosen.none_left),
+    ]
+    for result in election.results:
+        rows.append(Row(source, group, f"accuracy:{result.name}", result.accuracy, result.low, result.high))
+        rows += [Row(source, group, f"{name}:{result.name}", value)
+                 for name, value in (("won", result.won), ("lost", result.lost), ("p", result.p))]  # fmt: skip
+    for point in election.curve:
+        rows += [Row(source, group, f"{name}@{point.threshold:.6g}", getattr(point, name))
+                 for name in ("accuracy", "dropped", "saved", "none_left")]  # fmt: skip
+    return rows
+
+
+def table(elections: Sequence[Election]) -> str:
+    """The printed summary: a line for each group and way to vote, and below what filtering saves in each group."""
+    lines, savings = [], []
+    for election in elections:
+        for r in election.results:
+            accuracy = f"{number(r.accuracy)} [{number(r.low)}, {number(r.high)}]"
+            lines.append([f"{election.group}: {r.name}", accuracy, str(r.won), str(r.lost), f"{r.p:.2g}"])
+        chosen = election.saving
+        shares = [f"{100 * share:.1f}%" for share in (chosen.dropped, chosen.saved, chosen.none_left)]
+        savings.append([election.group, str(election.results[0].questions), str(election.samples),
+                        number(chosen.threshold), *shares])  # fmt: skip
+    return (
+        columns(["", "accuracy", "won", "lost", "p"], lines)
+        + "\n\n"
+        + columns(["", "questions", "samples", "threshold", "dropped", "tokens saved", "none left"], savings)
+    )
+
+
+def run(options: Options) -> None:
+    """Reads and checks the file, then scores it. Raises UserError."""
+    check_folder(options.output, options.overwrite)
+    if options.top_k < 1:
+        raise UserError(f"--top-k {options.top_k}: must be at least 1")
+    model, goal_D = open_model(options)
+    candidates = [candidate for of_record in records(options.data, model, options) for candidate in of_record]
+    candidates = limited(candidates, questions_of(candidates, options.question), options.limit)
+    questions = questions_of(candidates, options.question)
+    answers = [answer_of(candidate, options.answer) for candidate in candidates]
+    expected = expected_of(candidates, questions, options.expected)
+    groups = groups_of(candidates, options.by)
+    members = {"all": np.arange(len(candidates))}
+    members |= {f"{name}={value}": np.flatnonzero(value_N == value)
+                for name, value_N in groups.items() for value in np.unique(value_N)}  # fmt: skip
+    for group, own in members.items() if options.threshold == "auto" else ():
+        if len(set(halves([questions[i] for i in own]))) < 2:
+            raise UserError(f"--threshold auto: the questions of {group} are too few to split in two: give a number")
+    with written_aside(options.output) as folder:
+        folder.mkdir(parents=True)
+        judged = judge(model, candidates, goal_D)
+        elections = []
+        for group, own in members.items():
+            of_group = gather([questions[i] for i in own], [answers[i] for i in own], expected,
+                              [judged[i] for i in own])  # fmt: skip
+            elections.append(elect(group, of_group, options.threshold, options.top_k))
+        plot_savings({e.group: (e.results[0].accuracy, e.saving, e.curve) for e in elections}, folder / "savings.png")
+        about = {
+            "model": options.model,
+            "fingerprint": model.fingerprint,
+            "goal": options.goal or "the model's own",
+            "threshold": options.threshold,
+            "tested": "won and lost questions against the plain majority (the released metric against itself without "
+            "the filter): exact McNemar test, two-sided",
+        }
+        write_rows(folder, [row for election in elections for row in rows_of(", ".join(options.data), election)], about)
+    print(table(elections))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code("gcrm vote", lambda: run(parse_options(Options, arguments, "gcrm vote")))

@@ -1,0 +1,501 @@
+"""From tokens to packs: one flat token axis, shared prefixes stored once, the rows that a loss or a score reads.
+
+Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples a pair.
+
+A group is a set of sequences with a common token prefix P, laid out as [P C1, C2, C3, ...]. Queries are cut into
+segments [P C1], [C2], [C3], ...; keys are gathered so that each segment sees its own whole path: [P C1 | P C2 | ...].
+Positions are explicit, each completion going on from |P|. See attention.py for the mask.
+
+Everything here is NumPy on the host and a pure function of (seed, epoch, step): neither the number of ranks nor the
+cut into packs changes which pairs meet in a step or which positions are sampled.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+import torch
+from gcrm_kernels import InverseIndex, RowTiles
+from torch import Tensor
+
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.encoding import TokenizedPair
+
+QUANTILES = 11  # Q-values are read at 0, 10, ..., 100 % of a completion
+
+
+class Member(Protocol):
+    """What groups are made of: token sequences that stay in one pack."""
+
+    @property
+    def name(self) -> str:
+        """How an error calls it."""
+
+    @property
+    def sequences(self) -> tuple[np.ndarray, ...]: ...
+
+
+M = TypeVar("M", bound=Member)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A completion to be scored: token ids of prompt + completion and the index of the first completion token.
+
+    ``index`` is its place in the input.
+    """
+
+    index: int
+    ids: np.ndarray
+    start: int
+    name: str
+
+    @property
+    def sequences(self) -> tuple[np.ndarray, ...]:
+        return (self.ids,)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which source and goal positions are compared: drawn (``paper`` or ``repo``), or all of them (``dense``)."""
+
+    samples: int = 16
+    variant: str = "paper"
+    negatives: str = "anywhere"  # or "after-divergence": negative goals only from the first differing token on
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """What the losses read, as indices into the read rows R of a pack (int64 unless noted)."""
+
+    end_2N: Tensor  # last token of chosen [0] and rejected [1]
+    samples_4NS: Tensor  # sources, goals, negative sources, negative goals; S = 0 where all positions are compared
+    samples_tiles: RowTiles
+    positions_M: Tensor  # all compared positions: chosen 0, rejected 0, chosen 1, ...; M = 0 where they are sampled
+    positions_inverse: InverseIndex
+    positions_cu_seqlens: Tensor  # int32, [2N + 1]
+    max_pair_length: int  # longest chosen + rejected among the positions
+    quantiles_2NQ: Tensor  # rows at 0..100 % of chosen and rejected; Q = 0 unless asked for
+    has_positive_N: Tensor  # bool; False where the chosen completion has one token and so no (i < j)
+    shared_negatives_N: Tensor  # float32, share of the negative goals that lie before the completions diverge
+    margin_N: Tensor  # float32
+    pair_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """What the trunk computes: packed tokens and the rows that are read of the last layer.
+
+    All index tensors int64 except cu_seqlens, which are int32. The inverse indices are the gathers' backward: None
+    where no gradient is taken.
+    """
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    kv_index_K: Tensor
+    kv_inverse: InverseIndex | None
+    read_rows_R: Tensor
+    read_inverse: InverseIndex | None
+
+    def to(self, device: torch.device) -> Self:
+        """The same with every tensor on ``device``; does not wait for copies from pinned memory."""
+        return _map(self, Tensor, lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same with every tensor in page-locked memory."""
+        return _map(self, Tensor, Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class ScorePack(TokenAxis):
+    """A pack whose completions are scored. ``rows_of[i]`` are item ``indices[i]``'s completion tokens, or its last
+    token alone, as indices into the read rows."""
+
+    indices: tuple[int, ...]
+    rows_of: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Pack(TokenAxis):
+    """One micro-batch of training."""
+
+    pairs: PairRows
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.pairs.pair_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Between processes as arrays: a tensor would take a file descriptor and a shared-memory segment each.
+        return vars(_map(self, Tensor, Tensor.numpy))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: _map(value, np.ndarray, torch.from_numpy) for name, value in state.items()})
+
+
+def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """A pack, or a field of one, with ``function`` of every value of type ``kind`` in its place."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, (InverseIndex, RowTiles)):
+        return type(value)(*(_map(v, kind, function) for v in value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _map(getattr(value, f.name), kind, function) for f in fields(value)})
+    return value
+
+
+# ---------------------------------------------------------------------------------------------- sampling of positions
+
+
+def divergence(pair: TokenizedPair) -> int:
+    """Number of leading tokens that chosen and rejected sequences share."""
+    n = min(len(pair.chosen_ids), len(pair.rejected_ids))
+    differs = pair.chosen_ids[:n] != pair.rejected_ids[:n]
+    return int(differs.argmax()) if differs.any() else n
+
+
+def first_negative(pair: TokenizedPair, sampling: Sampling) -> int:
+    """First position of the rejected completion that may be a negative goal."""
+    if sampling.negatives != "after-divergence":
+        return 0
+    return min(max(divergence(pair) - pair.rejected_start, 0), len(pair.rejected_ids) - pair.rejected_start - 1)
+
+
+def draw_samples(pair: TokenizedPair, sampling: Sampling, epoch: int) -> np.ndarray:
+    """Positions [4, S] in the completions (0 = first completion token): sources, goals, negative sources (of chosen),
+    negative goals (of rejected). Counter-based: depends on (seed, epoch, pair id) alone.
+
+    GCRM section 3 (``paper``) and its released code (``repo``). Where chosen has one token, positives are all 0.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[sampling.seed, epoch], counter=[0, 0, 0, pair.pair_id]))
+    n_chosen = len(pair.chosen_ids) - pair.chosen_start
+    n_rejected = len(pair.rejected_ids) - pair.rejected_start
+    first = first_negative(pair, sampling)
+    s = sampling.samples
+    if sampling.variant == "repo":
+        # Fractions counted from the end: position -floor(f * na + 1) with na text tokens, -1 the end token.
+        u_2S = np.sort(rng.random((2, s)), axis=0)
+        sources, goals = (_from_end(u, n_chosen) for u in u_2S)
+        return np.stack(
+            [sources, goals, _from_end(rng.random(s), n_chosen), first + _from_end(rng.random(s), n_rejected - first)]
+        )
+    negatives = np.stack([rng.integers(n_chosen, size=s), rng.integers(first, n_rejected, size=s)])
+    if n_chosen == 1:
+        return np.concatenate([np.zeros((2, s), dtype=np.int64), negatives])
+    # Two distinct positions, uniform over unordered pairs: skip the first draw in the second, then sort.
+    i = rng.integers(n_chosen, size=s)
+    j = rng.integers(n_chosen - 1, size=s)
+    positives = np.sort(np.stack([i, j + (j >= i)]), axis=0)
+    return np.concatenate([positives, negatives])
+
+
+def _from_end(u_S: np.ndarray, n: int) -> np.ndarray:
+    """Positions of the released code among n tokens, u in [0, 1): n - floor((1 - u) * (n - 1) + 1)."""
+    return n - np.floor((1 - u_S) * (n - 1) + 1).astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------------- layout of one pack
+
+
+def common_prefix(sequences: Sequence[np.ndarray]) -> int:
+    """Longest common token prefix, leaving each sequence at least one token of its own (0 for a single sequence)."""
+    if len(sequences) == 1:
+        return 0
+    n = min(map(len, sequences)) - 1
+    head = sequences[0][:n]
+    same = np.logical_and.reduce([head == s[:n] for s in sequences[1:]])
+    return n if same.all() else int(same.argmin())
+
+
+class _Layout:
+    """Grows the token axis group by group."""
+
+    def __init__(self) -> None:
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.kv: list[np.ndarray] = []
+        self.q_lens: list[int] = []
+        self.tokens = 0
+
+    def add(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Places a group; returns for each sequence the flat row of each of its tokens."""
+        prefix = common_prefix(sequences)
+        prefix_rows = self.tokens + np.arange(prefix)
+        rows = []
+        for i, sequence in enumerate(sequences):
+            start = 0 if i == 0 else prefix
+            own = self.tokens + np.arange(len(sequence) - start)
+            rows.append(own if i == 0 else np.concatenate([prefix_rows, own]))
+            self.ids.append(sequence[start:])
+            self.positions.append(np.arange(start, len(sequence)))
+            self.q_lens.append(len(own))
+            self.tokens += len(own)
+        self.kv.extend(rows)
+        return rows
+
+    def axis(self, read_rows: np.ndarray, *, backward: bool) -> TokenAxis:
+        """The axis so far; with ``backward`` with the inverse indices that gradients need."""
+        kv_index = np.concatenate(self.kv)
+        return TokenAxis(
+            input_ids_T=_tensor(np.concatenate(self.ids), np.int64),
+            position_ids_T=_tensor(np.concatenate(self.positions), np.int64),
+            cu_seqlens_q=_tensor(_cumulative(self.q_lens), np.int32),
+            cu_seqlens_k=_tensor(_cumulative([len(r) for r in self.kv]), np.int32),
+            max_seqlen_q=max(self.q_lens),
+            max_seqlen_k=max(len(r) for r in self.kv),
+            kv_index_K=_tensor(kv_index, np.int64),
+            kv_inverse=InverseIndex.of(kv_index, self.tokens) if backward else None,
+            read_rows_R=_tensor(read_rows, np.int64),
+            read_inverse=InverseIndex.of(read_rows, self.tokens) if backward else None,
+        )
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """What a group costs: tokens computed, key rows gathered, query-key products."""
+
+    tokens: int
+    keys: int
+    products: int
+
+
+def distinct_sequences(group: Sequence[Member]) -> dict[bytes, np.ndarray]:
+    """The group's sequences, repeated ones once, in order of appearance."""
+    return {ids.tobytes(): ids for member in group for ids in member.sequences}
+
+
+def group_size(group: Sequence[Member]) -> GroupSize:
+    sequences = list(distinct_sequences(group).values())
+    prefix = common_prefix(sequences)
+    lens = np.array([len(s) for s in sequences])
+    q_lens = lens - prefix
+    q_lens[0] = lens[0]
+    return GroupSize(int(q_lens.sum()), int(lens.sum()), int((q_lens * lens).sum()))
+
+
+def build_pack(
+    groups: Sequence[Sequence[TokenizedPair]], sampling: Sampling, epoch: int, *, quantiles: bool = False
+) -> Pack:
+    """The pack of ``groups``; no groups give a dummy of one token and no pairs, which counts for nothing.
+
+    ``quantiles`` adds the rows at 0, 10, ..., 100 % of both completions (index max(n * i // 10 - 1, 0) of n).
+    """
+    layout = _Layout()
+    pairs, wanted = [], []
+    for group in groups:
+        distinct = distinct_sequences(group)
+        rows_of = dict(zip(distinct, layout.add(list(distinct.values())), strict=True))
+        for pair in group:
+            chosen = rows_of[pair.chosen_ids.tobytes()][pair.chosen_start :]
+            rejected = rows_of[pair.rejected_ids.tobytes()][pair.rejected_start :]
+            pairs.append(pair)
+            wanted.append(_wanted_rows(pair, chosen, rejected, sampling, epoch, quantiles))
+    if not groups:
+        layout.add([np.zeros(1, dtype=np.int32)])
+    read_rows, pair_rows = _read_rows(pairs, wanted, sampling)
+    return Pack(**vars(layout.axis(read_rows, backward=True)), pairs=pair_rows)
+
+
+def build_score_pack(groups: Sequence[Sequence[Item]], *, per_token: bool) -> ScorePack:
+    """The pack of ``groups``, without what only a backward needs; reads the last token of each item, or with
+    ``per_token`` all its completion tokens."""
+    layout = _Layout()
+    items: list[Item] = []
+    wanted: list[np.ndarray] = []
+    for group in groups:
+        distinct = distinct_sequences(group)
+        rows_of = dict(zip(distinct, layout.add(list(distinct.values())), strict=True))
+        items += group
+        wanted += [rows_of[item.ids.tobytes()][item.start if per_token else -1 :] for item in group]
+    read_rows, index = np.unique(np.concatenate(wanted), return_inverse=True)
+    return ScorePack(
+        **vars(layout.axis(read_rows, backward=False)),
+        indices=tuple(item.index for item in items),
+        rows_of=tuple(np.split(index, np.cumsum([len(rows) for rows in wanted])[:-1])),
+    )
+
+
+@dataclass(frozen=True)
+class _WantedRows:
+    """Flat rows of one pair's tokens that a loss or a metric reads."""
+
+    end_2: list[int]
+    samples_4S: np.ndarray
+    positions: list[np.ndarray]  # chosen and rejected positions that are all compared, or empty
+    quantiles_2Q: list[np.ndarray]
+    shared_negatives: float
+
+
+def _wanted_rows(
+    pair: TokenizedPair, chosen: np.ndarray, rejected: np.ndarray, sampling: Sampling, epoch: int, quantiles: bool
+) -> _WantedRows:
+    if sampling.variant == "dense":
+        samples_4S = np.zeros((4, 0), dtype=np.int64)
+        negative_goals = np.arange(first_negative(pair, sampling), len(rejected))
+        positions = [chosen, rejected[negative_goals]]
+    else:
+        drawn_4S = draw_samples(pair, sampling, epoch)
+        samples_4S = np.concatenate([chosen[drawn_4S[:3]], rejected[drawn_4S[3:]]])
+        negative_goals, positions = drawn_4S[3], [chosen[:0], rejected[:0]]
+    return _WantedRows(
+        end_2=[chosen[-1], rejected[-1]],
+        samples_4S=samples_4S,
+        positions=positions,
+        quantiles_2Q=[c[quantile_positions(len(c))] if quantiles else c[:0] for c in (chosen, rejected)],
+        shared_negatives=(negative_goals < divergence(pair) - pair.rejected_start).mean(),
+    )
+
+
+def _read_rows(
+    pairs: Sequence[TokenizedPair], wanted: Sequence[_WantedRows], sampling: Sampling
+) -> tuple[np.ndarray, PairRows]:
+    """The distinct rows that are read, ascending, and what is wanted as indices into them."""
+    n, s = len(pairs), 0 if sampling.variant == "dense" else sampling.samples
+    segments = [p for w in wanted for p in w.positions]
+    lengths = [len(p) for p in segments]
+    parts = [
+        np.array([w.end_2 for w in wanted], dtype=np.int64).reshape(n, 2).swapaxes(0, 1),
+        np.array([w.samples_4S for w in wanted], dtype=np.int64).reshape(n, 4, s).swapaxes(0, 1),
+        np.concatenate([*segments, np.zeros(0, dtype=np.int64)]),
+        np.array([w.quantiles_2Q for w in wanted], dtype=np.int64).reshape(n, 2, -1 if n else 0).swapaxes(0, 1),
+    ]
+    flat = np.concatenate([part.ravel() for part in parts])
+    # A dummy pack reads its only token.
+    read_rows, index = np.unique(flat if n else np.zeros(1, dtype=np.int64), return_inverse=True)
+    cuts = np.cumsum([0] + [part.size for part in parts])
+    end_2N, samples_4NS, positions_M, quantiles_2NQ = (
+        index[a:b].reshape(part.shape) for part, a, b in zip(parts, cuts[:-1], cuts[1:], strict=True)
+    )
+    return read_rows, PairRows(
+        end_2N=_tensor(end_2N, np.int64),
+        samples_4NS=_tensor(samples_4NS, np.int64),
+        samples_tiles=RowTiles.of(samples_4NS, len(read_rows)),
+        positions_M=_tensor(positions_M, np.int64),
+        positions_inverse=InverseIndex.of(positions_M, len(read_rows)),
+        positions_cu_seqlens=_tensor(_cumulative(lengths), np.int32),
+        max_pair_length=max((a + b for a, b in zip(lengths[::2], lengths[1::2], strict=True)), default=0),
+        quantiles_2NQ=_tensor(quantiles_2NQ, np.int64),
+        has_positive_N=_tensor(np.array([len(p.chosen_ids) - p.chosen_start > 1 for p in pairs]), np.bool_),
+        shared_negatives_N=_tensor(np.array([w.shared_negatives for w in wanted]), np.float32),
+        margin_N=_tensor(np.array([p.margin for p in pairs]), np.float32),
+        pair_ids=tuple(p.pair_id for p in pairs),
+    )
+
+
+def quantile_positions(n: int) -> np.ndarray:
+    """Positions at 0, 10, ..., 100 % of a completion of n tokens: max(n * i // 10 - 1, 0), [11]."""
+    return np.maximum(n * np.arange(QUANTILES) // 10 - 1, 0)
+
+
+def _cumulative(lens: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lens)])
+
+
+def _tensor(array: np.ndarray, dtype: type) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+
+
+# --------------------------------------------------------------------------------------- which pairs, in which packs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one pack may hold: computed tokens and gathered key rows (read rows are a subset of the tokens)."""
+
+    tokens: int
+    hidden_size: int  # weighs attention against the linear layers
+
+    @property
+    def keys(self) -> int:
+        return 2 * self.tokens
+
+    def cost(self, size: GroupSize) -> float:
+        """Relative time: a query-key product costs 4H operations a layer where a token costs about 24 H^2."""
+        return size.tokens + size.products / (6 * self.hidden_size)
+
+
+def epoch_batches(
+    prompt_keys: np.ndarray, global_batch_pairs: int, group_prompts: int, seed: int, epoch: int
+) -> Iterator[list[list[int]]]:
+    """Global batches of one epoch: lists of groups, a group being positions in the data of up to ``group_prompts``
+    pairs of one prompt. Every pair occurs once; only the last batch may be smaller than ``global_batch_pairs``."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(prompt_keys))
+    if group_prompts == 1:
+        units = [[int(i)] for i in order]
+    else:
+        by_prompt: dict[int, list[int]] = {}
+        for i in order:
+            by_prompt.setdefault(int(prompt_keys[i]), []).append(int(i))
+        units = [m[a : a + group_prompts] for m in by_prompt.values() for a in range(0, len(m), group_prompts)]
+        units = [units[i] for i in rng.permutation(len(units))]
+    batch: list[list[int]] = []
+    room = global_batch_pairs
+    for unit in units:
+        rest = unit
+        while rest:
+            batch.append(rest[:room])
+            rest, room = rest[room:], room - len(batch[-1])
+            if room == 0:
+                yield batch
+                batch, room = [], global_batch_pairs
+    if batch:
+        yield batch
+
+
+def split_to_budget(group: list[M], budget: Budget) -> list[list[M]]:
+    """The group, halved until each part fits in a pack. Raises UserError where a single member does not fit."""
+    size = group_size(group)
+    if size.tokens <= budget.tokens and size.keys <= budget.keys:
+        return [group]
+    if len(group) == 1:
+        raise UserError(
+            f"{group[0].name} needs {size.tokens} tokens, more than --tokens-per-batch {budget.tokens}: "
+            f"raise --tokens-per-batch or leave out what is so long"
+        )
+    half = len(group) // 2
+    return split_to_budget(group[:half], budget) + split_to_budget(group[half:], budget)
+
+
+def plan_packs(groups: Sequence[list[M]], budget: Budget, world_size: int) -> list[list[list[M]]]:
+    """Cuts groups into packs of balanced cost; the number of packs is a multiple of ``world_size``.
+
+    Pack i belongs to rank i % world_size. With fewer groups than packs some are empty (dummies).
+    Longest-processing-time rule: the costliest group first, into the cheapest pack that has room.
+    """
+    parts = [part for group in groups for part in split_to_budget(group, budget)]
+    sized = sorted(((group_size(part), i) for i, part in enumerate(parts)), key=lambda x: (-budget.cost(x[0]), x[1]))
+    needed = max(
+        -(-sum(size.tokens for size, _ in sized) // budget.tokens),
+        -(-sum(size.keys for size, _ in sized) // budget.keys),
+    )
+    n_packs = max(-(-needed // world_size), 1) * world_size
+    while True:
+        packs = _fill(sized, n_packs, budget)
+        if packs is not None:
+            return [[parts[i] for i in sorted(members)] for members in packs]
+        n_packs += world_size
+
+
+def _fill(sized: Sequence[tuple[GroupSize, int]], n_packs: int, budget: Budget) -> list[list[int]] | None:
+    """Members of each of n_packs packs, or None where they do not fit."""
+    members: list[list[int]] = [[] for _ in range(n_packs)]
+    tokens, keys, cost = [0] * n_packs, [0] * n_packs, [0.0] * n_packs
+    for size, i in sized:
+        room = [
+            p for p in range(n_packs) if tokens[p] + size.tokens <= budget.tokens and keys[p] + size.keys <= budget.keys
+        ]
+        if not room:
+            return None
+        p = min(room, key=lambda p: cost[p])
+        members[p].append(i)
+        tokens[p] += size.tokens
+        keys[p] += size.keys
+        cost[p] += budget.cost(size)
+    return members

@@ -1,0 +1,200 @@
+"""Rows of data, whatever holds them: JSON lines, gzip, Parquet, saved datasets, datasets of the Hub; stdin.
+
+A row comes with its place, 'source:number', numbered from 1: the line of a JSON-lines file (blank lines count), the row
+of anything else.
+"""
+
+import gzip
+import importlib
+import io
+import json
+import os
+import re
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO, cast
+
+from gcrm_fast.common.errors import UserError, one_line
+
+STDIN = "-"
+GZIP = b"\x1f\x8b"  # how its files begin
+MAX_LINE = 2**24  # bytes; a file without line feeds must not fill the memory
+FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".ndjson", ".txt"}
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>\S+))?")
+
+
+@dataclass
+class BadRecords:
+    """What becomes of a bad record: it ends the program or, with ``skip``, is left out and listed."""
+
+    skip: bool = False
+    skipped: list[str] = field(default_factory=list)
+    tied: int = 0  # good records whose completions all tie: no pair comes of them
+
+    def add(self, error: UserError) -> None:
+        if not self.skip:
+            raise error
+        self.skipped.append(str(error))
+
+
+def rows(source: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    """(place, record) of a file, a folder that ``datasets`` saved (FOLDER[:SPLIT]), a dataset of the Hub
+    (OWNER/NAME[/CONFIG][:SPLIT], split train by default), or of JSON lines on stdin ('-').
+
+    What exists on the disk comes first. Rows that cannot be read go to ``bad``.
+
+    Raises:
+        UserError: nothing of that name, or an unreadable or damaged file.
+    """
+    if source == STDIN:
+        return _stdin_rows(bad)
+    folder, _, split = source.rpartition(":") if ":" in source else (source, "", "")
+    hub = HUB_NAME.fullmatch(source)
+    if os.path.isdir(source):
+        return _saved_rows(source, source, "")
+    if os.path.exists(source):
+        return _file_rows(Path(source), bad)
+    if os.path.isdir(folder):
+        return _saved_rows(source, folder, split)
+    if hub and Path(source).suffix not in FILE_SUFFIXES and folder[0] != ".":
+        return _hub_rows(source, hub["name"], hub["config"], hub["split"] or "train")
+    return _file_rows(Path(source), bad)
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def _file_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    """The kind of a file is told by its first bytes, not by its name."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # the first bytes of a pipe, once read, would be lost
+            raise UserError(f"{path}: is not a regular file: write the records to a file")
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic == b"PAR1":
+            yield from _parquet_rows(path, bad)
+        else:
+            with gzip.open(path) if magic[:2] == GZIP else path.open("rb") as file:
+                yield from _json_rows(path, file, bad)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"{path}: cannot be read ({reason}): name a file, a saved dataset or OWNER/NAME") from None
+
+
+def _stdin_rows(bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("-: several processes cannot read one stdin: write the records to a file")
+    file = cast(io.BufferedReader, sys.stdin.buffer)
+    yield from _json_rows("stdin", gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == GZIP else file, bad)
+
+
+def _json_rows(name: object, file: BinaryIO | gzip.GzipFile, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    for number, line in _lines(name, file):
+        where = f"{name}:{number}"
+        if not line.strip():
+            continue
+        try:
+            if len(line) > MAX_LINE:
+                raise UserError(f"{where}: the line has more than {MAX_LINE >> 20} MiB: one JSON object a line")
+            record = json.loads(line.decode("utf-8"), object_pairs_hook=_distinct)
+        except UnicodeDecodeError as error:
+            place = f"byte {error.start} of the line"
+            bad.add(UserError(f"{where}: not UTF-8 text ({place}): save the file as UTF-8"))
+        except (ValueError, RecursionError) as error:
+            bad.add(UserError(f"{where}: not valid JSON ({one_line(error)}): one JSON object a line"))
+        except UserError as error:
+            bad.add(error)
+        else:
+            yield where, record
+
+
+def _distinct(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose fields have different names; json would keep the last of equal ones."""
+    record = dict(fields)
+    if len(record) < len(fields):
+        names = [name for name, _ in fields]
+        raise ValueError(f"field {max(names, key=names.count)!r} occurs twice in an object")
+    return record
+
+
+def _lines(name: object, file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int, bytes]]:
+    """(line number, raw line); of a line over MAX_LINE comes the start, one byte more than allowed."""
+    number = 0
+    try:
+        while line := file.readline(MAX_LINE + 1):
+            number += 1
+            yield number, line
+            while len(line) > MAX_LINE and not line.endswith(b"\n"):
+                line = file.readline(MAX_LINE + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{name}:{number + 1}: gzip data is damaged ({error}): copy the file again") from None
+
+
+def _parquet_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    pyarrow, parquet = _needed("pyarrow", path), _needed("pyarrow.parquet", path)
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for i in range(len(batch)):
+                    number += 1
+                    try:
+                        [record] = batch.slice(i, 1).to_pylist()
+                    except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates out of range
+                        message = f"{path}:{number}: the row cannot be read ({one_line(error)}): write it again"
+                        bad.add(UserError(message))
+                    else:
+                        yield f"{path}:{number}", record
+    except (pyarrow.ArrowException, OSError) as error:
+        message = f"{path}:{number + 1}: Parquet data is damaged ({one_line(error)}): copy the file again"
+        raise UserError(message) from None
+
+
+# -------------------------------------------------------------------------------------------------------- datasets
+
+
+def _needed(module: str, source: object) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{source}: needs {module}: pip install 'gcrm-fast[datasets]'") from None
+
+
+def _saved_rows(source: str, folder: str, split: str) -> Iterator[tuple[str, Any]]:
+    datasets = _needed("datasets", source)
+    try:
+        dataset = datasets.load_from_disk(folder)
+    except Exception as error:  # whatever its JSON, Arrow and file system libraries raise
+        raise UserError(f"{source}: not a folder that datasets can load ({one_line(error)}): name a file") from None
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            known = ", ".join(f"{folder}:{name}" for name in dataset)
+            raise UserError(f"{source}: holds several splits: name one of them: {known}")
+        dataset = dataset[split]
+    elif split:
+        raise UserError(f"{source}: holds no splits: name the folder alone")
+    yield from _dataset_rows(source, dataset)
+
+
+def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    datasets = _needed("datasets", source)
+    try:
+        dataset = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the network, the Hub's answers, the dataset's own files
+        reason = one_line(error)
+        raise UserError(f"{source}: no file, and no dataset that can be loaded ({reason}): check the name") from None
+    yield from _dataset_rows(source, dataset)
+
+
+def _dataset_rows(source: str, dataset: Any) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        for number, record in enumerate(dataset, start=1):
+            yield f"{source}:{number}", record
+    except Exception as error:  # a damaged Arrow file
+        raise UserError(f"{source}:{number + 1}: cannot be read ({one_line(error)}): save it again") from None

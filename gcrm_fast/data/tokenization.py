@@ -1,0 +1,131 @@
+"""Tokenizers: loading any that a Llama checkpoint brings, the pad token, saving for transformers 4 and 5 alike."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from gcrm_fast.common.errors import UserError, one_line
+
+# Texts on which a converted sentencepiece model must agree with sentencepiece: what its normalizer can change.
+PROBES = (" a", "Hello  world 12", "a\n\nb", "naïve ﬁ 漢字", "tab\tand trailing ")
+# Of tokenizer_config.json: what both transformers 4 and 5 read. All else is in tokenizer.json.
+PORTABLE = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "model_max_length")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder: whatever AutoTokenizer loads, or a bare sentencepiece ``tokenizer.model``.
+
+    Raises:
+        UserError: none that loads, one without character offsets or eos, or a sentencepiece model that transformers
+            cannot reproduce.
+    """
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = _from_json(folder)
+        elif (folder / "tokenizer.model").is_file():
+            tokenizer = _from_sentencepiece(folder)
+        else:  # files of other kinds, which transformers converts
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
+        raise UserError(
+            f"{folder}: no tokenizer that transformers can load ({one_line(error)}): name another with --tokenizer"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{folder}: the tokenizer gives no character offsets: convert it to a fast one (tokenizer.json)"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no eos token, where rewards are read: add one")
+    return tokenizer
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _from_json(folder: Path) -> PreTrainedTokenizerBase:
+    """AutoTokenizer's, with the text rules of tokenizer.json as they stand, under transformers 4 and 5 alike.
+
+    transformers 5 gives a Llama tokenizer that 4 saved another rule for leading spaces. transformers 4 knows neither
+    the class nor the list of extra special tokens that 5 writes (tokenizer.json has these tokens too).
+    """
+    known = _settings(folder).get("tokenizer_class") != "TokenizersBackend"
+    tokenizer = (AutoTokenizer if known else PreTrainedTokenizerFast).from_pretrained(
+        str(folder), local_files_only=True, extra_special_tokens={}
+    )
+    stated = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.backend_tokenizer.normalizer = stated.normalizer
+    tokenizer.backend_tokenizer.pre_tokenizer = stated.pre_tokenizer
+    return tokenizer
+
+
+def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
+    """A fast tokenizer with the ids of ``tokenizer.model``, bos first unless tokenizer_config.json says otherwise.
+
+    AutoTokenizer is not asked: without a tokenizer_config.json that of transformers 5 silently leaves out bos and the
+    space before the first word, and that of transformers 4 finds no class. The two versions also differ in how they
+    put that space before text that begins with one; sentencepiece always adds it.
+    """
+    original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    add_bos = _settings(folder).get("add_bos_token", True)
+    tokenizer = LlamaTokenizerFast.from_pretrained(
+        str(folder), local_files_only=True, legacy=True, add_bos_token=add_bos
+    )
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    for text in PROBES:
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != original.encode(text):
+            raise UserError(
+                f"{folder / 'tokenizer.model'}: converted, it tokenizes {text!r} in another way than sentencepiece "
+                f"itself: use a Llama tokenizer (BPE, no text normalization) or a tokenizer.json"
+            )
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
+    """Raises UserError where the tokenizer's ids exceed the embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has ids up to {largest}, the model's vocab_size is {vocab_size}: "
+            f"use the tokenizer that belongs to the model"
+        )
+
+
+def choose_pad(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> int:
+    """Sets and returns a pad token that is below ``vocab_size`` and never ends a completion (so not eos).
+
+    transformers reads the reward at the last token that is not pad: with pad == eos it would read the one before.
+
+    Raises:
+        UserError: the tokenizer's ids exceed the embedding, or no token can serve.
+    """
+    check_vocabulary(tokenizer, vocab_size, where)
+    vocab = tokenizer.get_vocab()
+    known = (tokenizer.pad_token, "<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "<unk>", tokenizer.bos_token)
+    for token in known:
+        if token is not None and token in vocab and token != tokenizer.eos_token:
+            tokenizer.pad_token = token
+            return int(vocab[token])
+    raise UserError(f"{where}: the tokenizer has no pad, unk or bos token that differs from eos: add a pad token")
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the tokenizer so that transformers 4 and 5 both load tokenizer.json as it stands.
+
+    Left alone, transformers 5 names a class that 4 does not know and lists special tokens in a way that 4 cannot read,
+    and rebuilds what 4 saved as a LlamaTokenizer with another rule for leading spaces.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    portable = {name: saved[name] for name in PORTABLE if name in saved}
+    path.write_text(json.dumps({**portable, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""How good rewards and Q-values are: measures, votes, tables, plots."""

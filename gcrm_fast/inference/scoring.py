@@ -1,0 +1,274 @@
+"""A trained reward model in use: rewards, Q-values and states of completions, packed like training.
+
+Letters: N completions, n tokens of a completion, R read rows of a pack, G goals, D width of the compared states.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from gcrm_kernels import q_values
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.checkpoints.config_json import read_config
+from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.encoding import CHUNK, Completion, encode_completions
+from gcrm_fast.data.packing import Budget, Item, ScorePack, build_score_pack, plan_packs
+from gcrm_fast.data.tokenization import check_vocabulary, load_tokenizer
+from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
+
+PLANNED_GROUPS = 1024  # prompts whose packs are planned together
+
+
+class Judged(NamedTuple):
+    """Of one completion of n tokens: the reward at its end; rewards [n] and Q-values [G, n] at every token, float32,
+    where they were asked for."""
+
+    reward: float
+    rewards_n: np.ndarray | None
+    q_Gn: np.ndarray | None
+
+
+class RewardModel:
+    """A reward model and its tokenizer, on one device, without gradients.
+
+    ``config``, ``tokenizer``, ``network``, ``device``; ``fingerprint`` of the weights; ``goals``, the goal states of
+    the model's folder by name, [D] float32, "default" first.
+    """
+
+    def __init__(
+        self, network: LlamaRewardModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, fingerprint: str,
+        goals: dict[str, Tensor], tokens_per_batch: int,
+    ) -> None:  # fmt: skip
+        self.network, self.config, self.tokenizer, self.device = network, network.config, tokenizer, device
+        self.fingerprint, self.goals = fingerprint, goals
+        self.budget = Budget(tokens_per_batch, network.config.hidden_size)
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_hub: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto",
+        tokens_per_batch: int = 16384, attention: str = "auto",
+    ) -> Self:  # fmt: skip
+        """Loads a folder or a hub repository: what ``gcrm train`` saved, or any Llama reward model (README).
+
+        Args:
+            device: by default this process's GPU, or the CPU where there is none.
+            dtype: of the trunk; ``auto`` is bfloat16 on a GPU, else float32. The reward head is float32 in any case.
+            tokens_per_batch: tokens that are computed at a time; memory grows with it.
+            attention: see attention.py.
+
+        Raises:
+            UserError: no such model, a language model without a reward head, or goals of other weights.
+        """
+        folder = checkpoint.locate(str(path_or_hub), "MODEL", checkpoint.MODEL_FILES)
+        head, projection_size = checkpoint.read_heads(folder)
+        config = read_config(folder, head=head, projection_size=projection_size)
+        weights = checkpoint.open_weights(folder, config, seed=None)
+        tokenizer = load_tokenizer(folder)
+        check_vocabulary(tokenizer, config.vocab_size, str(folder))
+        place = _default_device() if device is None else torch.device(device)
+        network, fingerprint = load_network(config, weights, place, _compute_dtype(dtype, place), attention)
+        goal_file = folder / GOAL_FILE
+        goals = read_goals(goal_file, fingerprint) if goal_file.is_file() else {}
+        return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch)
+
+    # ------------------------------------------------------------------------------------------------------- texts
+
+    def encode(
+        self, prompts: Sequence[str], completions: Sequence[str], cuts: Sequence[bool] | None = None
+    ) -> list[Completion]:
+        """The tokens that are scored: as in training, jointly tokenized and with an end token (see encoding.py).
+
+        ``cuts`` tells completions that a length limit cut: they have no end, and are scored at their last token.
+
+        Raises:
+            ValueError: ``prompts``, ``completions`` and ``cuts`` are not of one length.
+        """
+        if not len(prompts) == len(completions) == len(completions if cuts is None else cuts):
+            raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions, "
+                             f"{len(completions if cuts is None else cuts)} cuts: one of each is wanted")  # fmt: skip
+        encoded: list[Completion] = []
+        for a in range(0, len(prompts), CHUNK):
+            part = slice(a, a + CHUNK)
+            cut = cuts[part] if cuts is not None else None
+            encoded += encode_completions(self.tokenizer, prompts[part], completions[part], cut)
+        return encoded
+
+    def unfit(self, completion: Completion) -> str:
+        """Why the completion cannot be scored; "" where it can."""
+        if completion.start == len(completion.ids):
+            return "is cut and has no token: leave it out"
+        if len(completion.ids) > self.budget.tokens:
+            limit = f"--tokens-per-batch {self.budget.tokens}"
+            return f"needs {len(completion.ids)} tokens, more than {limit}: raise that or leave it out"
+        return ""
+
+    def texts(self, completion: Completion) -> list[str]:
+        """The text of each completion token, special ones included; a character of several tokens comes with its last.
+
+        Together they are the completion as the tokenizer writes it.
+        """
+        stream, backend = DecodeStream(skip_special_tokens=False), self.tokenizer.backend_tokenizer
+        pieces = [stream.step(backend, int(token)) or "" for token in completion.ids]
+        return pieces[completion.start :]
+
+    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        """Rewards [N] float32."""
+        return np.array([j.reward for j in self.judge(self.encode(prompts, completions))], dtype=np.float32)
+
+    def q_values(
+        self, prompts: Sequence[str], completions: Sequence[str], goal: Tensor | str | None = None
+    ) -> list[np.ndarray]:
+        """Q-values of every completion token, [n] float32 a completion: cosines to a goal state [D].
+
+        ``goal``: a state, or the name of one of ``goals``; by default their first, which is the model's default.
+        """
+        state = goal if isinstance(goal, Tensor) else self.goal(goal)
+        judged = self.judge(self.encode(prompts, completions), goals_GD=state[None])
+        return [j.q_Gn[0] for j in judged if j.q_Gn is not None]
+
+    def goal(self, name: str | None = None) -> Tensor:
+        """The goal state [D] of that name, or the first of ``goals``. Raises UserError where there is none."""
+        if not self.goals:
+            raise UserError(f"the model has no goal state ({GOAL_FILE}): make one with gcrm goals")
+        if name is None:
+            return next(iter(self.goals.values()))
+        if name not in self.goals:
+            raise UserError(f"the model has no goal {name!r}: it has {', '.join(self.goals)}")
+        return self.goals[name]
+
+    # ------------------------------------------------------------------------------------------------------ tokens
+
+    @torch.inference_mode()
+    def judge(
+        self, encoded: Sequence[Completion], *, goals_GD: Tensor | None = None, per_token: bool = False,
+        names: Sequence[str] | None = None, progress: bool = False,
+    ) -> list[Judged]:  # fmt: skip
+        """Rewards, and where asked for rewards and Q-values at every token, in the order of ``encoded``.
+
+        One causal forward a completion, the shared start of a prompt's completions once. States stay on the device.
+        ``names`` is what errors call the completions.
+
+        Raises:
+            UserError: a completion that is ``unfit``, or whose reward or Q-values are not finite.
+        """
+        goals = goals_GD.to(self.device) if goals_GD is not None else None
+        done: list[tuple[tuple[int, ...], tuple[np.ndarray, ...], Tensor, Tensor | None]] = []
+        for pack, hidden_RH in self._states(encoded, per_token or goals is not None, names, progress):
+            q_RG = q_values(self.network.compared(hidden_RH), goals) if goals is not None else None
+            done.append((pack.indices, pack.rows_of, self.network.rewards(hidden_RH), q_RG))
+        judged: dict[int, Judged] = {}
+        # Read only now: until all packs are on their way, nothing waits for the device.
+        for indices, rows_of, rewards, q_RG in done:
+            reward_R, q_GR = rewards.float().cpu().numpy(), q_RG.float().mT.cpu().numpy() if q_RG is not None else None
+            for i, rows in zip(indices, rows_of, strict=True):
+                judged[i] = Judged(
+                    float(reward_R[rows[-1]]),
+                    reward_R[rows] if per_token else None,
+                    q_GR[:, rows] if q_GR is not None else None,
+                )
+        wrong = [i for i, j in judged.items()
+                 if not (np.isfinite(j.reward) and (j.q_Gn is None or np.isfinite(j.q_Gn).all()))]  # fmt: skip
+        if wrong:
+            what = "has a reward or Q-value that is not finite: mend the model's weights, or take float32"
+            raise UserError(f"{_name(min(wrong), names)} {what}")
+        return [judged[i] for i in range(len(encoded))]
+
+    @torch.inference_mode()
+    def representations(self, prompts: Sequence[str], completions: Sequence[str]) -> list[np.ndarray]:
+        """States z of every completion token as goals are compared with them, [n, D] float32 a completion."""
+        encoded = self.encode(prompts, completions)
+        states: dict[int, np.ndarray] = {}
+        for pack, hidden_RH in self._states(encoded, True):
+            z_RD = self.network.compared(hidden_RH).float().cpu().numpy()
+            states.update({i: z_RD[rows] for i, rows in zip(pack.indices, pack.rows_of, strict=True)})
+        return [states[i] for i in range(len(encoded))]
+
+    @torch.inference_mode()
+    def goal_state(
+        self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
+    ) -> Tensor:
+        """Mean of z at the last token, [D] float32 on the CPU: a goal state (GCRM, section 4.2).
+
+        Raises:
+            UserError: a completion that is ``unfit``, or a state that is not finite.
+        """
+        total = torch.zeros(self.config.projection_size or self.config.hidden_size, dtype=torch.float64)
+        for pack, hidden_RH in self._states(encoded, False, names, progress):
+            rows = torch.from_numpy(np.concatenate(pack.rows_of)).to(self.device)
+            total += self.network.compared(hidden_RH).index_select(0, rows).double().sum(0).cpu()
+        if not total.isfinite().all():
+            raise UserError("the goal state is not finite: mend the model's weights, or take float32")
+        return (total / len(encoded)).float()
+
+    def packs(
+        self, encoded: Sequence[Completion], *, per_token: bool, names: Sequence[str] | None = None
+    ) -> Iterator[ScorePack]:
+        """All completions, in packs of ``tokens_per_batch``; those of one prompt side by side."""
+        by_prompt: dict[bytes, list[Item]] = {}
+        for i, completion in enumerate(encoded):
+            if unfit := self.unfit(completion):
+                raise UserError(f"{_name(i, names)} {unfit}")
+            ids, start, _ = completion
+            by_prompt.setdefault(ids[:start].tobytes(), []).append(Item(i, ids, start, _name(i, names)))
+        groups = list(by_prompt.values())
+        for a in range(0, len(groups), PLANNED_GROUPS):
+            for part in plan_packs(groups[a : a + PLANNED_GROUPS], self.budget, 1):
+                yield build_score_pack(part, per_token=per_token)
+
+    def _states(
+        self, encoded: Sequence[Completion], per_token: bool, names: Sequence[str] | None = None, progress: bool = False
+    ) -> Iterator[tuple[ScorePack, Tensor]]:
+        """All packs, and the hidden states [R, H] of their read rows, on the device."""
+        with tqdm(total=len(encoded), desc="scoring", unit="completion", disable=not progress) as bar:
+            for pack in self.packs(encoded, per_token=per_token, names=names):
+                axis = (pack.pin_memory() if self.device.type == "cuda" else pack).to(self.device)
+                yield pack, self.network.model(axis, self.network.attention_backend)
+                bar.update(len(pack.indices))
+
+
+def _name(index: int, names: Sequence[str] | None) -> str:
+    return names[index] if names is not None else f"completion {index}"
+
+
+def _default_device() -> torch.device:
+    """The GPU of this process's rank, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _compute_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@torch.no_grad()
+def load_network(
+    config: ModelConfig, weights: checkpoint.Weights, device: torch.device, dtype: torch.dtype, attention: str
+) -> tuple[LlamaRewardModel, str]:
+    """The network with its weights, one tensor at a time, and their fingerprint."""
+    with torch.device("meta"):
+        network = LlamaRewardModel(config, attention).eval().requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        if not name.startswith("score."):
+            parameter.data = parameter.data.to(dtype)  # not buffers: RoPE's frequencies stay float32
+    network.to_empty(device=device)
+    network.model.reset_inv_freq()
+
+    def loaded() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in sorted(network.named_parameters()):
+            value = weights.rows(name, parameter.shape, slice(None))
+            parameter.copy_(value)
+            yield name, value
+
+    return network, checkpoint.fingerprint(loaded())

@@ -1,0 +1,327 @@
+"""A Llama with a reward head over a packed token axis.
+
+Letters: T tokens of a pack, K gathered key rows, R read rows, H hidden size, N query heads, G key/value heads,
+D head size (also: width of the projection), F width of the MLP.
+
+Modules and parameters carry the names of transformers' ``LlamaForSequenceClassification`` so that a checkpoint needs no
+renaming. There is no lm_head. The last layer computes keys and values for all tokens, but its output projection,
+second norm, MLP and the final norm run at the read rows only.
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from gcrm_kernels import gather_rows, rms_norm, rotate_and_gather, swiglu
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gcrm_fast.data.packing import Pack, TokenAxis
+from gcrm_fast.model.attention import packed_attention, resolve_backend
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the trunk and its heads. Field names are those of a Hugging Face Llama ``config.json``."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, float | int | str] | None = None  # {"rope_type": "linear" | "llama3", ...}
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    max_position_embeddings: int = 4096
+    head: str = "linear"  # or "mlp", the paper's ablation: three ReLU layers of width H
+    projection_size: int = 0  # D of the projection W [D, H] that the contrastive loss compares; 0 for none
+
+    def parameters_per_layer(self) -> int:
+        h, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        return 2 * h * q + 2 * h * kv + 3 * h * self.intermediate_size + 2 * h
+
+    def parameters(self) -> int:
+        """Of the trunk, biases left out."""
+        return self.vocab_size * self.hidden_size + self.num_hidden_layers * self.parameters_per_layer()
+
+
+class Output(NamedTuple):
+    """reward [2, pairs] float32 at the end rows of chosen [0] and rejected [1]; z [R, D or H] what cosines compare."""
+
+    reward_2N: Tensor
+    z_RD: Tensor
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in float32; float64 stays (the tests' exact runs)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ------------------------------------------------------------------------------------------------ rotary embedding
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """RoPE inverse frequencies [D/2] float32: plain, ``linear`` (divided by factor) or ``llama3`` (long wavelengths
+    divided by factor, short ones kept, those between interpolated; Llama 3.1 report, section 3.4.1 and its release)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    inv_freq = 1.0 / (config.rope_theta**exponent)
+    scaling = config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "default":
+        return inv_freq
+    factor = float(scaling["factor"])
+    if scaling["rope_type"] == "linear":
+        return inv_freq / factor
+    context = float(scaling["original_max_position_embeddings"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    wavelength = 2 * math.pi / inv_freq
+    keep = (context / wavelength - low) / (high - low)
+    smooth = (1 - keep) * inv_freq / factor + keep * inv_freq
+    scaled = torch.where(wavelength > context / low, inv_freq / factor, inv_freq)
+    between = (wavelength <= context / low) & (wavelength >= context / high)
+    return torch.where(between, smooth, scaled)
+
+
+# The first cosine of a process, computed by several threads of a CPU, may be wrong by 1e-4 in all but one thread's part
+# while MKL sets itself up. Cosines of one element, which one thread computes, come before it.
+torch.zeros(1, device="cpu").cos(), torch.zeros(1, device="cpu").sin()
+
+
+# ---------------------------------------------------------------------------------------------------------- modules
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.head_dim = d
+        self.q_proj = nn.Linear(h, config.num_attention_heads * d, bias=bias)
+        self.k_proj = nn.Linear(h, config.num_key_value_heads * d, bias=bias)
+        self.v_proj = nn.Linear(h, config.num_key_value_heads * d, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, h, bias=bias)
+
+    def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], axis: TokenAxis, backend: str) -> Tensor:
+        """Attention output before o_proj, [T, N * D]."""
+        q_TND, k_TGD, v_TGD = (
+            x.unflatten(-1, (-1, self.head_dim)) for x in linears(x_TH, self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_TND, k_KGD, v_KGD = rotate_and_gather(q_TND, k_TGD, v_TGD, *rope, axis.kv_index_K, axis.kv_inverse)
+        out_TND = packed_attention(
+            q_TND, k_KGD, v_KGD, axis.cu_seqlens_q, axis.cu_seqlens_k, axis.max_seqlen_q, axis.max_seqlen_k, backend
+        )
+        return out_TND.flatten(1)
+
+
+def maybe_recomputed(again: bool, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``; with ``again`` it keeps only its arguments, and the backward computes the rest again except
+    for its last product."""
+    if not again or not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class _LinearsOfOneInput(torch.autograd.Function):
+    """Several linear layers of one input, whose gradients of the input add up in one buffer: each product adds to what
+    the one before it left, where autograd would write every one and then read them all again to add them."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, *weights_and_biases: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
+        ctx.save_for_backward(x_TH, *weights)
+        return tuple(F.linear(x_TH, w, b) for w, b in zip(weights, biases, strict=True) if w is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TH, *weights = ctx.saved_tensors
+        needs_x, *needs = ctx.needs_input_grad
+        dx_TH = None
+        of_parameters: list[Tensor | None] = []
+        for grad, weight, needs_weight, needs_bias in zip(grads, weights, needs[::2], needs[1::2], strict=True):
+            of_parameters += [grad.mT @ x_TH if needs_weight else None, grad.sum(0) if needs_bias else None]
+            if needs_x:
+                dx_TH = grad @ weight if dx_TH is None else torch.addmm(dx_TH, grad, weight, out=dx_TH)
+        return dx_TH, *of_parameters
+
+
+def linears(x_TH: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """``tuple(layer(x_TH) for layer in layers)``."""
+    return _LinearsOfOneInput.apply(x_TH, *(p for layer in layers for p in (layer.weight, layer.bias)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        h, f, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(h, f, bias=bias)
+        self.up_proj = nn.Linear(h, f, bias=bias)
+        self.down_proj = nn.Linear(f, h, bias=bias)
+
+    def forward(self, x_TH: Tensor, recompute_product: bool) -> Tensor:
+        gate_TF, up_TF = linears(x_TH, self.gate_proj, self.up_proj)
+        return maybe_recomputed(recompute_product, self._down, gate_TF, up_TF)
+
+    def _down(self, gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+        return self.down_proj(swiglu(gate_TF, up_TF))
+
+
+class Block(nn.Module):
+    """Its norms hold the weights only: each is computed together with the addition of what comes before it.
+
+    ``recompute``: what the backward computes again instead of keeping it: ``none``, ``product`` (of the MLP's gate and
+    up), ``mlp`` or ``block``.
+    """
+
+    def __init__(self, config: ModelConfig, recompute: str) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.recompute = recompute
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_TH: Tensor,
+        branch_TH: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        axis: TokenAxis,
+        backend: str,
+        prune: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, branch) whose sum are the block's states, [T, H] each, or [R, H] at the read rows with ``prune``.
+
+        ``branch_TH`` is the MLP's output of the block before, still to be added to its x; None in the first block.
+        """
+        again = self.recompute == "block"
+        if again and branch_TH is not None:  # one tensor to keep instead of two
+            x_TH, branch_TH = x_TH + branch_TH, None
+        return maybe_recomputed(again, self._forward, x_TH, branch_TH, rope, axis, backend, prune)
+
+    def _forward(
+        self,
+        x_TH: Tensor,
+        branch_TH: Tensor | None,
+        rope: tuple[Tensor, Tensor],
+        axis: TokenAxis,
+        backend: str,
+        prune: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if branch_TH is None:
+            normed_TH = rms_norm(x_TH, self.input_layernorm.weight, self.eps)
+        else:
+            normed_TH, x_TH = rms_norm(branch_TH, self.input_layernorm.weight, self.eps, residual_TH=x_TH)
+        attended = self.self_attn(normed_TH, rope, axis, backend)
+        if prune:
+            attended, x_TH = (gather_rows(x, axis.read_rows_R, axis.read_inverse) for x in (attended, x_TH))
+        normed_TH, x_TH = rms_norm(
+            self.self_attn.o_proj(attended), self.post_attention_layernorm.weight, self.eps, residual_TH=x_TH
+        )
+        return x_TH, maybe_recomputed(self.recompute == "mlp", self.mlp, normed_TH, self.recompute == "product")
+
+
+class Llama(nn.Module):
+    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.inv_freq: Tensor
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+
+    def reset_inv_freq(self) -> None:
+        """Fills the buffer again after ``to_empty``."""
+        self.inv_freq.copy_(inverse_frequencies(self.config))
+
+    def forward(self, axis: TokenAxis, attention_backend: str) -> Tensor:
+        """Hidden states after the final norm at the read rows, [R, H]."""
+        x = self.embed_tokens(axis.input_ids_T)
+        backend = resolve_backend(attention_backend, x.device, x.dtype)
+        angles = axis.position_ids_T.float().unsqueeze(1) * self.inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        branch: Tensor | None = None
+        for i, layer in enumerate(self.layers):
+            x, branch = layer(x, branch, rope, axis, backend, prune=i == len(self.layers) - 1)
+        assert branch is not None  # there is at least one layer
+        return rms_norm(branch, self.norm.weight, self.config.rms_norm_eps, residual_TH=x)[0]
+
+
+class MLPHead(nn.Sequential):
+    """The paper's ablation: three ReLU layers of width H, then a linear layer to 1."""
+
+    def __init__(self, hidden_size: int) -> None:
+        layers: list[nn.Module] = []
+        for _ in range(3):
+            layers += [nn.Linear(hidden_size, hidden_size), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(hidden_size, 1))
+
+
+class LlamaRewardModel(nn.Module):
+    """Trunk, reward head and optional projection.
+
+    ``attention_backend``: see attention.py; ``auto`` by default. ``recompute``: see ``Block``.
+    """
+
+    def __init__(self, config: ModelConfig, attention_backend: str = "auto", recompute: str = "none") -> None:
+        super().__init__()
+        h = config.hidden_size
+        self.config = config
+        self.attention_backend = attention_backend
+        self.gather = "block"  # see parallel.shard
+        self.model = Llama(config, recompute)
+        self.score = nn.Linear(h, 1, bias=False) if config.head == "linear" else MLPHead(h)
+        self.projection = nn.Linear(h, config.projection_size, bias=False) if config.projection_size else None
+
+    def compile_blocks(self) -> None:
+        """Compiles the forward of every block, and with it the backward; sizes of packs stay symbols."""
+        # Whole and pruned blocks, with and without gradient, of one token or row: more kinds than the default of 8.
+        torch._dynamo.config.recompile_limit = 32
+        for layer in self.model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
+    def forward(self, pack: Pack) -> Output:
+        hidden_RH = self.model(pack, self.attention_backend)
+        reward = self.rewards(hidden_RH.index_select(0, pack.pairs.end_2N.flatten()))
+        # A stack and not a view: FSDP's hooks must own the tensors that leave the module.
+        return Output(torch.stack(reward.chunk(2)), self.compared(hidden_RH))
+
+    def rewards(self, hidden_RH: Tensor) -> Tensor:
+        """[R] float32. Rewards are differences of nearly equal numbers: the head runs in float32 whatever the trunk's
+        dtype."""
+        return self.score(upcast(hidden_RH)).squeeze(1)
+
+    def compared(self, hidden_RH: Tensor) -> Tensor:
+        """z [R, D or H], what cosines compare: projected states, or the states themselves."""
+        return hidden_RH if self.projection is None else self.projection(hidden_RH)
+
+
+# --------------------------------------------------------------------------------------------------- initialisation
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """Initial value of one parameter, float32 on the CPU: a function of (seed, name) alone, so that any number of ranks
+    starts from the same weights.
+
+    Norm weights are 1 and biases 0; embeddings have variance 1, linear layers variance 1 / fan-in; the linear reward
+    head has standard deviation 1 / (H + 1) (GCRM, appendix).
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    normal = torch.randn(shape, generator=generator)
+    if name == "model.embed_tokens.weight":
+        return normal
+    if name == "score.weight":
+        return normal / (config.hidden_size + 1)
+    return normal / math.sqrt(shape[1])

@@ -1,0 +1,1 @@
+"""What a training run consists of; the loop itself is train.py."""

@@ -1,0 +1,143 @@
+"""Held-out metrics of a reward model during training, and the shortcuts it is compared with.
+
+Letters: N pairs, Q quantiles of a completion (0, 10, ..., 100 %), D width of the compared states.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from gcrm_kernels import q_values
+from torch import Tensor, nn
+
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import Budget, Pack, Sampling, build_pack, plan_packs
+from gcrm_fast.evaluation import measures as judging
+from gcrm_fast.training.objectives import STATISTICS, Objective, losses
+
+EVALUATION_EPOCH = 2**32  # sampling counter that no training epoch reaches
+SHORTCUT_PAIRS = 4096  # training pairs that the bag-of-tokens classifier sees
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards [2, N] and Q-values [2, N, Q] of chosen [0] and rejected [1], in the order of ``pairs``."""
+
+    pairs: Sequence[TokenizedPair]
+    reward_2N: np.ndarray
+    q_2NQ: np.ndarray
+    statistics: dict[str, float]
+
+
+def _packs(
+    pairs: Sequence[TokenizedPair], budget: Budget, sampling: Sampling, device: torch.device, *, quantiles: bool
+) -> list[Pack]:
+    """This rank's packs of ``pairs``; every rank gets the same number."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plan = plan_packs([[pair] for pair in pairs], budget, world)
+    return [
+        build_pack(groups, sampling, EVALUATION_EPOCH, quantiles=quantiles).to(device) for groups in plan[rank::world]
+    ]
+
+
+@torch.no_grad()
+def goal_state(
+    model: nn.Module, pairs: Sequence[TokenizedPair], budget: Budget, sampling: Sampling, device: torch.device
+) -> Tensor:
+    """Mean of z at the last token of the preferred completions, [D] float32, on the device of the model (GCRM, 4.2).
+
+    Raises:
+        UserError: it is not finite.
+    """
+    total: Tensor | None = None
+    for pack in _packs(pairs, budget, sampling, device, quantiles=False):
+        z_ND = model(pack).z_RD.index_select(0, pack.pairs.end_2N[0]).double()
+        total = z_ND.sum(0) if total is None else total + z_ND.sum(0)
+    assert total is not None
+    dist.all_reduce(total)
+    if not total.isfinite().all():
+        raise UserError("hidden states are not finite: lower --lr, or mend --model's weights")
+    return (total / len(pairs)).float()
+
+
+@torch.no_grad()
+def score_pairs(
+    model: nn.Module, pairs: Sequence[TokenizedPair], goal_D: Tensor, objective: Objective, budget: Budget,
+    sampling: Sampling, device: torch.device,
+) -> Scores:  # fmt: skip
+    """Rewards, Q-values along the completion and loss statistics of ``pairs``, gathered on every rank."""
+    ids: list[int] = []
+    parts: list[np.ndarray] = []
+    sums = torch.zeros(len(STATISTICS), device=device)
+    for pack in _packs(pairs, budget, sampling, device, quantiles=True):
+        output = model(pack)
+        sums += losses(output, pack.pairs, objective)[1]
+        q_2NQ = q_values(output.z_RD, goal_D[None])[:, 0][pack.pairs.quantiles_2NQ]
+        parts.append(torch.cat([output.reward_2N[..., None], q_2NQ], dim=-1).cpu().numpy())
+        ids += pack.pairs.pair_ids
+    dist.all_reduce(sums)
+    gathered: list[tuple[list[int], np.ndarray]] = [([], np.empty(0))] * dist.get_world_size()
+    dist.all_gather_object(gathered, (ids, np.concatenate(parts, axis=1)))
+    values = np.concatenate([part for _, part in gathered], axis=1)
+    order = np.argsort(np.concatenate([np.array(i, dtype=np.int64) for i, _ in gathered]))
+    back = np.argsort(np.argsort([pair.pair_id for pair in pairs]))  # from pair-id order to the order of `pairs`
+    values = values[:, order][:, back]
+    if not np.isfinite(values).all():
+        raise UserError("rewards or Q-values are not finite: lower --lr, or mend --model's weights")
+    statistics = dict(zip(STATISTICS, (sums / len(pairs)).tolist(), strict=True))
+    return Scores(pairs, values[..., 0], values[..., 1:], statistics)
+
+
+def auroc(score_2N: np.ndarray) -> float:
+    """AUROC of all chosen against all rejected scores, [2, N]."""
+    return judging.auroc(np.repeat([True, False], score_2N.shape[1]), score_2N.ravel())
+
+
+def metrics(scores: Scores) -> dict[str, float]:
+    """``eval/...`` values of a log row."""
+    row = {f"eval/{name}": value for name, value in scores.statistics.items()}
+    row["eval/auroc"] = auroc(scores.reward_2N)
+    row["eval/auroc_q"] = auroc(scores.q_2NQ[..., -1])
+    for side, name in enumerate(("chosen", "rejected")):
+        for i, value in enumerate(scores.q_2NQ[side].mean(0)):
+            row[f"eval/q_{name}/{10 * i}"] = float(value)
+    return row
+
+
+def breakdown(scores: Scores, fields: Sequence[str]) -> dict[str, tuple[float, int]]:
+    """(AUROC, number of pairs) by value of each record field: {"steps=2": (0.97, 311), ...}."""
+    table = {}
+    for name in fields:
+        values = np.array([str(pair.fields[name]) for pair in scores.pairs])
+        for value in sorted(set(values), key=lambda v: (len(v), v)):
+            mask = values == value
+            table[f"{name}={value}"] = auroc(scores.reward_2N[:, mask]), int(mask.sum())
+    return table
+
+
+def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair], vocab_size: int) -> dict[str, float]:
+    """Held-out AUROC of what needs no understanding: completion length (either sign), and logistic regression on the
+    token counts of a completion, fitted on the first training pairs. A reward model should beat both."""
+
+    from scipy.sparse import csr_matrix  # here, and sklearn: a fifth of the start of every process
+    from sklearn.linear_model import LogisticRegression
+
+    def completions(pairs: Sequence[TokenizedPair]) -> list[np.ndarray]:
+        return [p.chosen_ids[p.chosen_start :] for p in pairs] + [p.rejected_ids[p.rejected_start :] for p in pairs]
+
+    def counts(pairs: Sequence[TokenizedPair]) -> csr_matrix:
+        tokens = completions(pairs)
+        indptr = np.concatenate([[0], np.cumsum([len(t) for t in tokens])])
+        indices = np.concatenate(tokens)
+        matrix = csr_matrix((np.ones(len(indices)), indices, indptr), shape=(len(tokens), vocab_size))
+        matrix.sum_duplicates()
+        return matrix
+
+    fitted = train[:SHORTCUT_PAIRS]
+    classifier = LogisticRegression(max_iter=1000).fit(counts(fitted), np.repeat([1, 0], len(fitted)))
+    bag = classifier.decision_function(counts(held_out)).reshape(2, -1)
+    length = auroc(np.array([len(t) for t in completions(held_out)]).reshape(2, -1))
+    return {"baseline/auroc_length": max(length, 1 - length), "baseline/auroc_bag_of_tokens": auroc(bag)}

@@ -1,0 +1,97 @@
+"""The packs of each step, built ahead of it by worker processes."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs
+from gcrm_fast.training.interrupts import STOPPING, end_with_the_parent
+
+AHEAD = 4  # steps that a worker may be ahead of the training process
+
+
+class Step(NamedTuple):
+    """Pairs of the global batch, and the packs of it that this rank runs."""
+
+    n_pairs: int
+    packs: list[Pack]
+
+
+class Steps(Dataset[Step]):
+    """``steps[i]``, i from 0: a pure function of (data, seed, i), whoever asks and in whatever order."""
+
+    def __init__(
+        self, pairs: Sequence[TokenizedPair], budget: Budget, sampling: Sampling, *, global_batch_pairs: int,
+        group_prompts: int, rank: int, world_size: int,
+    ) -> None:  # fmt: skip
+        self.pairs = pairs
+        self.budget = budget
+        self.sampling = sampling
+        self.global_batch_pairs = global_batch_pairs
+        self.group_prompts = group_prompts
+        self.rank, self.world_size = rank, world_size
+        self._prompt_keys = np.array([pair.prompt_key for pair in pairs])
+        self._epoch, self._batches = -1, list[list[list[int]]]()
+
+    @property
+    def per_epoch(self) -> int:
+        return -(-len(self.pairs) // self.global_batch_pairs)
+
+    def groups(self, step: int) -> tuple[int, list[list[TokenizedPair]]]:
+        """Epoch and global batch of a step: groups of pairs of one prompt."""
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            batches = epoch_batches(
+                self._prompt_keys, self.global_batch_pairs, self.group_prompts, self.sampling.seed, epoch
+            )
+            self._epoch, self._batches = epoch, list(batches)
+        return epoch, [[self.pairs[i] for i in group] for group in self._batches[position]]
+
+    def __getitem__(self, step: int) -> Step:
+        epoch, groups = self.groups(step)
+        plan = plan_packs(groups, self.budget, self.world_size)[self.rank :: self.world_size]
+        return Step(sum(map(len, groups)), [build_pack(part, self.sampling, epoch) for part in plan])
+
+
+@contextlib.contextmanager
+def load(steps: Steps, first: int, end: int, workers: int, device: torch.device) -> Iterator[Iterator[Step]]:
+    """Steps ``first`` to ``end`` - 1 in order, in pinned memory where the device is a GPU.
+
+    Within, ``workers`` processes build them ahead; with 0 the calling process builds each when it is asked for.
+    """
+    # Forked workers share the tokenized data; a spawned one would get a copy of it.
+    fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    loader = DataLoader(
+        steps,
+        batch_size=None,
+        sampler=range(first, end),
+        num_workers=workers,
+        prefetch_factor=AHEAD if workers else None,
+        multiprocessing_context=fork if workers else None,
+        worker_init_fn=_leave_signals_to_the_parent,
+        pin_memory=device.type == "cuda",
+    )
+    found = iter(loader)
+    try:
+        yield found
+    finally:
+        # An error's traceback holds the iterator, which ends its workers when it is deleted; as they ignore SIGTERM,
+        # the program would wait for them without end.
+        if isinstance(found, _MultiProcessingDataLoaderIter):
+            found._shutdown_workers()
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """torchrun sends them to all processes of a rank; a parent that was killed takes its workers along."""
+    for number in (*STOPPING, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_the_parent(os.getppid())

@@ -1,0 +1,150 @@
+"""What a run leaves for people: metrics.jsonl, TensorBoard scalars, curves.png and the closing table."""
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from torch.utils.tensorboard import SummaryWriter
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import written_aside
+
+
+class MetricsLog:
+    """Rows of ``metrics.jsonl`` (one object a row, always with ``step``), and their numbers to TensorBoard.
+
+    Attributes:
+        rows: what the file holds; values that are not finite are NaN here and null there, since JSON has no NaN.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """Goes on after ``step``: rows of later steps, of a run that was ended, are removed; all of them for step 0.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        self.path = folder / "metrics.jsonl"
+        lines = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []
+        # The last line of a run that was killed can be cut short; it is later than any checkpoint.
+        whole = [line for line in lines if line.endswith("}")]
+        self.rows: list[dict[str, Any]] = [
+            {k: math.nan if v is None else v for k, v in row.items()}
+            for row in map(json.loads, whole)
+            if row["step"] <= step
+        ]
+        with self._writing():
+            with written_aside(self.path) as partial:
+                partial.write_text("".join(map(_line, self.rows)), encoding="utf-8")
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+            if not step:  # an earlier, unfinished or overwritten run's
+                shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds a row of numbers. Raises UserError where it cannot be written."""
+        self.note(step, values)
+        with self._writing():
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def note(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a row of any values, which TensorBoard does not show. Raises UserError where it cannot be written."""
+        row = {"step": step, **values}
+        self.rows.append(row)
+        with self._writing():
+            self._file.write(_line(row))
+
+    def series(self, name: str) -> list[float]:
+        """The values of a metric, in order."""
+        return [row[name] for row in self.rows if name in row]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}): make room or choose another --output"
+            ) from None
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite) + "\n"
+
+
+def _plot(axes: Axes, rows: list[dict[str, Any]], names: Mapping[str, str], title: str) -> None:
+    for name, label in names.items():
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            held_out = name.startswith("eval/")
+            axes.plot(*zip(*points, strict=True), "o--" if held_out else "-", label=label, markersize=3, linewidth=1.2)
+    axes.set(title=title, xlabel="optimizer step")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Losses, accuracy and AUROC, similarities, and Q along the completion at the last evaluation."""
+    figure, ((losses, quality), (similarity, q)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    _plot(
+        losses,
+        rows,
+        {
+            "loss/ranking": "ranking (train)",
+            "eval/loss/ranking": "ranking (held out)",
+            "loss/contrastive": "contrastive (train)",
+            "eval/loss/contrastive": "contrastive (held out)",
+        },
+        "Loss a pair (nats)",
+    )
+    _plot(
+        quality,
+        rows,
+        {
+            "accuracy": "pair accuracy (train)",
+            "eval/accuracy": "pair accuracy (held out)",
+            "eval/auroc": "AUROC (held out)",
+        },
+        "Pair accuracy and AUROC",
+    )
+    quality.set_ylim(0.4, 1.01)
+    _plot(
+        similarity,
+        rows,
+        {
+            "similarity/positive": "positive (train)",
+            "similarity/negative": "negative (train)",
+            "eval/similarity/positive": "positive (held out)",
+            "eval/similarity/negative": "negative (held out)",
+        },
+        "Mean cosine similarity",
+    )
+    last = next((row for row in reversed(rows) if "eval/auroc" in row), None)
+    for side in ("chosen", "rejected"):
+        values = [(10 * i, last[f"eval/q_{side}/{10 * i}"]) for i in range(11)] if last else [(0, math.nan)]
+        q.plot(*zip(*values, strict=True), "o-", label=side, markersize=3)
+    q.set(title="Mean Q-value along held-out completions, last evaluation", xlabel="% of the completion")
+    q.grid(alpha=0.3)
+    q.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,146 @@
+"""What a checkpoint of a run holds, and going on from one."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.model.llama import LlamaRewardModel
+from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.objectives import STATISTICS
+from gcrm_fast.training.optimizer import Updater
+from gcrm_fast.training.snapshots import Found, checkpoints, damage, first_whole, load, read_manifest
+
+# Options that change neither what is trained nor the order of the data: free to differ in a resumed run.
+FREE = frozenset({
+    "allow_overlap", "attention", "cache", "compile", "config", "deterministic", "dry_run", "eval_by", "eval_data",
+    "eval_every", "eval_pairs", "goal_pairs", "keep", "keep_best", "log_every", "max_skipped", "output", "overwrite",
+    "gather", "preset", "recompute", "replicas", "resume", "resume_force", "save_every", "timeout",
+    "tokens_per_batch", "workers",
+})  # fmt: skip
+
+
+class Window:
+    """What has gathered since the last log row, on the device: sums of STATISTICS and pairs, and left out updates."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(len(STATISTICS) + 1, device=device)
+        self.made: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, statistics: Tensor, n_pairs: int, made: Tensor) -> None:
+        """``statistics``: this rank's sums over its ``n_pairs``; they count for nothing unless the update was made."""
+        together = torch.cat([statistics, statistics.new_full((1,), n_pairs)])
+        self.sums += torch.where(made, together, 0)
+        self.made.append((step, made))
+
+    def skipped(self) -> list[int]:
+        """Steps whose update was left out. Waits for the device."""
+        flags = torch.stack([made for _, made in self.made]).tolist() if self.made else []
+        return [step for (step, _), made in zip(self.made, flags, strict=True) if not made]
+
+    def read(self) -> tuple[dict[str, float], list[int]]:
+        """Means of STATISTICS over the pairs of all ranks (NaN without a pair), and ``skipped``; starts anew."""
+        dist.all_reduce(self.sums)
+        *sums, pairs = self.sums.tolist()
+        row = {name: value / pairs if pairs else math.nan for name, value in zip(STATISTICS, sums, strict=True)}
+        skipped = self.skipped()
+        self.sums.zero_()
+        self.made.clear()
+        return row, skipped
+
+
+@dataclasses.dataclass
+class RunState:
+    """Everything that a run's future depends on beside its configuration and data."""
+
+    model: LlamaRewardModel
+    updater: Updater
+    window: Window
+
+    def tensors(self) -> dict[str, Any]:
+        """For ``run_checkpoints``; sharded where the model is."""
+        model, optimizer = get_state_dict(self.model, self.updater.optimizer)
+        counts = {"applied": self.updater.applied, "skipped_in_row": self.updater.skipped_in_row}
+        return {"model": model, "optimizer": optimizer, "counts": counts,
+                "window": {f"rank{dist.get_rank()}": self.window.sums}}  # fmt: skip
+
+    def load(self, found: Found, group: dist.ProcessGroup) -> None:
+        """Takes over a checkpoint's tensors, written by any number of ranks."""
+        tensors = self.tensors()
+        wrote, rank = found.facts["world_size"], dist.get_rank()
+        if wrote == dist.get_world_size():
+            sums = {f"rank{rank}": torch.zeros_like(self.window.sums)}
+        else:  # what counts is their sum over ranks
+            sums = {f"rank{r}": torch.zeros_like(self.window.sums) for r in range(wrote)} if rank == 0 else {}
+        tensors["window"] = sums
+        load(found, tensors, group)  # in place: counts, weights and moments are those of the run itself
+        set_state_dict(
+            self.model, self.updater.optimizer, model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+        )  # fmt: skip
+        for parameters in self.updater.optimizer.param_groups:
+            parameters.update(self.updater.settings)
+        self.window.sums.copy_(sum(sums.values(), torch.zeros_like(self.window.sums)))
+        device = self.window.sums.device
+        self.window.made = [(step, torch.tensor(False, device=device)) for step in found.facts["skipped"]]
+
+
+def facts(step: int, config: TrainConfig, data_key: str, window: Window, metrics: dict[str, float]) -> dict[str, Any]:
+    """What a checkpoint's manifest says; ``metrics``: of an evaluation at this very step, or none."""
+    return {
+        "step": step,
+        "world_size": dist.get_world_size(),
+        "data_key": data_key,
+        "skipped": window.skipped(),
+        "metrics": {name: value for name, value in metrics.items() if math.isfinite(value)},
+        "config": _plain(config),
+    }
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def differences(config: TrainConfig, data_key: str, found: Found) -> list[str]:
+    """What differs between a checkpoint and this run, of all that a run's future depends on."""
+    now, then = _plain(config), found.facts["config"]
+    changed = [f"--{name.replace('_', '-')} was {then.get(name)!r} and is {now[name]!r}"
+               for name in now if name not in FREE and now[name] != then.get(name)]  # fmt: skip
+    if found.facts["data_key"] != data_key:
+        changed.append("the training data or its tokens are others")
+    return changed
+
+
+def find(config: TrainConfig, output: Path, data_key: str, group: dist.ProcessGroup) -> tuple[Found | None, list[str]]:
+    """The checkpoint from which the run goes on, by ``--resume``, and lines about those that were skipped.
+
+    Raises:
+        UserError: a checkpoint that was asked for is damaged, or belongs to another configuration.
+    """
+    if config.resume == "never":
+        return None, []
+    if config.resume == "auto":
+        found, notes = first_whole(checkpoints(output)[::-1], group)
+    else:
+        path = Path(config.resume)
+        manifest = read_manifest(path)
+        found, notes = Found(path, manifest["facts"]), []
+        wrong = damage(path, manifest, 0, 1)
+        if wrong:
+            raise UserError(f"--resume {path}: {wrong}: choose another checkpoint")
+    if found is None:
+        return None, notes
+    changed = differences(config, data_key, found)
+    if changed and not config.resume_force:
+        raise UserError(
+            f"{found.path}: is of another run: {'; '.join(changed)}: undo the change, start anew with --resume never, "
+            "or go on all the same with --resume-force"
+        )
+    return found, notes
