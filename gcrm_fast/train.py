@@ -3,13 +3,18 @@
 Read ``train`` at the bottom first: it is the whole program in the order in which it happens.
 """
 
+import os
+import sys
+
+# torchrun gcrm_fast/train.py puts this folder first on sys.path, where data/, model/ ... would hide packages so named.
+if os.path.realpath(sys.path[0]) == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]
+
 import contextlib
 import ctypes
 import math
-import os
 import platform
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta

@@ -44,6 +44,8 @@ RMS_NORM, SWIGLU_KERNEL, ROTARY_KERNEL = (
 )
 
 MUTANTS = {
+    "train.py: packages hidden by folders of ours": (
+        "gcrm_fast/train.py", "    del sys.path[0]", "    pass", "tests/test_packaging.py -k hides"),
     "position off by one after a shared prefix": (
         "gcrm_fast/data/packing.py", "np.arange(start, len(sequence))", "np.arange(start, len(sequence)) + (start > 0)",
         INVARIANTS),

@@ -1,7 +1,6 @@
 """What the layout of the repository must never break: other packages' imports, and the two packages' boundary."""
 
 import ast
-import importlib.metadata
 import json
 import os
 import re
@@ -9,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gcrm_fast
+from gcrm_fast import rewards
+from gcrm_fast.rlhf import trl
+
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels"
-OURS = {"gcrm_fast", "gcrm_kernels"}
 
 # An editable install may itself put our folders on sys.path, so they are removed first and the wanted ones put back.
 PROBE = """
@@ -62,15 +64,45 @@ def test_kernels_folder_is_not_a_package() -> None:
     assert not (KERNELS / "__init__.py").exists()
 
 
-def test_no_module_takes_the_name_of_another_package() -> None:
+# Tells, at the first import of torch, where a package named like one of our folders would come from.
+WITNESS = """
+import importlib.util, sys
+
+class Witness:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            print("seen", importlib.util.find_spec("evaluation").origin, flush=True)
+
+sys.meta_path.insert(0, Witness())
+"""
+
+
+def test_the_folder_of_train_py_hides_no_package(tmp_path: Path) -> None:
     # torchrun gcrm_fast/train.py puts gcrm_fast/ first on sys.path.
-    package = ROOT / "gcrm_fast"
-    mine = {p.stem for p in package.glob("*.py")} | {p.name for p in package.iterdir() if p.is_dir()}
-    mine -= {"__init__", "__main__", "__pycache__"}
-    assert "train" in mine
-    installed = set(importlib.metadata.packages_distributions()) - OURS
-    assert not mine & set(sys.stdlib_module_names)
-    assert not mine & installed
+    assert (ROOT / "gcrm_fast" / "evaluation").is_dir()
+    (tmp_path / "evaluation.py").touch()
+    (tmp_path / "sitecustomize.py").write_text(WITNESS)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "gcrm_fast" / "train.py"), "--help"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tmp_path, ROOT, KERNELS)))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"seen {tmp_path / 'evaluation.py'}" in done.stdout.splitlines()
+
+
+def test_the_package_runs_as_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gcrm_fast", "--version"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, f"gcrm {gcrm_fast.__version__}\n")
+
+
+def test_the_former_name_of_the_reward_function_still_works() -> None:
+    assert rewards.RewardFunction is trl.RewardFunction
 
 
 def test_gcrm_kernels_never_imports_gcrm_fast() -> None:

@@ -17,7 +17,6 @@ import models
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from folders import llama, trunk
 from judged import write
 from safetensors.torch import load_file, save_file
@@ -399,8 +398,7 @@ def test_processes_share_the_work_and_write_one_output(gcrm: Gcrm, folder: Path,
     data = write(tmp_path / "a", [{"prompt": f"p{i % 40}", "completion": f"{i}"} for i in range(2500)])
     assert gcrm(data, "-o", tmp_path / "one").returncode == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(ROOT / "gcrm_fast" / "commands" / "score.py"), str(folder), str(data), "-o",
-               str(tmp_path / "two")]  # fmt: skip
+               "-m", "gcrm_fast", "score", str(folder), str(data), "-o", str(tmp_path / "two")]  # fmt: skip
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -340,7 +340,3 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
     arguments = sys.argv[1:] if argv is None else argv
     return exit_code("gcrm score", lambda: run(parse_options(ScoreOptions, arguments, "gcrm score")))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
