@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Pack
+from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training import accounting
 

@@ -41,8 +41,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Pack, Sampling, build_pack
+from gcrm_fast.data.packing import Sampling, build_pack
 from gcrm_fast.model.attention import packed_attention, resolve_backend
+from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training import accounting, parallel, prepare
 from gcrm_fast.training.accounting import MemoryShape

@@ -20,8 +20,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from gcrm_fast import train
 from gcrm_fast.data import packing
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Budget, Pack, Sampling, build_pack, plan_packs
+from gcrm_fast.data.packing import Budget, Sampling, build_pack, plan_packs
+from gcrm_fast.model import inputs
 from gcrm_fast.model import llama as model
+from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
 from gcrm_fast.training import accounting, objectives, parallel, prepare
 from gcrm_fast.training.config import TrainConfig
@@ -59,7 +61,7 @@ def flat(groups: Groups) -> list[TokenizedPair]:
     return [pair for group in groups for pair in group]
 
 
-def naive_loss(z_RD: Tensor, pairs: packing.PairRows, objective: objectives.Objective) -> tuple:
+def naive_loss(z_RD: Tensor, pairs: inputs.PairRows, objective: objectives.Objective) -> tuple:
     """In the place of objectives.contrastive_loss: the naive loss on the same states, similarities not measured."""
     unmeasured = z_RD.new_zeros(len(pairs.has_positive_N))
     loss_N = padded.naive_contrastive(z_RD, pairs.samples_4NS, pairs.has_positive_N)

@@ -11,7 +11,8 @@ from our_step import Groups, Ours, flat, packed_work
 from torch.profiler import ProfilerActivity, profile
 
 from gcrm_fast.data import packing
-from gcrm_fast.data.packing import Pack, build_pack
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.model.inputs import Pack
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

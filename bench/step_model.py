@@ -24,8 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gcrm_fast.data import packing
-from gcrm_fast.data.packing import Pack, Sampling, build_pack
+from gcrm_fast.data.packing import Sampling, build_pack
+from gcrm_fast.model import inputs
+from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
 from gcrm_fast.training import accounting
 
@@ -83,7 +84,7 @@ def count(config: ModelConfig, pack: Pack, flops: float, bandwidth: float) -> Co
         model = LlamaRewardModel(config, "eager")
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-        axis = packing._map(pack, Tensor, mode.from_tensor)
+        axis = inputs._map(pack, Tensor, mode.from_tensor)
         with counter:
             reward_2N, z_RD = model(axis)
             torch.autograd.backward((reward_2N, z_RD), (torch.ones_like(reward_2N), torch.ones_like(z_RD)))

@@ -23,10 +23,11 @@ from gcrm_fast.commands import evaluate, vote
 from gcrm_fast.commands import goals as build_goals
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import exit_code, parse_options
+from gcrm_fast.common.statistics import ratio
 from gcrm_fast.data import arithmetic
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate, read_completions
-from gcrm_fast.evaluation.measures import ratio, ratio_interval
+from gcrm_fast.evaluation.measures import ratio_interval
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.training.config import parse
 from gcrm_fast.training.prepare import default_output

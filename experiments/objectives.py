@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import exit_code, parse_options
+from gcrm_fast.common.statistics import auroc
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate, read_completions
 from gcrm_fast.evaluation import voting
-from gcrm_fast.evaluation.measures import Labelled, auroc, cross_fitted, group_scores, halves, pair_accuracy
+from gcrm_fast.evaluation.measures import Labelled, cross_fitted, group_scores, halves, pair_accuracy
 from gcrm_fast.inference.scoring import Judged, RewardModel
 
 VARIANTS = {

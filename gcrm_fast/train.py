@@ -33,7 +33,7 @@ from tqdm import tqdm
 from gcrm_fast.checkpoints import weights as checkpoint
 from gcrm_fast.common.errors import RankError, UserError, one_line
 from gcrm_fast.common.options import exit_code, written_aside
-from gcrm_fast.data.packing import Pack
+from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import LlamaRewardModel
 from gcrm_fast.training import parallel
 from gcrm_fast.training.accounting import Meter, memory_limit, peak_flops, peak_memory

@@ -18,7 +18,7 @@ PACKING, DATA, ARITHMETIC = (f"tests/test_{name}.py" for name in ("packing", "da
 CHECKPOINT, TOKENIZATION, BAD_INPUT = (f"tests/test_{name}.py" for name in ("checkpoint", "tokenization", "bad_input"))
 TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.py", "tests/test_token_cache.py"
 BENCH, STEP, SURVIVAL = (f"tests/test_{name}.py -k " for name in ("bench", "step", "survival"))
-STAGING = "tests/test_staging.py"
+STAGING, LAYERS = "tests/test_staging.py", "tests/test_layers.py"
 SCORING, GOALS = "tests/test_scoring.py -k ", "tests/test_goals.py -k "
 EXPORT, REWARDS, SERVE = (f"tests/test_{name}.py -k " for name in ("export", "rewards", "serve"))
 JUDGING, EVALUATE, VOTE, PAGE = (f"tests/test_{name}.py -k " for name in ("judging", "evaluate", "vote", "page"))
@@ -44,6 +44,12 @@ RMS_NORM, SWIGLU_KERNEL, ROTARY_KERNEL = (
 )
 
 MUTANTS = {
+    "layers: the network knows records": (
+        "gcrm_fast/model/attention.py",
+        "import functools\n", "import functools\nimport gcrm_fast.data.records\n", LAYERS),
+    "layers: a lower wing asks a higher one when it is called": (
+        "gcrm_fast/data/sources.py", "    if source == STDIN:\n",
+        "    from gcrm_fast.training import config as config\n\n    if source == STDIN:\n", LAYERS),
     "train.py: packages hidden by folders of ours": (
         "gcrm_fast/train.py", "    del sys.path[0]", "    pass", "tests/test_packaging.py -k hides"),
     "position off by one after a shared prefix": (
@@ -427,7 +433,7 @@ MUTANTS = {
         "gcrm_fast/evaluation/measures.py",
         "(below[:, above] + below[:, level]) / 2", "below[:, above]", JUDGING + "weighed"),
     "judging: ties count for nothing": (
-        "gcrm_fast/evaluation/measures.py", "rankdata(score_N)", "rankdata(score_N, 'min')", JUDGING + "sklearn"),
+        "gcrm_fast/common/statistics.py", "rankdata(score_N)", "rankdata(score_N, 'min')", JUDGING + "sklearn"),
     "judging: a shortcut fitted on what it is judged on": (
         "gcrm_fast/evaluation/measures.py",
         "scores(~own_N)[own_N]", "scores(own_N)[own_N]", JUDGING + "groups_score_nothing"),

@@ -14,9 +14,10 @@ from gcrm_fast import RewardModel
 from gcrm_fast.checkpoints import weights as checkpoint
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.arithmetic import generate, is_correct
+from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.records import Pair
 from gcrm_fast.data.tokenization import choose_pad
-from gcrm_fast.rlhf.trl import RewardFunction, as_text
+from gcrm_fast.rlhf.trl import RewardFunction
 
 PROMPTS = ["hello?", "hello?", "1 2 3"]
 COMPLETIONS = [" yes.", "", " world 漢字"]

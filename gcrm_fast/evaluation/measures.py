@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import pearsonr, rankdata, spearmanr
+from scipy.stats import pearsonr, spearmanr
 
+from gcrm_fast.common.statistics import auroc, couples, ratio
 from gcrm_fast.data.packing import QUANTILES, quantile_positions
 
 RESAMPLES = 1000
@@ -70,29 +71,11 @@ def halves(questions: Sequence[str]) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------ AUROC
 
 
-def couples(right_N: np.ndarray, score_N: np.ndarray) -> tuple[float, int]:
-    """Of all couples of a right and a wrong completion: in how many the right one scores higher (ties one half), and
-    how many there are. Mann and Whitney's count; sklearn's AUROC is the ratio, at a hundred times the time where there
-    are few completions."""
-    right = int(right_N.sum())
-    won = float(rankdata(score_N)[right_N].sum()) - right * (right + 1) / 2
-    return won, right * (len(right_N) - right)
-
-
-def auroc(right_N: np.ndarray, score_N: np.ndarray) -> float:
-    """The chance that a right completion scores above a wrong one, ties counting one half; NaN for one class alone."""
-    return ratio(*couples(right_N, score_N))
-
-
 def within_questions(right_N: np.ndarray, score_N: np.ndarray, question_N: np.ndarray) -> np.ndarray:
     """``couples`` of each of the C questions, [2, C]. The ratio of the sums is the AUROC within questions."""
     order = np.argsort(question_N, kind="stable")
     starts = np.flatnonzero(np.diff(question_N[order], prepend=-1))
     return np.array([couples(right_N[own], score_N[own]) for own in np.split(order, starts[1:])]).T
-
-
-def ratio(numerator: float, denominator: float) -> float:
-    return float(numerator / denominator) if denominator else math.nan
 
 
 # -------------------------------------------------------------------------------------------------------- intervals

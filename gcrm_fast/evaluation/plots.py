@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from sklearn.metrics import roc_curve
 
-from gcrm_fast.evaluation.measures import PERCENT, Labelled, auroc
+from gcrm_fast.common.statistics import auroc
+from gcrm_fast.evaluation.measures import PERCENT, Labelled
 from gcrm_fast.evaluation.results import Row
 from gcrm_fast.evaluation.voting import Saving
 

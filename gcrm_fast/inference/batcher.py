@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import torch
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.chat import Messages, as_text
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.inference.scoring import Judged, RewardModel
-from gcrm_fast.rlhf.trl import Messages, as_text
 
 Text = str | Messages
 LOG = logging.getLogger("gcrm.serve")

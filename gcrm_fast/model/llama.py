@@ -20,8 +20,8 @@ from gcrm_kernels import gather_rows, rms_norm, rotate_and_gather, swiglu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gcrm_fast.data.packing import Pack, TokenAxis
 from gcrm_fast.model.attention import packed_attention, resolve_backend
+from gcrm_fast.model.inputs import Pack, TokenAxis
 
 
 @dataclass(frozen=True)

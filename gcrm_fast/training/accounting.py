@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from gcrm_fast.data.packing import Pack
+from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import ModelConfig
 
 T = TypeVar("T")

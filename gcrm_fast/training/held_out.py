@@ -12,10 +12,11 @@ import torch.distributed as dist
 from gcrm_kernels import q_values
 from torch import Tensor, nn
 
+from gcrm_fast.common import statistics
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Budget, Pack, Sampling, build_pack, plan_packs
-from gcrm_fast.evaluation import measures as judging
+from gcrm_fast.data.packing import Budget, Sampling, build_pack, plan_packs
+from gcrm_fast.model.inputs import Pack
 from gcrm_fast.training.objectives import STATISTICS, Objective, losses
 
 EVALUATION_EPOCH = 2**32  # sampling counter that no training epoch reaches
@@ -93,7 +94,7 @@ def score_pairs(
 
 def auroc(score_2N: np.ndarray) -> float:
     """AUROC of all chosen against all rejected scores, [2, N]."""
-    return judging.auroc(np.repeat([True, False], score_2N.shape[1]), score_2N.ravel())
+    return statistics.auroc(np.repeat([True, False], score_2N.shape[1]), score_2N.ravel())
 
 
 def metrics(scores: Scores) -> dict[str, float]:

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Budget, Pack, Sampling, build_pack, epoch_batches, plan_packs
+from gcrm_fast.data.packing import Budget, Sampling, build_pack, epoch_batches, plan_packs
+from gcrm_fast.model.inputs import Pack
 from gcrm_fast.training.interrupts import STOPPING, end_with_the_parent
 
 AHEAD = 4  # steps that a worker may be ahead of the training process

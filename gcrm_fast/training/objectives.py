@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from gcrm_kernels import ContrastiveStatistics, dense_contrastive_loss, gather_rows, goal_contrastive_loss
 from torch import Tensor
 
-from gcrm_fast.data.packing import PairRows
+from gcrm_fast.model.inputs import PairRows
 from gcrm_fast.model.llama import Output
 
 # Order of the sums that `losses` returns; each is divided by the number of pairs when logged.

@@ -1,0 +1,88 @@
+"""What the network is given: a flat axis of packed tokens, and the rows of it that a loss reads.
+
+Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples a pair. See packing.py for the layout.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from gcrm_kernels import InverseIndex, RowTiles
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """What the losses read, as indices into the read rows R of a pack (int64 unless noted)."""
+
+    end_2N: Tensor  # last token of chosen [0] and rejected [1]
+    samples_4NS: Tensor  # sources, goals, negative sources, negative goals; S = 0 where all positions are compared
+    samples_tiles: RowTiles
+    positions_M: Tensor  # all compared positions: chosen 0, rejected 0, chosen 1, ...; M = 0 where they are sampled
+    positions_inverse: InverseIndex
+    positions_cu_seqlens: Tensor  # int32, [2N + 1]
+    max_pair_length: int  # longest chosen + rejected among the positions
+    quantiles_2NQ: Tensor  # rows at 0..100 % of chosen and rejected; Q = 0 unless asked for
+    has_positive_N: Tensor  # bool; False where the chosen completion has one token and so no (i < j)
+    shared_negatives_N: Tensor  # float32, share of the negative goals that lie before the completions diverge
+    margin_N: Tensor  # float32
+    pair_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """What the trunk computes: packed tokens and the rows that are read of the last layer.
+
+    All index tensors int64 except cu_seqlens, which are int32. The inverse indices are the gathers' backward: None
+    where no gradient is taken.
+    """
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    kv_index_K: Tensor
+    kv_inverse: InverseIndex | None
+    read_rows_R: Tensor
+    read_inverse: InverseIndex | None
+
+    def to(self, device: torch.device) -> Self:
+        """The same with every tensor on ``device``; does not wait for copies from pinned memory."""
+        return _map(self, Tensor, lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The same with every tensor in page-locked memory."""
+        return _map(self, Tensor, Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class Pack(TokenAxis):
+    """One micro-batch of training."""
+
+    pairs: PairRows
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.pairs.pair_ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Between processes as arrays: a tensor would take a file descriptor and a shared-memory segment each.
+        return vars(_map(self, Tensor, Tensor.numpy))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: _map(value, np.ndarray, torch.from_numpy) for name, value in state.items()})
+
+
+def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """A pack, or a field of one, with ``function`` of every value of type ``kind`` in its place."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, (InverseIndex, RowTiles)):
+        return type(value)(*(_map(v, kind, function) for v in value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _map(getattr(value, f.name), kind, function) for f in fields(value)})
+    return value
