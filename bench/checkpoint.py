@@ -24,7 +24,7 @@ import measure
 import torch
 
 from gcrm_fast import train
-from gcrm_fast.training import snapshots as run_checkpoints
+from gcrm_fast.training import snapshots
 
 ROUNDS = 3
 
@@ -38,7 +38,7 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Watched(run_checkpoints.Checkpoints):
+class Watched(snapshots.Checkpoints):
     """Notes when each checkpoint was asked for and when it was on the disk, and its size."""
 
     written: ClassVar[list[tuple[float, int]]] = []

@@ -33,7 +33,8 @@ from gcrm_kernels.reference import unit_rows
 from torch import Tensor
 
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Sampling, build_pack
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.objectives import ranking_loss
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gcrm_fast.checkpoints.weights import Weights
-from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig, initial_value
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
 
 
 def value(name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device) -> Tensor:

@@ -41,7 +41,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Sampling, build_pack
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.attention import packed_attention, resolve_backend
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import ModelConfig

@@ -19,12 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from gcrm_fast import train
 from gcrm_fast.data import packing
+from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Budget, Sampling, build_pack, plan_packs
-from gcrm_fast.model import inputs
-from gcrm_fast.model import llama as model
-from gcrm_fast.model.inputs import Pack
-from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.data.sampling import Sampling
+from gcrm_fast.model import llama
+from gcrm_fast.model.inputs import Pack, PairRows
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import accounting, objectives, parallel, prepare
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.optimizer import Updater, cast_weights
@@ -61,7 +63,7 @@ def flat(groups: Groups) -> list[TokenizedPair]:
     return [pair for group in groups for pair in group]
 
 
-def naive_loss(z_RD: Tensor, pairs: inputs.PairRows, objective: objectives.Objective) -> tuple:
+def naive_loss(z_RD: Tensor, pairs: PairRows, objective: objectives.Objective) -> tuple:
     """In the place of objectives.contrastive_loss: the naive loss on the same states, similarities not measured."""
     unmeasured = z_RD.new_zeros(len(pairs.has_positive_N))
     loss_N = padded.naive_contrastive(z_RD, pairs.samples_4NS, pairs.has_positive_N)
@@ -127,8 +129,8 @@ class Ours:
                 removed.enter_context(mock.patch.object(module, "use_triton", new=never))
             if without == "Triton":
                 # Plain PyTorch, which torch.compile can fuse, unlike an operator of ours.
-                removed.enter_context(mock.patch.object(model, "rms_norm", new=plain_rms_norm))
-                removed.enter_context(mock.patch.object(model, "swiglu", new=reference.swiglu))
+                removed.enter_context(mock.patch.object(llama, "rms_norm", new=plain_rms_norm))
+                removed.enter_context(mock.patch.object(llama, "swiglu", new=reference.swiglu))
             return train.accumulate(self.model, packs, n_pairs, self.objective, self.device)
 
     def step(self, packs: list[Pack], n_pairs: int, without: str = "") -> None:

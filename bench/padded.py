@@ -22,8 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
 from gcrm_fast.common.errors import one_line
-from gcrm_fast.data.encoding import TokenizedPair, train_tokenizer
-from gcrm_fast.data.packing import Sampling, draw_samples
+from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.sampling import Sampling, draw_samples
+from gcrm_fast.data.tokenization import train_tokenizer
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.objectives import Objective, ranking_loss

@@ -12,15 +12,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.data.encoding import (
-    OWN_END,
-    Completion,
-    TokenizedPair,
-    encode_completions,
-    tokenize_pairs,
-    train_tokenizer,
-)
+from gcrm_fast.data.encoding import OWN_END, Completion, TokenizedPair, encode_completions, tokenize_pairs
 from gcrm_fast.data.records import Candidate, Pair, read_completions, read_pairs
+from gcrm_fast.data.tokenization import train_tokenizer
 
 VOCABULARY = 32_000
 TOKENIZER_PAIRS = 2000  # of each file

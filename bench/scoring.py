@@ -31,7 +31,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForSequenceClassification
 
 from gcrm_fast import train
-from gcrm_fast.data.encoding import Completion, train_tokenizer
+from gcrm_fast.data.encoding import Completion
+from gcrm_fast.data.tokenization import train_tokenizer
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.model.llama import ModelConfig
 

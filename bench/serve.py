@@ -29,9 +29,10 @@ import numpy as np
 import torch
 
 from gcrm_fast import RewardModel
-from gcrm_fast.checkpoints import weights as checkpoint
-from gcrm_fast.data.encoding import train_tokenizer
-from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig, initial_value
+from gcrm_fast.checkpoints.weights import save_model
+from gcrm_fast.data.tokenization import train_tokenizer
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
 
 WORDS = ("sum", "of", "two", "numbers", "is", "the", "and", "so", "we", "get", "then", "add", "half", "times", "apples")
 QUEUE = 20_000
@@ -160,7 +161,7 @@ def random_model(folder: Path) -> Path:
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaRewardModel(config).named_parameters()}
     state = {name: initial_value(name, shape, config, 0) for name, shape in shapes.items()}
-    checkpoint.save_model(folder, state, config, tokenizer, torch.ones(config.hidden_size), 1)
+    save_model(folder, state, config, tokenizer, torch.ones(config.hidden_size), 1)
     return folder
 
 

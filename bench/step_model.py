@@ -24,10 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gcrm_fast.data.packing import Sampling, build_pack
-from gcrm_fast.model import inputs
-from gcrm_fast.model.inputs import Pack
-from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.data.sampling import Sampling
+from gcrm_fast.model.inputs import Pack, mapped
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import accounting
 
 SHAPES = ((100, 225), (250, 80))  # tokens of prompt and of each completion
@@ -84,7 +85,7 @@ def count(config: ModelConfig, pack: Pack, flops: float, bandwidth: float) -> Co
         model = LlamaRewardModel(config, "eager")
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-        axis = inputs._map(pack, Tensor, mode.from_tensor)
+        axis = mapped(pack, Tensor, mode.from_tensor)
         with counter:
             reward_2N, z_RD = model(axis)
             torch.autograd.backward((reward_2N, z_RD), (torch.ones_like(reward_2N), torch.ones_like(z_RD)))

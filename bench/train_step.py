@@ -55,8 +55,8 @@ from step_costs import SCALING_COLUMNS, missing_kernels, plot_scaling, profiled,
 from torch.distributed.device_mesh import DeviceMesh
 
 from gcrm_fast import train
+from gcrm_fast.data.batches import epoch_batches
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import epoch_batches
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training import accounting, parallel, prepare
 from gcrm_fast.training.config import TrainConfig

@@ -19,12 +19,10 @@ import tyro
 from summary import machine, markdown, to_json, trained, write_aside
 
 from gcrm_fast.checkpoints.goals import named_goal
-from gcrm_fast.commands import evaluate, vote
-from gcrm_fast.commands import goals as build_goals
+from gcrm_fast.commands import evaluate, goals, samples, vote
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.common.statistics import ratio
-from gcrm_fast.data import arithmetic
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate, read_completions
 from gcrm_fast.evaluation.measures import ratio_interval
@@ -307,23 +305,23 @@ def run(options: Options) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     held_out, other = folder / "held_out.jsonl", folder / "train.jsonl"
     sizes = ("--problems", options.problems, "--samples", options.samples)
-    done(arithmetic.main, "-o", held_out, *sizes)
-    done(arithmetic.main, "-o", other, *sizes, "--side", "train", "--right", 0.5)
-    goals = {name: folder / f"goals-{number}.safetensors" for number, name in enumerate(models)}
+    done(samples.main, "-o", held_out, *sizes)
+    done(samples.main, "-o", other, *sizes, "--side", "train", "--right", 0.5)
+    goal_files = {name: folder / f"goals-{number}.safetensors" for number, name in enumerate(models)}
     for name, model in models.items():
-        goals[name].unlink(missing_ok=True)
+        goal_files[name].unlink(missing_ok=True)
         for goal, condition in GOALS.items():
-            done(build_goals.main, model, other, "-o", goals[name], "--name", goal, "--where", condition)
+            done(goals.main, model, other, "-o", goal_files[name], "--name", goal, "--where", condition)
     evaluations, votes = {}, {}
     for number, (name, goal) in enumerate(CASES):
-        common = (models[name], held_out, "--goal", f"{goals[name]}:{goal}", "--overwrite")
+        common = (models[name], held_out, "--goal", f"{goal_files[name]}:{goal}", "--overwrite")
         done(evaluate.main, *common, "-o", folder / f"evaluate-{number}", "--by", "steps")
         evaluations[name, goal] = read_rows(folder / f"evaluate-{number}")
         for threshold in ("0", "auto"):
             output = folder / f"vote-{number}-{threshold}"
             done(vote.main, *common, "-o", output, "--threshold", threshold)
             votes[name, goal, threshold] = read_rows(output)
-    cases = located_cases(models, goals, held_out)
+    cases = located_cases(models, goal_files, held_out)
     numbers = {
         "machine": machine(),
         "options": {k: v for k, v in asdict(options).items() if isinstance(v, int)},

@@ -16,7 +16,7 @@ COMMANDS = {  # name: (module with a main(argv), what it does)
     "inspect": ("gcrm_fast.commands.inspect", "a web page of a record, its tokens coloured by Q and reward"),
     "export": ("gcrm_fast.commands.export", "write a model as other programs read it"),
     "serve": ("gcrm_fast.commands.serve", "rewards and Q-values over HTTP"),
-    "samples": ("gcrm_fast.data.arithmetic", "labelled solutions of generated problems, with the place of the error"),
+    "samples": ("gcrm_fast.commands.samples", "labelled solutions of generated problems, with the place of the error"),
 }
 
 

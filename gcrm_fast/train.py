@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.checkpoints.weights import save_model
 from gcrm_fast.common.errors import RankError, UserError, one_line
 from gcrm_fast.common.options import exit_code, written_aside
 from gcrm_fast.model.inputs import Pack
-from gcrm_fast.model.llama import LlamaRewardModel
+from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import parallel
 from gcrm_fast.training.accounting import Meter, memory_limit, peak_flops, peak_memory
 from gcrm_fast.training.config import TrainConfig, parse, to_toml
@@ -211,7 +211,7 @@ class Run:
         prepared = self.prepared
         card = model_card(self.config, data_rows(prepared, self.config), rows, evaluation, dist.get_world_size())
         with written_aside(prepared.output / name) as partial:
-            checkpoint.save_model(
+            save_model(
                 partial, model.weights, prepared.model_config, prepared.tokenizer, model.goal.cpu(), model.goal_count
             )
             (partial / "README.md").write_text(card, encoding="utf-8")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 from transformers import PreTrainedTokenizerFast
 
-from gcrm_fast.data.encoding import BOS, PAD
+from gcrm_fast.data.tokenization import BOS, PAD
 
 H = CONFIG["hidden_size"]
 NORM = "model.layers.0.input_layernorm.weight"

@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerFast
 
-from gcrm_fast.data.encoding import BOS, train_tokenizer
+from gcrm_fast.data.tokenization import BOS, train_tokenizer
 
 TEXTS = ["hello world 123 yes.\n", "naïve café 漢字 漢字\n"] * 20
 # A line feed after the end token; no bos.

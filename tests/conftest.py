@@ -24,7 +24,8 @@ from gcrm_kernels import launch
 
 from gcrm_fast.cli import COMMANDS
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig, initial_value
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
 
 # The same examples at every run, so that a red test is the change's own. --hypothesis-profile=default: fresh ones.
 settings.register_profile("repeatable", derandomize=True)

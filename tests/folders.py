@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from gcrm_fast.checkpoints.config_json import read_config
 from gcrm_fast.checkpoints.weights import Weights, open_weights
-from gcrm_fast.data.encoding import train_tokenizer
-from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
+from gcrm_fast.data.tokenization import train_tokenizer
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel
 
 VOCAB = 300
 CONFIG: dict[str, Any] = {

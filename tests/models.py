@@ -8,9 +8,9 @@ from conftest import small_config, small_model
 from folders import VOCAB, tokenizer
 from torch import Tensor
 
-from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.checkpoints.weights import save_model
 from gcrm_fast.data.tokenization import choose_pad
-from gcrm_fast.model.llama import LlamaRewardModel
+from gcrm_fast.model.reward_model import LlamaRewardModel
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", ", ", "; ", " 1", "2")
 
@@ -22,7 +22,7 @@ def save(folder: Path, **changes: Any) -> LlamaRewardModel:
     state: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
     choose_pad(tokenizer(), config.vocab_size, "test")
     goal = torch.ones(config.projection_size or config.hidden_size)
-    checkpoint.save_model(folder, state, config, tokenizer(), goal, 3)
+    save_model(folder, state, config, tokenizer(), goal, 3)
     return model
 
 

@@ -45,8 +45,8 @@ RMS_NORM, SWIGLU_KERNEL, ROTARY_KERNEL = (
 
 MUTANTS = {
     "layers: the network knows records": (
-        "gcrm_fast/model/attention.py",
-        "import functools\n", "import functools\nimport gcrm_fast.data.records\n", LAYERS),
+        "gcrm_fast/model/inputs.py",
+        "import numpy as np\n", "import numpy as np\nimport gcrm_fast.data.records\n", LAYERS),
     "layers: a lower wing asks a higher one when it is called": (
         "gcrm_fast/data/sources.py", "    if source == STDIN:\n",
         "    from gcrm_fast.training import config as config\n\n    if source == STDIN:\n", LAYERS),
@@ -173,7 +173,7 @@ MUTANTS = {
         "gcrm_fast/data/packing.py", "positions = [chosen, rejected[negative_goals]]", "positions = [chosen, rejected]",
         PACKING),
     "causal mask aligned top-left": (
-        "gcrm_fast/model/attention.py", "+ earlier[:, None, None]", "+ 0 * earlier[:, None, None]", INVARIANTS),
+        "gcrm_fast/model/segment_attention.py", "+ earlier[:, None, None]", "+ 0 * earlier[:, None, None]", INVARIANTS),
     "read rows shifted": (
         "gcrm_fast/model/llama.py", "prune=i == len(self.layers) - 1", "prune=i == 0", INVARIANTS),
     "wrong rotary pairing": (
@@ -222,13 +222,13 @@ MUTANTS = {
     "text rules of another transformers version": (
         "gcrm_fast/data/tokenization.py", "normalizer = stated.normalizer", "normalizer = None", TOKENIZATION),
     "goal not strictly after its source": (
-        "gcrm_fast/data/packing.py", "i, j + (j >= i)", "i, j", PACKING),
+        "gcrm_fast/data/sampling.py", "i, j + (j >= i)", "i, j", PACKING),
     "sampling depends on the epoch only": (
-        "gcrm_fast/data/packing.py", "counter=[0, 0, 0, pair.pair_id]", "counter=[0, 0, 0, 0]", PACKING),
+        "gcrm_fast/data/sampling.py", "counter=[0, 0, 0, pair.pair_id]", "counter=[0, 0, 0, 0]", PACKING),
     "negatives before the divergence": (
-        "gcrm_fast/data/packing.py", 'if sampling.negatives != "after-divergence":', "if True:", PACKING),
+        "gcrm_fast/data/sampling.py", 'if sampling.negatives != "after-divergence":', "if True:", PACKING),
     "a pair lost at a batch boundary": (
-        "gcrm_fast/data/packing.py", "rest[room:], room - len(batch[-1])",
+        "gcrm_fast/data/batches.py", "rest[room:], room - len(batch[-1])",
         "rest[room + 1 :], room - len(batch[-1])", PACKING),
     "eos not appended": (
         "gcrm_fast/data/encoding.py", "[*ids, tokenizer.eos_token_id]", "[*ids]", DATA),
@@ -293,7 +293,7 @@ MUTANTS = {
         "gcrm_fast/training/parallel.py", "set_reshard_after_backward(last or model.gather == \"block\")",
         "set_reshard_after_backward(model.gather == \"block\")", STEP + "gathered_once"),
     "sizes of packs compiled in": (
-        "gcrm_fast/model/llama.py", "dynamic=True", "dynamic=False", STEP + "compiled_blocks"),
+        "gcrm_fast/model/reward_model.py", "dynamic=True", "dynamic=False", STEP + "compiled_blocks"),
     "a host sync in the step": (
         "gcrm_fast/train.py", "        sums += statistics\n", "        sums += statistics * bool(total.isfinite())\n",
         STEP + "never_waits"),
@@ -301,13 +301,13 @@ MUTANTS = {
         "gcrm_fast/training/optimizer.py",
         "bf16_stochastic_round=True", "bf16_stochastic_round=False", STEP + "stochastic"),
     "padded queries counted again in attention": (
-        "gcrm_fast/model/attention.py", "return values * self.real", "return values",
+        "gcrm_fast/model/segment_attention.py", "return values * self.real", "return values",
         PACKING + " -k segment_attention"),
     "attention: square segments see what follows": (
-        "gcrm_fast/model/attention.py", "is_causal=bias is None, attn_mask", "is_causal=False, attn_mask",
+        "gcrm_fast/model/segment_attention.py", "is_causal=bias is None, attn_mask", "is_causal=False, attn_mask",
         PACKING + " -k segment_attention"),
     "attention: the backward of square segments sees what follows": (
-        "gcrm_fast/model/attention.py", "0.0, bias is None, attn_mask", "0.0, False, attn_mask",
+        "gcrm_fast/model/segment_attention.py", "0.0, bias is None, attn_mask", "0.0, False, attn_mask",
         PACKING + " -k segment_attention"),
     "benchmark: the reference reads negative goals on the chosen completion": (
         "bench/padded.py", "torch.tensor([0, 0, 0, n])", "torch.tensor([0, 0, 0, 0])", BENCH + "lever"),
@@ -537,7 +537,7 @@ MUTANTS = {
         "gcrm_fast/commands/export.py",
         "return -self.mean / self.std", "return self.mean / self.std", EXPORT + "standardized"),
     "export: goals under the fingerprint of the old weights": (
-        "gcrm_fast/commands/export.py", "    weights = checkpoint.write_model(", "    checkpoint.write_model(",
+        "gcrm_fast/commands/export.py", "    weights = write_model(", "    write_model(",
         EXPORT + "standardized"),
     "export: a token classifier without its bias": (
         "gcrm_fast/commands/export.py", "tokenizer, bias=bias,", "tokenizer, bias=None,", EXPORT + "standardized"),
@@ -584,7 +584,7 @@ MUTANTS = {
     "samples: the error's place one digit off": (
         "gcrm_fast/data/arithmetic.py", "next(differing, -1)", "next(differing, -2) + 1", ARITHMETIC + " -k place"),
     "samples of problems that are trained on": (
-        "gcrm_fast/data/arithmetic.py", 'if options.side == "held-out":', 'if options.side != "held-out":',
+        "gcrm_fast/commands/samples.py", 'if options.side == "held-out":', 'if options.side != "held-out":',
         ARITHMETIC + " -k sides"),
     "halves: every held-out problem in the same one": (
         "gcrm_fast/evaluation/measures.py", ">> 16 & 1", "% 2", ARITHMETIC + " -k halves"),

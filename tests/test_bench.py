@@ -16,7 +16,7 @@ from conftest import ROOT, small_config
 from gcrm_kernels import launch, reference
 from torch.utils.flop_counter import FlopCounterMode
 
-from gcrm_fast.data.packing import Sampling
+from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.training import accounting, objectives, parallel
 from gcrm_fast.training.accounting import forward_flops
 from gcrm_fast.training.config import TrainConfig

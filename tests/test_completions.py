@@ -8,9 +8,8 @@ import pytest
 from chat import CHATML, chat_tokenizer
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, read_completions
+from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, parse_columns, read_completions
 from gcrm_fast.data.sources import BadRecords
-from gcrm_fast.training.config import parse_columns
 
 USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "yes"),
                                                                      ("assistant", "no")))  # fmt: skip

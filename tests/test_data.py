@@ -9,17 +9,10 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.data.encoding import (
-    BOS,
-    CUT,
-    EOS,
-    encode_completions,
-    end_tokens,
-    tokenize_pairs,
-    train_tokenizer,
-)
+from gcrm_fast.data.encoding import CUT, encode_completions, end_tokens, tokenize_pairs
 from gcrm_fast.data.records import Pair
 from gcrm_fast.data.sources import BadRecords
+from gcrm_fast.data.tokenization import BOS, EOS, train_tokenizer
 
 TOKENIZER = train_tokenizer(TEXTS, 300)
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Sampling, build_pack
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.data.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHAPES = [(0, 8), (1, 1), (1, 123), (7, 64), (3, 4097)]

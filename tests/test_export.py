@@ -22,13 +22,14 @@ from transformers import (
 )
 
 from gcrm_fast import RewardModel
-from gcrm_fast.checkpoints import weights as checkpoint
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_counts, write_goals
+from gcrm_fast.checkpoints.weights import save_model, write_model
 from gcrm_fast.commands.export import main
 from gcrm_fast.data.encoding import ADDED_END, CUT, OWN_END, Completion, TokenizedPair, encode_completions
-from gcrm_fast.data.packing import Sampling, build_pack
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.data.tokenization import choose_pad
-from gcrm_fast.model.llama import LlamaRewardModel
+from gcrm_fast.model.reward_model import LlamaRewardModel
 
 QUESTIONS = ("hello?", "", "world café hello 1 2 3")
 ANSWERS = ("yes.", "hello world 123 yes yes yes.", "漢字", "no no no no no no no no no no no.")
@@ -56,7 +57,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     choose_pad(tokenizer, config.vocab_size, "test")
     folder = tmp_path_factory.mktemp("saved") / "model"
     state = {name: p.detach() for name, p in model.named_parameters()}
-    checkpoint.save_model(folder, state, config, tokenizer, torch.ones(config.hidden_size), 1)
+    save_model(folder, state, config, tokenizer, torch.ones(config.hidden_size), 1)
     return Saved(folder, model, tokenizer)
 
 
@@ -134,7 +135,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = small_config(vocab_size=VOCAB, projection_size=5)
     state = {name: p.detach() for name, p in small_model(config, torch.float32).named_parameters()}
     choose_pad(tokenizer(), VOCAB, "test")
-    weights = checkpoint.write_model(folder / "model", state, config, tokenizer())
+    weights = write_model(folder / "model", state, config, tokenizer())
     goals = {"default": torch.arange(5.0), "short": torch.ones(5)}
     write_goals(folder / "model" / GOAL_FILE, goals, {"default": 7, "short": 3}, weights)
     (folder / "model" / "README.md").write_text("# A model\n")
@@ -242,7 +243,7 @@ def mlp(tmp_path: Path) -> Path:
     """A model whose head has several layers."""
     config = small_config(vocab_size=VOCAB, head="mlp")
     state = {name: p.detach() for name, p in small_model(config, torch.float32).named_parameters()}
-    checkpoint.write_model(tmp_path / "mlp", state, config, tokenizer())
+    write_model(tmp_path / "mlp", state, config, tokenizer())
     return tmp_path / "mlp"
 
 

@@ -9,9 +9,11 @@ import torch
 from conftest import small_config, small_model
 from gcrm_kernels import InverseIndex
 
+from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Budget, Sampling, build_pack, plan_packs
-from gcrm_fast.model.llama import LlamaRewardModel
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.data.sampling import Sampling
+from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training.objectives import Objective, losses
 
 Groups = Sequence[Sequence[TokenizedPair]]

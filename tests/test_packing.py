@@ -8,19 +8,11 @@ import torch
 from gcrm_kernels import InverseIndex
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.batches import Budget, epoch_batches, plan_packs
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import (
-    Budget,
-    Sampling,
-    build_pack,
-    divergence,
-    draw_samples,
-    epoch_batches,
-    group_size,
-    plan_packs,
-    quantile_positions,
-)
-from gcrm_fast.model.attention import segment_attention
+from gcrm_fast.data.packing import build_pack, group_size
+from gcrm_fast.data.sampling import Sampling, divergence, draw_samples, quantile_positions
+from gcrm_fast.model.segment_attention import segment_attention
 
 
 def many_draws(pair: TokenizedPair, sampling: Sampling, epochs: int = 2000) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from judged import write
 
-from gcrm_fast.commands import inspect as page
+from gcrm_fast.commands import inspect
 from gcrm_fast.commands.inspect import Column
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
@@ -63,7 +63,7 @@ class Reader(HTMLParser):
 
 def test_a_page_marks_difference_and_error_and_keeps_all_text(model: Path, tmp_path: Path) -> None:
     file, out = write(tmp_path / "pairs.jsonl", [PAIR | {"error_step": 1}, PAIR]), tmp_path / "page.html"
-    assert page.main([str(model), str(file), "--row", "1", "-o", str(out)]) == 0
+    assert inspect.main([str(model), str(file), "--row", "1", "-o", str(out)]) == 0
     text = out.read_text()
     read = Reader(text)
     assert read.sections == [PAIR["chosen"] + "<|eos|>", str(PAIR["rejected"]) + "<|eos|>"]
@@ -94,7 +94,7 @@ def test_one_completion_stands_alone_and_lists_stand_together(model: Path, tmp_p
          ["error: step 1", "first difference"]),  # the first two are the same
     ):  # fmt: skip
         file = write(tmp_path / "one.jsonl", [record])
-        assert page.main([str(model), str(file), "--row", "0", "-o", str(out)]) == 0
+        assert inspect.main([str(model), str(file), "--row", "0", "-o", str(out)]) == 0
         read = Reader(out.read_text())
         assert re.findall(r"<h2>([^<]+)</h2>", out.read_text()) == titles
         assert sorted(name for _, name, _ in read.marks) == marks
@@ -122,33 +122,33 @@ def candidate(name: str = "completion", **fields: object) -> Candidate:
 def test_error_steps_are_counted_as_their_field_counts(
     fields: dict[str, object], arguments: tuple[str, str], expected: int | None
 ) -> None:
-    assert page.error_step(candidate(**fields), *arguments) == expected
-    assert page.error_step(candidate("chosen", **fields), *arguments) is None
+    assert inspect.error_step(candidate(**fields), *arguments) == expected
+    assert inspect.error_step(candidate("chosen", **fields), *arguments) is None
 
 
 def test_steps_begin_after_what_ends_them() -> None:
-    assert page.step_start(["a", "b;", "c", ";d"], 0, "") == 0
-    assert page.step_start(["a", "b;", "c", ";d"], 1, "") == 2
-    assert page.step_start(["a", "b;", "c", ";d"], 2, "") == 3  # the token that holds its first character
-    assert page.step_start(["a", "b;", "c", ";d"], 3, "") is None
-    assert page.step_start(["a\n", "", "\nb\n", "c"], 1, "") == 2  # blank lines come before line feeds
-    assert page.step_start(["a\n", "", "\nb\n", "c"], 2, "\n") == 2
-    assert page.step_start(["a.", "b"], 1, ".") == 1
+    assert inspect.step_start(["a", "b;", "c", ";d"], 0, "") == 0
+    assert inspect.step_start(["a", "b;", "c", ";d"], 1, "") == 2
+    assert inspect.step_start(["a", "b;", "c", ";d"], 2, "") == 3  # the token that holds its first character
+    assert inspect.step_start(["a", "b;", "c", ";d"], 3, "") is None
+    assert inspect.step_start(["a\n", "", "\nb\n", "c"], 1, "") == 2  # blank lines come before line feeds
+    assert inspect.step_start(["a\n", "", "\nb\n", "c"], 2, "\n") == 2
+    assert inspect.step_start(["a.", "b"], 1, ".") == 1
 
 
 def test_first_difference_counts_completion_tokens() -> None:
     def tokens(*ids: int) -> Completion:
         return Completion(np.array([7, 7, *ids], dtype=np.int32), 2, 0)
 
-    assert page.first_difference(tokens(1, 2, 3), tokens(1, 2, 4)) == 2
-    assert page.first_difference(tokens(1, 2), tokens(1, 2, 4)) == 2
-    assert page.first_difference(tokens(1), tokens(1)) is None
+    assert inspect.first_difference(tokens(1, 2, 3), tokens(1, 2, 4)) == 2
+    assert inspect.first_difference(tokens(1, 2), tokens(1, 2, 4)) == 2
+    assert inspect.first_difference(tokens(1), tokens(1)) is None
 
 
 def test_a_page_escapes_markup_within_a_token_and_everywhere_else() -> None:
     evil = "<script>'\"&</span>"
     column = Column(evil, [evil, "b"], np.array([0.5, 1]), np.array([0.5, 1]), {0: [evil]})
-    read = Reader(page.page(evil, evil, evil, [column]))
+    read = Reader(inspect.page(evil, evil, evil, [column]))
     assert read.sections == [evil + "b"]
     assert read.marks == [(0, evil, "")]
     assert "script" not in {tag for tag, _ in read.tags}
@@ -156,7 +156,7 @@ def test_a_page_escapes_markup_within_a_token_and_everywhere_else() -> None:
 
 def test_values_that_do_not_vary_have_a_colour() -> None:
     column = Column("one", ["a"], np.array([0.5]), np.array([0.5]), {})
-    assert "#" in page.page("", "", "", [column])
+    assert "#" in inspect.page("", "", "", [column])
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_bad_input_of_inspect(
     message: str,
 ) -> None:  # fmt: skip
     file = write(tmp_path / "bad.jsonl", [PAIR | change])
-    assert page.main([str(model), str(file), "-o", str(tmp_path / "page.html"), *arguments]) == 2
+    assert inspect.main([str(model), str(file), "-o", str(tmp_path / "page.html"), *arguments]) == 2
     err = capsys.readouterr().err
     assert re.search(message, err), err
-    assert page.main([str(model), str(file), "--row", "0", "-o", str(tmp_path)]) == 2
+    assert inspect.main([str(model), str(file), "--row", "0", "-o", str(tmp_path)]) == 2
     assert sorted(tmp_path.iterdir()) == [file]

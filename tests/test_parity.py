@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import small_config, small_model
 from folders import load, tokenizer
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file
+from safetensors.torch import save_model as save_by_safetensors
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -19,11 +20,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.checkpoints.weights import fingerprint, save_model
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Sampling, build_pack
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.data.tokenization import choose_pad
-from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -52,7 +55,7 @@ def save(folder: Path, config: ModelConfig) -> tuple[LlamaRewardModel, dict[str,
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
     choose_pad(tokenizer(), config.vocab_size, "test")
     goal = torch.ones(config.projection_size or config.hidden_size)
-    checkpoint.save_model(folder, state, config, tokenizer(), goal, 3)
+    save_model(folder, state, config, tokenizer(), goal, 3)
     return model, state
 
 
@@ -127,7 +130,7 @@ def test_tied_embeddings(kept: str, tmp_path: Path) -> None:
     theirs = theirs_of(small_config(vocab_size=300), LlamaForCausalLM, tie_word_embeddings=True)
     theirs.save_pretrained(tmp_path)
     if kept == "lm_head":
-        save_model(theirs, str(tmp_path / "model.safetensors"))
+        save_by_safetensors(theirs, str(tmp_path / "model.safetensors"))
     embeddings = {name for name in load_file(tmp_path / "model.safetensors") if "embed" in name or "lm_head" in name}
     assert embeddings == {"model.embed_tokens.weight" if kept == "embed_tokens" else "lm_head.weight"}
     model, weights, _ = load(tmp_path)
@@ -145,7 +148,7 @@ def test_round_trip_is_bitwise(changes: dict[str, Any], tmp_path: Path) -> None:
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, state[name]), name
     meta = json.loads((tmp_path / "m" / "gcrm.json").read_text())
-    assert meta["fingerprint"] == checkpoint.fingerprint(sorted(state.items()))
+    assert meta["fingerprint"] == fingerprint(sorted(state.items()))
     assert load_file(tmp_path / "m" / "goal.safetensors")["default"].shape == (config.projection_size or 32,)
     assert ("score.weight" in load_file(tmp_path / "m" / "model.safetensors")) == (config.head == "linear")
 

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.data.encoding import tokenize_pairs, train_tokenizer
+from gcrm_fast.data.encoding import tokenize_pairs
 from gcrm_fast.data.records import Overlap, Pair, ordered_pairs, overlap, read_pairs
 from gcrm_fast.data.sources import BadRecords
+from gcrm_fast.data.tokenization import train_tokenizer
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "yes"),

@@ -11,7 +11,7 @@ from conftest import small_config, small_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from gcrm_fast import RewardModel
-from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.checkpoints.weights import save_model
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.arithmetic import generate, is_correct
 from gcrm_fast.data.chat import as_text
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> RewardModel:
     choose_pad(tokenizer, config.vocab_size, "test")
     state = {name: p.detach() for name, p in small_model(config, torch.float32).named_parameters()}
     folder = tmp_path_factory.mktemp("rewards") / "model"
-    checkpoint.save_model(folder, state, config, tokenizer, torch.arange(32.0), 1)
+    save_model(folder, state, config, tokenizer, torch.arange(32.0), 1)
     return RewardModel.from_pretrained(folder)
 
 

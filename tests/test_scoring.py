@@ -24,11 +24,11 @@ from training_runs import Gcrm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import gcrm_fast
-from gcrm_fast.commands import evaluate, score, vote
-from gcrm_fast.commands import goals as build_goals
+from gcrm_fast.commands import evaluate, goals, score, vote
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import CUT, Completion
-from gcrm_fast.data.packing import Budget, Item, build_score_pack, common_prefix, plan_packs
+from gcrm_fast.data.packing import Item, build_score_pack, common_prefix
 from gcrm_fast.data.records import read_completions
 from gcrm_fast.inference.scoring import RewardModel
 
@@ -449,7 +449,7 @@ def test_records_that_cannot_be_scored_are_skipped_where_asked(
     too_long = {**records[1], "completion": " one" * 200}
     data = str(write(tmp_path / "a", [*records[:10], too_long, *records[10:]]))
     common = [str(folder), data, "--tokens-per-batch", str(longest), "-o", str(tmp_path / "out")]
-    for command in (score, build_goals, evaluate, vote):
+    for command in (score, goals, evaluate, vote):
         assert command.main(common) == 2
         assert re.search(r"a:11: field 'completion' needs \d+ tokens", capsys.readouterr().err)
         assert not (tmp_path / "out").exists()

@@ -27,8 +27,8 @@ from conftest import small_config, small_model
 from training_runs import ROOT
 
 from gcrm_fast import RewardModel
-from gcrm_fast.checkpoints import weights as checkpoint
 from gcrm_fast.checkpoints.goals import GOAL_FILE, write_goals
+from gcrm_fast.checkpoints.weights import write_model
 from gcrm_fast.commands.serve import ServeOptions, is_open, main, read_token
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.tokenization import choose_pad
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     choose_pad(tokenizer, config.vocab_size, "test")
     path = tmp_path_factory.mktemp("served") / "model"
     state = {name: p.detach() for name, p in small_model(config, torch.float32).named_parameters()}
-    weights = checkpoint.write_model(path, state, config, tokenizer)
+    weights = write_model(path, state, config, tokenizer)
     goals = {"default": torch.ones(32), "short": torch.arange(32.0)}
     write_goals(path / GOAL_FILE, goals, dict.fromkeys(goals, 1), weights)
     return path

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from gcrm_fast.training import parallel
-from gcrm_fast.training import snapshots as run_checkpoints
+from gcrm_fast.training import parallel, snapshots
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.optimizer import Updater
 from gcrm_fast.training.resume import RunState, Window
@@ -35,7 +34,7 @@ def pointers(state: Any) -> list[int]:
     return [part.data_ptr() for part in parts(state)]
 
 
-class Held(run_checkpoints.Checkpoints):
+class Held(snapshots.Checkpoints):
     """Writes nothing until it is told to, and keeps what it is to write."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -51,7 +50,7 @@ class Held(run_checkpoints.Checkpoints):
 
 def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path: Path) -> None:
     """Three of them, each written after the state has changed, from the same memory."""
-    (tmp_path / run_checkpoints.FOLDER).mkdir()
+    (tmp_path / snapshots.FOLDER).mkdir()
     with parallel.process_group() as (mesh, device):
         model = small_model(small_config(), torch.float32).to(device)
         parallel.shard(model, mesh, torch.float32)
@@ -81,11 +80,11 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path: Path)
             original = live["model"][name]
             assert isinstance(copy, DTensor)
             assert (copy.device_mesh, copy.placements) == (original.device_mesh, original.placements)
-        for path, then in zip(run_checkpoints.checkpoints(tmp_path), expected, strict=True):
+        for path, then in zip(snapshots.checkpoints(tmp_path), expected, strict=True):
             found = deepcopy(then)
             for part in parts(found):
                 part.zero_()
-            run_checkpoints.load(run_checkpoints.Found(path, {}), found, group)
+            snapshots.load(snapshots.Found(path, {}), found, group)
             assert all(torch.equal(a, b) for a, b in zip(parts(found), parts(then), strict=True))
             assert found["optimizer"]["param_groups"] == then["optimizer"]["param_groups"]
 

@@ -16,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gcrm_fast import train
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.batches import Budget
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Budget, Sampling, build_pack
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.inputs import Pack
-from gcrm_fast.model.llama import LlamaRewardModel
+from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import parallel
 from gcrm_fast.training.accounting import (
     PLANS,

@@ -27,8 +27,7 @@ from training_runs import ROOT, TIMES, TINY, alive, rows, start, torchrun, wait_
 from gcrm_fast import train
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.train import main
-from gcrm_fast.training import parallel
-from gcrm_fast.training import snapshots as run_checkpoints
+from gcrm_fast.training import parallel, snapshots
 from gcrm_fast.training.snapshots import checkpoints, read_manifest
 
 
@@ -169,10 +168,11 @@ with Interrupts(dist.new_group(backend="gloo")).handled():
 
 COPIES = """
 import torch, torch.distributed as dist
-from gcrm_fast.checkpoints import weights as checkpoint
+from gcrm_fast.checkpoints.weights import fresh_weights
 from gcrm_fast.training import parallel
 from gcrm_fast.training.config import TrainConfig
-from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training.optimizer import Updater, cast_weights
 config = ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=8)
@@ -181,7 +181,7 @@ with parallel.process_group(replicas=2) as (mesh, device):
         model = LlamaRewardModel(config)
     cast_weights(model, "adamw-bf16")
     parallel.shard(model, mesh, torch.float32)
-    parallel.materialize(model, mesh, device, checkpoint.fresh_weights(config, 0).rows)
+    parallel.materialize(model, mesh, device, fresh_weights(config, 0).rows)
     updater = Updater(model, TrainConfig(optimizer="adamw-bf16", warmup=0.0, lr=1e-4), 9, device)
     before = [p.to_local().clone() for p in model.parameters()]
     for step in range(3):
@@ -379,16 +379,16 @@ def test_another_configuration_is_refused_with_the_difference(
 
 def test_checkpoints_that_stay(pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest ones and the best; and the best model is left at the end."""
-    present, removed, real = [], run_checkpoints.Checkpoints.remove_all, train.metrics
+    present, removed, real = [], snapshots.Checkpoints.remove_all, train.metrics
     values = iter([0.1, 0.7, 0.9, 0.8, 0.3, 0.2, 0.1])
     monkeypatch.setattr(train, "metrics", lambda scores: real(scores) | {"eval/auroc": next(values)})
 
-    def look(self: run_checkpoints.Checkpoints) -> None:
+    def look(self: snapshots.Checkpoints) -> None:
         present.extend((path.name, read_manifest(path)["facts"]["metrics"]) for path in checkpoints(tmp_path))
         dcp_to_torch_save(tmp_path / "checkpoints" / "step-00000004", tmp_path / "step4.pt")
         removed(self)
 
-    monkeypatch.setattr(run_checkpoints.Checkpoints, "remove_all", look)
+    monkeypatch.setattr(snapshots.Checkpoints, "remove_all", look)
     assert main(arguments(pair_file, tmp_path, "--eval-every", "2", "--keep", "2", "--keep-best", "eval/auroc",
                           "--save-every", "5")) == 0  # fmt: skip
     assert [name for name, _ in present] == ["step-00000004", "step-00000008", "step-00000010"]
@@ -432,7 +432,7 @@ def test_a_run_that_is_cut_short_at_its_end_ends_when_called_again(
 
 
 def test_no_checkpoints_if_none_are_wanted(pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_checkpoints.Checkpoints, "save", None)
+    monkeypatch.setattr(snapshots.Checkpoints, "save", None)
     assert main(arguments(pair_file, tmp_path, "--keep", "0")) == 0
     assert not (tmp_path / "checkpoints").exists()
 

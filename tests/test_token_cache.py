@@ -10,9 +10,10 @@ import pytest
 from chat import TEXTS
 from safetensors.numpy import save_file
 
-from gcrm_fast.data.encoding import cache_key, encode_pairs, tokenize_pairs, train_tokenizer
+from gcrm_fast.data.encoding import cache_key, encode_pairs, tokenize_pairs
 from gcrm_fast.data.records import Pair
 from gcrm_fast.data.token_cache import TokenCache, cache_folder
+from gcrm_fast.data.tokenization import train_tokenizer
 
 TOKENIZER = train_tokenizer(TEXTS, 300)
 PAIRS = [Pair("hello", " world 1", " world 2"), Pair("hello", " yes", " 3", chosen_cut=True)]

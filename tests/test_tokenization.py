@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.data.encoding import encode_completions, train_tokenizer
-from gcrm_fast.data.tokenization import choose_pad, load_tokenizer, save_tokenizer
+from gcrm_fast.data.encoding import encode_completions
+from gcrm_fast.data.tokenization import choose_pad, load_tokenizer, save_tokenizer, train_tokenizer
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "12", "345", "runs", "naïve", "café"]
 TEXTS = ["hello world", "  the  fox", "\n\nHuman: 12\n\nAssistant:", "naïve 漢字 😀", " ", "fox</s>"]

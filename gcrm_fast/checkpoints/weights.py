@@ -29,7 +29,8 @@ from gcrm_fast.checkpoints.config_json import huggingface_config, read_json
 from gcrm_fast.checkpoints.goals import DEFAULT, END_POLICY, GOAL_FILE, write_goals
 from gcrm_fast.common.errors import UserError, one_line
 from gcrm_fast.data.tokenization import save_tokenizer
-from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig, initial_value
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
 
 HEAD_FILE = "gcrm.json"
 COMPANION = "gcrm.safetensors"

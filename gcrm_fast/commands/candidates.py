@@ -14,10 +14,9 @@ from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import ModelOptions
 from gcrm_fast.data.encoding import Completion
-from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records
+from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.inference.scoring import RewardModel
-from gcrm_fast.training.config import parse_columns
 
 PAIRED = {"chosen": True, "correct": True, "rejected": False, "incorrect": False}  # a pair's fields: is it right?
 

@@ -21,8 +21,8 @@ from gcrm_fast.commands.candidates import (
 )
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import exit_code, parse_options, written_aside
-from gcrm_fast.data.packing import quantile_positions
 from gcrm_fast.data.records import Candidate
+from gcrm_fast.data.sampling import quantile_positions
 from gcrm_fast.evaluation.measures import COVERAGE, RESAMPLES, Labelled, cross_fitted, group_scores, halves, measures
 from gcrm_fast.evaluation.plots import plot_histograms, plot_partial, plot_roc
 from gcrm_fast.evaluation.results import Row, check_folder, columns, number, with_interval, write_rows

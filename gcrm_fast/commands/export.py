@@ -20,17 +20,25 @@ import tyro
 from torch import Tensor
 from tyro.conf import Positional
 
-from gcrm_fast.checkpoints import weights as checkpoint
 from gcrm_fast.checkpoints.config_json import read_config
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_counts, read_goals, write_goals
+from gcrm_fast.checkpoints.weights import (
+    COMPANION,
+    MODEL_FILES,
+    fingerprint,
+    locate,
+    open_weights,
+    read_heads,
+    write_model,
+)
 from gcrm_fast.commands.candidates import encoded
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import exit_code, parse_options, written_aside
-from gcrm_fast.data.records import COMPLETION_FORMATS, read_completions
+from gcrm_fast.data.records import COMPLETION_FORMATS, parse_columns, read_completions
 from gcrm_fast.data.tokenization import choose_pad, load_tokenizer
 from gcrm_fast.inference.scoring import RewardModel
-from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
-from gcrm_fast.training.config import parse_columns
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training.metrics_log import table
 
 CARD = "README.md"
@@ -84,7 +92,7 @@ def measure(options: ExportOptions) -> Scale:
 
 def read_state(folder: Path, options: ExportOptions) -> tuple[dict[str, Tensor], ModelConfig, tuple[str, ...]]:
     """(tensors as the folder has them, shape, what was left out). Raises UserError."""
-    head, projection_size = checkpoint.read_heads(folder)
+    head, projection_size = read_heads(folder)
     if head != "linear" and (options.format != "transformers" or options.standardize):
         asked = "--standardize scales" if options.standardize else f"--format {options.format} holds"
         raise UserError(
@@ -92,7 +100,7 @@ def read_state(folder: Path, options: ExportOptions) -> tuple[dict[str, Tensor],
             "--head linear"
         )
     config = read_config(folder, head=head, projection_size=projection_size)
-    weights = checkpoint.open_weights(folder, config, seed=None)
+    weights = open_weights(folder, config, seed=None)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaRewardModel(config).named_parameters()}
     return {name: weights.rows(name, shape, slice(None)) for name, shape in shapes.items()}, config, weights.notes
@@ -112,14 +120,14 @@ def export(options: ExportOptions) -> None:
     output = Path(options.output)
     if output.exists():
         raise UserError(f"--output {output}: exists: choose another")
-    folder = checkpoint.locate(options.model, "MODEL", checkpoint.MODEL_FILES)
+    folder = locate(options.model, "MODEL", MODEL_FILES)
     state, config, notes = read_state(folder, options)
     tokenizer = load_tokenizer(folder)
     choose_pad(tokenizer, config.vocab_size, options.model)
     goal_file = folder / GOAL_FILE
     goals, counts = {}, {}
     if goal_file.is_file():
-        weights = checkpoint.fingerprint(sorted(state.items()))
+        weights = fingerprint(sorted(state.items()))
         goals, counts = read_goals(goal_file, weights), read_counts(goal_file, weights)
     scale = measure(options) if options.standardize else None
     bias = torch.zeros(1, dtype=state["score.weight"].dtype) if options.format == "token-classification" else None
@@ -132,7 +140,7 @@ def export(options: ExportOptions) -> None:
 
     rows = _summary(options, config, scale)
     with written_aside(output) as partial:
-        weights = checkpoint.write_model(
+        weights = write_model(
             partial, state, config, tokenizer, bias=bias, fields=config_fields(options, scale), about=about
         )
         if goals:  # states do not depend on the head, but the fingerprint does
@@ -154,10 +162,10 @@ def _summary(options: ExportOptions, config: ModelConfig, scale: Scale | None) -
                             f"{place.get(options.format, 'gcrm.json')}"),
         ]  # fmt: skip
     if config.head != "linear":
-        rows.append(("reward head", f"in {checkpoint.COMPANION}, for gcrm_fast alone: it has several layers, and "
+        rows.append(("reward head", f"in {COMPANION}, for gcrm_fast alone: it has several layers, and "
                                     "transformers would start another one"))  # fmt: skip
     if config.projection_size:
-        rows.append(("projection", f"in {checkpoint.COMPANION}, for Q-values here: the format has no place for it"))
+        rows.append(("projection", f"in {COMPANION}, for Q-values here: the format has no place for it"))
     return rows
 
 

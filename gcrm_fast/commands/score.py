@@ -29,10 +29,9 @@ from gcrm_fast.commands.candidates import encoded, unfit
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import ModelOptions, exit_code, output_file, parse_options
 from gcrm_fast.data.encoding import Completion
-from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records
+from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
 from gcrm_fast.data.sources import STDIN, BadRecords
 from gcrm_fast.inference.scoring import Judged, RewardModel
-from gcrm_fast.training.config import parse_columns
 
 T = TypeVar("T")
 Window = list[list[Candidate]]  # the completions of each record

@@ -7,22 +7,14 @@
 Whether a step is right can be known only by doing it: both sides have the same length, and each digit is as likely in a
 wrong solution as in a right one. The named values make thousands of problems of a few sums.
 
-``gcrm samples`` writes many labelled solutions of a problem, as if drawn from a model, with the place of the error.
+``samples`` are labelled solutions of a problem, as if drawn from a model, with the place of the error.
 """
 
-import gzip
-import json
 import random
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import tyro
-
-from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import exit_code, output_file, parse_options, written_aside
 from gcrm_fast.data.records import Pair
 
 MODULUS = 5
@@ -94,42 +86,6 @@ def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[li
 # ---------------------------------------------------------------------------------------------------------- samples
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """Writes labelled solutions of generated problems as JSON lines, which the other commands read. A wrong solution
-    has one wrong step, any with equal chance, and goes on from it."""
-
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """File of JSON lines, gzipped if its name ends in .gz; - for stdout."""
-    side: Literal["held-out", "train"] = "held-out"
-    """Problems that gcrm train never trains on, or others."""
-    problems: int = 500
-    """Different problems."""
-    samples: int = 16
-    """Solutions of each. They come again, as a model's do."""
-    right: float = 0.25
-    """Chance of a right solution. With little more than what each wrong answer has, a majority is often wrong."""
-    arithmetic_steps: int = 3
-    """Longest problem, in solution steps."""
-    seed: int = 0
-    """Of problems and solutions."""
-
-
-def distinct_problems(options: SampleOptions) -> list[str]:
-    """Raises UserError where there are fewer than asked for."""
-    if options.side == "held-out":
-        prompts = [pair.prompt for pair in generate(0, options.problems, options.seed, options.arithmetic_steps)[1]]
-    else:  # training problems may come again
-        pairs = generate(2 * options.problems + 1000, 0, options.seed, options.arithmetic_steps)[0]
-        prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: options.problems]
-    if len(prompts) < options.problems:
-        raise UserError(
-            f"--problems {options.problems}: found {len(prompts)} of at most {options.arithmetic_steps} steps: ask for "
-            "fewer, or for longer ones with --arithmetic-steps"
-        )
-    return prompts
-
-
 def samples(prompts: Sequence[str], per_problem: int, right: float, seed: int) -> Iterator[dict[str, Any]]:
     """Records of ``per_problem`` solutions of each problem, right with probability ``right``.
 
@@ -156,29 +112,3 @@ def samples(prompts: Sequence[str], per_problem: int, right: float, seed: int) -
                 "error_step": error_step,
                 "error_char": next(differing, -1),
             }
-
-
-def run(options: SampleOptions) -> None:
-    """Writes the file. Raises UserError."""
-    for name in ("problems", "samples", "arithmetic_steps"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
-    if not 0 <= options.right <= 1:
-        raise UserError(f"--right {options.right}: must be between 0 and 1")
-    if options.arithmetic_steps >= len(LETTERS):
-        raise UserError(f"--arithmetic-steps {options.arithmetic_steps}: must be less than {len(LETTERS)}")
-    records = samples(distinct_problems(options), options.samples, options.right, options.seed)
-    text = "".join(json.dumps(record) + "\n" for record in records).encode()
-    if options.output == "-":
-        sys.stdout.buffer.write(text)
-        sys.stdout.buffer.flush()
-        return
-    path = output_file(options.output, ())
-    with written_aside(path) as partial:
-        partial.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("gcrm samples", lambda: run(parse_options(SampleOptions, arguments, "gcrm samples")))

@@ -7,22 +7,21 @@ reward is read. Only a completion that a length limit cut has none: it is read a
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Encoding
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.records import Pair
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.token_cache import TokenCache
 
-BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 CHUNK = 512  # pairs a tokenizer call
 TOKENS_VERSION = "1"  # goes into the cache's keys: raise it when other tokens come from the same text
 OWN_END, ADDED_END, CUT = range(3)  # how a completion ends
@@ -80,30 +79,6 @@ class TokenReport:
 def _summary(lengths: np.ndarray) -> str:
     low, median, high, top = np.percentile(lengths, [0, 50, 95, 100]).astype(int)
     return f"min {low}, median {median}, 95% {high}, max {top}"
-
-
-# ------------------------------------------------------------------------------------------------------ tokenizers
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with single-digit numbers, trained on ``texts``; encodes any text, and starts it with bos."""
-    smallest = 256 + len((BOS, EOS, PAD))
-    if vocab_size < smallest:
-        raise UserError(f"--vocab-size {vocab_size}: must be at least {smallest}: all bytes and three special tokens")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
 # ------------------------------------------------------------------------------------------------- one completion

@@ -10,7 +10,7 @@ Everything here is NumPy on the host and a pure function of (seed, epoch, step):
 cut into packs changes which pairs meet in a step or which positions are sampled.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -19,11 +19,9 @@ import torch
 from gcrm_kernels import InverseIndex, RowTiles
 from torch import Tensor
 
-from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.sampling import Sampling, divergence, draw_samples, first_negative, quantile_positions
 from gcrm_fast.model.inputs import Pack, PairRows, TokenAxis
-
-QUANTILES = 11  # Q-values are read at 0, 10, ..., 100 % of a completion
 
 
 class Member(Protocol):
@@ -58,72 +56,12 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """Which source and goal positions are compared: drawn (``paper`` or ``repo``), or all of them (``dense``)."""
-
-    samples: int = 16
-    variant: str = "paper"
-    negatives: str = "anywhere"  # or "after-divergence": negative goals only from the first differing token on
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class ScorePack(TokenAxis):
     """A pack whose completions are scored. ``rows_of[i]`` are item ``indices[i]``'s completion tokens, or its last
     token alone, as indices into the read rows."""
 
     indices: tuple[int, ...]
     rows_of: tuple[np.ndarray, ...]
-
-
-# ---------------------------------------------------------------------------------------------- sampling of positions
-
-
-def divergence(pair: TokenizedPair) -> int:
-    """Number of leading tokens that chosen and rejected sequences share."""
-    n = min(len(pair.chosen_ids), len(pair.rejected_ids))
-    differs = pair.chosen_ids[:n] != pair.rejected_ids[:n]
-    return int(differs.argmax()) if differs.any() else n
-
-
-def first_negative(pair: TokenizedPair, sampling: Sampling) -> int:
-    """First position of the rejected completion that may be a negative goal."""
-    if sampling.negatives != "after-divergence":
-        return 0
-    return min(max(divergence(pair) - pair.rejected_start, 0), len(pair.rejected_ids) - pair.rejected_start - 1)
-
-
-def draw_samples(pair: TokenizedPair, sampling: Sampling, epoch: int) -> np.ndarray:
-    """Positions [4, S] in the completions (0 = first completion token): sources, goals, negative sources (of chosen),
-    negative goals (of rejected). Counter-based: depends on (seed, epoch, pair id) alone.
-
-    GCRM section 3 (``paper``) and its released code (``repo``). Where chosen has one token, positives are all 0.
-    """
-    rng = np.random.Generator(np.random.Philox(key=[sampling.seed, epoch], counter=[0, 0, 0, pair.pair_id]))
-    n_chosen = len(pair.chosen_ids) - pair.chosen_start
-    n_rejected = len(pair.rejected_ids) - pair.rejected_start
-    first = first_negative(pair, sampling)
-    s = sampling.samples
-    if sampling.variant == "repo":
-        # Fractions counted from the end: position -floor(f * na + 1) with na text tokens, -1 the end token.
-        u_2S = np.sort(rng.random((2, s)), axis=0)
-        sources, goals = (_from_end(u, n_chosen) for u in u_2S)
-        return np.stack(
-            [sources, goals, _from_end(rng.random(s), n_chosen), first + _from_end(rng.random(s), n_rejected - first)]
-        )
-    negatives = np.stack([rng.integers(n_chosen, size=s), rng.integers(first, n_rejected, size=s)])
-    if n_chosen == 1:
-        return np.concatenate([np.zeros((2, s), dtype=np.int64), negatives])
-    # Two distinct positions, uniform over unordered pairs: skip the first draw in the second, then sort.
-    i = rng.integers(n_chosen, size=s)
-    j = rng.integers(n_chosen - 1, size=s)
-    positives = np.sort(np.stack([i, j + (j >= i)]), axis=0)
-    return np.concatenate([positives, negatives])
-
-
-def _from_end(u_S: np.ndarray, n: int) -> np.ndarray:
-    """Positions of the released code among n tokens, u in [0, 1): n - floor((1 - u) * (n - 1) + 1)."""
-    return n - np.floor((1 - u_S) * (n - 1) + 1).astype(np.int64)
 
 
 # ------------------------------------------------------------------------------------------------- layout of one pack
@@ -314,114 +252,9 @@ def _read_rows(
     )
 
 
-def quantile_positions(n: int) -> np.ndarray:
-    """Positions at 0, 10, ..., 100 % of a completion of n tokens: max(n * i // 10 - 1, 0), [11]."""
-    return np.maximum(n * np.arange(QUANTILES) // 10 - 1, 0)
-
-
 def _cumulative(lens: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lens)])
 
 
 def _tensor(array: np.ndarray, dtype: type) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
-
-
-# --------------------------------------------------------------------------------------- which pairs, in which packs
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What one pack may hold: computed tokens and gathered key rows (read rows are a subset of the tokens)."""
-
-    tokens: int
-    hidden_size: int  # weighs attention against the linear layers
-
-    @property
-    def keys(self) -> int:
-        return 2 * self.tokens
-
-    def cost(self, size: GroupSize) -> float:
-        """Relative time: a query-key product costs 4H operations a layer where a token costs about 24 H^2."""
-        return size.tokens + size.products / (6 * self.hidden_size)
-
-
-def epoch_batches(
-    prompt_keys: np.ndarray, global_batch_pairs: int, group_prompts: int, seed: int, epoch: int
-) -> Iterator[list[list[int]]]:
-    """Global batches of one epoch: lists of groups, a group being positions in the data of up to ``group_prompts``
-    pairs of one prompt. Every pair occurs once; only the last batch may be smaller than ``global_batch_pairs``."""
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(prompt_keys))
-    if group_prompts == 1:
-        units = [[int(i)] for i in order]
-    else:
-        by_prompt: dict[int, list[int]] = {}
-        for i in order:
-            by_prompt.setdefault(int(prompt_keys[i]), []).append(int(i))
-        units = [m[a : a + group_prompts] for m in by_prompt.values() for a in range(0, len(m), group_prompts)]
-        units = [units[i] for i in rng.permutation(len(units))]
-    batch: list[list[int]] = []
-    room = global_batch_pairs
-    for unit in units:
-        rest = unit
-        while rest:
-            batch.append(rest[:room])
-            rest, room = rest[room:], room - len(batch[-1])
-            if room == 0:
-                yield batch
-                batch, room = [], global_batch_pairs
-    if batch:
-        yield batch
-
-
-def split_to_budget(group: list[M], budget: Budget) -> list[list[M]]:
-    """The group, halved until each part fits in a pack. Raises UserError where a single member does not fit."""
-    size = group_size(group)
-    if size.tokens <= budget.tokens and size.keys <= budget.keys:
-        return [group]
-    if len(group) == 1:
-        raise UserError(
-            f"{group[0].name} needs {size.tokens} tokens, more than --tokens-per-batch {budget.tokens}: "
-            f"raise --tokens-per-batch or leave out what is so long"
-        )
-    half = len(group) // 2
-    return split_to_budget(group[:half], budget) + split_to_budget(group[half:], budget)
-
-
-def plan_packs(groups: Sequence[list[M]], budget: Budget, world_size: int) -> list[list[list[M]]]:
-    """Cuts groups into packs of balanced cost; the number of packs is a multiple of ``world_size``.
-
-    Pack i belongs to rank i % world_size. With fewer groups than packs some are empty (dummies).
-    Longest-processing-time rule: the costliest group first, into the cheapest pack that has room.
-    """
-    parts = [part for group in groups for part in split_to_budget(group, budget)]
-    sized = sorted(((group_size(part), i) for i, part in enumerate(parts)), key=lambda x: (-budget.cost(x[0]), x[1]))
-    needed = max(
-        -(-sum(size.tokens for size, _ in sized) // budget.tokens),
-        -(-sum(size.keys for size, _ in sized) // budget.keys),
-    )
-    n_packs = max(-(-needed // world_size), 1) * world_size
-    while True:
-        packs = _fill(sized, n_packs, budget)
-        if packs is not None:
-            return [[parts[i] for i in sorted(members)] for members in packs]
-        n_packs += world_size
-
-
-def _fill(sized: Sequence[tuple[GroupSize, int]], n_packs: int, budget: Budget) -> list[list[int]] | None:
-    """Members of each of n_packs packs, or None where they do not fit."""
-    members: list[list[int]] = [[] for _ in range(n_packs)]
-    tokens, keys, cost = [0] * n_packs, [0] * n_packs, [0.0] * n_packs
-    for size, i in sized:
-        room = [
-            p for p in range(n_packs) if tokens[p] + size.tokens <= budget.tokens and keys[p] + size.keys <= budget.keys
-        ]
-        if not room:
-            return None
-        p = min(room, key=lambda p: cost[p])
-        members[p].append(i)
-        tokens[p] += size.tokens
-        keys[p] += size.keys
-        cost[p] += budget.cost(size)
-    return members

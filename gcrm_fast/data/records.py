@@ -228,6 +228,23 @@ def known_fields(formats: Formats) -> list[str]:
     return sorted(names | cuts | ({"margin"} if formats is FORMATS else set()))
 
 
+def parse_columns(text: str, formats: Formats = FORMATS) -> dict[str, str]:
+    """This project's field names and the records', of prompt=instruction,chosen=good. Raises UserError."""
+    fields = known_fields(formats)
+    columns: dict[str, str] = {}
+    for item in filter(None, text.split(",")):
+        name, equals, column = (part.strip() for part in item.partition("="))
+        if not equals or not column or name in columns:
+            raise UserError(f"--columns {text}: must be NAME=COLUMN,NAME=COLUMN with every name once")
+        if name not in fields:
+            raise UserError(f"--columns {text}: {name!r} is none of the fields {', '.join(fields)}")
+        columns[name] = column
+    if columns and not any(columns.keys() >= set(needed) for needed in formats.values()):
+        listed = "; ".join(", ".join(needed) for needed in formats.values())
+        raise UserError(f"--columns {text}: no other fields are read, so all of a format must be named: {listed}")
+    return columns
+
+
 def format_of(record: _Record, formats: Formats) -> str:
     """The name of the one format whose fields are all there. Raises UserError for none, or more than one."""
     values = record.values

@@ -1,15 +1,17 @@
-"""Tokenizers: loading any that a Llama checkpoint brings, the pad token, saving for transformers 4 and 5 alike."""
+"""Tokenizers: trained here or brought by a Llama checkpoint; the pad token; saving for transformers 4 and 5 alike."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gcrm_fast.common.errors import UserError, one_line
 
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # of a tokenizer that is trained here
 # Texts on which a converted sentencepiece model must agree with sentencepiece: what its normalizer can change.
 PROBES = (" a", "Hello  world 12", "a\n\nb", "naïve ﬁ 漢字", "tab\tand trailing ")
 # Of tokenizer_config.json: what both transformers 4 and 5 read. All else is in tokenizer.json.
@@ -129,3 +131,24 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     saved = json.loads(path.read_text(encoding="utf-8"))
     portable = {name: saved[name] for name in PORTABLE if name in saved}
     path.write_text(json.dumps({**portable, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with single-digit numbers, trained on ``texts``; encodes any text, and starts it with bos."""
+    smallest = 256 + len((BOS, EOS, PAD))
+    if vocab_size < smallest:
+        raise UserError(f"--vocab-size {vocab_size}: must be at least {smallest}: all bytes and three special tokens")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD)

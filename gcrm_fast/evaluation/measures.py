@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
 from gcrm_fast.common.statistics import auroc, couples, ratio
-from gcrm_fast.data.packing import QUANTILES, quantile_positions
+from gcrm_fast.data.sampling import QUANTILES, quantile_positions
 
 RESAMPLES = 1000
 COVERAGE = 0.95

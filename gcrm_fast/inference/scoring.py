@@ -16,14 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.checkpoints import weights as checkpoint
 from gcrm_fast.checkpoints.config_json import read_config
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals
+from gcrm_fast.checkpoints.weights import MODEL_FILES, Weights, fingerprint, locate, open_weights, read_heads
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import CHUNK, Completion, encode_completions
-from gcrm_fast.data.packing import Budget, Item, ScorePack, build_score_pack, plan_packs
+from gcrm_fast.data.packing import Item, ScorePack, build_score_pack
 from gcrm_fast.data.tokenization import check_vocabulary, load_tokenizer
-from gcrm_fast.model.llama import LlamaRewardModel, ModelConfig
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel
 
 PLANNED_GROUPS = 1024  # prompts whose packs are planned together
 
@@ -68,10 +70,10 @@ class RewardModel:
         Raises:
             UserError: no such model, a language model without a reward head, or goals of other weights.
         """
-        folder = checkpoint.locate(str(path_or_hub), "MODEL", checkpoint.MODEL_FILES)
-        head, projection_size = checkpoint.read_heads(folder)
+        folder = locate(str(path_or_hub), "MODEL", MODEL_FILES)
+        head, projection_size = read_heads(folder)
         config = read_config(folder, head=head, projection_size=projection_size)
-        weights = checkpoint.open_weights(folder, config, seed=None)
+        weights = open_weights(folder, config, seed=None)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size, str(folder))
         place = _default_device() if device is None else torch.device(device)
@@ -254,7 +256,7 @@ def _compute_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtyp
 
 @torch.no_grad()
 def load_network(
-    config: ModelConfig, weights: checkpoint.Weights, device: torch.device, dtype: torch.dtype, attention: str
+    config: ModelConfig, weights: Weights, device: torch.device, dtype: torch.dtype, attention: str
 ) -> tuple[LlamaRewardModel, str]:
     """The network with its weights, one tensor at a time, and their fingerprint."""
     with torch.device("meta"):
@@ -271,4 +273,4 @@ def load_network(
             parameter.copy_(value)
             yield name, value
 
-    return network, checkpoint.fingerprint(loaded())
+    return network, fingerprint(loaded())

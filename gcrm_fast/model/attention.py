@@ -1,27 +1,21 @@
 """Causal attention over packed segments: one variable-length call, three backends behind one signature.
 
-Letters: T query rows, K gathered key/value rows, N query heads, G key/value heads, D head size, B segments; b segments
-padded to q queries and k keys.
+Letters: T query rows, K gathered key/value rows, N query heads, G key/value heads, D head size, B segments.
 
 Segment b owns the queries cu_seqlens_q[b]:cu_seqlens_q[b + 1] and the keys cu_seqlens_k[b]:cu_seqlens_k[b + 1]. It has
 at least as many keys as queries, and its causal mask is aligned bottom-right: the last query sees every key. With keys
 gathered as [P C1 | P C2 | ...] that makes one call compute a shared prefix once (see packing.py).
 """
 
-import functools
 import importlib.util
 import inspect
-from collections import defaultdict
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-PADDING = 16  # rows to which the eager backend pads short segments, so that many of them share one matrix product
-ALONE = 64  # queries from which a segment has a product of its own, on views instead of copies
+from gcrm_fast.model.segment_attention import segment_attention
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "eager")
 
@@ -74,211 +68,3 @@ def packed_attention(
         assert isinstance(out, Tensor)
         return out
     return segment_attention(q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k)
-
-
-class _One(NamedTuple):
-    """Rows of a flat axis that one segment takes."""
-
-    rows: slice
-
-    def take(self, x_T: Tensor) -> Tensor:
-        """[T, ...] -> [1, n, ...]"""
-        return x_T[self.rows].unsqueeze(0)
-
-    def put(self, x_T: Tensor, values: Tensor) -> None:
-        """Writes values [1, n, ...]."""
-        x_T[self.rows] = values[0]
-
-    def unpadded(self, values: Tensor) -> Tensor:
-        return values
-
-
-class _Many(NamedTuple):
-    """Rows of a flat axis that b segments take, each padded to n with its last row."""
-
-    rows: Tensor  # [b * n]
-    real: Tensor  # [b, n, 1, 1]: 1 or, for padding, 0
-    places: Tensor  # of the real ones among the rows
-
-    @staticmethod
-    def of(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> "_Many":
-        start, length = torch.tensor([starts, lengths], device=device).unsqueeze(-1)
-        n = torch.arange(max(lengths), device=device)
-        real = n < length
-        return _Many((start + n.minimum(length - 1)).flatten(), real[..., None, None], real.flatten().nonzero()[:, 0])
-
-    def take(self, x_T: Tensor) -> Tensor:
-        """[T, ...] -> [b, n, ...]"""
-        return x_T.index_select(0, self.rows).unflatten(0, self.real.shape[:2])
-
-    def put(self, x_T: Tensor, values: Tensor) -> None:
-        """Writes the real ones of values [b, n, ...]."""
-        real = values.flatten(0, 1).index_select(0, self.places)
-        x_T.index_copy_(0, self.rows.index_select(0, self.places), real.to(x_T.dtype))
-
-    def unpadded(self, values: Tensor) -> Tensor:
-        """values [b, n, N, D], 0 in the padding."""
-        return values * self.real
-
-
-def _rows(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> _One | _Many:
-    if len(starts) == 1:
-        return _One(slice(starts[0], starts[0] + lengths[0]))
-    return _Many.of(starts, lengths, device)
-
-
-class _Bucket(NamedTuple):
-    """Segments padded to one shape, and what their causal mask adds to the scores, [b, 1, q, k]: 0, or -inf at the keys
-    that a query must not see. None where the kernel masks by itself and leaves out what it need not compute."""
-
-    queries: _One | _Many
-    keys: _One | _Many
-    bias: Tensor | None
-
-
-@functools.lru_cache(maxsize=1)  # of a pack, for all its layers
-def _buckets(
-    q_bounds: tuple[int, ...], k_bounds: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> list[_Bucket]:
-    """All segments: long ones alone, short ones of equal lengths after rounding up to ``PADDING`` side by side, square
-    ones by themselves."""
-    members: dict[tuple[int, int, bool, int], list[tuple[int, int, int, int]]] = defaultdict(list)
-    for (q_start, q_end), (k_start, k_end) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
-        q_len, k_len = q_end - q_start, k_end - k_start
-        alone = q_start if q_len >= ALONE else -1
-        shape = -(-q_len // PADDING), -(-k_len // PADDING), q_len == k_len, alone
-        members[shape].append((q_start, k_start, q_len, k_len))
-    buckets = []
-    for (_, _, square, _), segments in members.items():
-        q_starts, k_starts, q_lens, k_lens = zip(*segments, strict=True)
-        bias = None
-        if not (square and device.type == "cpu"):
-            q, k = torch.arange(max(q_lens), device=device), torch.arange(max(k_lens), device=device)
-            earlier = torch.tensor(k_lens, device=device) - torch.tensor(q_lens, device=device)
-            # Bottom-right causal; this also hides the padded keys from every real query.
-            hidden = k > q.unsqueeze(-1) + earlier[:, None, None]
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf).unsqueeze(1)
-        buckets.append(_Bucket(_rows(q_starts, q_lens, device), _rows(k_starts, k_lens, device), bias))
-    return buckets
-
-
-def _cut(q_TND: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[_Bucket]:
-    """The pack's buckets, their masks in the dtype of what they are added to."""
-    dtype = torch.promote_types(q_TND.dtype, torch.float32) if not q_TND.is_cpu else q_TND.dtype
-    return _buckets(tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist()), q_TND.device, dtype)
-
-
-def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """q k^T / sqrt(D) + bias, [b, N, q, k], at least float32."""
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    return (scores if scores.dtype == torch.float64 else scores.float()) + bias
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output [b, N, q, D] and logsumexp of the scores [b, N, q], for q [b, N, q, D], k and v [b, N, k, D].
-
-    On a CPU PyTorch's flash kernel, called below autograd, where scaled_dot_product_attention itself would have no
-    backward; elsewhere written out.
-    """
-    if q.is_cpu:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=bias is None, attn_mask=bias
-        )
-    scores = _scores(q, k, bias)
-    return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
-
-
-def _attend_backward(
-    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q [b, N, q, D], k and v [b, N, k, D]."""
-    if q.is_cpu:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, bias is None, attn_mask=bias
-        )
-    p = (_scores(q, k, bias) - lse.unsqueeze(-1)).exp()
-    ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
-    ds, p = ds.to(q.dtype), p.to(q.dtype)
-    return ds @ k, ds.mT @ q, p.mT @ grad
-
-
-def _for_heads(x_KGD: Tensor, heads: int) -> Tensor:
-    """[K, G, D] -> [K, N, D]: each key/value head once for every query head that reads it."""
-    return x_KGD.repeat_interleave(heads // x_KGD.shape[1], 1)
-
-
-@torch.library.custom_op("gcrm::segment_attention", mutates_args=())
-def _segment_attention(
-    q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Output [T, N, D] and logsumexp [T, N], at least float32, for the backward."""
-    out_TND, lse_TN = _empty_results(q_TND)
-    k_KND, v_KND = (_for_heads(x, q_TND.shape[1]) for x in (k_KGD, v_KGD))
-    for queries, keys, bias in _cut(q_TND, cu_seqlens_q, cu_seqlens_k):
-        q, k, v = (rows.take(x).transpose(1, 2) for rows, x in ((queries, q_TND), (keys, k_KND), (keys, v_KND)))
-        out, lse = _attend(q, k, v, bias)
-        queries.put(out_TND, out.transpose(1, 2))
-        queries.put(lse_TN, lse.transpose(1, 2))
-    return out_TND, lse_TN
-
-
-def _empty_results(q_TND: Tensor) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q_TND.dtype == torch.float64 else torch.float32
-    return q_TND.new_empty(q_TND.shape), q_TND.new_empty(q_TND.shape[:2], dtype=lse_dtype)
-
-
-@_segment_attention.register_fake
-def _(q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_results(q_TND)
-
-
-@torch.library.custom_op("gcrm::segment_attention_backward", mutates_args=())
-def _segment_attention_backward(
-    grad_TND: Tensor, out_TND: Tensor, lse_TN: Tensor, q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v. Each row belongs to one segment, so writing is enough: nothing adds up here."""
-    k_KND, v_KND = (_for_heads(x, q_TND.shape[1]) for x in (k_KGD, v_KGD))
-    dq_TND, dk_KND, dv_KND = (torch.empty_like(x) for x in (q_TND, k_KND, v_KND))
-    for queries, keys, bias in _cut(q_TND, cu_seqlens_q, cu_seqlens_k):
-        # Padding repeats a real query, which must not count again.
-        grad = queries.unpadded(queries.take(grad_TND)).transpose(1, 2)
-        out, lse, q = (queries.take(x).transpose(1, 2) for x in (out_TND, lse_TN, q_TND))
-        k, v = (keys.take(x).transpose(1, 2) for x in (k_KND, v_KND))
-        dq, dk, dv = _attend_backward(grad, out, lse, q, k, v, bias)
-        queries.put(dq_TND, dq.transpose(1, 2))
-        keys.put(dk_KND, dk.transpose(1, 2))
-        keys.put(dv_KND, dv.transpose(1, 2))
-    dk_KGD, dv_KGD = (x.unflatten(1, (k_KGD.shape[1], -1)).sum(2) for x in (dk_KND, dv_KND))
-    return dq_TND, dk_KGD, dv_KGD
-
-
-@_segment_attention_backward.register_fake
-def _(
-    grad_TND: Tensor, out_TND: Tensor, lse_TN: Tensor, q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq_TND, dk_KGD, dv_KGD = (x.new_empty(x.shape) for x in (q_TND, k_KGD, v_KGD))
-    return dq_TND, dk_KGD, dv_KGD
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *inputs)
-
-
-def _backward(ctx: Any, grad_TND: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_segment_attention_backward(grad_TND, *ctx.saved_tensors), None, None
-
-
-_segment_attention.register_autograd(_backward, setup_context=_save)
-
-
-def segment_attention(
-    q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
-) -> Tensor:
-    """The backend of the CPU, float32 and float64: one product over all segments of similar length.
-
-    An operator of its own because its Python loop over segment lengths would break a compiled graph.
-    """
-    return _segment_attention(q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k)[0]

@@ -52,11 +52,11 @@ class TokenAxis:
 
     def to(self, device: torch.device) -> Self:
         """The same with every tensor on ``device``; does not wait for copies from pinned memory."""
-        return _map(self, Tensor, lambda x: x.to(device, non_blocking=True))
+        return mapped(self, Tensor, lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
         """The same with every tensor in page-locked memory."""
-        return _map(self, Tensor, Tensor.pin_memory)
+        return mapped(self, Tensor, Tensor.pin_memory)
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,18 @@ class Pack(TokenAxis):
 
     def __getstate__(self) -> dict[str, Any]:
         # Between processes as arrays: a tensor would take a file descriptor and a shared-memory segment each.
-        return vars(_map(self, Tensor, Tensor.numpy))
+        return vars(mapped(self, Tensor, Tensor.numpy))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update({name: _map(value, np.ndarray, torch.from_numpy) for name, value in state.items()})
+        vars(self).update({name: mapped(value, np.ndarray, torch.from_numpy) for name, value in state.items()})
 
 
-def _map(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+def mapped(value: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """A pack, or a field of one, with ``function`` of every value of type ``kind`` in its place."""
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, (InverseIndex, RowTiles)):
-        return type(value)(*(_map(v, kind, function) for v in value))
+        return type(value)(*(mapped(v, kind, function) for v in value))
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _map(getattr(value, f.name), kind, function) for f in fields(value)})
+        return replace(value, **{f.name: mapped(getattr(value, f.name), kind, function) for f in fields(value)})
     return value

@@ -1,18 +1,16 @@
-"""A Llama with a reward head over a packed token axis.
+"""The trunk: a Llama over a packed token axis.
 
 Letters: T tokens of a pack, K gathered key rows, R read rows, H hidden size, N query heads, G key/value heads,
-D head size (also: width of the projection), F width of the MLP.
+D head size, F width of the MLP.
 
-Modules and parameters carry the names of transformers' ``LlamaForSequenceClassification`` so that a checkpoint needs no
-renaming. There is no lm_head. The last layer computes keys and values for all tokens, but its output projection,
-second norm, MLP and the final norm run at the read rows only.
+Modules and parameters carry the names of transformers' ``LlamaModel``. The last layer computes keys and values for all
+tokens, but its output projection, second norm, MLP and the final norm run at the read rows only.
 """
 
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gcrm_fast.model.attention import packed_attention, resolve_backend
-from gcrm_fast.model.inputs import Pack, TokenAxis
+from gcrm_fast.model.inputs import TokenAxis
 
 
 @dataclass(frozen=True)
@@ -51,18 +49,6 @@ class ModelConfig:
     def parameters(self) -> int:
         """Of the trunk, biases left out."""
         return self.vocab_size * self.hidden_size + self.num_hidden_layers * self.parameters_per_layer()
-
-
-class Output(NamedTuple):
-    """reward [2, pairs] float32 at the end rows of chosen [0] and rejected [1]; z [R, D or H] what cosines compare."""
-
-    reward_2N: Tensor
-    z_RD: Tensor
-
-
-def upcast(x: Tensor) -> Tensor:
-    """x in float32; float64 stays (the tests' exact runs)."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 # ------------------------------------------------------------------------------------------------ rotary embedding
@@ -253,75 +239,3 @@ class Llama(nn.Module):
             x, branch = layer(x, branch, rope, axis, backend, prune=i == len(self.layers) - 1)
         assert branch is not None  # there is at least one layer
         return rms_norm(branch, self.norm.weight, self.config.rms_norm_eps, residual_TH=x)[0]
-
-
-class MLPHead(nn.Sequential):
-    """The paper's ablation: three ReLU layers of width H, then a linear layer to 1."""
-
-    def __init__(self, hidden_size: int) -> None:
-        layers: list[nn.Module] = []
-        for _ in range(3):
-            layers += [nn.Linear(hidden_size, hidden_size), nn.ReLU()]
-        super().__init__(*layers, nn.Linear(hidden_size, 1))
-
-
-class LlamaRewardModel(nn.Module):
-    """Trunk, reward head and optional projection.
-
-    ``attention_backend``: see attention.py; ``auto`` by default. ``recompute``: see ``Block``.
-    """
-
-    def __init__(self, config: ModelConfig, attention_backend: str = "auto", recompute: str = "none") -> None:
-        super().__init__()
-        h = config.hidden_size
-        self.config = config
-        self.attention_backend = attention_backend
-        self.gather = "block"  # see parallel.shard
-        self.model = Llama(config, recompute)
-        self.score = nn.Linear(h, 1, bias=False) if config.head == "linear" else MLPHead(h)
-        self.projection = nn.Linear(h, config.projection_size, bias=False) if config.projection_size else None
-
-    def compile_blocks(self) -> None:
-        """Compiles the forward of every block, and with it the backward; sizes of packs stay symbols."""
-        # Whole and pruned blocks, with and without gradient, of one token or row: more kinds than the default of 8.
-        torch._dynamo.config.recompile_limit = 32
-        for layer in self.model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
-
-    def forward(self, pack: Pack) -> Output:
-        hidden_RH = self.model(pack, self.attention_backend)
-        reward = self.rewards(hidden_RH.index_select(0, pack.pairs.end_2N.flatten()))
-        # A stack and not a view: FSDP's hooks must own the tensors that leave the module.
-        return Output(torch.stack(reward.chunk(2)), self.compared(hidden_RH))
-
-    def rewards(self, hidden_RH: Tensor) -> Tensor:
-        """[R] float32. Rewards are differences of nearly equal numbers: the head runs in float32 whatever the trunk's
-        dtype."""
-        return self.score(upcast(hidden_RH)).squeeze(1)
-
-    def compared(self, hidden_RH: Tensor) -> Tensor:
-        """z [R, D or H], what cosines compare: projected states, or the states themselves."""
-        return hidden_RH if self.projection is None else self.projection(hidden_RH)
-
-
-# --------------------------------------------------------------------------------------------------- initialisation
-
-
-def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """Initial value of one parameter, float32 on the CPU: a function of (seed, name) alone, so that any number of ranks
-    starts from the same weights.
-
-    Norm weights are 1 and biases 0; embeddings have variance 1, linear layers variance 1 / fan-in; the linear reward
-    head has standard deviation 1 / (H + 1) (GCRM, appendix).
-    """
-    if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    if name.endswith("bias"):
-        return torch.zeros(shape)
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
-    normal = torch.randn(shape, generator=generator)
-    if name == "model.embed_tokens.weight":
-        return normal
-    if name == "score.weight":
-        return normal / (config.hidden_size + 1)
-    return normal / math.sqrt(shape[1])

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import parse_options
-from gcrm_fast.data.records import FORMATS, Formats, known_fields
+from gcrm_fast.data.records import parse_columns
 from gcrm_fast.model.attention import BACKENDS
 
 ARITHMETIC = "arithmetic"
@@ -330,23 +330,6 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"--preset arithmetic goes with generated data, not with --data {' '.join(config.data)}")
     if ARITHMETIC in config.eval_data:
         raise UserError("--eval-data arithmetic: generated data brings its own held-out problems: leave it out")
-
-
-def parse_columns(text: str, formats: Formats = FORMATS) -> dict[str, str]:
-    """This project's field names and the records', of prompt=instruction,chosen=good. Raises UserError."""
-    fields = known_fields(formats)
-    columns: dict[str, str] = {}
-    for item in filter(None, text.split(",")):
-        name, equals, column = (part.strip() for part in item.partition("="))
-        if not equals or not column or name in columns:
-            raise UserError(f"--columns {text}: must be NAME=COLUMN,NAME=COLUMN with every name once")
-        if name not in fields:
-            raise UserError(f"--columns {text}: {name!r} is none of the fields {', '.join(fields)}")
-        columns[name] = column
-    if columns and not any(columns.keys() >= set(needed) for needed in formats.values()):
-        listed = "; ".join(", ".join(needed) for needed in formats.values())
-        raise UserError(f"--columns {text}: no other fields are read, so all of a format must be named: {listed}")
-    return columns
 
 
 def to_toml(config: TrainConfig) -> str:

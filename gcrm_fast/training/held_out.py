@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from gcrm_fast.common import statistics
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Budget, Sampling, build_pack, plan_packs
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.training.objectives import STATISTICS, Objective, losses
 
@@ -88,8 +90,8 @@ def score_pairs(
     values = values[:, order][:, back]
     if not np.isfinite(values).all():
         raise UserError("rewards or Q-values are not finite: lower --lr, or mend --model's weights")
-    statistics = dict(zip(STATISTICS, (sums / len(pairs)).tolist(), strict=True))
-    return Scores(pairs, values[..., 0], values[..., 1:], statistics)
+    means = dict(zip(STATISTICS, (sums / len(pairs)).tolist(), strict=True))
+    return Scores(pairs, values[..., 0], values[..., 1:], means)
 
 
 def auroc(score_2N: np.ndarray) -> float:

@@ -12,8 +12,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from gcrm_fast.data.batches import Budget, epoch_batches, plan_packs
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.packing import Budget, Sampling, build_pack, epoch_batches, plan_packs
+from gcrm_fast.data.packing import build_pack
+from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.training.interrupts import STOPPING, end_with_the_parent
 

@@ -11,7 +11,7 @@ from gcrm_kernels import ContrastiveStatistics, dense_contrastive_loss, gather_r
 from torch import Tensor
 
 from gcrm_fast.model.inputs import PairRows
-from gcrm_fast.model.llama import Output
+from gcrm_fast.model.reward_model import Output
 
 # Order of the sums that `losses` returns; each is divided by the number of pairs when logged.
 STATISTICS = (

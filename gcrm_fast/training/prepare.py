@@ -13,19 +13,20 @@ import torch
 from gcrm_kernels.launch import HAS_TRITON
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.checkpoints import weights as checkpoint
 from gcrm_fast.checkpoints.config_json import read_config
+from gcrm_fast.checkpoints.weights import MODEL_FILES, TOKENIZER_FILES, Weights, fresh_weights, locate, open_weights
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data import arithmetic
-from gcrm_fast.data.encoding import TokenizedPair, TokenReport, end_tokens, tokenize_pairs, train_tokenizer
-from gcrm_fast.data.packing import Budget, Sampling, split_to_budget
-from gcrm_fast.data.records import Overlap, Pair, overlap, read_pairs
+from gcrm_fast.data.batches import Budget, split_to_budget
+from gcrm_fast.data.encoding import TokenizedPair, TokenReport, end_tokens, tokenize_pairs
+from gcrm_fast.data.records import Overlap, Pair, overlap, parse_columns, read_pairs
+from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.token_cache import TokenCache, cache_folder
-from gcrm_fast.data.tokenization import choose_pad, load_tokenizer
+from gcrm_fast.data.tokenization import choose_pad, load_tokenizer, train_tokenizer
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.accounting import MemoryShape, choose_plan, memory_limit, predicted_memory, work
-from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, parse_columns
+from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig
 from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.metrics_log import table
 from gcrm_fast.training.objectives import Objective
@@ -43,7 +44,7 @@ class Prepared:
     held_out_report: TokenReport | None
     overlap: Overlap
     bad: BadRecords
-    weights: checkpoint.Weights
+    weights: Weights
     budget: Budget
     sampling: Sampling
     steps: int
@@ -78,17 +79,17 @@ def load_pairs(
 def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer of --tokenizer, or else of --model; None without either."""
     flag, name = ("--tokenizer", config.tokenizer) if config.tokenizer else ("--model", config.model)
-    return load_tokenizer(checkpoint.locate(name, flag, checkpoint.TOKENIZER_FILES)) if name else None
+    return load_tokenizer(locate(name, flag, TOKENIZER_FILES)) if name else None
 
 
-def open_model(config: TrainConfig) -> tuple[ModelConfig, checkpoint.Weights]:
+def open_model(config: TrainConfig) -> tuple[ModelConfig, Weights]:
     """Shape and weights of --model."""
-    folder = checkpoint.locate(config.model, "--model", checkpoint.MODEL_FILES)
+    folder = locate(config.model, "--model", MODEL_FILES)
     model_config = read_config(folder, head=config.head, projection_size=config.projection_size)
-    return model_config, checkpoint.open_weights(folder, model_config, config.seed)
+    return model_config, open_weights(folder, model_config, config.seed)
 
 
-def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ModelConfig, checkpoint.Weights]:
+def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ModelConfig, Weights]:
     """Shape and weights of a model from scratch."""
     model_config = ModelConfig(
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
@@ -102,7 +103,7 @@ def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         head=config.head,
         projection_size=config.projection_size,
     )
-    return model_config, checkpoint.fresh_weights(model_config, config.seed)
+    return model_config, fresh_weights(model_config, config.seed)
 
 
 def check_unfinished(output: Path, config: TrainConfig) -> None:

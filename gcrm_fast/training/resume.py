@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.model.llama import LlamaRewardModel
+from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.objectives import STATISTICS
 from gcrm_fast.training.optimizer import Updater

@@ -1,0 +1,106 @@
+"""Which pairs meet in a step, and in which packs they are computed: functions of (seed, epoch) and the data alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.packing import GroupSize, M, group_size
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one pack may hold: computed tokens and gathered key rows (read rows are a subset of the tokens)."""
+
+    tokens: int
+    hidden_size: int  # weighs attention against the linear layers
+
+    @property
+    def keys(self) -> int:
+        return 2 * self.tokens
+
+    def cost(self, size: GroupSize) -> float:
+        """Relative time: a query-key product costs 4H operations a layer where a token costs about 24 H^2."""
+        return size.tokens + size.products / (6 * self.hidden_size)
+
+
+def epoch_batches(
+    prompt_keys: np.ndarray, global_batch_pairs: int, group_prompts: int, seed: int, epoch: int
+) -> Iterator[list[list[int]]]:
+    """Global batches of one epoch: lists of groups, a group being positions in the data of up to ``group_prompts``
+    pairs of one prompt. Every pair occurs once; only the last batch may be smaller than ``global_batch_pairs``."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(prompt_keys))
+    if group_prompts == 1:
+        units = [[int(i)] for i in order]
+    else:
+        by_prompt: dict[int, list[int]] = {}
+        for i in order:
+            by_prompt.setdefault(int(prompt_keys[i]), []).append(int(i))
+        units = [m[a : a + group_prompts] for m in by_prompt.values() for a in range(0, len(m), group_prompts)]
+        units = [units[i] for i in rng.permutation(len(units))]
+    batch: list[list[int]] = []
+    room = global_batch_pairs
+    for unit in units:
+        rest = unit
+        while rest:
+            batch.append(rest[:room])
+            rest, room = rest[room:], room - len(batch[-1])
+            if room == 0:
+                yield batch
+                batch, room = [], global_batch_pairs
+    if batch:
+        yield batch
+
+
+def split_to_budget(group: list[M], budget: Budget) -> list[list[M]]:
+    """The group, halved until each part fits in a pack. Raises UserError where a single member does not fit."""
+    size = group_size(group)
+    if size.tokens <= budget.tokens and size.keys <= budget.keys:
+        return [group]
+    if len(group) == 1:
+        raise UserError(
+            f"{group[0].name} needs {size.tokens} tokens, more than --tokens-per-batch {budget.tokens}: "
+            f"raise --tokens-per-batch or leave out what is so long"
+        )
+    half = len(group) // 2
+    return split_to_budget(group[:half], budget) + split_to_budget(group[half:], budget)
+
+
+def plan_packs(groups: Sequence[list[M]], budget: Budget, world_size: int) -> list[list[list[M]]]:
+    """Cuts groups into packs of balanced cost; the number of packs is a multiple of ``world_size``.
+
+    Pack i belongs to rank i % world_size. With fewer groups than packs some are empty (dummies).
+    Longest-processing-time rule: the costliest group first, into the cheapest pack that has room.
+    """
+    parts = [part for group in groups for part in split_to_budget(group, budget)]
+    sized = sorted(((group_size(part), i) for i, part in enumerate(parts)), key=lambda x: (-budget.cost(x[0]), x[1]))
+    needed = max(
+        -(-sum(size.tokens for size, _ in sized) // budget.tokens),
+        -(-sum(size.keys for size, _ in sized) // budget.keys),
+    )
+    n_packs = max(-(-needed // world_size), 1) * world_size
+    while True:
+        packs = _fill(sized, n_packs, budget)
+        if packs is not None:
+            return [[parts[i] for i in sorted(members)] for members in packs]
+        n_packs += world_size
+
+
+def _fill(sized: Sequence[tuple[GroupSize, int]], n_packs: int, budget: Budget) -> list[list[int]] | None:
+    """Members of each of n_packs packs, or None where they do not fit."""
+    members: list[list[int]] = [[] for _ in range(n_packs)]
+    tokens, keys, cost = [0] * n_packs, [0] * n_packs, [0.0] * n_packs
+    for size, i in sized:
+        room = [
+            p for p in range(n_packs) if tokens[p] + size.tokens <= budget.tokens and keys[p] + size.keys <= budget.keys
+        ]
+        if not room:
+            return None
+        p = min(room, key=lambda p: cost[p])
+        members[p].append(i)
+        tokens[p] += size.tokens
+        keys[p] += size.keys
+        cost[p] += budget.cost(size)
+    return members
