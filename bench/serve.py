@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from gcrm_fast import RewardModel
-from gcrm_fast.checkpoints.weights import save_model
+from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.data.tokenization import train_tokenizer
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value

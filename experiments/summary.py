@@ -15,7 +15,7 @@ import torch
 
 from gcrm_fast import train
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import written_aside
+from gcrm_fast.common.files import written_aside
 from gcrm_fast.training.config import TrainConfig, parse, read_toml
 from gcrm_fast.training.resume import FREE
 

@@ -30,25 +30,29 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from gcrm_fast.checkpoints.weights import save_model
+from gcrm_fast.checkpoints.saving import save_model
+from gcrm_fast.common import processes
+from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import RankError, UserError, one_line
-from gcrm_fast.common.options import exit_code, written_aside
+from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.options import exit_code
+from gcrm_fast.common.tables import table
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import parallel
 from gcrm_fast.training.accounting import Meter, memory_limit, peak_flops, peak_memory
 from gcrm_fast.training.config import TrainConfig, parse, to_toml
+from gcrm_fast.training.curves import plot_curves
 from gcrm_fast.training.held_out import breakdown, goal_state, metrics, score_pairs, shortcuts
 from gcrm_fast.training.interrupts import Interrupts, Wish, end_with_the_parent
 from gcrm_fast.training.loader import Steps, load
-from gcrm_fast.training.metrics_log import MetricsLog, plot_curves, table
+from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.model_card import Rows, model_card
 from gcrm_fast.training.objectives import STATISTICS, Objective, losses
 from gcrm_fast.training.optimizer import Updater, cast_weights
 from gcrm_fast.training.prepare import (
     Prepared,
     check_unfinished,
-    compute_dtype,
     data_rows,
     describe,
     memory_plan,
@@ -203,7 +207,7 @@ class Run:
 
     def whole(self) -> Whole:
         """The model as it is now, with the help of every rank."""
-        weights = parallel.full_state(self.state.model, compute_dtype(self.config, self.device))
+        weights = parallel.full_state(self.state.model, compute_dtype(self.config.dtype, self.device))
         return Whole(weights, *self.goal())
 
     def write_model(self, name: str, model: Whole, rows: Rows, evaluation: Mapping[str, float]) -> None:
@@ -219,7 +223,7 @@ class Run:
 
 def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: torch.device) -> tuple[Run, int]:
     """The run, and the step after which it goes on (0 for a new one)."""
-    rank, world_size, dtype = dist.get_rank(), dist.get_world_size(), compute_dtype(config, device)
+    rank, world_size, dtype = dist.get_rank(), dist.get_world_size(), compute_dtype(config.dtype, device)
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
     found, notes = find(config, prepared.output, prepared.data_key, group)
     start = found.facts["step"] if found else 0
@@ -360,7 +364,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
 def run_ranks(config: TrainConfig, prepared: Prepared) -> None:
     """Trains in this rank of the process group. Raises UserError, also for what other libraries say of memory and of
     lost processes."""
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = processes.rank() == 0
     with locked(prepared.output) if is_first else contextlib.nullcontext():
         if is_first:
             check_unfinished(prepared.output, config)  # again: another run may have finished since
@@ -384,8 +388,8 @@ def run_ranks(config: TrainConfig, prepared: Prepared) -> None:
 
 def run(config: TrainConfig) -> None:
     """Checks all inputs on every rank before any process group work, then trains. Raises UserError."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    is_first = os.environ.get("RANK", "0") == "0"
+    world_size = processes.world_size()
+    is_first = processes.rank() == 0
     if world_size % config.replicas:
         raise UserError(f"--replicas {config.replicas}: must divide the number of processes, {world_size}")
     if "TORCHELASTIC_RUN_ID" in os.environ:

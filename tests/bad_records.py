@@ -16,7 +16,7 @@ from chat import CHATML, LLAMA2, chat_tokenizer
 from conftest import small_config, small_model
 from pyarrow import parquet
 
-from gcrm_fast.checkpoints.weights import save_model
+from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.data.tokenization import choose_pad
 
 Build = Callable[[Path], list[str]]

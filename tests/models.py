@@ -8,7 +8,7 @@ from conftest import small_config, small_model
 from folders import VOCAB, tokenizer
 from torch import Tensor
 
-from gcrm_fast.checkpoints.weights import save_model
+from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.data.tokenization import choose_pad
 from gcrm_fast.model.reward_model import LlamaRewardModel
 

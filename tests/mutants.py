@@ -450,9 +450,9 @@ MUTANTS = {
         "gcrm_fast/commands/evaluate.py", "[candidate.row for candidate in candidates]", "list(range(len(candidates)))",
         EVALUATE + "whole_records"),
     "outputs written in place": (
-        "gcrm_fast/common/options.py", 'path.name + ".partial"', "path.name", "tests/test_command_line.py"),
+        "gcrm_fast/common/files.py", 'path.name + ".partial"', "path.name", "tests/test_command_line.py"),
     "what was half-written stays": (
-        "gcrm_fast/common/options.py", "    finally:\n        _remove(partial)", "    finally:\n        pass",
+        "gcrm_fast/common/files.py", "    finally:\n        _remove(partial)", "    finally:\n        pass",
         "tests/test_command_line.py"),
     "results: what is no result is overwritten": (
         "gcrm_fast/evaluation/results.py", "    if others:", "    if not others and others:", EVALUATE + "unasked"),

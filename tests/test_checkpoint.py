@@ -20,7 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForSequenceClassification
 
 from gcrm_fast.checkpoints.config_json import read_config
-from gcrm_fast.checkpoints.weights import HEADS, MODEL_FILES, SUBFOLDERS, TOKENIZER_FILES, locate, open_weights
+from gcrm_fast.checkpoints.locating import MODEL_FILES, SUBFOLDERS, TOKENIZER_FILES, locate
+from gcrm_fast.checkpoints.weights import HEADS, open_weights
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.train import main
 from gcrm_fast.training import parallel

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gcrm_fast.common.options import written_aside
+from gcrm_fast.common.files import written_aside
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -23,7 +23,7 @@ from transformers import (
 
 from gcrm_fast import RewardModel
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_counts, write_goals
-from gcrm_fast.checkpoints.weights import save_model, write_model
+from gcrm_fast.checkpoints.saving import save_model, write_model
 from gcrm_fast.commands.export import main
 from gcrm_fast.data.encoding import ADDED_END, CUT, OWN_END, Completion, TokenizedPair, encode_completions
 from gcrm_fast.data.packing import build_pack

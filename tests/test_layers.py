@@ -45,6 +45,13 @@ def test_a_wing_imports_only_what_is_below_it(path: Path) -> None:
     assert wrong_imports(wing, path.read_text(encoding="utf-8")) == []
 
 
+def test_one_module_asks_the_environment_about_ranks() -> None:
+    variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert (path.name == "processes.py") == bool(words & variables), path
+
+
 def test_every_way_to_import_is_seen() -> None:
     for source in (
         "import gcrm_fast.training.config",

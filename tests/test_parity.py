@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from gcrm_fast.checkpoints.weights import fingerprint, save_model
+from gcrm_fast.checkpoints.saving import fingerprint, save_model
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling

@@ -11,7 +11,7 @@ from conftest import small_config, small_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from gcrm_fast import RewardModel
-from gcrm_fast.checkpoints.weights import save_model
+from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.arithmetic import generate, is_correct
 from gcrm_fast.data.chat import as_text

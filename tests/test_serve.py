@@ -28,7 +28,7 @@ from training_runs import ROOT
 
 from gcrm_fast import RewardModel
 from gcrm_fast.checkpoints.goals import GOAL_FILE, write_goals
-from gcrm_fast.checkpoints.weights import write_model
+from gcrm_fast.checkpoints.saving import write_model
 from gcrm_fast.commands.serve import ServeOptions, is_open, main, read_token
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.tokenization import choose_pad

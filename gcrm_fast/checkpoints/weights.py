@@ -1,44 +1,21 @@
-"""Hugging Face Llama checkpoints: finding, checking and reading them row by row; writing a reward model that
-transformers loads.
+"""The weights of a Hugging Face Llama: found in its safetensors files, checked, and read row by row."""
 
-A saved model is a ``LlamaForSequenceClassification`` folder (one label) plus
-
-    gcrm.json            which head, projection size, end-token policy, weights fingerprint
-    gcrm.safetensors     projection and MLP head, where there are any: what the transformers class cannot hold
-    goal.safetensors     the default goal state (see goals.py)
-    README.md            the model card, of a run (see model_card.py)
-"""
-
-import hashlib
-import json
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.checkpoints.config_json import huggingface_config, read_json
-from gcrm_fast.checkpoints.goals import DEFAULT, END_POLICY, GOAL_FILE, write_goals
+from gcrm_fast.checkpoints.config_json import read_json
+from gcrm_fast.checkpoints.locating import COMPANION, HEAD_FILE
 from gcrm_fast.common.errors import UserError, one_line
-from gcrm_fast.data.tokenization import save_tokenizer
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
 
-HEAD_FILE = "gcrm.json"
-COMPANION = "gcrm.safetensors"
 BESIDE = (COMPANION, "value_head.safetensors")  # files read beside the shards; the second is LLaMA-Factory's
-TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-                   "vocab.json", "merges.txt"]  # fmt: skip
-SUBFOLDERS = "*/*"  # other copies of the weights: not fetched
-MODEL_FILES = [*TOKENIZER_FILES, "adapter_config.json", HEAD_FILE, "*.safetensors", "*.safetensors.index.json"]
 # Where reward models keep one linear layer from H to 1, as NAME.weight and, in some, NAME.bias.
 HEADS = (
     "score",  # transformers' sequence and token classification, and with them OpenRLHF and veRL
@@ -67,37 +44,6 @@ class Weights(NamedTuple):
 
     rows: RowReader
     notes: tuple[str, ...] = ()
-
-
-# --------------------------------------------------------------------------------------------------------- finding
-
-
-def locate(name: str, flag: str, files: list[str]) -> Path:
-    """The folder ``name``, or the copy of the hub repository ``name``, of which ``files`` (patterns) are downloaded
-    unless they are in the hub's cache.
-
-    Any number of processes may call it at once: the hub's own file locks let one of them download each file.
-
-    Raises:
-        UserError: neither a folder that may be read nor a repository that can be had.
-    """
-    # os.path answers False where pathlib raises: names too long, or folders that may not be entered.
-    if os.path.isdir(name):
-        if not os.access(name, os.R_OK | os.X_OK):
-            raise UserError(f"{flag} {name}: permission denied: make the folder readable")
-        return Path(name)
-    if os.path.exists(name):
-        raise UserError(f"{flag} {name}: is a file: name the folder of a Hugging Face model")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise UserError(f"{flag} {name}: no such folder") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=SUBFOLDERS))
-    except Exception as error:  # the hub lets through errors of its HTTP library, which depends on its version
-        raise UserError(
-            f"{flag} {name}: no such folder, and not to be had from the Hugging Face hub ({one_line(error)})"
-        ) from None
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -299,56 +245,3 @@ def _some(names: Collection[str]) -> str:
 def fresh_weights(config: ModelConfig, seed: int) -> Weights:
     """Weights for a model trained from scratch."""
     return Weights(lambda name, shape, rows: initial_value(name, shape, config, seed)[rows])
-
-
-# --------------------------------------------------------------------------------------------------------- writing
-
-
-def fingerprint(state: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, shapes and bytes of all tensors, which come in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in state:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def save_model(
-    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: PreTrainedTokenizerBase, goal: Tensor,
-    goal_count: int,
-) -> None:  # fmt: skip
-    """Writes the whole model folder. ``goal`` [D or H] is the mean of z over ``goal_count`` preferred end states."""
-    weights = write_model(folder, state, config, tokenizer)
-    write_goals(folder / GOAL_FILE, {DEFAULT: goal}, {DEFAULT: goal_count}, weights)
-
-
-def write_model(
-    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *,
-    bias: Tensor | None = None, fields: Mapping[str, Any] | None = None, about: Mapping[str, Any] | None = None,
-) -> str:  # fmt: skip
-    """Writes weights, configuration and tokenizer; returns the fingerprint of the weights.
-
-    For what other programs read (see commands/export.py): ``bias`` [1] of the reward head, which has none here;
-    ``fields`` of config.json besides or instead of those of a sequence classifier; ``about``, fields of gcrm.json
-    besides its own.
-    """
-    folder.mkdir(parents=True)
-    held = {k: v for k, v in state.items() if k.startswith("model.") or k == "score.weight"}
-    companion = {k: v for k, v in state.items() if k not in held}
-    dtype = next(iter(held.values())).dtype
-    save_torch_state_dict(held if bias is None else held | {"score.bias": bias}, folder, max_shard_size="5GB")
-    if companion:
-        save_file(companion, folder / COMPANION, metadata={"format": "pt"})
-    weights = fingerprint(sorted(state.items()))
-    gcrm = {
-        "head": config.head,
-        "projection_size": config.projection_size,
-        "end_policy": END_POLICY,
-        "fingerprint": weights,
-        **(about or {}),
-    }
-    (folder / HEAD_FILE).write_text(json.dumps(gcrm, indent=2) + "\n")
-    raw = {**huggingface_config(config, tokenizer, dtype), **(fields or {})}
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    save_tokenizer(tokenizer, folder)
-    return weights

@@ -20,12 +20,14 @@ from gcrm_fast.commands.candidates import (
     records,
 )
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import exit_code, parse_options, written_aside
+from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.options import exit_code, parse_options
+from gcrm_fast.common.tables import columns, number
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.sampling import quantile_positions
 from gcrm_fast.evaluation.measures import COVERAGE, RESAMPLES, Labelled, cross_fitted, group_scores, halves, measures
 from gcrm_fast.evaluation.plots import plot_histograms, plot_partial, plot_roc
-from gcrm_fast.evaluation.results import Row, check_folder, columns, number, with_interval, write_rows
+from gcrm_fast.evaluation.results import Row, check_folder, with_interval, write_rows
 from gcrm_fast.inference.scoring import RewardModel
 
 

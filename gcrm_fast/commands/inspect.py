@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gcrm_fast.commands.candidates import PAIRED, JudgingOptions, judge, open_model, records
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import exit_code, output_file, parse_options, written_aside
+from gcrm_fast.common.files import output_file, written_aside
+from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.inference.scoring import RewardModel

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import exit_code, output_file, parse_options, written_aside
+from gcrm_fast.common.files import output_file, written_aside
+from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.data.arithmetic import LETTERS, generate, samples
 
 

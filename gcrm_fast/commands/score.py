@@ -26,8 +26,10 @@ from tqdm import tqdm
 
 from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands.candidates import encoded, unfit
+from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import ModelOptions, exit_code, output_file, parse_options
+from gcrm_fast.common.files import output_file
+from gcrm_fast.common.options import ModelOptions, exit_code, parse_options
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
 from gcrm_fast.data.sources import STDIN, BadRecords
@@ -140,7 +142,7 @@ class Stdout:
 
 def say(message: str) -> None:
     """A line for people: never on stdout, which may be the output; once, whatever the number of processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if processes.rank() == 0:
         print(f"gcrm score: {message}", file=sys.stderr, flush=True)
 
 
@@ -241,9 +243,9 @@ def goal_of(options: ScoreOptions, model: RewardModel) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[tuple[int, int]]:
+def joined() -> Iterator[tuple[int, int]]:
     """(rank, number of processes); more than one are joined, by a group that passes text around."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = processes.world_size()
     if world_size == 1:
         yield 0, 1
         return
@@ -325,7 +327,7 @@ def run(options: ScoreOptions) -> None:
         "--columns": options.columns,
         "--on-bad-record": options.on_bad_record,
     }
-    with processes() as (rank, world_size), output.held() if rank == 0 else contextlib.nullcontext():
+    with joined() as (rank, world_size), output.held() if rank == 0 else contextlib.nullcontext():
         done = Progress(made_by)
         if rank == 0 and STDIN not in options.data:  # which cannot be read twice
             done = output.progress(made_by)

@@ -19,11 +19,13 @@ from gcrm_fast.commands.candidates import (
     text_of,
 )
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import exit_code, parse_options, written_aside
+from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.options import exit_code, parse_options
+from gcrm_fast.common.tables import columns, number
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.evaluation.measures import halves
 from gcrm_fast.evaluation.plots import plot_savings
-from gcrm_fast.evaluation.results import Row, check_folder, columns, number, write_rows
+from gcrm_fast.evaluation.results import Row, check_folder, write_rows
 from gcrm_fast.evaluation.voting import Question, Result, Saving, chosen_threshold, results, saving, thresholds
 
 

@@ -3,16 +3,15 @@
 import contextlib
 import io
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import tyro
 from tyro.conf import Positional
 
+from gcrm_fast.common import processes
 from gcrm_fast.common.errors import RankError, UserError
 
 T = TypeVar("T")
@@ -64,44 +63,6 @@ def parse_options(kind: type[T], argv: list[str], prog: str, default: T | None =
         raise UserError(words) from None
 
 
-def output_file(output: str, inputs: Sequence[str]) -> Path:
-    """The path of a file to be written. Raises UserError where it cannot be, or is one of the inputs."""
-    path = Path(output)
-    if path.is_dir():
-        raise UserError(f"--output {output}: is a folder: name a file")
-    if not path.parent.is_dir():
-        raise UserError(f"--output {output}: no folder {path.parent}: make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output {output}: the folder {path.parent} cannot be written to")
-    if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in inputs):
-        raise UserError(f"--output {output}: is also an input: name another file")
-    return path
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A free name beside ``path`` for a file or a folder, which takes its place if all goes well and goes if not."""
-    path = path.resolve()  # what a symbolic link names is replaced, not the link
-    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
-    _remove(partial)
-    try:
-        yield partial
-        if path.is_dir():
-            _remove(old)
-            path.rename(old)
-        partial.replace(path)
-        _remove(old)
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        path.unlink()
-
-
 def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Does the work: 0, or 2 after one line on stderr (of each machine's first process) for what the user can mend."""
     try:
@@ -114,8 +75,8 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
             raise
         message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         if isinstance(error, RankError):
-            message = f"rank {os.environ.get('RANK', '0')}: {error}"
-        if isinstance(error, RankError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            message = f"rank {processes.rank()}: {error}"
+        if isinstance(error, RankError) or processes.local_rank() == 0:
             print(f"{prog}: {message}", file=sys.stderr, flush=True)
         return 2
     return 0

@@ -6,7 +6,6 @@ reward is read. Only a completion that a length limit cut has none: it is read a
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -17,6 +16,7 @@ from tokenizers import Encoding
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.records import Pair
 from gcrm_fast.data.sources import BadRecords
@@ -253,7 +253,7 @@ def tokenize_pairs(
     """
     bad = bad or BadRecords()
     cache = cache or TokenCache(None)
-    first_process = os.environ.get("LOCAL_RANK", "0") == "0"
+    first_process = processes.local_rank() == 0
     cache_name = cache_key(tokenizer, pairs)
     encoded = cache.get(
         cache_name,

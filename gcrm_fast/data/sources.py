@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, cast
 
+from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError, one_line
 
 STDIN = "-"
@@ -87,7 +88,7 @@ def _file_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
 
 
 def _stdin_rows(bad: BadRecords) -> Iterator[tuple[str, Any]]:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes.world_size() > 1:
         raise UserError("-: several processes cannot read one stdin: write the records to a file")
     file = cast(io.BufferedReader, sys.stdin.buffer)
     yield from _json_rows("stdin", gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == GZIP else file, bad)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.tables import number
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,6 @@ def write_rows(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> N
         writer.writerows(records)
     text = json.dumps({**about, "rows": records}, indent=1, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-
-
-def columns(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in [head, *lines]]
-    first = [line[0].ljust(widths[0]) for line in [head, *lines]]
-    return "\n".join("  ".join([name, *cells[1:]]).rstrip() for name, cells in zip(first, aligned, strict=True))
-
-
-def number(value: float, digits: int = 3) -> str:
-    return "-" if value != value else f"{value:.{digits}f}"
 
 
 def with_interval(row: Row) -> str:

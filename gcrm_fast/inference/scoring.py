@@ -3,7 +3,6 @@
 Letters: N completions, n tokens of a completion, R read rows of a pack, G goals, D width of the compared states.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -18,7 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.checkpoints.config_json import read_config
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals
-from gcrm_fast.checkpoints.weights import MODEL_FILES, Weights, fingerprint, locate, open_weights, read_heads
+from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
+from gcrm_fast.checkpoints.saving import fingerprint
+from gcrm_fast.checkpoints.weights import Weights, open_weights, read_heads
+from gcrm_fast.common.devices import compute_dtype, default_device
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import CHUNK, Completion, encode_completions
@@ -76,8 +78,8 @@ class RewardModel:
         weights = open_weights(folder, config, seed=None)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size, str(folder))
-        place = _default_device() if device is None else torch.device(device)
-        network, fingerprint = load_network(config, weights, place, _compute_dtype(dtype, place), attention)
+        place = default_device() if device is None else torch.device(device)
+        network, fingerprint = load_network(config, weights, place, compute_dtype(dtype, place), attention)
         goal_file = folder / GOAL_FILE
         goals = read_goals(goal_file, fingerprint) if goal_file.is_file() else {}
         return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch)
@@ -239,19 +241,6 @@ class RewardModel:
 
 def _name(index: int, names: Sequence[str] | None) -> str:
     return names[index] if names is not None else f"completion {index}"
-
-
-def _default_device() -> torch.device:
-    """The GPU of this process's rank, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def _compute_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    return getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @torch.no_grad()

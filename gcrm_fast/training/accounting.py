@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from gcrm_fast.common import processes
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import ModelConfig
 
@@ -130,7 +131,7 @@ def memory_limit(device: torch.device) -> int:
     """Bytes that this process may count on: free memory of the GPU, or its share of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = processes.local_world_size()
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
 
 

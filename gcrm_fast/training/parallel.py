@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from gcrm_fast.common import processes
+from gcrm_fast.common.devices import default_device
 from gcrm_fast.model.reward_model import LlamaRewardModel
 
 
@@ -24,16 +26,15 @@ def process_group(*, replicas: int = 1, timeout: float = 600.0) -> Iterator[tupl
     Works under torchrun, and by itself as a group of one. ``timeout``: of a collective, in seconds. On one Linux
     machine the processes talk over ``lo``, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME say otherwise.
     """
-    if sys.platform == "linux" and os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+    if sys.platform == "linux" and processes.world_size() == processes.local_world_size():
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # else they look up this machine's name
             os.environ.setdefault(variable, "lo")
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
+    device, backend = default_device(), "gloo"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
+        backend = "nccl"
     limit = timedelta(seconds=timeout)
-    if "RANK" in os.environ:
+    if processes.launched():
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun's own outlives a restart of the workers: without a prefix they find the addresses of dead ones.

@@ -14,8 +14,11 @@ from gcrm_kernels.launch import HAS_TRITON
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.checkpoints.config_json import read_config
-from gcrm_fast.checkpoints.weights import MODEL_FILES, TOKENIZER_FILES, Weights, fresh_weights, locate, open_weights
+from gcrm_fast.checkpoints.locating import MODEL_FILES, TOKENIZER_FILES, locate
+from gcrm_fast.checkpoints.weights import Weights, fresh_weights, open_weights
+from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.tables import table
 from gcrm_fast.data import arithmetic
 from gcrm_fast.data.batches import Budget, split_to_budget
 from gcrm_fast.data.encoding import TokenizedPair, TokenReport, end_tokens, tokenize_pairs
@@ -28,7 +31,6 @@ from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.accounting import MemoryShape, choose_plan, memory_limit, predicted_memory, work
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig
 from gcrm_fast.training.loader import Steps
-from gcrm_fast.training.metrics_log import table
 from gcrm_fast.training.objectives import Objective
 
 
@@ -182,11 +184,6 @@ def steps_of(prepared: Prepared, config: TrainConfig, rank: int, world_size: int
     )  # fmt: skip
 
 
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    name = config.dtype if config.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)
-
-
 class MemoryPlan(NamedTuple):
     """What is recomputed, when weights are gathered, and the predicted memory of one process in bytes, for the largest
     pack that the budget allows."""
@@ -213,7 +210,7 @@ def memory_plan(
         keys=prepared.budget.keys,
         read_rows=min(read_rows, prepared.budget.tokens),
         optimizer=config.optimizer,
-        width=compute_dtype(config, device).itemsize,
+        width=compute_dtype(config.dtype, device).itemsize,
         kernels=HAS_TRITON and device.type == "cuda",
         world_size=world_size,
         several_packs=tokens * config.global_batch_pairs > prepared.budget.tokens * world_size,

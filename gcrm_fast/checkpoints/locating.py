@@ -1,0 +1,52 @@
+"""The files of a model's folder, and where that folder is: on the disk or on the Hugging Face hub."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from gcrm_fast.common.errors import UserError, one_line
+
+HEAD_FILE = "gcrm.json"
+
+
+COMPANION = "gcrm.safetensors"
+
+
+TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+                   "vocab.json", "merges.txt"]  # fmt: skip
+
+
+SUBFOLDERS = "*/*"  # other copies of the weights: not fetched
+
+
+MODEL_FILES = [*TOKENIZER_FILES, "adapter_config.json", HEAD_FILE, "*.safetensors", "*.safetensors.index.json"]
+
+
+def locate(name: str, flag: str, files: list[str]) -> Path:
+    """The folder ``name``, or the copy of the hub repository ``name``, of which ``files`` (patterns) are downloaded
+    unless they are in the hub's cache.
+
+    Any number of processes may call it at once: the hub's own file locks let one of them download each file.
+
+    Raises:
+        UserError: neither a folder that may be read nor a repository that can be had.
+    """
+    # os.path answers False where pathlib raises: names too long, or folders that may not be entered.
+    if os.path.isdir(name):
+        if not os.access(name, os.R_OK | os.X_OK):
+            raise UserError(f"{flag} {name}: permission denied: make the folder readable")
+        return Path(name)
+    if os.path.exists(name):
+        raise UserError(f"{flag} {name}: is a file: name the folder of a Hugging Face model")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(f"{flag} {name}: no such folder") from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=SUBFOLDERS))
+    except Exception as error:  # the hub lets through errors of its HTTP library, which depends on its version
+        raise UserError(
+            f"{flag} {name}: no such folder, and not to be had from the Hugging Face hub ({one_line(error)})"
+        ) from None

@@ -1,0 +1,77 @@
+"""Writing a reward model that transformers loads.
+
+A saved model is a ``LlamaForSequenceClassification`` folder (one label) plus
+
+    gcrm.json            which head, projection size, end-token policy, weights fingerprint
+    gcrm.safetensors     projection and MLP head, where there are any: what the transformers class cannot hold
+    goal.safetensors     the default goal state (see goals.py)
+    README.md            the model card, of a run (see model_card.py)
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from gcrm_fast.checkpoints.config_json import huggingface_config
+from gcrm_fast.checkpoints.goals import DEFAULT, END_POLICY, GOAL_FILE, write_goals
+from gcrm_fast.checkpoints.locating import COMPANION, HEAD_FILE
+from gcrm_fast.data.tokenization import save_tokenizer
+from gcrm_fast.model.llama import ModelConfig
+
+
+def fingerprint(state: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, shapes and bytes of all tensors, which come in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in state:
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_model(
+    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: PreTrainedTokenizerBase, goal: Tensor,
+    goal_count: int,
+) -> None:  # fmt: skip
+    """Writes the whole model folder. ``goal`` [D or H] is the mean of z over ``goal_count`` preferred end states."""
+    weights = write_model(folder, state, config, tokenizer)
+    write_goals(folder / GOAL_FILE, {DEFAULT: goal}, {DEFAULT: goal_count}, weights)
+
+
+def write_model(
+    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *,
+    bias: Tensor | None = None, fields: Mapping[str, Any] | None = None, about: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """Writes weights, configuration and tokenizer; returns the fingerprint of the weights.
+
+    For what other programs read (see commands/export.py): ``bias`` [1] of the reward head, which has none here;
+    ``fields`` of config.json besides or instead of those of a sequence classifier; ``about``, fields of gcrm.json
+    besides its own.
+    """
+    folder.mkdir(parents=True)
+    held = {k: v for k, v in state.items() if k.startswith("model.") or k == "score.weight"}
+    companion = {k: v for k, v in state.items() if k not in held}
+    dtype = next(iter(held.values())).dtype
+    save_torch_state_dict(held if bias is None else held | {"score.bias": bias}, folder, max_shard_size="5GB")
+    if companion:
+        save_file(companion, folder / COMPANION, metadata={"format": "pt"})
+    weights = fingerprint(sorted(state.items()))
+    gcrm = {
+        "head": config.head,
+        "projection_size": config.projection_size,
+        "end_policy": END_POLICY,
+        "fingerprint": weights,
+        **(about or {}),
+    }
+    (folder / HEAD_FILE).write_text(json.dumps(gcrm, indent=2) + "\n")
+    raw = {**huggingface_config(config, tokenizer, dtype), **(fields or {})}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    save_tokenizer(tokenizer, folder)
+    return weights

@@ -1,0 +1,47 @@
+"""Files that people name for output: checked before the work, whole or absent after it."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from gcrm_fast.common.errors import UserError
+
+
+def output_file(output: str, inputs: Sequence[str]) -> Path:
+    """The path of a file to be written. Raises UserError where it cannot be, or is one of the inputs."""
+    path = Path(output)
+    if path.is_dir():
+        raise UserError(f"--output {output}: is a folder: name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"--output {output}: no folder {path.parent}: make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output {output}: the folder {path.parent} cannot be written to")
+    if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in inputs):
+        raise UserError(f"--output {output}: is also an input: name another file")
+    return path
+
+
+@contextlib.contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A free name beside ``path`` for a file or a folder, which takes its place if all goes well and goes if not."""
+    path = path.resolve()  # what a symbolic link names is replaced, not the link
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    _remove(partial)
+    try:
+        yield partial
+        if path.is_dir():
+            _remove(old)
+            path.rename(old)
+        partial.replace(path)
+        _remove(old)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
