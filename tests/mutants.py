@@ -50,6 +50,9 @@ MUTANTS = {
     "layers: a lower wing asks a higher one when it is called": (
         "gcrm_fast/data/sources.py", "    if source == STDIN:\n",
         "    from gcrm_fast.training import config as config\n\n    if source == STDIN:\n", LAYERS),
+    "layers: scoring loads a plot library": (
+        "gcrm_fast/common/tables.py", "from collections.abc import Sequence\n",
+        "from collections.abc import Sequence\nimport matplotlib\n", LAYERS + " -k scoring"),
     "train.py: packages hidden by folders of ours": (
         "gcrm_fast/train.py", "    del sys.path[0]", "    pass", "tests/test_packaging.py -k hides"),
     "position off by one after a shared prefix": (
@@ -445,7 +448,7 @@ MUTANTS = {
         "gcrm_fast/evaluation/measures.py",
         "+ 1) / 2\n    _, number", "+ 1) > 0\n    _, number", JUDGING + "ties_counts"),
     "judging: rejected completions taken for right": (
-        "gcrm_fast/commands/candidates.py", '"rejected": False', '"rejected": True', EVALUATE + "reports"),
+        "gcrm_fast/commands/shared.py", '"rejected": False', '"rejected": True', EVALUATE + "reports"),
     "judging: a limit cuts records in two": (
         "gcrm_fast/commands/evaluate.py", "[candidate.row for candidate in candidates]", "list(range(len(candidates)))",
         EVALUATE + "whole_records"),
@@ -460,7 +463,7 @@ MUTANTS = {
         "gcrm_fast/inference/scoring.py", "if not len(prompts) == len(completions) == ", "if not len(completions) == ",
         SCORING + "go_together"),
     "scoring: what cannot be scored ends a run that skips": (
-        "gcrm_fast/commands/candidates.py", "if bad.skip and (", "if not bad.skip and (", SCORING + "skipped_where"),
+        "gcrm_fast/inference/candidates.py", "if bad.skip and (", "if not bad.skip and (", SCORING + "skipped_where"),
     "scoring: a goal that is not finite": (
         "gcrm_fast/inference/scoring.py",
         "if not total.isfinite().all():", "if not len(encoded):", SCORING + "must_not"),
@@ -521,13 +524,13 @@ MUTANTS = {
         "gcrm_fast/commands/vote.py", "for q, taken in zip(reported, taken_Q, strict=True) if taken]",
         "for q, taken in zip(reported, taken_Q, strict=True) if not taken]", VOTE + "automatic"),
     "inspect: text not escaped": (
-        "gcrm_fast/commands/inspect.py", "shown = html.escape(text).replace", "shown = text.replace", PAGE + "escapes"),
+        "gcrm_fast/evaluation/page.py", "shown = html.escape(text).replace", "shown = text.replace", PAGE + "escapes"),
     "inspect: steps counted from 1 where they count from 0": (
         "gcrm_fast/commands/inspect.py", '"first_error_step": 0', '"first_error_step": 1', PAGE + "error_steps"),
     "inspect: the token before a step marked": (
-        "gcrm_fast/commands/inspect.py", 'position, "right"', 'position, "left"', PAGE + "steps_begin"),
+        "gcrm_fast/evaluation/page.py", 'position, "right"', 'position, "left"', PAGE + "steps_begin"),
     "inspect: the difference counted from the prompt": (
-        "gcrm_fast/commands/inspect.py",
+        "gcrm_fast/evaluation/page.py",
         "a, b = one.ids[one.start :], other.ids[other.start :]", "a, b = one.ids, other.ids",
         PAGE + "first_difference"),
     "export: rewards not divided by their deviation": (

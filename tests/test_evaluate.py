@@ -13,7 +13,7 @@ import pytest
 from judged import samples, write
 from sklearn.metrics import roc_auc_score
 
-from gcrm_fast.commands import candidates, evaluate
+from gcrm_fast.commands import evaluate, shared
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.evaluation import results
@@ -76,12 +76,12 @@ def test_evaluate_reports_labelled_completions_and_pairs(
 def test_a_limit_draws_the_same_whole_records_every_time() -> None:
     of_records = [Candidate("", "", "", i // 2, "", False, {}) for i in range(20)]
     rows = [candidate.row for candidate in of_records]
-    drawn = [candidate.row for candidate in candidates.limited(of_records, rows, 4)]
+    drawn = [candidate.row for candidate in shared.limited(of_records, rows, 4)]
     assert len(drawn) == 8
     assert drawn == sorted(drawn)
     assert drawn[::2] == drawn[1::2]
-    assert drawn == [candidate.row for candidate in candidates.limited(of_records, rows, 4)]
-    assert candidates.limited(of_records, rows, 0) == candidates.limited(of_records, rows, 99) == of_records
+    assert drawn == [candidate.row for candidate in shared.limited(of_records, rows, 4)]
+    assert shared.limited(of_records, rows, 0) == shared.limited(of_records, rows, 99) == of_records
 
 
 def test_results_do_not_replace_what_is_there_unasked(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_lists_of_labels_go_with_lists_of_completions_and_whole_records(model: P
     texts = ["one", "two", "three"]
     records = [{"prompt": "", "completions": texts, "is_correct": [True, 0, i == 0]} for i in (0, 1)]
     options = evaluate.Options(model=str(model), data=("-",), output=tmp_path)
-    loaded, _ = candidates.open_model(options)
+    loaded, _ = shared.open_model(options)
     source = evaluate.read_source(str(write(tmp_path / "lists.jsonl", records)), loaded, options)
     assert source.right_N.tolist() == [True, False, True, True, False, False]
     one = replace(options, limit=1)

@@ -1,6 +1,8 @@
 """The order of the wings: each imports only those below it."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +52,18 @@ def test_one_module_asks_the_environment_about_ranks() -> None:
     for path in sorted(PACKAGE.rglob("*.py")):
         words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert (path.name == "processes.py") == bool(words & variables), path
+
+
+def test_scoring_loads_what_scoring_needs() -> None:
+    program = """
+import sys
+import gcrm_fast.commands.score, gcrm_fast.commands.export, gcrm_fast.rlhf.trl
+from gcrm_fast import RewardModel
+print(*sorted({name.split(".")[0] for name in sys.modules} & {"matplotlib", "tensorboard", "sklearn", "scipy"}))
+print("gcrm_fast.training" in sys.modules or "gcrm_fast.evaluation" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False"], done.stdout + done.stderr
 
 
 def test_every_way_to_import_is_seen() -> None:

@@ -10,9 +10,10 @@ import pytest
 from judged import write
 
 from gcrm_fast.commands import inspect
-from gcrm_fast.commands.inspect import Column
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
+from gcrm_fast.evaluation import page
+from gcrm_fast.evaluation.page import Column
 from gcrm_fast.inference.scoring import RewardModel
 
 PAIR = {
@@ -127,28 +128,28 @@ def test_error_steps_are_counted_as_their_field_counts(
 
 
 def test_steps_begin_after_what_ends_them() -> None:
-    assert inspect.step_start(["a", "b;", "c", ";d"], 0, "") == 0
-    assert inspect.step_start(["a", "b;", "c", ";d"], 1, "") == 2
-    assert inspect.step_start(["a", "b;", "c", ";d"], 2, "") == 3  # the token that holds its first character
-    assert inspect.step_start(["a", "b;", "c", ";d"], 3, "") is None
-    assert inspect.step_start(["a\n", "", "\nb\n", "c"], 1, "") == 2  # blank lines come before line feeds
-    assert inspect.step_start(["a\n", "", "\nb\n", "c"], 2, "\n") == 2
-    assert inspect.step_start(["a.", "b"], 1, ".") == 1
+    assert page.step_start(["a", "b;", "c", ";d"], 0, "") == 0
+    assert page.step_start(["a", "b;", "c", ";d"], 1, "") == 2
+    assert page.step_start(["a", "b;", "c", ";d"], 2, "") == 3  # the token that holds its first character
+    assert page.step_start(["a", "b;", "c", ";d"], 3, "") is None
+    assert page.step_start(["a\n", "", "\nb\n", "c"], 1, "") == 2  # blank lines come before line feeds
+    assert page.step_start(["a\n", "", "\nb\n", "c"], 2, "\n") == 2
+    assert page.step_start(["a.", "b"], 1, ".") == 1
 
 
 def test_first_difference_counts_completion_tokens() -> None:
     def tokens(*ids: int) -> Completion:
         return Completion(np.array([7, 7, *ids], dtype=np.int32), 2, 0)
 
-    assert inspect.first_difference(tokens(1, 2, 3), tokens(1, 2, 4)) == 2
-    assert inspect.first_difference(tokens(1, 2), tokens(1, 2, 4)) == 2
-    assert inspect.first_difference(tokens(1), tokens(1)) is None
+    assert page.first_difference(tokens(1, 2, 3), tokens(1, 2, 4)) == 2
+    assert page.first_difference(tokens(1, 2), tokens(1, 2, 4)) == 2
+    assert page.first_difference(tokens(1), tokens(1)) is None
 
 
 def test_a_page_escapes_markup_within_a_token_and_everywhere_else() -> None:
     evil = "<script>'\"&</span>"
     column = Column(evil, [evil, "b"], np.array([0.5, 1]), np.array([0.5, 1]), {0: [evil]})
-    read = Reader(inspect.page(evil, evil, evil, [column]))
+    read = Reader(page.page(evil, evil, evil, [column]))
     assert read.sections == [evil + "b"]
     assert read.marks == [(0, evil, "")]
     assert "script" not in {tag for tag, _ in read.tags}
@@ -156,7 +157,7 @@ def test_a_page_escapes_markup_within_a_token_and_everywhere_else() -> None:
 
 def test_values_that_do_not_vary_have_a_colour() -> None:
     column = Column("one", ["a"], np.array([0.5]), np.array([0.5]), {})
-    assert "#" in inspect.page("", "", "", [column])
+    assert "#" in page.page("", "", "", [column])
 
 
 @pytest.mark.parametrize(

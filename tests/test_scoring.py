@@ -394,6 +394,19 @@ def test_a_partial_output_of_something_else_is_not_continued(gcrm: Gcrm, tmp_pat
     assert (tmp_path / "out").read_bytes() == fresh.read_bytes()
 
 
+def test_scoring_loads_no_library_for_plots_or_classifiers(folder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "a", [{"prompt": "p", "completion": "c"}])
+    program = """
+import sys
+from gcrm_fast.cli import main
+assert main() == 0
+print(*sorted({name.split(".")[0] for name in sys.modules} & {"matplotlib", "tensorboard", "sklearn", "gcrm_fast"}))
+"""
+    arguments = ["score", str(folder), str(data), "-o", str(tmp_path / "b"), "--per-token"]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["gcrm_fast"], done.stderr
+
+
 def test_processes_share_the_work_and_write_one_output(gcrm: Gcrm, folder: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "a", [{"prompt": f"p{i % 40}", "completion": f"{i}"} for i in range(2500)])
     assert gcrm(data, "-o", tmp_path / "one").returncode == 0

@@ -9,18 +9,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from gcrm_fast.common.errors import UserError, one_line
 
 HEAD_FILE = "gcrm.json"
-
-
 COMPANION = "gcrm.safetensors"
-
-
 TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
                    "vocab.json", "merges.txt"]  # fmt: skip
-
-
 SUBFOLDERS = "*/*"  # other copies of the weights: not fetched
-
-
 MODEL_FILES = [*TOKENIZER_FILES, "adapter_config.json", HEAD_FILE, "*.safetensors", "*.safetensors.index.json"]
 
 

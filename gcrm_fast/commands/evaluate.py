@@ -9,16 +9,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from gcrm_fast.commands.candidates import (
-    PAIRED,
-    TableOptions,
-    groups_of,
-    judge,
-    limited,
-    open_model,
-    questions_of,
-    records,
-)
+from gcrm_fast.commands.shared import PAIRED, TableOptions, groups_of, limited, open_model, questions_of, records
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.options import exit_code, parse_options
@@ -28,6 +19,7 @@ from gcrm_fast.data.sampling import quantile_positions
 from gcrm_fast.evaluation.measures import COVERAGE, RESAMPLES, Labelled, cross_fitted, group_scores, halves, measures
 from gcrm_fast.evaluation.plots import plot_histograms, plot_partial, plot_roc
 from gcrm_fast.evaluation.results import Row, check_folder, with_interval, write_rows
+from gcrm_fast.inference.candidates import judge
 from gcrm_fast.inference.scoring import RewardModel
 
 

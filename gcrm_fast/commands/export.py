@@ -25,13 +25,13 @@ from gcrm_fast.checkpoints.goals import GOAL_FILE, read_counts, read_goals, writ
 from gcrm_fast.checkpoints.locating import COMPANION, MODEL_FILES, locate
 from gcrm_fast.checkpoints.saving import fingerprint, write_model
 from gcrm_fast.checkpoints.weights import open_weights, read_heads
-from gcrm_fast.commands.candidates import encoded
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.common.tables import table
 from gcrm_fast.data.records import COMPLETION_FORMATS, parse_columns, read_completions
 from gcrm_fast.data.tokenization import choose_pad, load_tokenizer
+from gcrm_fast.inference.candidates import encoded
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.reward_model import LlamaRewardModel

@@ -11,12 +11,13 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 
 from gcrm_fast.checkpoints.goals import DEFAULT, read_counts, read_goals, write_goals
-from gcrm_fast.commands.candidates import fit
+from gcrm_fast.commands.shared import ModelOptions
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
-from gcrm_fast.common.options import ModelOptions, exit_code, parse_options
+from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
 from gcrm_fast.data.sources import BadRecords
+from gcrm_fast.inference.candidates import fit
 from gcrm_fast.inference.scoring import RewardModel
 
 LABEL = "is_correct"

@@ -25,14 +25,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gcrm_fast.checkpoints.goals import named_goal
-from gcrm_fast.commands.candidates import encoded, unfit
+from gcrm_fast.commands.shared import ModelOptions
 from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file
-from gcrm_fast.common.options import ModelOptions, exit_code, parse_options
+from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
 from gcrm_fast.data.sources import STDIN, BadRecords
+from gcrm_fast.inference.candidates import encoded, unfit
 from gcrm_fast.inference.scoring import Judged, RewardModel
 
 T = TypeVar("T")

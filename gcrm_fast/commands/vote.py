@@ -7,17 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from gcrm_fast.commands.candidates import (
-    Judgement,
-    TableOptions,
-    groups_of,
-    judge,
-    limited,
-    open_model,
-    questions_of,
-    records,
-    text_of,
-)
+from gcrm_fast.commands.shared import TableOptions, groups_of, limited, open_model, questions_of, records, text_of
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.options import exit_code, parse_options
@@ -27,6 +17,7 @@ from gcrm_fast.evaluation.measures import halves
 from gcrm_fast.evaluation.plots import plot_savings
 from gcrm_fast.evaluation.results import Row, check_folder, write_rows
 from gcrm_fast.evaluation.voting import Question, Result, Saving, chosen_threshold, results, saving, thresholds
+from gcrm_fast.inference.candidates import Judgement, judge
 
 
 @dataclass(frozen=True, kw_only=True)

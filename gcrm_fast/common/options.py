@@ -1,46 +1,18 @@
-"""What the commands of ``gcrm`` share: options from dataclasses, errors that are one line, outputs that are whole."""
+"""What every command of ``gcrm`` is made with: options from dataclasses, errors that are one line."""
 
 import contextlib
 import io
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
 import tyro
-from tyro.conf import Positional
 
 from gcrm_fast.common import processes
 from gcrm_fast.common.errors import RankError, UserError
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """Of the commands that run a model over records."""
-
-    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """Reward model: a folder or a hub name."""
-    data: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...")]
-    """Records: files of JSON lines (plain or gzipped, - for stdin) or Parquet, folders that datasets saved, datasets of
-    the Hub."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the trunk computes in; auto: bfloat16 on a GPU, else float32."""
-    tokens_per_batch: int = 16384
-    """Tokens that are computed at a time: memory grows with it."""
-    columns: str = ""
-    """Names that the records use for this project's fields: prompt=instruction,completion=answer. No other fields are
-    read then."""
-    on_bad_record: Literal["error", "skip"] = "error"
-    """A record that cannot be used ends the run, or is left out and counted."""
-
-    def __post_init__(self) -> None:
-        if not self.data:
-            raise UserError("no records are named: MODEL FILE... are expected")
-        if self.tokens_per_batch < 1:
-            raise UserError(f"--tokens-per-batch {self.tokens_per_batch}: must be at least 1")
 
 
 def parse_options(kind: type[T], argv: list[str], prog: str, default: T | None = None) -> T:

@@ -22,11 +22,16 @@ class Sampling:
     seed: int = 0
 
 
+def shared_start(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of leading tokens that two sequences share."""
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    return int(differs.argmax()) if differs.any() else n
+
+
 def divergence(pair: TokenizedPair) -> int:
     """Number of leading tokens that chosen and rejected sequences share."""
-    n = min(len(pair.chosen_ids), len(pair.rejected_ids))
-    differs = pair.chosen_ids[:n] != pair.rejected_ids[:n]
-    return int(differs.argmax()) if differs.any() else n
+    return shared_start(pair.chosen_ids, pair.rejected_ids)
 
 
 def first_negative(pair: TokenizedPair, sampling: Sampling) -> int:

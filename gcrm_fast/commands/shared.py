@@ -1,24 +1,50 @@
-"""What the judging commands share: options, completions read from files, their fields, their rewards and Q-values."""
+"""What the commands share that run a model over records: options, completions read from files, their fields."""
 
 import sys
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 from torch import Tensor
+from tyro.conf import Positional
 
 from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import ModelOptions
-from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
 from gcrm_fast.data.sources import BadRecords
+from gcrm_fast.inference.candidates import fit
 from gcrm_fast.inference.scoring import RewardModel
 
 PAIRED = {"chosen": True, "correct": True, "rejected": False, "incorrect": False}  # a pair's fields: is it right?
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Of the commands that run a model over records."""
+
+    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """Reward model: a folder or a hub name."""
+    data: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...")]
+    """Records: files of JSON lines (plain or gzipped, - for stdin) or Parquet, folders that datasets saved, datasets of
+    the Hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the trunk computes in; auto: bfloat16 on a GPU, else float32."""
+    tokens_per_batch: int = 16384
+    """Tokens that are computed at a time: memory grows with it."""
+    columns: str = ""
+    """Names that the records use for this project's fields: prompt=instruction,completion=answer. No other fields are
+    read then."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """A record that cannot be used ends the run, or is left out and counted."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise UserError("no records are named: MODEL FILE... are expected")
+        if self.tokens_per_batch < 1:
+            raise UserError(f"--tokens-per-batch {self.tokens_per_batch}: must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +71,6 @@ class TableOptions(JudgingOptions):
     """Replace the results in the output folder."""
 
 
-class Judgement(NamedTuple):
-    """A completion's tokens, and the rewards and Q-values [n] float32 at each of those after the prompt."""
-
-    tokens: Completion
-    reward_n: np.ndarray
-    q_n: np.ndarray
-
-
 def open_model(options: JudgingOptions) -> tuple[RewardModel, Tensor]:
     """The model, and the goal state [D] of its Q-values. Raises UserError."""
     model = RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch)
@@ -67,27 +85,6 @@ def records(sources: Sequence[str], model: RewardModel, options: JudgingOptions)
     yield from fit(found, model, bad)
     if bad.skipped:
         print(f"{len(bad.skipped)} bad records are left out; the first: {bad.skipped[0]}", file=sys.stderr)
-
-
-def fit(found: Iterator[list[Candidate]], model: RewardModel, bad: BadRecords) -> Iterator[list[Candidate]]:
-    """The records; where bad ones are left out, those with a completion that the model cannot score go there too. Else
-    scoring says so, before it starts."""
-    for record in found:
-        if bad.skip and (wrong := unfit(record, encoded(record, model), model)):
-            bad.add(UserError(wrong))
-        else:
-            yield record
-
-
-def encoded(found: Sequence[Candidate], model: RewardModel) -> list[Completion]:
-    """Their tokens."""
-    return model.encode([c.prompt for c in found], [c.completion for c in found], [c.cut for c in found])
-
-
-def unfit(record: Sequence[Candidate], tokens: Sequence[Completion], model: RewardModel) -> str:
-    """Why the first completion that cannot be scored cannot; "" where all can."""
-    wrong = (f"{c.label} {why}" for c, t in zip(record, tokens, strict=True) if (why := model.unfit(t)))
-    return next(wrong, "")
 
 
 def limited(candidates: list[Candidate], keys: Sequence[Hashable], limit: int) -> list[Candidate]:
@@ -119,15 +116,3 @@ def groups_of(candidates: Sequence[Candidate], by: str) -> dict[str, np.ndarray]
     """For each field of --by the value of every completion, [N] of str."""
     names = [name for name in (part.strip() for part in by.split(",")) if name]
     return {name: np.array([text_of(c, name, "--by") for c in candidates]) for name in names}
-
-
-def judge(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tensor) -> list[Judgement]:
-    """Rewards and Q-values at every token of every completion."""
-    completions = encoded(candidates, model)
-    names = [c.label for c in candidates]
-    judged = model.judge(completions, goals_GD=goal_D[None], per_token=True, names=names, progress=True)
-    return [
-        Judgement(tokens, scores.rewards_n, scores.q_Gn[0])
-        for tokens, scores in zip(completions, judged, strict=True)
-        if scores.rewards_n is not None and scores.q_Gn is not None  # both were asked for
-    ]
