@@ -44,13 +44,14 @@ from gcrm_fast.prepare import (
     compute_dtype,
     data_rows,
     describe,
+    fastest_dtype,
     memory_plan,
     objective_of,
     prepare,
     steps_of,
 )
 from gcrm_fast.report import MetricsLog, plot_curves, table
-from gcrm_fast.resume import RunState, Window, facts, find
+from gcrm_fast.resume import RunState, Window, facts, find, with_dtype
 from gcrm_fast.run_checkpoints import Checkpoints, checkpoints, first_whole
 
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
@@ -213,9 +214,11 @@ class Run:
 
 def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: torch.device) -> tuple[Run, int]:
     """The run, and the step after which it goes on (0 for a new one)."""
-    rank, world_size, dtype = dist.get_rank(), dist.get_world_size(), compute_dtype(config, device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
     found, notes = find(config, prepared.output, prepared.data_key, group)
+    config = with_dtype(config, found, fastest_dtype(device), group)
+    dtype = compute_dtype(config, device)
     start = found.facts["step"] if found else 0
 
     least = torch.tensor(memory_limit(device))
