@@ -132,10 +132,10 @@ class Lab:
     def batch(self, prompt: int, completion: int) -> Groups:
         return [[pair] for pair in equal_pairs(prompt, completion, self.pairs)]
 
-    def packs(self, batch: Groups, tokens: int = PACK) -> list[Pack]:
+    def packs(self, batch: Groups, tokens: int = PACK, without: str = "") -> list[Pack]:
         ours = self.model()
         ours.budget = replace(ours.budget, tokens=tokens)
-        return [pack.pin_memory() if self.cuda else pack for pack in ours.packs(batch)]
+        return [pack.pin_memory() if self.cuda else pack for pack in ours.packs(batch, without)]
 
     def step(self, what: str, packs: list[Pack], without: str = "", count: int = 5, **about: Any) -> None:
         """Times optimizer steps on ``packs``, recomputing what the trainer would; beside them the memory that
@@ -299,6 +299,8 @@ def variants(lab: Lab) -> None:
     packs = lab.packs(lab.batch(*SHAPES[0]))
     ours = lab.model()
     lab.step("variant: as it is", packs)
+    for lever in ("packing", "sharing", "read rows", "fused loss"):
+        lab.step(f"variant: without {lever}", lab.packs(lab.batch(*SHAPES[0]), without=lever), lever, 3)
     for without in ("fused RoPE", "Triton", "recomputing product", "recomputing mlp", "recomputing block"):
         lab.step(f"variant: {without if without in RECOMPUTING else f'without {without}'}", packs, without, 4)
     parallel.set_gather(ours.model, "block")
@@ -537,7 +539,7 @@ PARTS = [
     Part("step", 30, step),
     Part("no_waiting", 5, no_waiting),
     Part("profile", 15, profile),
-    Part("variants", 50, variants),
+    Part("variants", 60, variants),
     Part("baseline", 60, baseline),
     Part("wide", 30, wide),
     Part("contrastive", 100, contrastive),
