@@ -157,9 +157,10 @@ MUTANTS = {
         ROTARY_KERNEL, "angle += t * (2 * HALF)\n    _store_rotated(out_k_ptr",
         "angle += j * (2 * HALF)\n    _store_rotated(out_k_ptr", ROTARY_KERNELS),
     "residual lost at the second norm": (
-        "gcrm_fast/model.py", 'return x_TH + self._again("mlp"', 'return normed_TH + self._again("mlp"', PARITY),
+        "gcrm_fast/model.py", "return x_TH, maybe_recomputed(", "return normed_TH, maybe_recomputed(", PARITY),
     "weights of the two norms exchanged": (
-        "gcrm_fast/model.py", "self.input_layernorm.weight", "self.post_attention_layernorm.weight", PARITY),
+        "gcrm_fast/model.py", "rms_norm(branch_TH, self.input_layernorm", "rms_norm(branch_TH, self.post_attention_layernorm",
+        PARITY),
     "dense: rejected positions before the divergence": (
         "gcrm_fast/packing.py", "positions = [chosen, rejected[negative_goals]]", "positions = [chosen, rejected]",
         PACKING),
@@ -275,7 +276,7 @@ MUTANTS = {
     "recomputation ignored": (
         "gcrm_fast/model.py", "if not again or not torch", "if again or not torch", STEP + "recomputing"),
     "only the last layer's gradient of a shared input": (
-        "gcrm_fast/model.py", "torch.addmm(dx_TH, grad, weight, out=dx_TH)", "grad @ weight", STEP + "counted"),
+        "gcrm_fast/model.py", "torch.addmm(dx_TH, grad, weight, out=dx_TH)", "grad @ weight", STEP + "one_input"),
     "weights gathered once per step are never dropped": (
         "gcrm_fast/parallel.py", "set_reshard_after_backward(last or model.gather == \"block\")",
         "set_reshard_after_backward(model.gather == \"block\")", STEP + "gathered_once"),
