@@ -315,9 +315,18 @@ MUTANTS = {
         "bench/contestants.py", "length * (length + 1) // 2", "length * length", BENCH + "flops"),
     "benchmark: medians over steps and not over rounds": (
         "bench/train_step.py", "np.median(seconds, axis=0)", "np.median(seconds, axis=1)", BENCH + "speed"),
-    "README's GPU table from the oldest file": (
-        "bench/gpu.py", "key=lambda p: (p.stem[-10:], p.stem))", "key=lambda p: (p.stem[-10:], p.stem), reverse=True)",
-        BENCH + "newest"),
+    "benchmark: FSDP gathers a block once for its forward and backward": (
+        "bench/step_model.py", "packs * (embedding + 2 * blocks)", "packs * (embedding + blocks)",
+        BENCH + "fsdp_copies"),
+    "tables of GPU runs from the file that sorts last by device": (
+        "bench/gpu_report.py", "key=lambda path: path.stem[-10:]", "key=lambda path: path.stem", BENCH + "newest"),
+    "tables of GPU runs with the numbers of a file's first call": (
+        "bench/gpu_report.py", "                lines.clear()\n", "                continue\n",
+        BENCH + "latest_numbers"),
+    "GPU run: what a part started outlives it": (
+        "bench/gpu.py", "                os.kill(pid, signal.SIGKILL)", "                pass", BENCH + "hang_or_die"),
+    "GPU run: a line that was cut off swallows the next": (
+        "bench/gpu.py", "    if rest:\n", "    if False:\n", BENCH + "hang_or_die"),
     "the rewards of a pack in another order": (
         "gcrm_fast/packing.py", "indices=tuple(item.index for item in items),",
         "indices=tuple(sorted(item.index for item in items)),", SCORING + "company"),
