@@ -159,8 +159,8 @@ MUTANTS = {
     "residual lost at the second norm": (
         "gcrm_fast/model.py", "return x_TH, maybe_recomputed(", "return normed_TH, maybe_recomputed(", PARITY),
     "weights of the two norms exchanged": (
-        "gcrm_fast/model.py", "rms_norm(branch_TH, self.input_layernorm", "rms_norm(branch_TH, self.post_attention_layernorm",
-        PARITY),
+        "gcrm_fast/model.py", "rms_norm(branch_TH, self.input_layernorm",
+        "rms_norm(branch_TH, self.post_attention_layernorm", PARITY),
     "dense: rejected positions before the divergence": (
         "gcrm_fast/packing.py", "positions = [chosen, rejected[negative_goals]]", "positions = [chosen, rejected]",
         PACKING),
