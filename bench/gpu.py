@@ -31,7 +31,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-GRACE = 30.0  # seconds that a part may take beyond twice its time
+# Seconds: for a process to begin its first part; that a part may take beyond twice its time; between looks at it; and
+# without which no process is started.
+START, GRACE, LOOK, LEAST = 120.0, 30.0, 0.5, 10.0
+MARK = "GCRM_GPU_PROCESS"  # in the environment of the measuring process and of whatever it starts
 # Names of packages' modules where they differ.
 MODULES = {"scikit-learn": "sklearn", "protobuf": "google.protobuf", "pytest-xdist": "xdist"}
 TOOLS = ("pytest", "hypothesis", "pytest-xdist")
@@ -109,43 +112,92 @@ def environment(packages: Path) -> dict[str, str]:
     return {**defaults, **os.environ, **always}
 
 
+def note(path: Path, part: str, what: str, **about: Any) -> None:
+    """A line of our own about the measuring, when nobody else writes."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"part": part, "what": what, **about}) + "\n")
+
+
+def mend(path: Path) -> None:
+    """Ends a last line that was being written when its process ended; one that is not whole is kept as text."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole, end, rest = text.rpartition("\n")
+    if rest:
+        path.write_text(whole + end, encoding="utf-8")
+        try:
+            note(path, **json.loads(rest))
+        except json.JSONDecodeError:
+            note(path, "", "cut off", text=rest)
+
+
 def measure_parts(
     parts: Sequence[str], path: Path, seconds: float, env: dict[str, str], more: Sequence[str] = ()
 ) -> None:
     """Runs the parts (all without any) in processes, a new one after each that broke, until the time is over."""
     end = time.monotonic() + seconds
     waiting = list(parts)
-    while end - time.monotonic() > 10:
+    mend(path)
+    while end - time.monotonic() > LEAST:
         before = len(lines(path))
         options = ["--out", str(path), "--deadline", f"{end - time.monotonic():.0f}", *more]
         options += ["--parts", *waiting] if waiting else []
         command = [sys.executable, str(ROOT / "bench" / "gpu_parts.py"), *options]
-        watch(subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True), path, end)
+        mark = f"{os.getpid()}-{time.monotonic_ns()}"
+        child = subprocess.Popen(command, cwd=ROOT, env={**env, MARK: mark}, start_new_session=True)
+        try:
+            ended = watch(child, path, before, end)
+        finally:
+            kill(child, mark)
+        mend(path)
         rows = lines(path)[before:]
         settled = {row["part"] for row in rows if row["what"] in ("began", "skipped")}
-        wanted = next((row["parts"] for row in rows if row["what"] == "begin"), [])
-        waiting = [part for part in wanted if part not in settled]
+        part = next((row["part"] for row in reversed(rows) if row["what"] == "began"), "")
+        if ended and not any(row["what"] in ("done", "failed") and row["part"] == part for row in rows):
+            note(path, part, "failed", why=ended)
+        wanted = next((row["parts"] for row in rows if row["what"] == "begin"), waiting)
+        waiting = [name for name in wanted if name not in settled]
         if not waiting or not settled:  # a process that did not come so far would not do so again
             break
+    for part in waiting:
+        note(path, part, "skipped", why="never begun")
 
 
-def watch(child: subprocess.Popen[bytes], path: Path, end: float) -> None:
-    """Waits for the process; ends it and its own children at ``end``, or when a part takes far too long."""
-    seen, since, limit = 0, time.monotonic(), 120.0
-    while child.poll() is None and time.monotonic() < min(end, since + limit):
-        time.sleep(0.5)
+def watch(child: subprocess.Popen[bytes], path: Path, seen: int, end: float) -> str:
+    """Waits for the process until ``end``, or until a part takes far too long; what was wrong with its end. ``seen``:
+    lines that were there before it."""
+    since, limit = time.monotonic(), START
+    while child.poll() is None:
+        if time.monotonic() > min(end, since + limit):
+            return "ended: out of time, or it hung"
+        time.sleep(LOOK)
         rows = lines(path)
         for row in rows[seen:]:
             if row["what"] == "began":
                 since, limit = time.monotonic(), 2 * row["needs"] + GRACE
         seen = len(rows)
-    if child.poll() is None:
-        with path.open("a", encoding="utf-8") as file:
-            part = next((row["part"] for row in reversed(lines(path)) if row["what"] == "began"), "")
-            file.write(json.dumps({"part": part, "what": "failed", "why": "ended: out of time, or it hung"}) + "\n")
+    return f"its process ended with {child.returncode}" if child.returncode else ""
+
+
+def kill(child: subprocess.Popen[bytes], mark: str) -> None:
+    """Ends the process and all that it started, in sessions of their own too: the next one needs the whole GPU."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
+    for _ in range(500):  # one may start another meanwhile; 5 seconds, for the driver may hold one
+        marked = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_marked(pid, mark)]
+        if not marked:
+            break
+        for pid in marked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def is_marked(pid: int, mark: str) -> bool:
+    try:
+        return f"{MARK}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # of somebody else, or gone
+        return False
 
 
 # -------------------------------------------------------------------------------------------------------- the program

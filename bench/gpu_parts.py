@@ -134,10 +134,10 @@ class Lab:
     def batch(self, prompt: int, completion: int) -> Groups:
         return [[pair] for pair in equal_pairs(prompt, completion, self.pairs)]
 
-    def packs(self, batch: Groups, tokens: int = PACK) -> list[Pack]:
+    def packs(self, batch: Groups, tokens: int = PACK, without: str = "") -> list[Pack]:
         ours = self.model()
         ours.budget = replace(ours.budget, tokens=tokens)
-        return [pack.pin_memory() if self.cuda else pack for pack in ours.packs(batch)]
+        return [pack.pin_memory() if self.cuda else pack for pack in ours.packs(batch, without)]
 
     def step(self, what: str, packs: list[Pack], without: str = "", count: int = 5, **about: Any) -> None:
         """Times optimizer steps on ``packs``, recomputing what the trainer would; beside them the memory that
@@ -254,7 +254,8 @@ def kernels_agree(lab: Lab) -> None:
             error = max(relative(gradients[name], exact[1][name]) for name in gradients)
             plain = plain or max(error, 1e-4)
             about = {"dtype": str(dtype), "loss": abs(loss / exact[0] - 1), "worst gradient": error}
-            lab.put(f"kernels, {without or 'all'}", **about, right=error < 1.5 * plain)
+            form = without if without in RECOMPUTING else f"without {without}" if without else "all"
+            lab.put(f"kernels, {form}", **about, right=error < 1.5 * plain)
 
 
 # ------------------------------------------------------------------------------------------------------ the step
@@ -284,7 +285,9 @@ def no_waiting(lab: Lab) -> None:
 
 
 def profile(lab: Lab) -> None:
-    rows = profiled(lab.model(), lab.batch(*SHAPES[0]))
+    ours = lab.model()
+    ours.budget = replace(ours.budget, tokens=PACK)
+    rows = profiled(ours, lab.batch(*SHAPES[0]))
     shares: dict[str, float] = {}
     for row in rows:
         name = row["kernel"].lower()
@@ -300,8 +303,10 @@ def variants(lab: Lab) -> None:
     packs = lab.packs(lab.batch(*SHAPES[0]))
     ours = lab.model()
     lab.step("variant: as it is", packs)
+    for lever in ("packing", "sharing", "read rows", "fused loss"):
+        lab.step(f"variant: without {lever}", lab.packs(lab.batch(*SHAPES[0]), without=lever), lever, 3)
     for without in ("fused RoPE", "Triton", "recomputing product", "recomputing mlp", "recomputing block"):
-        lab.step(f"variant: {without}", packs, without, 4)
+        lab.step(f"variant: {without if without in RECOMPUTING else f'without {without}'}", packs, without, 4)
     parallel.set_gather(ours.model, "block")
     lab.step("variant: weights gathered for every pack", packs)
     parallel.set_gather(ours.model, "step")
@@ -416,7 +421,7 @@ def tuning(lab: Lab) -> None:
     ]
     for pairing in ("paired", "grid"):
         no_grad = torch.no_grad()(lambda pairing=pairing: loss(pairing, case.hidden))
-        forward = [*triton_contrastive.forward_candidates(16, 2), LaunchConfig(512, 4, 2), LaunchConfig(256, 2, 2)]
+        forward = [LaunchConfig(256, warps, 2) for warps in (2, 4, 8)] + [LaunchConfig(512, 4, 2)]
         trials.append((f"forward, {pairing}", triton_contrastive, "forward_candidates", no_grad, forward))
         backward = [*triton_contrastive.backward_candidates(16, 2), *wide]
         call = lambda pairing=pairing: both(pairing)  # noqa: E731
@@ -431,7 +436,7 @@ def tuning(lab: Lab) -> None:
 def scored(lab: Lab) -> None:
     """Completions per second against padded batches: 8 per prompt, lengths of GSM8K answers."""
     lab.release()
-    encoded = records.completions("gsm8k_pairs", 250 if lab.cuda else 2, 8)
+    encoded = records.completions("gsm8k_pairs", 50 if lab.cuda else 2, 8)
     theirs = scoring.padded_model(lab.config, torch.bfloat16, lab.device)
     ours = scoring.our_model(lab.config, torch.bfloat16, lab.device, PACK)
     lab.put("rewards alike", right=scoring.same_rewards(theirs, ours, encoded[:24], torch.bfloat16))
@@ -538,7 +543,7 @@ PARTS = [
     Part("step", 30, step),
     Part("no_waiting", 5, no_waiting),
     Part("profile", 15, profile),
-    Part("variants", 50, variants),
+    Part("variants", 60, variants),
     Part("baseline", 60, baseline),
     Part("wide", 30, wide),
     Part("contrastive", 100, contrastive),

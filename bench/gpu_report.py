@@ -1,14 +1,22 @@
-"""Tables of what bench/gpu.py measured: all of it for docs/performance.md, a few lines for README.md."""
+"""Tables of what bench/gpu.py measured: all of it for docs/performance.md, a few lines for README.md.
+
+A file can hold several calls: of what was measured again, the latest numbers count.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- gpu:begin (written by python bench/gpu.py --docs) -->", "<!-- gpu:end -->"
 NOT_MEASURED = "Not yet measured on a GPU."
-HIDDEN = ("t", "part", "what", "trace", "config", "parts", "right", "where")  # of a line, in the table
+HIDDEN = ("t", "part", "what", "trace", "config", "parts", "right", "where", "begin")  # of a line, in the table
 NOTES = ("began", "done", "begin")  # lines that say how the measuring went
+# What a line was measured on: with part and name, what it has in common with the same measurement of another call.
+SETTINGS = ("shape", "tokens per pack", "tokens", "n", "N", "states", "dtype", "heads", "kv heads", "head size")
+SETTINGS += ("pairs per batch", "checkpointing", "as shipped", "batch", "block", "num_warps", "num_stages")
+STEP, WIDE, EVERY_PACK = "step", "8b shape, 8 layers", "variant: weights gathered for every pack"
 
 
 def cell(value: Any) -> str:
@@ -40,6 +48,56 @@ def newest(results: Path) -> tuple[Path, list[dict[str, Any]]] | None:
     return paths[-1], [json.loads(line) for line in paths[-1].read_text(encoding="utf-8").splitlines()]
 
 
+def current(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each measurement the lines of the latest call that has it, part by part, each with its call's first line.
+
+    That a part was skipped does not count once it is done in any call, that it failed once it is done in a later one.
+    """
+    kept: dict[tuple, list[dict[str, Any]]] = {}
+    begin: Mapping[str, Any] = {}
+    for row in rows:
+        if row["what"] == "begin":
+            begin = row
+        elif row["what"] not in ("began", "done", "skipped", "failed"):
+            lines = kept.setdefault((row["part"], row["what"], *map(row.get, SETTINGS)), [])
+            if lines and lines[0]["begin"] is not begin:
+                lines.clear()
+            lines.append({**row, "begin": begin})
+    for i, row in enumerate(rows):
+        later = rows[i:] if row["what"] == "failed" else rows
+        if row["what"] in ("skipped", "failed") and not any(
+            r["part"] == row["part"] and r["what"] == "done" for r in later
+        ):
+            kept[row["part"], row["what"]] = [dict(row)]
+    order = list(dict.fromkeys(row["part"] for row in rows))
+    return sorted((row for lines in kept.values() for row in lines), key=lambda row: order.index(row["part"]))
+
+
+def with_prediction(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Beside the milliseconds of a step that recomputes nothing those of bench/step_model.py, from the rates that the
+    same file has."""
+    product, copy = latest(rows, "matrix product", n=8192), latest(rows, "copy")
+    if not product or not copy:
+        return [dict(row) for row in rows]
+    return [
+        {**row, "predicted ms": predicted(row, product["tflops"], copy["tbps"])}
+        if row["what"] in (STEP, WIDE, EVERY_PACK) and "ms" in row and row.get("recompute") == "none"
+        else dict(row)
+        for row in rows
+    ]
+
+
+def predicted(row: Mapping[str, Any], tflops: float, tbps: float) -> float:
+    import step_model  # it takes torch and seconds
+
+    begin = row["begin"]
+    wide = replace(step_model.MODELS["8b"], num_hidden_layers=8)
+    config = wide if row["what"] == WIDE else step_model.ModelConfig(**begin["config"])
+    prompt, completion = map(int, row["shape"].split("/")) if "shape" in row else step_model.SHAPES[0]
+    tokens, gather = row.get("tokens per pack", step_model.TOKENS), "block" if row["what"] == EVERY_PACK else "step"
+    return step_model.predicted_ms(config, (prompt, completion), begin["pairs"], tokens, tflops, tbps, gather)
+
+
 def write(root: Path, results: Path) -> None:
     """Replaces what stands between the markers of README.md and docs/performance.md."""
     found = newest(results)
@@ -51,27 +109,32 @@ def write(root: Path, results: Path) -> None:
 
 
 def origin(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    begin = next(row for row in rows if row["what"] == "begin")
+    calls = [row for row in rows if row["what"] == "begin"]
+    device, torch, triton, date, commits, kernels = (
+        " and ".join(dict.fromkeys(call[name] for call in calls))
+        for name in ("device", "torch", "triton", "date", "commit", "kernels")
+    )
     return (
-        f"{begin['device']}, torch {begin['torch']}, triton {begin['triton']}, {begin['date']}, "
-        f"commit {begin['commit']}, kernels {begin['kernels']}; `bench/results/{path.name}`"
+        f"{device}, torch {torch}, triton {triton}, {date}, commit {commits}, kernels {kernels}; "
+        f"`bench/results/{path.name}`"
     )
 
 
 def full(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
-    shown = [row for row in rows if row["what"] not in (*NOTES, "kernel")]
+    shown = [row for row in with_prediction(current(rows)) if row["what"] != "kernel"]
     body = [f"| {row['part']} | {row['what']} | {result(row)} |" for row in shown]
     return "\n".join([origin(path, rows), "", "| part | what | result |", "|---|---|---|", *body])
 
 
 def short(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     """The step, against padded transformers and TRL; the 8b shape; the contrastive loss; the tests."""
-    ours = first(rows, "step", shape="100/225")
-    naive = max((row for row in rows if row["what"] == "padded" and "pairs/s" in row), key=speed, default=None)
-    trl = first(rows, "TRL", **{"as shipped": True})
-    wide = first(rows, "8b shape, 8 layers")
-    loss = first(rows, "contrastive: ours", N=512, states="rows")
-    tests = first(rows, "tests")
+    found = current(rows)
+    ours = latest(found, STEP, shape="100/225", **{"tokens per pack": 16_384})
+    naive = max((row for row in found if row["what"] == "padded" and "pairs/s" in row), key=speed, default=None)
+    trl = latest(found, "TRL", **{"as shipped": True})
+    wide = latest(found, WIDE)
+    loss = latest(found, "contrastive: ours", N=512, states="rows")
+    tests = latest(found, "tests")
     said = []
     if ours:
         others = {"padded transformers at its best": naive, "TRL as shipped": trl}
@@ -82,13 +145,14 @@ def short(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     if loss:
         said.append(f"- contrastive loss, N=512 S=16 H=4096: {loss['forward+backward ms']:.2f} ms, "
                     f"{loss['x naive']:.0f} times naive, {loss['% of copy']:.0f}% of the rate of a copy")  # fmt: skip
-    if tests:
-        said.append(f"- tests on the GPU: {tests['last'].strip('= ')}")
+    if tests and "passed" in tests:
+        said.append("- tests on the GPU: {passed} passed, {failed} failed, {skipped} skipped".format(**tests))
     return "\n".join([*said, f"- {origin(path, rows)}"])
 
 
-def first(rows: Sequence[Mapping[str, Any]], what: str, **values: Any) -> Mapping[str, Any] | None:
-    return next((r for r in rows if r["what"] == what and all(r.get(k) == v for k, v in values.items())), None)
+def latest(rows: Sequence[Mapping[str, Any]], what: str, **values: Any) -> Mapping[str, Any] | None:
+    fitting = (row for row in reversed(rows) if row["what"] == what)
+    return next((row for row in fitting if all(row.get(key) == value for key, value in values.items())), None)
 
 
 def speed(row: Mapping[str, Any]) -> float:

@@ -88,7 +88,7 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
         padded = triton_contrastive._padded(s)
         for grid in (True, False):
             form = f"{'grid' if grid else 'paired'} {dtype} S={s}"
-            config = triton_contrastive.forward_candidates(s, itemsize)[0]
+            config = triton_contrastive.forward_candidates(s, itemsize, grid)[0]
             constants = {"S": s, "SP": padded, "BLOCK_H": config.block, "GRID": grid}
             for mean_then_log in (False, True):
                 name = f"contrastive forward {form} {'mean_then_log' if mean_then_log else 'log_then_mean'}"

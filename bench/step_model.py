@@ -1,17 +1,21 @@
-"""What a training step must compute and move, and what a GPU's data sheet would then allow: a model, not a measurement.
+"""What a training step must compute and move, and what the rates of a GPU would then allow: a model, not a measurement.
 
-    python bench/step_model.py [--model 1b 8b] [--tokens-per-batch 16384] [--tflops 989] [--bandwidth 4.8]
+    python bench/step_model.py [--model 1b 8b] [--tokens-per-batch 16384] [--gather step|block] [--tflops 800]
+                               [--bandwidth 3.0]
 
-The trainer's model runs forward and backward on a pack of equal pairs, on tensors without content, in bfloat16 and as
-on a GPU: our kernels are one operator each. Every operator counts the bytes of the tensors that it reads and writes,
-views none; matrix products count 2 m k n, attention the products that its mask leaves (accounting.py). Each operator
-takes the longer of computing at --tflops and moving at --bandwidth (defaults: one H200), one after the other. The
-optimizer moves its 28 bytes a parameter (float32 AdamW: weight, gradient and moments read, all but the gradient
-written), once for --global-batch pairs. Left out: the losses, FSDP's copies and communication, launches.
+The trainer's model runs forward and backward on packs of equal pairs, on tensors without content, in bfloat16 and as on
+a GPU: our kernels are one operator each. Every operator counts the bytes of the tensors that it reads and writes, views
+none; matrix products count 2 m k n, attention the products that its mask leaves (accounting.py). Each operator takes
+the longer of computing at --tflops and moving at --bandwidth, one after the other; the defaults are what one H100
+measured (bench/results), a product of 8192 x 8192 matrices and a copy. Once for --global-batch pairs, the optimizer
+moves its 28 bytes a parameter (float32 AdamW: weight, gradient and moments read, all but the gradient written); FSDP's
+copies are those of one process. Left out: the losses, the clipping of gradients, communication, launches.
 """
 
 import argparse
+import collections
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -24,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.inputs import Pack, mapped
@@ -32,7 +37,16 @@ from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import accounting
 
 SHAPES = ((100, 225), (250, 80))  # tokens of prompt and of each completion
+TOKENS = 16384  # of a pack
+TFLOPS, TBPS = 800.0, 3.0  # of one H100 SXM: bfloat16 product of 8192 x 8192 matrices, copy
 MATMUL, ATTENTION, KERNELS, REST, OPTIMIZER = "matrix products", "attention", "our kernels", "RoPE and others", "AdamW"
+FSDP = "FSDP's copies"
+# Bytes a parameter that FSDP2 moves on one process: bfloat16 weights and gradients, float32 shards and reduction.
+GATHER = 6 + 4  # the shard cast to bfloat16, and copied to the whole weight: alone it has no all-gather to copy in for
+CAST = 2 + 4  # the first pack's gradient, which the others are added to
+ADD = 2 + 4 + 4  # a later pack's gradient: read, and the sum read and written
+REDUCE = 4 + 4 + 8  # the sum copied into the buffer of the reduction, and from there to the shard
+REDUCE_ONE = 2 + 4 + 8  # likewise the only pack's gradient, in bfloat16
 COLUMNS = ("model", "prompt/completion", "part", "TFLOP/pair", "GB/pair", "ms/pair", "% of step")
 
 
@@ -67,12 +81,15 @@ class Counter(TorchDispatchMode):
         seconds = max(work / self.peak, moved / self.bandwidth)
         self.totals[part] = [a + b for a, b in zip(self.totals[part], (work, moved, seconds), strict=True)]
 
+    @property
+    def seconds(self) -> float:
+        return sum(total[2] for total in self.totals.values())
 
-def pack_of(prompt: int, completion: int, tokens: int) -> Pack:
-    """As many pairs with prompts of their own as ``tokens`` hold."""
-    count = max(tokens // (prompt + 2 * completion), 1)
-    pairs = [records.random_pair(i, i, prompt, completion, completion) for i in range(count)]
-    return build_pack([[pair] for pair in pairs], Sampling(), 0)
+
+def packs_of(config: ModelConfig, prompt: int, completion: int, pairs: int, tokens: int) -> list[Pack]:
+    """The trainer's packs of so many pairs with prompts of their own."""
+    batch = [[records.random_pair(i, i, prompt, completion, completion)] for i in range(pairs)]
+    return [build_pack(groups, Sampling(), 0) for groups in plan_packs(batch, Budget(tokens, config.hidden_size), 1)]
 
 
 def count(config: ModelConfig, pack: Pack, flops: float, bandwidth: float) -> Counter:
@@ -92,30 +109,63 @@ def count(config: ModelConfig, pack: Pack, flops: float, bandwidth: float) -> Co
     return counter
 
 
+def fsdp_bytes(config: ModelConfig, packs: int, gather: str) -> float:
+    """Of a step. Weights are gathered once, or with ``gather`` ``block`` for each pack: a block's for its forward and
+    for its backward, the root's (here the embedding) for both together."""
+    embedding = config.vocab_size * config.hidden_size
+    blocks = config.parameters() - embedding
+    gathered = embedding + blocks if gather == "step" else packs * (embedding + 2 * blocks)
+    reduced = REDUCE_ONE if packs == 1 else CAST + (packs - 1) * ADD + REDUCE
+    return GATHER * gathered + reduced * config.parameters()
+
+
+def step(config: ModelConfig, packs: Sequence[Pack], flops: float, bandwidth: float, gather: str) -> Counter:
+    """A whole optimizer step on packs of equal pairs."""
+    whole = Counter(flops, bandwidth, 0.0)
+    alike = {pack.n_pairs: pack for pack in packs}
+    for n_pairs, times in collections.Counter(pack.n_pairs for pack in packs).items():
+        for part, total in count(config, alike[n_pairs], flops, bandwidth).totals.items():
+            whole.totals[part] = [a + times * b for a, b in zip(whole.totals[part], total, strict=True)]
+    whole.add(FSDP, 0.0, fsdp_bytes(config, len(packs), gather))
+    whole.add(OPTIMIZER, 0.0, 28.0 * config.parameters())
+    return whole
+
+
+def predicted_ms(
+    config: ModelConfig, shape: tuple[int, int], pairs: int, tokens: int, tflops: float, tbps: float, gather: str
+) -> float:
+    """Milliseconds of a step on ``pairs`` of ``shape``, prompt and completion, in packs of at most ``tokens``."""
+    packs = packs_of(config, *shape, pairs, tokens)
+    return 1e3 * step(config, packs, 1e12 * tflops, 1e12 * tbps, gather).seconds
+
+
 def rows_of(name: str, prompt: int, completion: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    config, pack = MODELS[name], pack_of(prompt, completion, options.tokens_per_batch)
-    counter = count(config, pack, 1e12 * options.tflops, 1e12 * options.bandwidth)
-    counter.add(OPTIMIZER, 0.0, 28.0 * config.parameters() * pack.n_pairs / options.global_batch)
-    seconds = sum(total[2] for total in counter.totals.values())
+    config, pairs = MODELS[name], options.global_batch
+    packs = packs_of(config, prompt, completion, pairs, options.tokens_per_batch)
+    whole = step(config, packs, 1e12 * options.tflops, 1e12 * options.bandwidth, options.gather)
     about = {"model": name, "prompt/completion": f"{prompt}/{completion}"}
-    parts = [{**about, "part": part, "TFLOP/pair": work / pack.n_pairs / 1e12, "GB/pair": moved / pack.n_pairs / 1e9,
-              "ms/pair": 1000 * spent / pack.n_pairs, "% of step": 100 * spent / seconds}
-             for part, (work, moved, spent) in counter.totals.items()]  # fmt: skip
-    model_flops = accounting.work(pack, config, "none").model_flops
-    mfu = 100 * model_flops / seconds / 1e12 / options.tflops
-    print(f"{name}, {prompt}/{completion}: at most {pack.n_pairs / seconds:.0f} pairs/s, MFU {mfu:.0f}%; with matrix "
-          f"products alone {1e12 * options.tflops * pack.n_pairs / model_flops:.0f} pairs/s")  # fmt: skip
+    parts = [{**about, "part": part, "TFLOP/pair": work / pairs / 1e12, "GB/pair": moved / pairs / 1e9,
+              "ms/pair": 1000 * spent / pairs, "% of step": 100 * spent / whole.seconds}
+             for part, (work, moved, spent) in whole.totals.items()]  # fmt: skip
+    model_flops = sum(accounting.work(pack, config, "none").model_flops for pack in packs)
+    mfu = 100 * model_flops / whole.seconds / 1e12 / options.tflops
+    print(
+        f"{name}, {prompt}/{completion}: {1e3 * whole.seconds:.0f} ms for {pairs} pairs in {len(packs)} packs, at most "
+        f"{pairs / whole.seconds:.0f} pairs/s, {mfu:.0f}% of the matrix products' rate; with these alone "
+        f"{1e12 * options.tflops * pairs / model_flops:.0f} pairs/s"
+    )
     return parts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["1b", "8b"], help="default: 1b 8b")
-    parser.add_argument("--tokens-per-batch", type=int, default=16384, help="of a pack, default: 16384")
+    parser.add_argument("--tokens-per-batch", type=int, default=TOKENS, help=f"of a pack, default: {TOKENS}")
     parser.add_argument("--global-batch", type=int, default=64, help="pairs an optimizer step, default: 64")
-    parser.add_argument("--tflops", type=float, default=accounting.DATA_SHEET["H200"] / 1e12,
-                        help="bfloat16 matrix products, default: H200's")  # fmt: skip
-    parser.add_argument("--bandwidth", type=float, default=4.8, help="of memory in TB/s, default: H200's 4.8")
+    gather = "when weights are gathered: once a step, or for every pack; default: step"
+    parser.add_argument("--gather", choices=("step", "block"), default="step", help=gather)
+    parser.add_argument("--tflops", type=float, default=TFLOPS, help=f"of matrix products, default: H100's {TFLOPS:g}")
+    parser.add_argument("--bandwidth", type=float, default=TBPS, help=f"of memory in TB/s, default: H100's {TBPS:g}")
     options = parser.parse_args()
     rows = [row for name in options.model for shape in SHAPES for row in rows_of(name, *shape, options)]
     print(measure.table(rows, COLUMNS))

@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.common import processes
-from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import RankError, UserError, one_line
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.options import exit_code
@@ -53,14 +52,16 @@ from gcrm_fast.training.optimizer import Updater, cast_weights
 from gcrm_fast.training.prepare import (
     Prepared,
     check_unfinished,
+    compute_dtype,
     data_rows,
     describe,
+    fastest_dtype,
     memory_plan,
     objective_of,
     prepare,
     steps_of,
 )
-from gcrm_fast.training.resume import RunState, Window, facts, find
+from gcrm_fast.training.resume import RunState, Window, facts, find, with_dtype
 from gcrm_fast.training.snapshots import Checkpoints, checkpoints, first_whole
 
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
@@ -207,7 +208,7 @@ class Run:
 
     def whole(self) -> Whole:
         """The model as it is now, with the help of every rank."""
-        weights = parallel.full_state(self.state.model, compute_dtype(self.config.dtype, self.device))
+        weights = parallel.full_state(self.state.model, compute_dtype(self.config, self.device))
         return Whole(weights, *self.goal())
 
     def write_model(self, name: str, model: Whole, rows: Rows, evaluation: Mapping[str, float]) -> None:
@@ -223,9 +224,11 @@ class Run:
 
 def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: torch.device) -> tuple[Run, int]:
     """The run, and the step after which it goes on (0 for a new one)."""
-    rank, world_size, dtype = dist.get_rank(), dist.get_world_size(), compute_dtype(config.dtype, device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
     found, notes = find(config, prepared.output, prepared.data_key, group)
+    config = with_dtype(config, found, fastest_dtype(device), group)
+    dtype = compute_dtype(config, device)
     start = found.facts["step"] if found else 0
 
     least = torch.tensor(memory_limit(device))

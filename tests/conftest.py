@@ -143,7 +143,8 @@ def pairs(make_pair: Callable[..., TokenizedPair]) -> list[TokenizedPair]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default run scaled down: problems of two steps at most, enough updates to learn something."""
     output = tmp_path_factory.mktemp("run") / "small"
-    result = torchrun("--output", str(output), "--arithmetic-steps", "2", "--steps", "250", "--train-pairs", "16000",
+    result = torchrun("--dtype", "float32", "--output", str(output), "--arithmetic-steps", "2", "--steps", "250",
+                      "--train-pairs", "16000",
                       "--eval-pairs", "200", "--goal-pairs", "300")  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "held-out AUROC" in result.stdout

@@ -169,9 +169,10 @@ MUTANTS = {
         ROTARY_KERNEL, "angle += t * (2 * HALF)\n    _store_rotated(out_k_ptr",
         "angle += j * (2 * HALF)\n    _store_rotated(out_k_ptr", ROTARY_KERNELS),
     "residual lost at the second norm": (
-        "gcrm_fast/model/llama.py", 'return x_TH + self._again("mlp"', 'return normed_TH + self._again("mlp"', PARITY),
+        "gcrm_fast/model/llama.py", "return x_TH, maybe_recomputed(", "return normed_TH, maybe_recomputed(", PARITY),
     "weights of the two norms exchanged": (
-        "gcrm_fast/model/llama.py", "self.input_layernorm.weight", "self.post_attention_layernorm.weight", PARITY),
+        "gcrm_fast/model/llama.py", "rms_norm(branch_TH, self.input_layernorm",
+        "rms_norm(branch_TH, self.post_attention_layernorm", PARITY),
     "dense: rejected positions before the divergence": (
         "gcrm_fast/data/packing.py", "positions = [chosen, rejected[negative_goals]]", "positions = [chosen, rejected]",
         PACKING),
@@ -291,7 +292,7 @@ MUTANTS = {
     "recomputation ignored": (
         "gcrm_fast/model/llama.py", "if not again or not torch", "if again or not torch", STEP + "recomputing"),
     "only the last layer's gradient of a shared input": (
-        "gcrm_fast/model/llama.py", "torch.addmm(dx_TH, grad, weight, out=dx_TH)", "grad @ weight", STEP + "counted"),
+        "gcrm_fast/model/llama.py", "torch.addmm(dx_TH, grad, weight, out=dx_TH)", "grad @ weight", STEP + "one_input"),
     "weights gathered once per step are never dropped": (
         "gcrm_fast/training/parallel.py", "set_reshard_after_backward(last or model.gather == \"block\")",
         "set_reshard_after_backward(model.gather == \"block\")", STEP + "gathered_once"),
@@ -331,9 +332,18 @@ MUTANTS = {
         "bench/contestants.py", "length * (length + 1) // 2", "length * length", BENCH + "flops"),
     "benchmark: medians over steps and not over rounds": (
         "bench/train_step.py", "np.median(seconds, axis=0)", "np.median(seconds, axis=1)", BENCH + "speed"),
-    "README's GPU table from the oldest file": (
-        "bench/gpu.py", "key=lambda p: (p.stem[-10:], p.stem))", "key=lambda p: (p.stem[-10:], p.stem), reverse=True)",
-        BENCH + "newest"),
+    "benchmark: FSDP gathers a block once for its forward and backward": (
+        "bench/step_model.py", "packs * (embedding + 2 * blocks)", "packs * (embedding + blocks)",
+        BENCH + "fsdp_copies"),
+    "tables of GPU runs from the file that sorts last by device": (
+        "bench/gpu_report.py", "key=lambda path: path.stem[-10:]", "key=lambda path: path.stem", BENCH + "newest"),
+    "tables of GPU runs with the numbers of a file's first call": (
+        "bench/gpu_report.py", "                lines.clear()\n", "                continue\n",
+        BENCH + "latest_numbers"),
+    "GPU run: what a part started outlives it": (
+        "bench/gpu.py", "                os.kill(pid, signal.SIGKILL)", "                pass", BENCH + "hang_or_die"),
+    "GPU run: a line that was cut off swallows the next": (
+        "bench/gpu.py", "    if rest:\n", "    if False:\n", BENCH + "hang_or_die"),
     "the rewards of a pack in another order": (
         "gcrm_fast/data/packing.py", "indices=tuple(item.index for item in items),",
         "indices=tuple(sorted(item.index for item in items)),", SCORING + "company"),

@@ -1,10 +1,14 @@
 """The benchmarks: contestants agree, a disagreement is reported instead of a time, and numbers have their files."""
 
+import argparse
+import dataclasses
 import importlib
 import json
+import os
+import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +18,8 @@ import pytest
 import torch
 from conftest import ROOT, small_config
 from gcrm_kernels import launch, reference
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcrm_fast.data.sampling import Sampling
@@ -23,7 +29,7 @@ from gcrm_fast.training.config import TrainConfig
 
 CPU = torch.device("cpu")
 MODULES = ("contrastive_loss", "drawn", "measure", "fused_projection", "train_step", "contestants", "our_step",
-           "step_costs", "scoring", "padded", "records", "gpu", "step_model")  # fmt: skip
+           "step_costs", "scoring", "padded", "records", "gpu", "gpu_parts", "gpu_report", "step_model")  # fmt: skip
 
 
 @pytest.fixture
@@ -307,13 +313,78 @@ def test_operators_are_charged_for_what_they_read_and_write(step_model: ModuleTy
 
 
 def test_the_model_of_a_step_has_the_operations_of_the_log(step_model: ModuleType) -> None:
-    pack = step_model.pack_of(20, 30, 500)
+    [pack] = step_model.packs_of(CONFIG, 20, 30, 6, 500)
     assert pack.n_pairs == 6
     counter = step_model.count(CONFIG, pack, 1e12, 1e12)
     operations = {part: total[0] for part, total in counter.totals.items()}
     assert operations[step_model.ATTENTION] > 0
     assert sum(operations.values()) == pytest.approx(accounting.work(pack, CONFIG, "none").model_flops, rel=1e-3)
     assert counter.totals[step_model.KERNELS][1] > 0
+
+
+def test_the_numbers_of_a_step_add_up(step_model: ModuleType) -> None:
+    packs, rates = step_model.packs_of(CONFIG, 20, 30, 9, 320), (1e12, 1e9)
+    assert [pack.n_pairs for pack in packs] == [3, 3, 3]
+    whole, one = step_model.step(CONFIG, packs, *rates, "step"), step_model.count(CONFIG, packs[-1], *rates)
+    for part, (work, moved, seconds) in one.totals.items():
+        assert whole.totals[part] == pytest.approx([3 * work, 3 * moved, 3 * seconds])
+    weights = CONFIG.parameters()
+    gathered, reduced = 10, 6 + 10 + 10 + 16
+    assert whole.totals[step_model.FSDP] == pytest.approx(
+        [0.0, (gathered + reduced) * weights, (gathered + reduced) * weights / 1e9]
+    )
+    assert whole.totals[step_model.OPTIMIZER][1] == 28 * weights
+    assert whole.seconds == pytest.approx(sum(seconds for _, _, seconds in whole.totals.values()))
+
+    def milliseconds(tokens: int, gather: str) -> float:
+        return step_model.predicted_ms(CONFIG, (20, 30), 9, tokens, 1.0, 0.001, gather)
+
+    assert milliseconds(320, "step") == pytest.approx(1e3 * whole.seconds)
+    assert milliseconds(320, "step") > milliseconds(480, "step") > milliseconds(1000, "step")
+    assert milliseconds(320, "block") > milliseconds(320, "step")
+
+
+class Moved(TorchDispatchMode):
+    """Bytes that copies and additions read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result, name = func(*args, **(kwargs or {})), func.name()
+        if name == "aten::_to_copy":
+            self.bytes += args[0].nbytes + result.nbytes
+        elif name == "aten::copy_":
+            self.bytes += args[0].nbytes + args[1].nbytes
+        elif name == "aten::add_.Tensor":
+            self.bytes += 2 * args[0].nbytes + args[1].nbytes
+        elif name == "fsdp::chunk_cat":
+            self.bytes += sum(x.nbytes for x in args[0]) + (kwargs or {})["out"].nbytes
+        return result
+
+
+@pytest.mark.parametrize("gather", ["step", "block"])
+@pytest.mark.parametrize("pairs_a_pack", [1, 3])
+def test_fsdp_copies_what_the_model_of_a_step_says(
+    step_model: ModuleType, our_step: ModuleType, monkeypatch: pytest.MonkeyPatch, gather: str, pairs_a_pack: int
+) -> None:
+    moved = Moved()
+    for name in ("wait_for_unshard", "post_backward"):
+        original = getattr(FSDPParamGroup, name)
+
+        def counted(*args: Any, original: Any = original) -> Any:
+            with moved:
+                return original(*args)
+
+        monkeypatch.setattr(FSDPParamGroup, name, counted)
+    config = small_config(vocab_size=32_000, intermediate_size=8192)  # most weights are the blocks'
+    packs = step_model.packs_of(config, 20, 30, 3, 80 * pairs_a_pack + 10)
+    assert [pack.n_pairs for pack in packs] == 3 // pairs_a_pack * [pairs_a_pack]
+    with parallel.process_group() as (mesh, device):
+        ours = our_step.Ours(config, TrainConfig(gather=gather), torch.bfloat16, mesh, device)
+        ours.accumulate(packs, 3)
+    assert moved.bytes == pytest.approx(step_model.fsdp_bytes(config, len(packs), gather), rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------- make gpu
@@ -324,41 +395,170 @@ def gpu(bench: ModuleType) -> ModuleType:
     return importlib.import_module("gpu")
 
 
-STEP = {"device": "NVIDIA H200", "date": "2026-01-02", "commit": "abc1234", "kernels": "0123456789ab", "model": "1b",
-        "dtype": "bfloat16", "data": "gsm8k_pairs", "method": "ours", "pairs/s": 151.25, "MFU %": 51.0,
-        "peak MB": 12_000.0}  # fmt: skip
+@pytest.fixture
+def gpu_report(bench: ModuleType) -> ModuleType:
+    return importlib.import_module("gpu_report")
 
 
-def test_every_number_of_readmes_gpu_table_has_its_file(gpu: ModuleType) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count(gpu.BEGIN) == text.count(gpu.END) == 1
-    part = text.partition(gpu.BEGIN)[2].partition(gpu.END)[0].strip()
-    assert part == gpu.readme_part(gpu.RESULTS), "write it anew: python bench/gpu.py --readme"
+@pytest.mark.parametrize(("name", "part"), [("README.md", "short"), ("docs/performance.md", "full")])
+def test_every_number_of_the_gpu_tables_has_its_file(gpu_report: ModuleType, name: str, part: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert text.count(gpu_report.BEGIN) == text.count(gpu_report.END) == 1
+    found = gpu_report.newest(ROOT / "bench" / "results")
+    expected = getattr(gpu_report, part)(*found) if found else gpu_report.NOT_MEASURED
+    written = text.partition(gpu_report.BEGIN)[2].partition(gpu_report.END)[0].strip()
+    # The model of a step counts the operators of this torch.
+    said, right = (re.split(r"(?<=predicted ms )([0-9.]+)", part) for part in (written, expected))
+    assert said[::2] == right[::2], "write it anew: python bench/gpu.py --docs"
+    assert [float(n) for n in said[1::2]] == pytest.approx([float(n) for n in right[1::2]], rel=0.02)
 
 
-def test_readmes_table_is_written_from_the_newest_files(gpu: ModuleType, tmp_path: Path) -> None:
-    results, readme = tmp_path / "results", tmp_path / "README.md"
-    results.mkdir()
-    readme.write_text(f"before\n{gpu.BEGIN}\nold 1\n{gpu.END}\nafter\n")
-    for date, speed in (("2026-01-02", 151.25), ("2025-12-31", 99.0)):
-        rows = [{**STEP, "date": date, "pairs/s": speed}]
-        (results / f"train_step-1b-bfloat16-nvidia-h200-{date}.json").write_text(json.dumps(rows))
-    (results / "train_step-cpu-2026-01-02.json").write_text(json.dumps([{**STEP, "device": "CPU, 2 threads"}]))
-    gpu.write_readme(readme, results)
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert "CPU" not in text
-    line = next(line for line in text.splitlines() if "ours" in line)
-    for part in ("NVIDIA H200", "151.2 pairs/s", "2026-01-02", "abc1234", "0123456789ab",
-                 "`train_step-1b-bfloat16-nvidia-h200-2026-01-02.json`"):  # fmt: skip
-        assert part in line
-    for path in results.glob("*.json"):
-        path.unlink()
-    gpu.write_readme(readme, results)
-    assert gpu.NOT_MEASURED in readme.read_text()
-    assert "151" not in readme.read_text()
+def a_call(**about: Any) -> dict[str, Any]:
+    """The first line of a call."""
+    call = {"part": "", "what": "begin", "device": "NVIDIA H100", "torch": "2.11.0", "triton": "3.6.0", "pairs": 6}
+    call |= {"commit": "abc1234", "kernels": "0123456789ab", "date": "2026-01-02"}
+    call["config"] = dataclasses.asdict(CONFIG)
+    return {**call, **about}
+
+
+def a_step(pairs_per_second: float, tokens: int = 16_384, **about: Any) -> dict[str, Any]:
+    row = {"part": "step", "what": "step", "pairs/s": pairs_per_second, "ms": 6e3 / pairs_per_second, "MFU %": 51.0}
+    row |= {"recompute": "none", "shape": "100/225", "tokens per pack": tokens}
+    return {**row, **about}
+
+
+@pytest.fixture
+def written(gpu_report: ModuleType, tmp_path: Path) -> Callable[..., tuple[str, str]]:
+    """(README.md, docs/performance.md) as they are written from files of rows."""
+
+    def write(**files: list[dict[str, Any]]) -> tuple[str, str]:
+        (tmp_path / "docs").mkdir(exist_ok=True)
+        (tmp_path / "results").mkdir(exist_ok=True)
+        paths = (tmp_path / "README.md", tmp_path / "docs" / "performance.md")
+        for path in paths:
+            path.write_text(f"before\n{gpu_report.BEGIN}\nold 1\n{gpu_report.END}\nafter\n")
+        for name, rows in files.items():
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / "results" / f"gpu-{name.replace('_', '-')}.jsonl").write_text(text)
+        gpu_report.write(tmp_path, tmp_path / "results")
+        texts = [path.read_text() for path in paths]
+        for text in texts:
+            assert text.startswith(f"before\n{gpu_report.BEGIN}\n")
+            assert text.endswith(f"\n{gpu_report.END}\nafter\n")
+            assert "old 1" not in text
+        return texts[0], texts[1]
+
+    return write
+
+
+def test_gpu_tables_are_written_from_the_newest_file(
+    gpu_report: ModuleType, written: Callable[..., tuple[str, str]]
+) -> None:
+    assert all(f"\n{gpu_report.NOT_MEASURED}\n" in text for text in written())
+    loss = {"part": "contrastive", "what": "contrastive: ours", "N": 512}
+    rows = [
+        a_call(),
+        {"part": "step", "what": "began", "needs": 30},
+        a_step(151.25),
+        {"part": "step", "what": "done", "seconds": 3.0},
+        {"part": "profile", "what": "kernel", "kernel": "gemm", "ms": 3.0},
+        {"part": "baseline", "what": "padded", "pairs/s": 50.0, "pairs per batch": 8},
+        {"part": "baseline", "what": "padded", "pairs/s": 75.625, "pairs per batch": 16},
+        {"part": "baseline", "what": "padded", "note": "out of memory", "pairs per batch": 32},
+        {"part": "wide", "what": "8b shape, 8 layers", "pairs/s": 99.6, "MFU %": 54.4},
+        {**loss, "states": "tokens", "forward+backward ms": 9.0},
+        {**loss, "states": "rows", "forward+backward ms": 1.234, "x naive": 54.6, "% of copy": 20.4},
+        {"part": "tests", "what": "tests", "passed": 31, "failed": 1, "skipped": 2, "right": False, "trace": "why"},
+    ]
+    readme, docs = written(nvidia_h200_2025_12_31=[a_call(), a_step(99.0)], nvidia_h100_2026_01_02=rows)
+    origin = (
+        "NVIDIA H100, torch 2.11.0, triton 3.6.0, 2026-01-02, commit abc1234, kernels 0123456789ab; "
+        "`bench/results/gpu-nvidia-h100-2026-01-02.jsonl`"
+    )
+    assert readme.splitlines()[2:-2] == [
+        "- step, 1b shape: 151 pairs/s, MFU 51%; 2.0 times padded transformers at its best",
+        "- step, 8b shape with 8 of its 32 layers: 100 pairs/s, MFU 54%",
+        "- contrastive loss, N=512 S=16 H=4096: 1.23 ms, 55 times naive, 20% of the rate of a copy",
+        "- tests on the GPU: 31 passed, 1 failed, 2 skipped",
+        f"- {origin}",
+    ]
+    table = docs.splitlines()[2:-2]
+    assert table[0] == origin
+    assert table[4] == (
+        "| step | step | pairs/s 151.2, ms 39.67, MFU % 51, recompute none, shape 100/225, tokens per pack 16384 |"
+    )
+    assert table[-1] == "| tests | tests | WRONG: passed 31, failed 1, skipped 2 |"
+    assert len(table) == 4 + 8  # neither notes nor a profile's kernels
+
+
+def test_of_several_calls_the_latest_numbers_count(
+    gpu_report: ModuleType, written: Callable[..., tuple[str, str]]
+) -> None:
+    skipped, tuning = {"what": "skipped", "left": 1.0}, {"part": "tuning", "what": "tuning", "block": 64}
+    wide = {"part": "wide", "what": "8b shape, 8 layers"}
+    first = [
+        *(a_call(), a_step(100.0), a_step(110.0, 36_864), {"part": "step", "what": "done"}),
+        *({"part": "tests", **skipped}, {"part": "training", **skipped}),
+        *({"part": "wide", "what": "began", "needs": 1}, {"part": "wide", "what": "failed", "why": "lost"}),
+        *({**tuning, "ms": 1.0}, {**tuning, "ms": 2.0}, {"part": "tuning", "what": "done"}),
+    ]
+    second = [
+        *(a_call(commit="def5678"), a_step(120.0), {"part": "step", **skipped}),
+        *(
+            {"part": "tests", "what": "tests", "passed": 3, "failed": 0, "skipped": 0},
+            {"part": "tests", "what": "done"},
+        ),
+        *({**wide, "pairs/s": 9.0, "MFU %": 5.0}, {"part": "wide", "what": "done"}),
+        {"part": "tuning", "what": "failed", "why": "hung"},
+    ]
+    readme, docs = written(h100_2026_01_02=first + second)
+    assert "120 pairs/s" in readme
+    assert "commit abc1234 and def5678" in readme
+    body = [[cell.strip() for cell in line.strip("|").split("|")] for line in docs.splitlines()[6:-2]]
+    assert [(part, what, numbers.split(",")[0]) for part, what, numbers in body] == [
+        ("step", "step", "pairs/s 120"),
+        ("step", "step", "pairs/s 110"),
+        ("tests", "tests", "passed 3"),
+        ("training", "skipped", "left 1"),
+        ("wide", "8b shape, 8 layers", "pairs/s 9"),
+        ("tuning", "tuning", "block 64"),
+        ("tuning", "tuning", "block 64"),
+        ("tuning", "failed", "why hung"),
+    ]
+
+
+def test_measured_steps_stand_beside_predicted_ones(
+    gpu_report: ModuleType, step_model: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(step_model.MODELS, "8b", CONFIG)
+    rates = [
+        {"part": "rates", "what": "matrix product", "n": 8192, "tflops": 2.0},
+        {"part": "rates", "what": "matrix product", "n": 4096, "tflops": 5.0},
+        {"part": "rates", "what": "copy", "tbps": 0.002},
+    ]
+    steps = [
+        a_step(1.0, 1100, shape="100/225"),
+        a_step(1.0, 1100, shape="250/80"),
+        a_step(1.0, 1100, recompute="mlp"),
+        {"part": "step", "what": "step", "note": "out of memory", "recompute": "none"},
+        {"part": "variants", "what": "variant: weights gathered for every pack", "ms": 1.0, "recompute": "none"},
+        {"part": "wide", "what": "8b shape, 8 layers", "ms": 1.0, "recompute": "none"},
+        {"part": "variants", "what": "variant: as it is", "ms": 1.0, "recompute": "none"},
+    ]
+    rows = gpu_report.with_prediction(gpu_report.current([a_call(), *rates, *steps]))
+    found = [row["predicted ms"] for row in rows if "predicted ms" in row]
+    eight = dataclasses.replace(CONFIG, num_hidden_layers=8)
+    expected = [
+        step_model.predicted_ms(config, shape, 6, tokens, 2.0, 0.002, gather)
+        for config, shape, tokens, gather in (
+            (CONFIG, (100, 225), 1100, "step"),
+            (CONFIG, (250, 80), 1100, "step"),
+            (CONFIG, (100, 225), 16_384, "block"),
+            (eight, (100, 225), 16_384, "step"),
+        )
+    ]
+    assert found == expected
+    assert not any("predicted ms" in row for row in gpu_report.with_prediction(gpu_report.current([a_call(), *steps])))
 
 
 def test_without_cuda_make_gpu_says_so_in_one_line(
@@ -373,14 +573,20 @@ def test_without_cuda_make_gpu_says_so_in_one_line(
     assert "CUDA" in captured.err
 
 
-def test_missing_packages_are_named_or_taken_from_wheels(
+def test_packages_that_cannot_be_imported_are_named_or_taken_from_wheels(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert gpu.unsatisfied(["torch>=2.11", "numpy"]) == []
-    assert gpu.unsatisfied(["torch<2", "gcrm-absent>=1"]) == [
-        f"torch<2 (found {torch.__version__})", "gcrm-absent>=1 (not installed)"
-    ]  # fmt: skip
-    wheels, target = tmp_path / "wheels", tmp_path / "packages"
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "TOOLS", ("gcrm-half", "gcrm-broken"))
+    (tmp_path / "gcrm_half.py").write_text("import gcrm_absent")
+    (tmp_path / "gcrm_broken.py").write_text("raise RuntimeError('built for another torch')")
+    reasons = ["gcrm-half (No module named 'gcrm_absent')", "gcrm-broken (built for another torch)"]
+    assert gpu.not_importable(["numpy", "scikit-learn", "gcrm-half", "gcrm-broken"]) == reasons
+    said = gpu.not_ready(None, tmp_path)
+    assert all(reason in said for reason in reasons)
+    assert "WHEELS=FOLDER" in said
+    wheels = tmp_path / "wheels"
     wheels.mkdir()
     with zipfile.ZipFile(wheels / "gcrm_absent-1.0-py3-none-any.whl", "w") as wheel:
         info = "gcrm_absent-1.0.dist-info"
@@ -388,21 +594,141 @@ def test_missing_packages_are_named_or_taken_from_wheels(
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: gcrm-absent\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
-    (wheels / "torch-1.0-py3-none-any.whl").touch()  # installed already: never touched
-    assert gpu.install_wheels(wheels, target) == ["gcrm-absent"]
-    monkeypatch.syspath_prepend(str(target))
-    assert gpu.unsatisfied(["gcrm-absent>=1"]) == []
+    said = gpu.not_ready(wheels, tmp_path / "packages")
+    assert reasons[0] not in said
+    assert reasons[1] in said
 
 
-def test_a_stage_that_fails_or_takes_too_long_says_why(gpu: ModuleType, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    assert gpu.run_stage([sys.executable, "-c", "print('fine')"], 60, {}, log) == "ok"
-    failing = [sys.executable, "-c", "print('why'); raise SystemExit(3)"]
-    assert gpu.run_stage(failing, 60, {}, log) == "exit code 3: why"
-    assert "stopped" in gpu.run_stage([sys.executable, "-c", "import time; time.sleep(60)"], 0.5, {}, log)
-    xml = tmp_path / "tests.xml"
-    xml.write_text('<testsuites name="x"><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="10">')
-    assert gpu.tests_row(xml) == {"passed": 4, "failed": 3, "skipped": 3}
+FAKE_PARTS = """
+import argparse, json, os, subprocess, sys, time
+parser = argparse.ArgumentParser()
+parser.add_argument("--out")
+parser.add_argument("--deadline", type=float)
+parser.add_argument("--parts", nargs="+")
+options = parser.parse_args()
+
+def put(part, what, **about):
+    with open(options.out, "a") as file:
+        file.write(json.dumps({"part": part, "what": what, **about}) + "\\n")
+
+put("", "begin", parts=options.parts)
+for name in options.parts:
+    put(name, "began", needs=0)
+    if name in ("hangs", "dies"):
+        sleeping = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+        put(name, "started", pid=sleeping.pid)
+    if name == "hangs":
+        time.sleep(600)
+    if name == "dies":
+        with open(options.out, "a") as file:
+            file.write('{"part": "dies", "wh')
+        os._exit(3)
+    if name == "fails":
+        put(name, "failed", why="of itself")
+        continue
+    put(name, "done")
+"""
+
+
+def is_running(pid: int) -> bool:
+    """A zombie is not."""
+    path = Path(f"/proc/{pid}/cmdline")
+    try:
+        return bool(path.read_bytes())
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def fake_parts(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The script in the place of bench/gpu_parts.py."""
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "GRACE", 2.0)
+    monkeypatch.setattr(gpu, "LOOK", 0.02)
+    path = tmp_path / "bench" / "gpu_parts.py"
+    path.parent.mkdir()
+    path.write_text(FAKE_PARTS)
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_parts_that_hang_or_die_cost_the_others_nothing(gpu: ModuleType, fake_parts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    out.write_text('{"part": "earlier", "what": "done"}')  # of a call that ended before its last line did
+    gpu.measure_parts(["fine", "hangs", "fails", "dies", "last"], out, 100, dict(os.environ))
+    rows = gpu.lines(out)
+    assert [(row["part"], row["what"]) for row in rows] == [
+        ("earlier", "done"),
+        *(("", "begin"), ("fine", "began"), ("fine", "done")),
+        *(("hangs", "began"), ("hangs", "started"), ("hangs", "failed")),
+        *(("", "begin"), ("fails", "began"), ("fails", "failed")),
+        *(("dies", "began"), ("dies", "started"), ("", "cut off"), ("dies", "failed")),
+        *(("", "begin"), ("last", "began"), ("last", "done")),
+    ]
+    why = [row["why"] for row in rows if row["what"] == "failed"]
+    assert why == ["ended: out of time, or it hung", "of itself", "its process ended with 3"]
+    assert next(row["text"] for row in rows if row["what"] == "cut off") == '{"part": "dies", "wh'
+    assert not any(is_running(row["pid"]) for row in rows if row["what"] == "started")
+
+
+def test_a_process_that_dies_at_once_is_not_started_again(gpu: ModuleType, fake_parts: Path, tmp_path: Path) -> None:
+    out, started = tmp_path / "results.jsonl", tmp_path / "started"
+    fake_parts.write_text(f"open({str(started)!r}, 'a').write('x'); raise SystemExit(7)")
+    gpu.measure_parts(["one", "two"], out, 100, dict(os.environ))
+    assert started.read_text() == "x"
+    assert [(row["part"], row["what"], row["why"]) for row in gpu.lines(out)] == [
+        ("", "failed", "its process ended with 7"),
+        ("one", "skipped", "never begun"),
+        ("two", "skipped", "never begun"),
+    ]
+
+
+def test_without_time_no_process_is_started(gpu: ModuleType, fake_parts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    gpu.measure_parts(["fine"], out, gpu.LEAST - 1, dict(os.environ))
+    assert [(row["part"], row["what"]) for row in gpu.lines(out)] == [("fine", "skipped")]
+
+
+def test_a_line_that_is_being_written_is_left_to_its_writer(gpu: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    assert gpu.lines(path) == []
+    path.write_text('{"part": "a", "what": "x"}\n{"part": "b", ')
+    assert gpu.lines(path) == [{"part": "a", "what": "x"}]
+    with path.open("a") as file:
+        file.write('"what": "y"}\n')
+    whole = path.read_text()
+    assert [row["part"] for row in gpu.lines(path)] == ["a", "b"]
+    gpu.mend(path)
+    assert path.read_text() == whole
+
+
+def test_the_cheap_parts_run_without_a_gpu(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu_parts = importlib.import_module("gpu_parts")
+    pairs = gpu_parts.equal_pairs
+    monkeypatch.setattr(gpu_parts, "equal_pairs", lambda p, c, *rest: pairs(p // 8 + 1, c // 8 + 1, *rest))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "results.jsonl"
+    options = argparse.Namespace(out=out, model="tiny", pairs=2)
+    with gpu_parts.laboratory(options) as lab:
+        for part in gpu_parts.PARTS:
+            if part.name in ("rates", "attention", "no_waiting"):
+                lab.part = part.name
+                part.run(lab)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    keys = {row["what"]: sorted(row.keys() - {"t", "part", "what"}) for row in rows}
+    product = ["dw", "dx", "forward", "tokens"]
+    errors = ["backend", "dk", "dq", "dv", "head size", "heads", "kv heads", "out", "right"]
+    assert keys == {
+        "matrix product": ["n", "tflops"],
+        "copy": ["tbps"],
+        **{f"matrix product {name}": product for name in ("q", "kv", "up", "gate and up", "down")},
+        "attention": errors,
+        "model built": ["GB", "seconds"],
+        "waits of the host": ["count", "where"],
+    }
+    assert [row["part"] for row in rows] == 7 * ["rates"] + 3 * ["attention"] + 2 * ["no_waiting"]
+    assert all(row["right"] for row in rows if row["what"] == "attention")
+    assert all(row[key] > 0 for row in rows for key in keys[row["what"]] if row["part"] == "rates")
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.inputs import Pack
+from gcrm_fast.model.llama import linears
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import parallel
 from gcrm_fast.training.accounting import (
@@ -140,6 +141,26 @@ def test_peak_of_this_machine_is_measured() -> None:
     flops, source = peak_flops(CPU, torch.float32)
     assert 1e8 < flops < 1e14
     assert "measured" in source
+
+
+# --------------------------------------------------------------------------------------- linear layers of one input
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("needs_input", [False, True])
+def test_linear_layers_of_one_input_are_those_layers(bias: bool, needs_input: bool) -> None:
+    layers = [torch.nn.Linear(7, n, bias=bias).double() for n in (5, 2, 3)]
+    parameters = [p for layer in layers for p in layer.parameters()]
+    x = torch.randn(11, 7, dtype=torch.float64, requires_grad=needs_input)
+    grads = [torch.randn(11, layer.out_features, dtype=torch.float64) for layer in layers]
+    wanted = [x, *parameters] if needs_input else parameters
+    expected = [layer(x) for layer in layers]
+    found = linears(x, *layers)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    ways = [torch.autograd.grad(outputs, wanted, grads) for outputs in (found, expected)]
+    for a, b in zip(*ways, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------------- recomputing

@@ -502,6 +502,30 @@ def test_too_many_in_a_row_end_the_run(
     assert main(arguments(pair_file, tmp_path)) == 0
 
 
+# ------------------------------------------------------------------------------------------------------------- dtype
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_the_dtype_is_decided_once_and_kept_by_a_resumed_run(
+    pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, units: bool
+) -> None:
+    """A run that starts on a CPU with bfloat16 units, or without, and ends on one of the other kind."""
+
+    def on_a_machine(with_units: bool) -> int:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": with_units})
+        return main(arguments(pair_file, tmp_path, "--dtype", "auto", "--max-skipped", "3"))
+
+    not_a_number(monkeypatch, set(range(5, 13)))  # ends the run behind a checkpoint
+    assert on_a_machine(units) == 2
+    dtype = "bfloat16" if units else "float32"
+    assert read_manifest(checkpoints(tmp_path)[-1])["facts"]["config"]["dtype"] == dtype
+    monkeypatch.undo()
+    assert on_a_machine(not units) == 0
+    assert f'dtype = "{dtype}"' in (tmp_path / "config.toml").read_text()
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert weights["model.norm.weight"].dtype == getattr(torch, dtype)
+
+
 # --------------------------------------------------------------------------------------------------------- full disks
 
 

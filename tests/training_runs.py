@@ -15,7 +15,7 @@ import torch
 from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32"]
+TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32", "--dtype", "float32"]
 # Metrics that are measured times and what follows from them.
 TIMES = {"pairs_per_s", "tokens_per_s", "padded_equivalent_tokens_per_s", "mfu", "hfu", "data_wait", "peak_memory_gib",
          "checkpoint_stall_s"}  # fmt: skip

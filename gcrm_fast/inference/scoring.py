@@ -20,7 +20,7 @@ from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals
 from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
 from gcrm_fast.checkpoints.saving import fingerprint
 from gcrm_fast.checkpoints.weights import Weights, open_weights, read_heads
-from gcrm_fast.common.devices import compute_dtype, default_device
+from gcrm_fast.common.devices import default_device
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import CHUNK, Completion, encode_completions
@@ -79,7 +79,7 @@ class RewardModel:
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size, str(folder))
         place = default_device() if device is None else torch.device(device)
-        network, fingerprint = load_network(config, weights, place, compute_dtype(dtype, place), attention)
+        network, fingerprint = load_network(config, weights, place, _compute_dtype(dtype, place), attention)
         goal_file = folder / GOAL_FILE
         goals = read_goals(goal_file, fingerprint) if goal_file.is_file() else {}
         return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch)
@@ -241,6 +241,12 @@ class RewardModel:
 
 def _name(index: int, names: Sequence[str] | None) -> str:
     return names[index] if names is not None else f"completion {index}"
+
+
+def _compute_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @torch.no_grad()

@@ -119,7 +119,8 @@ class TrainConfig:
     clip: float = 1.0
     """Largest norm of the gradient."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Compute precision; master weights are float32. auto: bfloat16 on CUDA, float32 on the CPU."""
+    """Compute precision; master weights are float32. auto: bfloat16 on CUDA and on a CPU with matrix units for it
+    (AMX), else float32; the first process decides for all, and a resumed run keeps it."""
     optimizer: Literal["adamw", "adamw-bf16", "adamw-8bit"] = "adamw"
     """adamw: weights, gradient and moments in float32, 16 bytes a parameter. adamw-8bit: moments of 8 bits, 10 bytes.
     adamw-bf16: all in bfloat16, weights stochastically rounded, 8 bytes. The last two need torchao."""

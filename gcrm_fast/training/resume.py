@@ -111,11 +111,23 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 def differences(config: TrainConfig, data_key: str, found: Found) -> list[str]:
     """What differs between a checkpoint and this run, of all that a run's future depends on."""
     now, then = _plain(config), found.facts["config"]
+    if now["dtype"] == "auto":  # means that of the checkpoint
+        now["dtype"] = then["dtype"]
     changed = [f"--{name.replace('_', '-')} was {then.get(name)!r} and is {now[name]!r}"
                for name in now if name not in FREE and now[name] != then.get(name)]  # fmt: skip
     if found.facts["data_key"] != data_key:
         changed.append("the training data or its tokens are others")
     return changed
+
+
+def with_dtype(config: TrainConfig, found: Found | None, own: str, group: dist.ProcessGroup) -> TrainConfig:
+    """The configuration with ``--dtype auto`` decided: as in the checkpoint, else as rank 0's ``own`` choice is;
+    processes may run on CPUs of different kinds."""
+    if config.dtype != "auto":
+        return config
+    decided: list[Any] = [found.facts["config"]["dtype"] if found else own]
+    dist.broadcast_object_list(decided, src=0, group=group)
+    return dataclasses.replace(config, dtype=decided[0])
 
 
 def find(config: TrainConfig, output: Path, data_key: str, group: dist.ProcessGroup) -> tuple[Found | None, list[str]]:
