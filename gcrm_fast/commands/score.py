@@ -28,7 +28,7 @@ from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands.shared import ModelOptions
 from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.files import output_file
+from gcrm_fast.common.files import output_file, written_aside
 from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
@@ -112,9 +112,8 @@ class Output:
                 file.truncate()  # what a killed run wrote after its last whole window
                 file.write(lines)
             done = done._replace(bytes=done.bytes + len(lines))
-            aside = self.state.with_name(self.state.name + ".new")
-            aside.write_text(json.dumps(done._asdict()))
-            os.replace(aside, self.state)
+            with written_aside(self.state) as aside:
+                aside.write_text(json.dumps(done._asdict()))
         except OSError as error:
             raise UserError(f"{self.partial}: cannot be written ({error.strerror})") from None
         return done

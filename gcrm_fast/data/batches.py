@@ -25,6 +25,11 @@ class Budget:
         return size.tokens + size.products / (6 * self.hidden_size)
 
 
+def batches_per_epoch(pairs: int, global_batch_pairs: int) -> int:
+    """How many batches ``epoch_batches`` gives."""
+    return -(-pairs // global_batch_pairs)
+
+
 def epoch_batches(
     prompt_keys: np.ndarray, global_batch_pairs: int, group_prompts: int, seed: int, epoch: int
 ) -> Iterator[list[list[int]]]:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from gcrm_fast.data.batches import Budget, epoch_batches, plan_packs
+from gcrm_fast.data.batches import Budget, batches_per_epoch, epoch_batches, plan_packs
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
@@ -47,7 +47,7 @@ class Steps(Dataset[Step]):
 
     @property
     def per_epoch(self) -> int:
-        return -(-len(self.pairs) // self.global_batch_pairs)
+        return batches_per_epoch(len(self.pairs), self.global_batch_pairs)
 
     def groups(self, step: int) -> tuple[int, list[list[TokenizedPair]]]:
         """Epoch and global batch of a step: groups of pairs of one prompt."""

@@ -19,7 +19,7 @@ from gcrm_fast.checkpoints.weights import Weights, fresh_weights, open_weights
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.tables import table
 from gcrm_fast.data import arithmetic
-from gcrm_fast.data.batches import Budget, split_to_budget
+from gcrm_fast.data.batches import Budget, batches_per_epoch, split_to_budget
 from gcrm_fast.data.encoding import TokenizedPair, TokenReport, end_tokens, tokenize_pairs
 from gcrm_fast.data.records import Overlap, Pair, overlap, parse_columns, read_pairs
 from gcrm_fast.data.sampling import Sampling
@@ -150,7 +150,7 @@ def prepare(config: TrainConfig) -> Prepared:
         for pair in tokenized + tokenized_held_out:
             split_to_budget([pair], budget)  # raises where a pair does not fit
     sampling = Sampling(config.samples, config.objective_variant, config.negatives, config.seed)
-    per_epoch = -(-len(tokenized) // config.global_batch_pairs)
+    per_epoch = batches_per_epoch(len(tokenized), config.global_batch_pairs)
     steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
     return Prepared(
         tokenizer, model_config, tokenized, tokenized_held_out, report, held_out_report, shared, bad, weights,

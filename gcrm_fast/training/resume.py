@@ -64,7 +64,7 @@ class RunState:
     window: Window
 
     def tensors(self) -> dict[str, Any]:
-        """For ``run_checkpoints``; sharded where the model is."""
+        """For ``snapshots``; sharded where the model is."""
         model, optimizer = get_state_dict(self.model, self.updater.optimizer)
         counts = {"applied": self.updater.applied, "skipped_in_row": self.updater.skipped_in_row}
         return {"model": model, "optimizer": optimizer, "counts": counts,
