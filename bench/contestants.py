@@ -87,7 +87,7 @@ def check(ours: Ours, expected: dict[str, tuple[float, Gradients]], batch: Group
 
     def run(without: str = "") -> tuple[float, Gradients]:
         sums = ours.accumulate(ours.packs(batch, without), len(flat(batch)), without)
-        return sums[0].item() / len(flat(batch)), take_gradients(ours.model)
+        return sums["loss"].item() / len(flat(batch)), take_gradients(ours.model)
 
     # One after the other: the gradients of a large model fill the host's memory.
     results = [agrees(OURS, run(), expected["naive"], tolerance)]

@@ -247,7 +247,7 @@ def kernels_agree(lab: Lab) -> None:
         plain = 0.0
         for without in ("Triton", "", "fused RoPE", "recomputing product", "recomputing block"):
             sums = ours.accumulate(ours.packs(batch), len(batch), without)
-            loss = float(sums[0])
+            loss = float(sums["loss"])
             gradients = {n: p.grad.full_tensor().detach().clone() for n, p in ours.model.named_parameters()}
             ours.model.zero_grad()
             exact = exact or (loss, gradients)

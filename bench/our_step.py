@@ -117,7 +117,7 @@ class Ours:
             packs = [build_pack(groups, self.sampling, 0) for groups in plan]
         return [reading_all_rows(pack) for pack in packs] if without == "read rows" else packs
 
-    def accumulate(self, packs: list[Pack], n_pairs: int, without: str = "") -> Tensor:
+    def accumulate(self, packs: list[Pack], n_pairs: int, without: str = "") -> objectives.Statistics:
         for layer in self.model.model.layers:
             layer.recompute = RECOMPUTING.get(without, "none")
         with contextlib.ExitStack() as removed:
@@ -134,7 +134,7 @@ class Ours:
             return train.accumulate(self.model, packs, n_pairs, self.objective, self.device)
 
     def step(self, packs: list[Pack], n_pairs: int, without: str = "") -> None:
-        self.updater.update(0, self.accumulate(packs, n_pairs, without)[0])
+        self.updater.update(0, self.accumulate(packs, n_pairs, without)["loss"])
 
 
 def sampling_of(options: TrainConfig) -> Sampling:

@@ -47,7 +47,7 @@ from gcrm_fast.training.interrupts import Interrupts, Wish, end_with_the_parent
 from gcrm_fast.training.loader import Steps, load
 from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.model_card import Rows, model_card
-from gcrm_fast.training.objectives import STATISTICS, Objective, losses
+from gcrm_fast.training.objectives import STATISTICS, Objective, Statistics, losses
 from gcrm_fast.training.optimizer import Updater, cast_weights
 from gcrm_fast.training.prepare import (
     Prepared,
@@ -85,19 +85,21 @@ def keep_freed_memory() -> None:
 
 def accumulate(
     model: LlamaRewardModel, packs: list[Pack], n_pairs: int, objective: Objective, device: torch.device
-) -> Tensor:
-    """Gradients of the mean loss over the GLOBAL batch, from this rank's packs; returns the sums of STATISTICS.
+) -> Statistics:
+    """Gradients of the mean loss over the GLOBAL batch, from this rank's packs, of which there is at least one; returns
+    the statistics of their pairs.
 
     FSDP averages gradients over ranks, hence the factor world size; they are reduced once, at the last pack.
     """
-    sums = torch.zeros(len(STATISTICS), device=device)
+    together: Statistics | None = None
     for i, pack in enumerate(packs):
         parallel.last_backward(model, i == len(packs) - 1)
         on_device = pack.to(device)
         total, statistics = losses(model(on_device), on_device.pairs, objective)
         (total * (dist.get_world_size() / n_pairs)).backward()
-        sums += statistics
-    return sums
+        together = statistics if together is None else together + statistics
+    assert together is not None
+    return together
 
 
 @contextlib.contextmanager
@@ -241,7 +243,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
         model.compile_blocks()
     parallel.shard(model, mesh, dtype, gather=plan.gather)
     parallel.materialize(model, mesh, device, prepared.weights.rows)
-    state = RunState(model, Updater(model, config, prepared.steps, device), Window(device))
+    state = RunState(model, Updater(model, config, prepared.steps, device), Window(STATISTICS, device))
     if found:
         state.load(found, group)
     saved = Checkpoints(prepared.output, config.keep, config.keep_best, group)
@@ -333,10 +335,10 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
             run.meter.restart()
             for step in bar:
                 n_pairs, packs = run.meter.fetch(steps)
-                sums = accumulate(run.state.model, packs, n_pairs, run.objective, device)
+                statistics = accumulate(run.state.model, packs, n_pairs, run.objective, device)
                 run.meter.add(packs)
-                made, norm, learning_rate = run.state.updater.update(step, sums[0])
-                run.state.window.add(step, sums, sum(pack.n_pairs for pack in packs), made)
+                made, norm, learning_rate = run.state.updater.update(step, statistics["loss"])
+                run.state.window.add(step, statistics, sum(pack.n_pairs for pack in packs), made)
 
                 if step % config.log_every == 0 or step == prepared.steps:
                     row = run.log_row(step, norm, learning_rate)

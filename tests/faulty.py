@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def plant(kind: str, rank: int, step: int) -> None:
         if now[0] != step or int(os.environ["RANK"]) != rank:
             return total, statistics
         if kind == "nan":
-            return total * float("nan"), statistics * float("nan")
+            return total * float("nan"), replace(statistics, sums_K=statistics.sums_K * float("nan"))
         if kind == "hang":
             time.sleep(3600)
         if kind == "memory":

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from gcrm_fast.training import parallel, snapshots
 from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.objectives import STATISTICS
 from gcrm_fast.training.optimizer import Updater
 from gcrm_fast.training.resume import RunState, Window
 from gcrm_fast.training.staging import Staging
@@ -54,7 +55,7 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path: Path)
     with parallel.process_group() as (mesh, device):
         model = small_model(small_config(), torch.float32).to(device)
         parallel.shard(model, mesh, torch.float32)
-        state = RunState(model, Updater(model, TrainConfig(lr=0.1, warmup=0.0), 9, device), Window(device))
+        state = RunState(model, Updater(model, TrainConfig(lr=0.1, warmup=0.0), 9, device), Window(STATISTICS, device))
         group = torch.distributed.new_group(backend="gloo")
         saved, expected = Held(tmp_path, 3, "", group), []
         for step in (1, 2, 3):

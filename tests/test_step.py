@@ -277,7 +277,7 @@ def test_a_step_never_waits_for_the_device(pairs: list[TokenizedPair], variant: 
         ]
         with _NoWaiting():
             sums = train.accumulate(model, packs, 3, Objective(dense=variant == "dense"), device)
-            updater.update(1, sums[0])
+            updater.update(1, sums["loss"])
 
 
 def test_weights_gathered_once_per_step_train_the_same(
@@ -306,7 +306,7 @@ def test_weights_gathered_once_per_step_train_the_same(
             parallel.shard(model, mesh, torch.bfloat16, gather=gather)
             updater = Updater(model, TrainConfig(lr=1e-2, warmup=0.0), 4, device)
             for step in range(2):
-                updater.update(step, train.accumulate(model, packs, 3, Objective(), device)[0])
+                updater.update(step, train.accumulate(model, packs, 3, Objective(), device)["loss"])
             found.append(parallel.full_state(model, torch.float32))
             with torch.no_grad():
                 model(packs[0].to(device))
@@ -334,7 +334,7 @@ def test_optimizers_learn_with_the_memory_they_promise(pairs: list[TokenizedPair
         updater = Updater(model, TrainConfig(optimizer=name, lr=3e-3, warmup=0.0), 30, device)
         sums = []
         for step in range(30):
-            loss = train.accumulate(model, [pack], len(pairs), Objective(), device)[0]
+            loss = train.accumulate(model, [pack], len(pairs), Objective(), device)["loss"]
             sums.append(loss.item() / len(pairs))
             gradients = sum(bytes_of(p.grad) for p in model.model.layers.parameters())
             updater.update(step, loss)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -408,7 +409,7 @@ def test_a_run_that_is_cut_short_at_its_end_ends_when_called_again(
     common = arguments(pair_file, tmp_path, "--keep-best", "eval/auroc", "--eval-every", "2")
     values, real = iter([0.1, 0.7, 0.9, 0.8, 0.3, 0.2, 0.1, 0.3, 0.2, 0.1]), train.metrics
     monkeypatch.setattr(train, "metrics", lambda scores: real(scores) | {"eval/auroc": next(values)})
-    save, written = train.checkpoint.save_model, []
+    save, written = train.save_model, []
 
     def ending(folder: Path, *rest: Any) -> None:
         if folder.name.startswith("model."):
@@ -417,7 +418,7 @@ def test_a_run_that_is_cut_short_at_its_end_ends_when_called_again(
         written.append(folder.name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.checkpoint, "save_model", ending)
+        patch.setattr(train, "save_model", ending)
         with pytest.raises(Ended):
             main(common)
     assert written == ["model_best.partial"]
@@ -454,7 +455,9 @@ def not_a_number(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
     def faulty(*args: Any) -> Any:
         total, statistics = losses(*args)
-        return (total * torch.nan, statistics * torch.nan) if now[0] in steps else (total, statistics)
+        if now[0] not in steps:
+            return total, statistics
+        return total * torch.nan, replace(statistics, sums_K=statistics.sums_K * torch.nan)
 
     def counted(self: train.Updater, step: int, loss: torch.Tensor) -> Any:
         now[0] = step + 1

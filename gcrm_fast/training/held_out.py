@@ -19,7 +19,7 @@ from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.inputs import Pack
-from gcrm_fast.training.objectives import STATISTICS, Objective, losses
+from gcrm_fast.training.objectives import Objective, Statistics, losses
 
 EVALUATION_EPOCH = 2**32  # sampling counter that no training epoch reaches
 SHORTCUT_PAIRS = 4096  # training pairs that the bag-of-tokens classifier sees
@@ -74,14 +74,16 @@ def score_pairs(
     """Rewards, Q-values along the completion and loss statistics of ``pairs``, gathered on every rank."""
     ids: list[int] = []
     parts: list[np.ndarray] = []
-    sums = torch.zeros(len(STATISTICS), device=device)
+    total: Statistics | None = None
     for pack in _packs(pairs, budget, sampling, device, quantiles=True):
         output = model(pack)
-        sums += losses(output, pack.pairs, objective)[1]
+        found = losses(output, pack.pairs, objective)[1]
+        total = found if total is None else total + found
         q_2NQ = q_values(output.z_RD, goal_D[None])[:, 0][pack.pairs.quantiles_2NQ]
         parts.append(torch.cat([output.reward_2N[..., None], q_2NQ], dim=-1).cpu().numpy())
         ids += pack.pairs.pair_ids
-    dist.all_reduce(sums)
+    assert total is not None  # every rank has a pack, if only an empty one
+    dist.all_reduce(total.sums_K)
     gathered: list[tuple[list[int], np.ndarray]] = [([], np.empty(0))] * dist.get_world_size()
     dist.all_gather_object(gathered, (ids, np.concatenate(parts, axis=1)))
     values = np.concatenate([part for _, part in gathered], axis=1)
@@ -90,8 +92,7 @@ def score_pairs(
     values = values[:, order][:, back]
     if not np.isfinite(values).all():
         raise UserError("rewards or Q-values are not finite: lower --lr, or mend --model's weights")
-    means = dict(zip(STATISTICS, (sums / len(pairs)).tolist(), strict=True))
-    return Scores(pairs, values[..., 0], values[..., 1:], means)
+    return Scores(pairs, values[..., 0], values[..., 1:], total.means(len(pairs)))
 
 
 def auroc(score_2N: np.ndarray) -> float:

@@ -1,8 +1,10 @@
 """Ranking and goal-conditioned contrastive loss of a pack, per pair.
 
-Letters: N pairs, S samples a pair.
+Letters: N pairs, S samples per pair, K statistics.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from gcrm_fast.model.inputs import PairRows
 from gcrm_fast.model.reward_model import Output
 
-# Order of the sums that `losses` returns; each is divided by the number of pairs when logged.
+# What ``losses`` measures of every pair.
 STATISTICS = (
     "loss",
     "loss/ranking",
@@ -27,6 +29,34 @@ STATISTICS = (
     "negatives/shared",
     "pairs_without_positive",
 )
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over pairs, by name; float32, in one tensor, so that packs and processes add up in one operation."""
+
+    names: tuple[str, ...]
+    sums_K: Tensor
+
+    @staticmethod
+    def of(values_N: Mapping[str, Tensor]) -> "Statistics":
+        """From the values of each pair."""
+        return Statistics(tuple(values_N), torch.stack([values.float().sum() for values in values_N.values()]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The sum of that name, 0-dimensional."""
+        return self.sums_K[self.names.index(name)]
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        assert self.names == other.names
+        return Statistics(self.names, self.sums_K + other.sums_K)
+
+    def means(self, n_pairs: float) -> dict[str, float]:
+        """Sums over ``n_pairs``, NaN for none. Waits for the device."""
+        return {
+            name: value / n_pairs if n_pairs else math.nan
+            for name, value in zip(self.names, self.sums_K.tolist(), strict=True)
+        }
 
 
 @dataclass(frozen=True)
@@ -66,8 +96,8 @@ def contrastive_loss(z_RD: Tensor, pairs: PairRows, objective: Objective) -> tup
     )
 
 
-def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Sum over the pack's pairs of the total loss (scalar), and the detached sums of ``STATISTICS`` [11] float32.
+def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tensor, Statistics]:
+    """Sum over the pack's pairs of the total loss (scalar), and what is logged, detached.
 
     With weight 0 the contrastive loss is still measured, without a gradient: the curves stay comparable.
     """
@@ -76,19 +106,21 @@ def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tenso
         contrastive_N, similarity = contrastive_loss(output.z_RD, pairs, objective)
     total_N = ranking_N + objective.contrastive_weight * contrastive_N
     reward_2N = output.reward_2N.detach()
-    statistics_N = (
-        total_N.detach(),
-        ranking_N.detach(),
-        contrastive_N.detach(),
-        reward_2N[0] > reward_2N[1],
-        reward_2N[0] - reward_2N[1],
-        reward_2N[0],
-        reward_2N[1],
-        similarity.positive_similarity,
-        similarity.negative_similarity,
-        pairs.shared_negatives_N,
-        ~pairs.has_positive_N,
+    statistics = Statistics.of(
+        {
+            "loss": total_N.detach(),
+            "loss/ranking": ranking_N.detach(),
+            "loss/contrastive": contrastive_N.detach(),
+            "accuracy": reward_2N[0] > reward_2N[1],
+            "margin": reward_2N[0] - reward_2N[1],
+            "reward/chosen": reward_2N[0],
+            "reward/rejected": reward_2N[1],
+            "similarity/positive": similarity.positive_similarity,
+            "similarity/negative": similarity.negative_similarity,
+            "negatives/shared": pairs.shared_negatives_N,
+            "pairs_without_positive": ~pairs.has_positive_N,
+        }
     )
     # A dummy pack has no pairs; reading z keeps every parameter in its graph, so that all ranks reduce alike.
     total = total_N.sum() + 0.0 * output.z_RD.sum().to(total_N.dtype)
-    return total, torch.stack([s.float().sum() for s in statistics_N])
+    return total, statistics

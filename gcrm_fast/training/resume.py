@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training.config import TrainConfig
-from gcrm_fast.training.objectives import STATISTICS
+from gcrm_fast.training.objectives import Statistics
 from gcrm_fast.training.optimizer import Updater
 from gcrm_fast.training.snapshots import Found, checkpoints, damage, first_whole, load, read_manifest
 
@@ -27,15 +27,18 @@ FREE = frozenset({
 
 
 class Window:
-    """What has gathered since the last log row, on the device: sums of STATISTICS and pairs, and left out updates."""
+    """What has gathered since the last log row, on the device: statistics, pairs, and updates that were skipped."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(STATISTICS) + 1, device=device)
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        """``names``: of the statistics."""
+        self.names = names
+        self.sums = torch.zeros(len(names) + 1, device=device)
         self.made: list[tuple[int, Tensor]] = []
 
-    def add(self, step: int, statistics: Tensor, n_pairs: int, made: Tensor) -> None:
-        """``statistics``: this rank's sums over its ``n_pairs``; they count for nothing unless the update was made."""
-        together = torch.cat([statistics, statistics.new_full((1,), n_pairs)])
+    def add(self, step: int, statistics: Statistics, n_pairs: int, made: Tensor) -> None:
+        """``statistics``: of this rank's ``n_pairs``; they count for nothing unless the update was made."""
+        assert statistics.names == self.names
+        together = torch.cat([statistics.sums_K, statistics.sums_K.new_full((1,), n_pairs)])
         self.sums += torch.where(made, together, 0)
         self.made.append((step, made))
 
@@ -45,10 +48,9 @@ class Window:
         return [step for (step, _), made in zip(self.made, flags, strict=True) if not made]
 
     def read(self) -> tuple[dict[str, float], list[int]]:
-        """Means of STATISTICS over the pairs of all ranks (NaN without a pair), and ``skipped``; starts anew."""
+        """Means of the statistics over the pairs of all ranks (NaN without a pair), and ``skipped``; starts over."""
         dist.all_reduce(self.sums)
-        *sums, pairs = self.sums.tolist()
-        row = {name: value / pairs if pairs else math.nan for name, value in zip(STATISTICS, sums, strict=True)}
+        row = Statistics(self.names, self.sums[:-1]).means(float(self.sums[-1]))
         skipped = self.skipped()
         self.sums.zero_()
         self.made.clear()
