@@ -46,9 +46,6 @@ class Weights(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-# --------------------------------------------------------------------------------------------------------- reading
-
-
 class Stored(NamedTuple):
     """A tensor in a safetensors file; ``dtype`` is safetensors' name."""
 

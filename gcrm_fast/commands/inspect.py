@@ -40,9 +40,6 @@ class Options(JudgingOptions):
     """Text that ends a step. By default a blank line, or else a line feed, or else a semicolon."""
 
 
-# ---------------------------------------------------------------------------------------------------------- the data
-
-
 def read_row(options: Options, model: RewardModel) -> list[Candidate]:
     """The completions of the record asked for; records after it are not read. Raises UserError."""
     if options.row < 0:
@@ -98,9 +95,6 @@ def title_of(candidate: Candidate) -> str:
     label = candidate.fields.get(RIGHT_FIELD)
     known = {True: "right", False: "wrong"}.get(label, "") if isinstance(label, bool) else ""
     return ", ".join(part for part in (candidate.name, known, "cut" if candidate.cut else "") if part)
-
-
-# ---------------------------------------------------------------------------------------------------------- the page
 
 
 def run(options: Options) -> None:

@@ -64,9 +64,6 @@ class ScorePack(TokenAxis):
     rows_of: tuple[np.ndarray, ...]
 
 
-# ------------------------------------------------------------------------------------------------- layout of one pack
-
-
 def common_prefix(sequences: Sequence[np.ndarray]) -> int:
     """Longest common token prefix, leaving each sequence at least one token of its own (0 for a single sequence)."""
     if len(sequences) == 1:
