@@ -40,6 +40,8 @@ def trained(folder: Path, arguments: Sequence[str]) -> Path:
             raise UserError(f"{folder}: training ended with the error above")
         return folder / "model"
     found, wanted = TrainConfig(**read_toml(folder / "config.toml")), parse(arguments)
+    if wanted.dtype == "auto":  # a run's config.toml says what that meant
+        wanted = dataclasses.replace(wanted, dtype=found.dtype)
     other = [field.name for field in dataclasses.fields(TrainConfig)
              if field.name not in FREE and getattr(found, field.name) != getattr(wanted, field.name)]  # fmt: skip
     if other:

@@ -299,7 +299,7 @@ MUTANTS = {
     "sizes of packs compiled in": (
         "gcrm_fast/model/reward_model.py", "dynamic=True", "dynamic=False", STEP + "compiled_blocks"),
     "a host sync in the step": (
-        "gcrm_fast/train.py", "        together = statistics if together", "        together = statistics if total.isfinite() and together",
+        "gcrm_fast/train.py", "= statistics if together", "= statistics if total.isfinite() and together",
         STEP + "never_waits"),
     "bfloat16 weights without stochastic rounding": (
         "gcrm_fast/training/optimizer.py",
