@@ -298,6 +298,8 @@ MUTANTS = {
         "set_reshard_after_backward(model.gather == \"block\")", STEP + "gathered_once"),
     "sizes of packs compiled in": (
         "gcrm_fast/model/reward_model.py", "dynamic=True", "dynamic=False", STEP + "compiled_blocks"),
+    "choices of a file not checked": (
+        "gcrm_fast/training/config.py", "in CHOICES.items():", "in {}.items():", "tests/test_train.py -k a_choice_in"),
     "a host sync in the step": (
         "gcrm_fast/train.py", "= statistics if together", "= statistics if total.isfinite() and together",
         STEP + "never_waits"),

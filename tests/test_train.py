@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from gcrm_fast import train
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.train import locked, main
-from gcrm_fast.training.config import TrainConfig, parse, to_toml
+from gcrm_fast.training.config import CHOICES, TrainConfig, check, parse, to_toml
 
 
 @pytest.fixture
@@ -272,3 +272,19 @@ def test_configuration_file_round_trip_and_precedence(tmp_path: Path) -> None:
     path.write_text("speed = 1\n")
     with pytest.raises(UserError, match="speed"):
         parse(["--config", str(path)])
+
+
+@pytest.mark.parametrize("name", [*CHOICES])
+def test_a_choice_in_a_file_or_in_python_is_checked_as_on_the_command_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    wrong = {"negatives": "after_divergence", "overlong": "truncate_prompt"}.get(name, "no such")
+    path.write_text(f'{name} = "{wrong}"\n')
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {wrong}: must be one of "):
+        parse(["--config", str(path)])
+    with pytest.raises(UserError, match="must be one of"):
+        check(TrainConfig(**{name: wrong}))
+
+
+def test_the_nearest_choice_is_named() -> None:
+    with pytest.raises(UserError, match=r"\(did you mean after-divergence\?\)"):
+        check(TrainConfig(negatives="after_divergence"))  # type: ignore[arg-type]

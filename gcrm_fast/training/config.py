@@ -4,8 +4,11 @@ Order of precedence: command line, then ``--config`` file, then ``--preset``, th
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import tomllib
+import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +16,6 @@ from typing import Any, Literal
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import parse_options
 from gcrm_fast.data.records import parse_columns
-from gcrm_fast.model.attention import BACKENDS
 
 ARITHMETIC = "arithmetic"
 
@@ -218,11 +220,11 @@ def parse(argv: list[str]) -> TrainConfig:
     _refuse_repeats(argv)
     early = _early_values(argv)
     default = TrainConfig()
-    if early.get("preset") and early["preset"] not in PRESETS:
-        raise UserError(f"--preset {early['preset']}: must be one of {', '.join(p for p in PRESETS if p)}")
     from_file = read_toml(Path(early["config"])) if early.get("config") else {}
     data = (early["data"],) if "data" in early else from_file.get("data", default.data)
     preset = early.get("preset", from_file.get("preset", ARITHMETIC if data == (ARITHMETIC,) else ""))
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: must be {one_of(preset, list(PRESETS))}")
     default = dataclasses.replace(default, **{**PRESETS[preset], **from_file, "preset": preset})
     config = parse_options(TrainConfig, argv, "gcrm train", default)
     check(config)
@@ -276,6 +278,21 @@ def read_toml(path: Path) -> dict[str, Any]:
     return values
 
 
+# What each option with choices accepts: tyro holds the command line to it, ``check`` a file and Python.
+CHOICES = {
+    name: typing.get_args(kind)
+    for name, kind in typing.get_type_hints(TrainConfig).items()
+    if typing.get_origin(kind) is Literal
+}
+
+
+def one_of(value: str, choices: Sequence[str]) -> str:
+    """The choices in words, with the one that ``value`` is probably meant to be."""
+    near = difflib.get_close_matches(value, [choice for choice in choices if choice], n=1)
+    guess = f" (did you mean {near[0]}?)" if near else ""
+    return f"one of {', '.join(choice for choice in choices if choice)}{guess}"
+
+
 def check(config: TrainConfig) -> None:
     """Raises UserError, naming the flag, for a value that makes no sense."""
 
@@ -284,6 +301,8 @@ def check(config: TrainConfig) -> None:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {getattr(config, name)}: must be {what}")
 
+    for name, choices in CHOICES.items():
+        need(getattr(config, name) in choices, name, one_of(getattr(config, name), choices))
     for name in ("global_batch_pairs", "group_prompts", "replicas", "tokens_per_batch", "samples", "log_every",
                  "arithmetic_steps", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size"):  # fmt: skip
         need(getattr(config, name) >= 1, name, "at least 1")
@@ -318,7 +337,6 @@ def check(config: TrainConfig) -> None:
     if config.attention == "flash_attn":
         need(importlib.util.find_spec("flash_attn") is not None, "attention", "another unless flash-attn is installed")
     need(config.max_length >= 3, "max_length", "at least 3")
-    need(config.attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)}")
     if not config.model:
         need(config.hidden_size % (2 * config.heads) == 0, "hidden_size", "a multiple of 2 * --heads")
         need(config.heads % config.kv_heads == 0, "kv_heads", "a divisor of --heads")
