@@ -20,6 +20,7 @@ TRAIN, RECORDS, CACHE = "tests/test_train.py -k processes", "tests/test_records.
 BENCH, STEP, SURVIVAL = (f"tests/test_{name}.py -k " for name in ("bench", "step", "survival"))
 STAGING, LAYERS = "tests/test_staging.py", "tests/test_layers.py"
 SCORING, GOALS = "tests/test_scoring.py -k ", "tests/test_goals.py -k "
+FAMILIES = "tests/test_families.py -k "
 EXPORT, REWARDS, SERVE = (f"tests/test_{name}.py -k " for name in ("export", "rewards", "serve"))
 JUDGING, EVALUATE, VOTE, PAGE = (f"tests/test_{name}.py -k " for name in ("judging", "evaluate", "vote", "page"))
 KERNELS, EXPERIMENTS = "tests/test_kernels.py -k ", "tests/test_experiments.py -k "
@@ -211,6 +212,42 @@ MUTANTS = {
     "head_dim of config.json ignored": (
         "gcrm_fast/checkpoints/config_json.py",
         '_field(raw, path, "head_dim", int, hidden // heads)', "hidden // heads", PARITY),
+    "families: norms of heads left out": (
+        "gcrm_fast/model/llama.py", "        if norm is None:\n", "        if True:\n", FAMILIES + "states"),
+    "families: keys normed by the weight of queries": (
+        "gcrm_fast/model/llama.py", "self._normed(k_TGD, self.k_norm)", "self._normed(k_TGD, self.q_norm)",
+        FAMILIES + "states"),
+    "families: Qwen2's biases dropped": (
+        "gcrm_fast/model/llama.py", "config.attention_bias or family.qkv_bias", "config.attention_bias",
+        FAMILIES + "states"),
+    "families: a bias of Qwen2's output": (
+        "gcrm_fast/model/llama.py", "d, h, bias=config.attention_bias)", "d, h, bias=bias)", FAMILIES + "states"),
+    "families: config.json names another family's class": (
+        "gcrm_fast/model/families.py", "return self.class_prefix + task", 'return "Llama" + task',
+        FAMILIES + "in_and_out"),
+    "families: a token classifier of another family": (
+        "gcrm_fast/commands/export.py", '[config.family.class_name("ForTokenClassification")]',
+        '["LlamaForTokenClassification"]', FAMILIES + "token_classifiers"),
+    "families: an absent field is Llama's": (
+        "gcrm_fast/checkpoints/config_json.py", "raw = {**family.defaults, **raw}",
+        'raw = {"sliding_window": None, **raw}', FAMILIES + "absent"),
+    "families: Mistral's window lost on the way out": (
+        "gcrm_fast/checkpoints/config_json.py", '{"sliding_window": config.sliding_window}', '{"sliding_window": None}',
+        FAMILIES + "in_and_out"),
+    "families: texts longer than the window scored": (
+        "gcrm_fast/inference/scoring.py", "if window and len(completion.ids) > window:", "if False:",
+        FAMILIES + "as_long_as"),
+    "families: --max-length beyond the window": (
+        "gcrm_fast/training/prepare.py", "if window and config.max_length > window:", "if False:",
+        f"{BAD_INPUT} -k window"),
+    "families: windows in some layers ignored": (
+        "gcrm_fast/checkpoints/config_json.py", "if window < positions:", "if False:", FAMILIES + "some_layers"),
+    "families: Qwen pads with what ends a turn": (
+        "gcrm_fast/model/families.py", '("<|fim_pad|>", "<|im_start|>")', '("<|im_end|>", "<|im_start|>")',
+        FAMILIES + "ends_nothing"),
+    "families: the inputs of heads' norms not counted": (
+        "gcrm_fast/training/accounting.py", "attention += tokens * (q + g)", "attention += tokens * q",
+        FAMILIES + "keep_their_input"),
     "rope scaling of transformers 4 ignored": (
         "gcrm_fast/checkpoints/config_json.py", 'else "rope_scaling"', 'else "rope_parameters"', PARITY),
     "older name of the rope type ignored": (

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForSequenceClassification
 
 from gcrm_fast.checkpoints.config_json import read_config
-from gcrm_fast.checkpoints.locating import MODEL_FILES, SUBFOLDERS, TOKENIZER_FILES, locate
+from gcrm_fast.checkpoints.locating import MODEL_FILES, OTHER_COPIES, TOKENIZER_FILES, locate
 from gcrm_fast.checkpoints.weights import HEADS, open_weights
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.train import main
@@ -223,11 +223,12 @@ def test_a_hub_name_is_read_from_the_cache_without_network(tmp_path: Path, monke
 
 def test_what_is_fetched_from_the_hub() -> None:
     there = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-             "tokenizer.json", "tokenizer.model", "chat_template.jinja", "original/model.safetensors"]  # fmt: skip
-    assert list(filter_repo_objects(there, allow_patterns=MODEL_FILES, ignore_patterns=SUBFOLDERS)) == [
-        *there[:3], *there[4:7]]  # fmt: skip
-    assert list(filter_repo_objects(there, allow_patterns=TOKENIZER_FILES, ignore_patterns=SUBFOLDERS)) == [
-        there[0], *there[4:7]]  # fmt: skip
+             "consolidated.safetensors", "tokenizer.json", "tokenizer.model", "chat_template.jinja",
+             "original/model.safetensors"]  # fmt: skip
+    assert list(filter_repo_objects(there, allow_patterns=MODEL_FILES, ignore_patterns=OTHER_COPIES)) == [
+        *there[:3], *there[5:8]]  # fmt: skip
+    assert list(filter_repo_objects(there, allow_patterns=TOKENIZER_FILES, ignore_patterns=OTHER_COPIES)) == [
+        there[0], *there[5:8]]  # fmt: skip
 
 
 def test_a_folder_comes_before_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face Llamas: read in the words of transformers 4 and of 5, written for both."""
+"""config.json of the FAMILIES: read in the words of transformers 4 and of 5, written for both."""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.model.families import FAMILIES, Family
 from gcrm_fast.model.llama import ModelConfig
 
 ROPE_FIELDS = {
@@ -19,18 +20,21 @@ ROPE_FIELDS = {
 
 
 def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig:
-    """The shape of the Llama in ``folder``, from a config.json of transformers 4 or 5.
+    """The shape of the model in ``folder``, from a config.json of transformers 4 or 5.
 
     Raises:
-        UserError: no such file, another architecture, a quantised model or an adapter, a field of the wrong type or
-            value, or a RoPE type that is not supported.
+        UserError: no such file, a family that is not supported, a quantised model or an adapter, a field of the wrong
+            type or value, a RoPE type that is not supported, or a sliding window in some of the layers.
     """
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: holds an adapter (adapter_config.json): merge it into its base model first")
     path = folder / "config.json"
-    raw = read_json(path, "name the folder of a Hugging Face Llama")
-    if raw.get("model_type") != "llama":
-        raise UserError(f"{path}: field 'model_type' is {raw.get('model_type')!r}: only 'llama' is supported")
+    raw = read_json(path, "name the folder of a Hugging Face model")
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise UserError(f"{path}: field 'model_type' is {model_type!r}: supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    raw = {**family.defaults, **raw}
     if raw.get("quantization_config"):
         raise UserError(f"{path}: field 'quantization_config': a quantised model cannot be trained: use the original")
     if raw.get("hidden_act", "silu") != "silu":
@@ -39,6 +43,7 @@ def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig
     if raw.get("head_dim") is None and hidden % heads:
         raise UserError(f"{path}: field 'hidden_size' is {hidden}, not a multiple of the {heads} attention heads")
     theta, scaling = _rope(raw, path)
+    positions = _field(raw, path, "max_position_embeddings", int, family.defaults["max_position_embeddings"])
     config = ModelConfig(
         vocab_size=_field(raw, path, "vocab_size", int),
         hidden_size=hidden,
@@ -50,11 +55,12 @@ def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig
         rms_norm_eps=_field(raw, path, "rms_norm_eps", float, 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        attention_bias=_field(raw, path, "attention_bias", bool, False),
-        mlp_bias=_field(raw, path, "mlp_bias", bool, False),
-        max_position_embeddings=_field(raw, path, "max_position_embeddings", int, 2048),
+        max_position_embeddings=positions,
         head=head,
         projection_size=projection_size,
+        model_type=model_type,
+        sliding_window=_sliding_window(raw, path, family, positions),
+        **{name: _field(raw, path, name, bool, False) for name in family.bias_fields},
     )
     if heads % config.num_key_value_heads:
         raise UserError(f"{path}: field 'num_key_value_heads' is {config.num_key_value_heads}: must divide {heads}")
@@ -82,6 +88,23 @@ def _field(raw: Mapping[str, Any], path: Path, name: str, kind: type, default: A
         what = {bool: "true or false", int: "a positive integer", float: "a positive number"}[kind]
         raise UserError(f"{path}: field {name!r} is {value!r}: must be {what}")
     return value
+
+
+def _sliding_window(raw: Mapping[str, Any], path: Path, family: Family, positions: int) -> int | None:
+    """How many tokens a token attends to, itself included; None for all that come before it."""
+    if family.sliding_window == "never" or raw["sliding_window"] is None:
+        return None
+    if family.sliding_window == "some layers" and not _field(raw, path, "use_sliding_window", bool, False):
+        return None
+    window = int(_field(raw, path, "sliding_window", int))
+    if family.sliding_window == "all layers":
+        return window
+    if window < positions:
+        raise UserError(
+            f"{path}: field 'use_sliding_window' is true, with a window of {window} tokens: only attention to all "
+            f"earlier tokens is supported"
+        )
+    return None
 
 
 def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
@@ -130,11 +153,17 @@ def huggingface_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, 
     ``problem_type: regression`` keeps servers from putting the reward through a sigmoid. A folder with an MLP head
     names the bare trunk as its architecture, so that nobody loads it with a random linear head by accident.
     """
+    family = config.family
+    windows: dict[str, dict[str, Any]] = {
+        "never": {},
+        "all layers": {"sliding_window": config.sliding_window},
+        "some layers": {"use_sliding_window": False},
+    }
     rope = config.rope_scaling or {"rope_type": "default"}
     name = str(dtype).removeprefix("torch.")
     return {
-        "architectures": ["LlamaForSequenceClassification" if config.head == "linear" else "LlamaModel"],
-        "model_type": "llama",
+        "architectures": [family.class_name("ForSequenceClassification" if config.head == "linear" else "Model")],
+        "model_type": config.model_type,
         "num_labels": 1,
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
@@ -151,8 +180,8 @@ def huggingface_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, 
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling,
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
+        **{field: getattr(config, field) for field in family.bias_fields},
+        **windows[family.sliding_window],
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos_token_id,

@@ -12,7 +12,8 @@ HEAD_FILE = "gcrm.json"
 COMPANION = "gcrm.safetensors"
 TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
                    "vocab.json", "merges.txt"]  # fmt: skip
-SUBFOLDERS = "*/*"  # other copies of the weights: not fetched
+# Of the weights, in subfolders or in the format of Mistral itself: not fetched.
+OTHER_COPIES = ["*/*", "consolidated*.safetensors"]
 MODEL_FILES = [*TOKENIZER_FILES, "adapter_config.json", HEAD_FILE, "*.safetensors", "*.safetensors.index.json"]
 
 
@@ -37,7 +38,7 @@ def locate(name: str, flag: str, files: list[str]) -> Path:
     except HFValidationError:
         raise UserError(f"{flag} {name}: no such folder") from None
     try:
-        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=SUBFOLDERS))
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=OTHER_COPIES))
     except Exception as error:  # the hub lets through errors of its HTTP library, which depends on its version
         raise UserError(
             f"{flag} {name}: no such folder, and not to be had from the Hugging Face hub ({one_line(error)})"

@@ -1,6 +1,7 @@
 """Writing a reward model that transformers loads.
 
-A saved model is a ``LlamaForSequenceClassification`` folder (one label) plus
+A saved model is a folder of transformers' sequence classifier of its family, e.g. ``LlamaForSequenceClassification``,
+with one label, plus
 
     gcrm.json            which head, projection size, end-token policy, weights fingerprint
     gcrm.safetensors     projection and MLP head, where there are any: what the transformers class cannot hold

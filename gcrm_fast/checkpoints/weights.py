@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face Llama: found in its safetensors files, checked, and read row by row."""
+"""The weights of a Hugging Face model: found in its safetensors files, checked, and read row by row."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -177,7 +177,7 @@ def _match_trunk(stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, .
     anchors = [key for key in stored if f".{key}".endswith(f".{FIRST_TENSOR}")]
     if len(anchors) != 1:
         found = _some(anchors) if anchors else f"no tensor {FIRST_TENSOR!r}"
-        raise UserError(f"{folder}: {found} in its safetensors files: one Llama is expected there")
+        raise UserError(f"{folder}: {found} in its safetensors files: one model is expected there")
     prefix = anchors[0].removesuffix(FIRST_TENSOR)
     source = {name: prefix + name.removeprefix("model.") for name in wanted if name.startswith("model.")}
     # Of two tied tensors safetensors' save_model keeps the first by name.
@@ -200,7 +200,8 @@ def _linear_head(stored: Mapping[str, Stored], folder: Path, config: ModelConfig
     if not heads and config.head == "linear" and "Classification" in str(_stated(folder, "architectures")):
         raise UserError(
             f"{folder}: tensor 'score.weight' missing from its safetensors files, though config.json, field "
-            f"'architectures', speaks of a head: download it again, or write LlamaForCausalLM there for a new head"
+            f"'architectures', speaks of a head: download it again, or write "
+            f"{config.family.class_name('ForCausalLM')} there for a new head"
         )
     return heads[0] if heads else ""
 

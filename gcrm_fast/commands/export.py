@@ -1,8 +1,9 @@
 """``gcrm export``: a reward model in the folder that another program loads.
 
-    transformers           LlamaForSequenceClassification, one label: also vLLM and SGLang, which score the LAST token
+    transformers           its family's LlamaForSequenceClassification, one label: also vLLM and SGLang, which score the
+                           LAST token
     openrlhf               the same, and in config.json value_head_prefix, mean and std as OpenRLHF reads them
-    token-classification   LlamaForTokenClassification: a reward at every token, from a head with a bias
+    token-classification   its family's LlamaForTokenClassification: a reward at every token, from a head with a bias
 
 All of them load here again with the same rewards. The first takes a head of several layers too, in a file beside it
 that is read here alone. MODEL may have any head that README lists,
@@ -101,12 +102,12 @@ def read_state(folder: Path, options: ExportOptions) -> tuple[dict[str, Tensor],
     return {name: weights.rows(name, shape, slice(None)) for name, shape in shapes.items()}, config, weights.notes
 
 
-def config_fields(options: ExportOptions, scale: Scale | None) -> dict[str, Any]:
+def config_fields(options: ExportOptions, config: ModelConfig, scale: Scale | None) -> dict[str, Any]:
     """Fields of config.json that the format adds to those of a sequence classifier."""
     if options.format == "openrlhf":  # it computes (reward - mean) / std when asked to normalize
         return {"value_head_prefix": "score", "mean": -scale.shift if scale else 0.0, "std": 1.0}
     if options.format == "token-classification":
-        return {"architectures": ["LlamaForTokenClassification"], "classifier_dropout": 0.0}
+        return {"architectures": [config.family.class_name("ForTokenClassification")], "classifier_dropout": 0.0}
     return {}
 
 
@@ -118,7 +119,7 @@ def export(options: ExportOptions) -> None:
     folder = locate(options.model, "MODEL", MODEL_FILES)
     state, config, notes = read_state(folder, options)
     tokenizer = load_tokenizer(folder)
-    choose_pad(tokenizer, config.vocab_size, options.model)
+    choose_pad(tokenizer, config.vocab_size, options.model, config.family)
     goal_file = folder / GOAL_FILE
     goals, counts = {}, {}
     if goal_file.is_file():
@@ -136,7 +137,7 @@ def export(options: ExportOptions) -> None:
     rows = _summary(options, config, scale)
     with written_aside(output) as partial:
         weights = write_model(
-            partial, state, config, tokenizer, bias=bias, fields=config_fields(options, scale), about=about
+            partial, state, config, tokenizer, bias=bias, fields=config_fields(options, config, scale), about=about
         )
         if goals:  # states do not depend on the head, but the fingerprint does
             write_goals(partial / GOAL_FILE, goals, counts, weights)

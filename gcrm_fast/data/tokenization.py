@@ -1,4 +1,4 @@
-"""Tokenizers: trained here or brought by a Llama checkpoint; the pad token; saving for transformers 4 and 5 alike."""
+"""Tokenizers: trained here or brought by a checkpoint; the pad token; saving for transformers 4 and 5 alike."""
 
 import json
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gcrm_fast.common.errors import UserError, one_line
+from gcrm_fast.model.families import FAMILIES, Family
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # of a tokenizer that is trained here
 # Texts on which a converted sentencepiece model must agree with sentencepiece: what its normalizer can change.
@@ -102,7 +103,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
         )
 
 
-def choose_pad(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> int:
+def choose_pad(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str, family: Family = FAMILIES["llama"]
+) -> int:
     """Sets and returns a pad token that is below ``vocab_size`` and never ends a completion (so not eos).
 
     transformers reads the reward at the last token that is not pad: with pad == eos it would read the one before.
@@ -112,7 +115,7 @@ def choose_pad(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) 
     """
     check_vocabulary(tokenizer, vocab_size, where)
     vocab = tokenizer.get_vocab()
-    known = (tokenizer.pad_token, "<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "<unk>", tokenizer.bos_token)
+    known = (tokenizer.pad_token, *family.pad_tokens, tokenizer.bos_token)
     for token in known:
         if token is not None and token in vocab and token != tokenizer.eos_token:
             tokenizer.pad_token = token

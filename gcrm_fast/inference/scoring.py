@@ -61,7 +61,7 @@ class RewardModel:
         cls, path_or_hub: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto",
         tokens_per_batch: int = 16384, attention: str = "auto",
     ) -> Self:  # fmt: skip
-        """Loads a folder or a hub repository: what ``gcrm train`` saved, or any Llama reward model (README).
+        """Loads a folder or a hub repository: what ``gcrm train`` saved, or any reward model that README lists.
 
         Args:
             device: by default this process's GPU, or the CPU where there is none.
@@ -113,6 +113,9 @@ class RewardModel:
         if len(completion.ids) > self.budget.tokens:
             limit = f"--tokens-per-batch {self.budget.tokens}"
             return f"needs {len(completion.ids)} tokens, more than {limit}: raise that or leave it out"
+        window = self.config.sliding_window
+        if window and len(completion.ids) > window:
+            return f"has {len(completion.ids)} tokens, more than the model's sliding window of {window}: leave it out"
         return ""
 
     def texts(self, completion: Completion) -> list[str]:

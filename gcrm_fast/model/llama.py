@@ -1,10 +1,10 @@
-"""The trunk: a Llama over a packed token axis.
+"""The trunk: a Llama, or one of its relatives (families.py), over a packed token axis.
 
 Letters: T tokens of a pack, K gathered key rows, R read rows, H hidden size, N query heads, G key/value heads,
 D head size, F width of the MLP.
 
-Modules and parameters carry the names of transformers' ``LlamaModel``. The last layer computes keys and values for all
-tokens, but its output projection, second norm, MLP and the final norm run at the read rows only.
+Modules and parameters carry the names of transformers' ``LlamaModel`` and its like. The last layer computes keys and
+values for all tokens, but its output projection, second norm, MLP and the final norm run at the read rows only.
 """
 
 import math
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gcrm_fast.model.attention import packed_attention, resolve_backend
+from gcrm_fast.model.families import FAMILIES, Family
 from gcrm_fast.model.inputs import TokenAxis
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the trunk and its heads. Field names are those of a Hugging Face Llama ``config.json``."""
+    """Shape of the trunk and its heads. Field names are those of a Hugging Face ``config.json``."""
 
     vocab_size: int
     hidden_size: int
@@ -41,6 +42,12 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     head: str = "linear"  # or "mlp", the paper's ablation: three ReLU layers of width H
     projection_size: int = 0  # D of the projection W [D, H] that the contrastive loss compares; 0 for none
+    model_type: str = "llama"  # of FAMILIES
+    sliding_window: int | None = None  # tokens up to which attention to all of them is the model's; None for any number
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
     def parameters_per_layer(self) -> int:
         h, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
@@ -86,23 +93,35 @@ torch.zeros(1, device="cpu").cos(), torch.zeros(1, device="cpu").sin()
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        h, d, bias = config.hidden_size, config.head_dim, config.attention_bias
+        h, d, family = config.hidden_size, config.head_dim, config.family
+        bias = config.attention_bias or family.qkv_bias
         self.head_dim = d
+        self.eps = config.rms_norm_eps
         self.q_proj = nn.Linear(h, config.num_attention_heads * d, bias=bias)
         self.k_proj = nn.Linear(h, config.num_key_value_heads * d, bias=bias)
         self.v_proj = nn.Linear(h, config.num_key_value_heads * d, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * d, h, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * d, h, bias=config.attention_bias)
+        self.q_norm = nn.RMSNorm(d, config.rms_norm_eps) if family.qk_norm else None
+        self.k_norm = nn.RMSNorm(d, config.rms_norm_eps) if family.qk_norm else None
 
     def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], axis: TokenAxis, backend: str) -> Tensor:
         """Attention output before o_proj, [T, N * D]."""
         q_TND, k_TGD, v_TGD = (
             x.unflatten(-1, (-1, self.head_dim)) for x in linears(x_TH, self.q_proj, self.k_proj, self.v_proj)
         )
+        q_TND, k_TGD = self._normed(q_TND, self.q_norm), self._normed(k_TGD, self.k_norm)
         q_TND, k_KGD, v_KGD = rotate_and_gather(q_TND, k_TGD, v_TGD, *rope, axis.kv_index_K, axis.kv_inverse)
         out_TND = packed_attention(
             q_TND, k_KGD, v_KGD, axis.cu_seqlens_q, axis.cu_seqlens_k, axis.max_seqlen_q, axis.max_seqlen_k, backend
         )
         return out_TND.flatten(1)
+
+    def _normed(self, x_TND: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        """Every head by itself, with one weight [D] for all; as it is where there is no norm, which holds the weight
+        only."""
+        if norm is None:
+            return x_TND
+        return rms_norm(x_TND.flatten(0, 1), norm.weight, self.eps).view_as(x_TND)
 
 
 def maybe_recomputed(again: bool, function: Callable[..., Any], *args: Any) -> Any:

@@ -1,7 +1,7 @@
-"""A Llama with a reward head and, where there is one, a projection for cosines; and what a new one starts from.
+"""A trunk with a reward head and, where there is one, a projection for cosines; and what a new one starts from.
 
 Letters: R read rows, H hidden size, D width of the projection. Parameters carry the names of transformers'
-``LlamaForSequenceClassification`` so that a checkpoint needs no renaming. There is no lm_head.
+``LlamaForSequenceClassification`` and its like so that a checkpoint needs no renaming. There is no lm_head.
 """
 
 import math

@@ -195,6 +195,8 @@ def kept_for_backward(
     q, g = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     # The block's input and its norm, queries, output; gathered keys and values.
     attention = tokens * (2 * h + 2 * q) + keys * 2 * g
+    if config.family.qk_norm:  # queries and keys before it
+        attention += tokens * (q + g)
     # Residual and its norm; gate, up and their product.
     mlp = {"none": 2 * h + (3 if kernels else 4) * f, "product": 2 * h + 2 * f, "mlp": 2 * h}
     layers = config.num_hidden_layers

@@ -59,7 +59,8 @@ class TrainConfig:
 
     # ---- model
     model: str = ""
-    """Hugging Face Llama to start from: a folder or a hub name. Empty: a model from scratch with the sizes below."""
+    """Hugging Face Llama, Mistral, Qwen2 or Qwen3 to start from: a folder or a hub name. Empty: a Llama from scratch
+    with the sizes below."""
     tokenizer: str = ""
     """Folder or hub name of another tokenizer than that of --model; from scratch, than the one trained on the text."""
     hidden_size: int = 128

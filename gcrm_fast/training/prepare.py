@@ -84,9 +84,19 @@ def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
 
 
 def open_model(config: TrainConfig) -> tuple[ModelConfig, Weights]:
-    """Shape and weights of --model."""
+    """Shape and weights of --model.
+
+    Raises:
+        UserError: a model that is not supported, or whose sliding window is shorter than --max-length.
+    """
     folder = locate(config.model, "--model", MODEL_FILES)
     model_config = read_config(folder, head=config.head, projection_size=config.projection_size)
+    window = model_config.sliding_window
+    if window and config.max_length > window:
+        raise UserError(
+            f"--max-length {config.max_length}: more than the sliding window of {config.model}, {window} tokens: pass "
+            f"--max-length {window} or less"
+        )
     return model_config, open_weights(folder, model_config, config.seed)
 
 
@@ -134,7 +144,7 @@ def prepare(config: TrainConfig) -> Prepared:
         tokenizer = train_tokenizer(texts, config.vocab_size)
     model_config, weights = model or new_model(config, tokenizer)
     source = config.tokenizer or config.model or "the trained tokenizer"
-    choose_pad(tokenizer, model_config.vocab_size, source)
+    choose_pad(tokenizer, model_config.vocab_size, source, model_config.family)
     if tokenizer.pad_token_id in end_tokens(tokenizer):
         raise UserError(f"{source}: pad token {tokenizer.pad_token!r} also ends a turn: set another pad token")
     budget = Budget(config.tokens_per_batch, model_config.hidden_size)
