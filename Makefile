@@ -4,10 +4,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 WITH_BENCH := .venv/.bench
 
-.PHONY: help setup train evaluate test lint mutants torture bench gpu clean
+.PHONY: help setup train evaluate test test-all lint mutants torture bench gpu clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
 setup: $(INSTALLED)  ## create .venv with the tested versions
 
@@ -26,8 +26,14 @@ train: $(INSTALLED)  ## train the default model (arithmetic, no download, no GPU
 evaluate: $(INSTALLED)  ## does it work? samples, goals, AUROC, votes and where Q drops, on the default model
 	$(BIN)/python experiments/arithmetic_chain.py $(ARGS)
 
+# A process per core, up to four, with one thread each: threads of several processes would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: lint  ## lint, type check, run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: lint  ## the same with the slow tests
+	$(PYTEST) $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -10,7 +10,10 @@ import pytest
 from conftest import ROOT
 from gcrm_kernels import launch
 
-pytestmark = pytest.mark.skipif(not launch.HAS_TRITON, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(not launch.HAS_TRITON, reason="triton is not installed"),
+    pytest.mark.slow,
+]
 
 
 def resources(*options: str) -> list[dict[str, Any]]:

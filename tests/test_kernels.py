@@ -193,6 +193,7 @@ def test_parts_keep_a_gpu_busy() -> None:
     assert kernels().column_parts(8, 16, 256) == (1, 256)  # nothing to split
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.integers(0, 5), s=st.integers(1, 20), rows=st.integers(1, 300), width=st.integers(1, 90),
@@ -451,6 +452,7 @@ def test_dense_loss_in_several_turns_and_blocks(path: str) -> None:
     assert_dense([(40, 30)] * 10, 64, torch.float32)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), max_size=3), width=st.integers(1, 70))
 def test_dense_loss_of_any_lengths(path: str, lengths: list[tuple[int, int]], width: int) -> None:

@@ -110,6 +110,7 @@ def accuracy(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, promp
     return float(np.mean([is_correct(*pair) for pair in zip(asked, texts, strict=True)]))
 
 
+@pytest.mark.slow
 def test_a_policy_gets_better_by_our_rewards(finished: Path, tmp_path: Path) -> None:
     """GRPO by TRL itself: the verifier, which the policy never meets, accepts more of its solutions than before."""
     trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'gcrm-fast[trl]'")

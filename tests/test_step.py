@@ -318,7 +318,7 @@ def test_weights_gathered_once_per_step_train_the_same(
     assert gathered[0] > 2 * gathered[1]
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw-bf16", "adamw-8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw-bf16", pytest.param("adamw-8bit", marks=pytest.mark.slow)])
 def test_optimizers_learn_with_the_memory_they_promise(pairs: list[TokenizedPair], name: str) -> None:
     if name != "adamw":
         pytest.importorskip("torchao")

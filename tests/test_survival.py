@@ -67,6 +67,7 @@ def undisturbed(pair_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 # --------------------------------------------------------------------------------------------- killed, and told to stop
 
 
+@pytest.mark.slow
 def test_three_kills_change_nothing(pair_file: Path, tmp_path: Path) -> None:
     """Processes killed at a checkpoint, in the middle of writing one, and later; --max-restarts goes on each time."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -126,6 +127,7 @@ def test_signals_save_and_stop(stopped: Path) -> None:
     assert read_manifest(newest)["facts"]["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_alike(stopped: Path, pair_file: Path, tmp_path: Path) -> None:
     """From a checkpoint of two processes: two more steps in two processes and in one."""
     step = int(checkpoints(stopped)[-1].name[-8:])
@@ -197,6 +199,7 @@ with parallel.process_group(replicas=2) as (mesh, device):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_copies_of_a_shard_round_alike(tmp_path: Path) -> None:
     script = tmp_path / "copies.py"
@@ -237,7 +240,11 @@ def test_orphans_end_and_free_the_folder(pair_file: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("kind", "timeout", "message"),
-    [("hang", "20", "does not answer"), ("memory", "500", "rank 1: out of memory"), ("bug", "500", "a planted bug")],
+    [
+        pytest.param("hang", "20", "does not answer", marks=pytest.mark.slow),
+        ("memory", "500", "rank 1: out of memory"),
+        ("bug", "500", "a planted bug"),
+    ],
 )
 def test_a_rank_that_fails_ends_the_run(pair_file: Path, tmp_path: Path, kind: str, timeout: str, message: str) -> None:
     """And its processes that build packs; what nobody expects is told with its traceback."""

@@ -91,6 +91,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pass
 
 
+@pytest.mark.slow
 def test_one_to_four_processes_give_the_same_losses_and_model(pair_file: Path, tmp_path: Path) -> None:
     """Invariant 4 through the real program: unequal packs, empty ones, a last batch of fewer pairs than ranks."""
     logs, models = [], []
