@@ -53,10 +53,32 @@ class Watched(snapshots.Checkpoints):
 def run(given: argparse.Namespace, keep: int) -> list[dict[str, float]]:
     """The log of a run that keeps so many checkpoints."""
     with tempfile.TemporaryDirectory(dir=os.getcwd(), prefix=".checkpoint-bench-") as folder:
-        arguments = ["--output", folder, "--steps", str(given.steps), "--save-every", str(given.every),
-                     "--keep", str(keep), "--hidden-size", str(given.hidden_size), "--layers", str(given.layers),
-                     "--intermediate-size", str(3 * given.hidden_size), "--train-pairs", "4000", "--eval-pairs", "10",
-                     "--eval-every", str(10 * given.steps), "--goal-pairs", "16", "--log-every", "10"]  # fmt: skip
+        arguments = [
+            "--output",
+            folder,
+            "--steps",
+            str(given.steps),
+            "--save-every",
+            str(given.every),
+            "--keep",
+            str(keep),
+            "--hidden-size",
+            str(given.hidden_size),
+            "--layers",
+            str(given.layers),
+            "--intermediate-size",
+            str(3 * given.hidden_size),
+            "--train-pairs",
+            "4000",
+            "--eval-pairs",
+            "10",
+            "--eval-every",
+            str(10 * given.steps),
+            "--goal-pairs",
+            "16",
+            "--log-every",
+            "10",
+        ]
         quiet = io.StringIO()
         with (
             mock.patch.object(train, "Checkpoints", Watched),
@@ -81,11 +103,17 @@ def main() -> None:
     seconds, sizes = zip(*Watched.written, strict=True)
     without, with_saving = (statistics.median(found) for found in rates.values())
     row = {
-        "hidden_size": given.hidden_size, "layers": given.layers, "save_every": given.every,
-        "megabytes": statistics.median(sizes) / 1e6, "stall_ms": 1000 * statistics.median(stalls),
-        "stall_ms_most": 1000 * max(stalls), "on_disk_ms": 1000 * statistics.median(seconds),
-        "pairs_per_s": without, "pairs_per_s_saving": with_saving, "slower_percent": 100 * (1 - with_saving / without),
-    }  # fmt: skip
+        "hidden_size": given.hidden_size,
+        "layers": given.layers,
+        "save_every": given.every,
+        "megabytes": statistics.median(sizes) / 1e6,
+        "stall_ms": 1000 * statistics.median(stalls),
+        "stall_ms_most": 1000 * max(stalls),
+        "on_disk_ms": 1000 * statistics.median(seconds),
+        "pairs_per_s": without,
+        "pairs_per_s_saving": with_saving,
+        "slower_percent": 100 * (1 - with_saving / without),
+    }
     print(measure.table([row], list(row)))
     print(f"recorded {measure.record('checkpoint', [row], measure.environment(device))}.*")
 

@@ -59,8 +59,11 @@ def agrees(name: str, found: tuple[float, Gradients], expected: tuple[float, Gra
     errors = {n: float((found[1][n] - g).norm() / g.norm()) for n, g in expected[1].items()}
     worst = max(errors, key=lambda n: errors[n])
     ok = loss_error <= tolerance and errors[worst] <= tolerance  # false for NaN
-    print(f"equal to the padded reference within {tolerance:g}? {name}: loss {loss_error:.1e}, "
-          f"gradients {errors[worst]:.1e} ({worst}): {'yes' if ok else 'NO'}", flush=True)  # fmt: skip
+    print(
+        f"equal to the padded reference within {tolerance:g}? {name}: loss {loss_error:.1e}, "
+        f"gradients {errors[worst]:.1e} ({worst}): {'yes' if ok else 'NO'}",
+        flush=True,
+    )
     return ok
 
 
@@ -161,9 +164,14 @@ def our_contestants(ours: Ours, batches: dict[int, list[Groups]]) -> Iterator[Co
 
 
 def naive_contestant(
-    model: padded.Padded, config: ModelConfig, batches: list[Groups], name: str, size: int, bucketed: bool,
+    model: padded.Padded,
+    config: ModelConfig,
+    batches: list[Groups],
+    name: str,
+    size: int,
+    bucketed: bool,
     checkpointing: bool,
-) -> Contestant:  # fmt: skip
+) -> Contestant:
     def step(batch: Groups) -> None:
         model.checkpointing(checkpointing)
         model.step(flat(batch), size, bucketed)
@@ -175,9 +183,7 @@ def naive_contestant(
     return Contestant(name, batches, timed(step, model.device), weighed(step, model.device), work, notes)
 
 
-def trl_contestant(
-    model: padded.Padded, config: ModelConfig, batches: list[Groups], as_shipped: bool
-) -> Contestant:  # fmt: skip
+def trl_contestant(model: padded.Padded, config: ModelConfig, batches: list[Groups], as_shipped: bool) -> Contestant:
     def run(batches: list[Groups]) -> list[float]:
         return padded.trl_steps(model, [flat(b) for b in batches], PAIRS, as_shipped).seconds
 
@@ -197,8 +203,10 @@ def padded_contestants(model: padded.Padded, config: ModelConfig, batches: list[
     yield naive_contestant(model, config, batches, NAIVE, PAIRS, False, False)
     yield naive_contestant(model, config, batches, f"{NAIVE}, checkpointing", PAIRS, False, True)
     sizes = [size for size in SIZES if size <= len(flat(batches[0]))]
-    tried = {size: naive_contestant(model, config, batches, f"naive, by length, {size} pairs", size, True, False)
-             for size in sizes}  # fmt: skip
+    tried = {
+        size: naive_contestant(model, config, batches, f"naive, by length, {size} pairs", size, True, False)
+        for size in sizes
+    }
     seconds = {size: attempt(lambda c=c: c.run(batches[:1])[0], model.device) for size, c in tried.items()}
     print("naive by length, seconds a step with n pairs a micro-batch:", seconds, flush=True)
     fitting = {size: taken for size, taken in seconds.items() if isinstance(taken, float)}

@@ -43,8 +43,25 @@ import matplotlib.pyplot as plt
 
 TOKENS_A_PAIR = 512
 TARGET_CASE = (8, 16, 4096, 0)  # N, S, H, D of the verdict on a CPU; on a GPU N is 512
-COLUMNS = ("input", "N", "S", "H", "D", "method", "forward ms", "forward+backward ms", "p10", "p90", "graph ms",
-           "x naive", "extra MB", "compulsory MB", "GB/s", "% of copy", "launches")  # fmt: skip
+COLUMNS = (
+    "input",
+    "N",
+    "S",
+    "H",
+    "D",
+    "method",
+    "forward ms",
+    "forward+backward ms",
+    "p10",
+    "p90",
+    "graph ms",
+    "x naive",
+    "extra MB",
+    "compulsory MB",
+    "GB/s",
+    "% of copy",
+    "launches",
+)
 
 Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (states [R, H], rows [4, N, S], projection) -> loss [N]
 
@@ -94,8 +111,9 @@ def ours(case: Case) -> Loss:
     has_positive = torch.ones(case.rows.shape[1], dtype=torch.bool, device=case.hidden.device)
 
     def loss(hidden: Tensor, rows: Tensor, w: Tensor | None) -> Tensor:
-        return goal_contrastive_loss(hidden, *rows, w, has_positive_N=has_positive, pairing="grid",
-                                     reduce="mean_then_log", tiles=case.tiles)[0]  # fmt: skip
+        return goal_contrastive_loss(
+            hidden, *rows, w, has_positive_N=has_positive, pairing="grid", reduce="mean_then_log", tiles=case.tiles
+        )[0]
 
     return loss
 
@@ -128,8 +146,10 @@ def step(loss: Loss, case: Case, grad: Tensor) -> tuple[Tensor, ...]:
 def agrees(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     """Within 1e-4 of the largest element (2e-2 for 16 bits: the naive forms round every intermediate)."""
     tolerance = 1e-4 if expected[-1].dtype == torch.float32 else 2e-2
-    errors = [((f.float() - e.float()).abs().max() / e.float().abs().max()).item()
-              for f, e in zip(found, expected, strict=True)]  # fmt: skip
+    errors = [
+        ((f.float() - e.float()).abs().max() / e.float().abs().max()).item()
+        for f, e in zip(found, expected, strict=True)
+    ]
     if max(errors) <= tolerance:
         return True
     print(f"{name}: relative errors of loss and gradients {errors} above {tolerance}: not timed", file=sys.stderr)
@@ -155,15 +175,23 @@ def compare(case: Case, bandwidth: float, seconds: float) -> list[dict[str, Any]
     returned = case.hidden.nbytes + (0 if case.projection is None else case.projection.nbytes)
     for name, call in calls.items():
         rate = case.compulsory_bytes() / (both[name][0] / 1000)
-        rows.append({
-            **head, "method": name, "forward ms": forward[name][0], "forward+backward ms": both[name][0],
-            "p10": both[name][1], "p90": both[name][2],
-            "graph ms": measure.graph_time(call) if device.type == "cuda" else None,
-            "x naive": both["naive"][0] / both[name][0] if "naive" in both else None,
-            "extra MB": (measure.peak_memory(call, device) - returned) / 1e6,
-            "compulsory MB": case.compulsory_bytes() / 1e6, "GB/s": rate / 1e9, "% of copy": 100 * rate / bandwidth,
-            "launches": measure.launches(call) if device.type == "cuda" else None,
-        })  # fmt: skip
+        rows.append(
+            {
+                **head,
+                "method": name,
+                "forward ms": forward[name][0],
+                "forward+backward ms": both[name][0],
+                "p10": both[name][1],
+                "p90": both[name][2],
+                "graph ms": measure.graph_time(call) if device.type == "cuda" else None,
+                "x naive": both["naive"][0] / both[name][0] if "naive" in both else None,
+                "extra MB": (measure.peak_memory(call, device) - returned) / 1e6,
+                "compulsory MB": case.compulsory_bytes() / 1e6,
+                "GB/s": rate / 1e9,
+                "% of copy": 100 * rate / bandwidth,
+                "launches": measure.launches(call) if device.type == "cuda" else None,
+            }
+        )
     if case.projection is not None and use_triton(case.hidden):
         rows.append({**head, "method": "fused", "forward ms": fused_time(case, seconds)})
     return rows
@@ -265,12 +293,21 @@ def compare_dense(n: int, length: int, h: int, device: torch.device, dtype: torc
         sys.exit(1)
     both = measure.times({name: lambda f=f: run(f) for name, f in methods.items()}, device, seconds)
     return [
-        {"input": f"dense {length}+{length}", "N": n, "H": h, "D": 0, "method": name, "dtype": str(dtype)[6:],
-         "forward+backward ms": both[name][0], "p10": both[name][1], "p90": both[name][2],
-         "x naive": both["naive"][0] / both[name][0],
-         "extra MB": (measure.peak_memory(lambda f=f: run(f), device) - hidden.nbytes) / 1e6}
+        {
+            "input": f"dense {length}+{length}",
+            "N": n,
+            "H": h,
+            "D": 0,
+            "method": name,
+            "dtype": str(dtype)[6:],
+            "forward+backward ms": both[name][0],
+            "p10": both[name][1],
+            "p90": both[name][2],
+            "x naive": both["naive"][0] / both[name][0],
+            "extra MB": (measure.peak_memory(lambda f=f: run(f), device) - hidden.nbytes) / 1e6,
+        }
         for name, f in methods.items()
-    ]  # fmt: skip
+    ]
 
 
 # ------------------------------------------------------------------------------------------- share of a training step
@@ -279,10 +316,24 @@ def compare_dense(n: int, length: int, h: int, device: torch.device, dtype: torc
 def step_model(device: torch.device) -> ModelConfig:
     """Llama 3.2 1B's shape on a GPU, a small model elsewhere."""
     if device.type == "cuda":
-        return ModelConfig(vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-                           num_attention_heads=32, num_key_value_heads=8, head_dim=64)  # fmt: skip
-    return ModelConfig(vocab_size=32000, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
-                       num_attention_heads=8, num_key_value_heads=4, head_dim=32)  # fmt: skip
+        return ModelConfig(
+            vocab_size=32000,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+        )
+    return ModelConfig(
+        vocab_size=32000,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+    )
 
 
 def share_of_step(device: torch.device, dtype: torch.dtype, seconds: float) -> list[dict[str, Any]]:
@@ -308,11 +359,18 @@ def share_of_step(device: torch.device, dtype: torch.dtype, seconds: float) -> l
         {"step": without_loss} | {k: lambda f=f: step(f, case, grad) for k, f in methods.items()}, device, seconds
     )
     return [
-        {"input": "share of step", "N": len(pairs), "S": case.rows.shape[2], "H": config.hidden_size, "method": name,
-         "forward+backward ms": spent[name][0], "step without it ms": spent["step"][0],
-         "share %": 100 * spent[name][0] / (spent["step"][0] + spent[name][0])}
+        {
+            "input": "share of step",
+            "N": len(pairs),
+            "S": case.rows.shape[2],
+            "H": config.hidden_size,
+            "method": name,
+            "forward+backward ms": spent[name][0],
+            "step without it ms": spent["step"][0],
+            "share %": 100 * spent[name][0] / (spent["step"][0] + spent[name][0]),
+        }
         for name in methods
-    ]  # fmt: skip
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- output
@@ -327,8 +385,14 @@ def plot(rows: list[dict[str, Any]], path: str, title: str) -> None:
             mine.sort(key=lambda r: r["compulsory MB"])
             label = f"{method}, from {'all tokens' if source == 'tokens' else 'read rows'}"
             for axis, column in zip(axes, ("forward+backward ms", "extra MB"), strict=True):
-                axis.plot([r["compulsory MB"] for r in mine], [r[column] for r in mine], style, color=colour,
-                          marker=".", label=label)  # fmt: skip
+                axis.plot(
+                    [r["compulsory MB"] for r in mine],
+                    [r[column] for r in mine],
+                    style,
+                    color=colour,
+                    marker=".",
+                    label=label,
+                )
     for axis, label in zip(axes, ("forward + backward, ms", "extra memory, MB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="compulsory bytes, MB", ylabel=label)
         axis.grid(alpha=0.3)
@@ -342,12 +406,17 @@ def verdict(rows: list[dict[str, Any]], key: tuple[int, int, int, int]) -> str:
     """One line about the case ``key``: how many times faster and leaner than naive."""
     parts = []
     for source, name in (("tokens", "all tokens"), ("rows", "read rows")):
-        found = {r["method"]: r for r in rows
-                 if r["input"] == source and (r["N"], r["S"], r["H"], r["D"]) == key and r.get("GB/s")}  # fmt: skip
+        found = {
+            r["method"]: r
+            for r in rows
+            if r["input"] == source and (r["N"], r["S"], r["H"], r["D"]) == key and r.get("GB/s")
+        }
         if "ours" in found and "naive" in found:
             mine = found["ours"]
-            parts.append(f"{mine['x naive']:.1f} times as fast as naive from {name}, with "
-                         f"1/{found['naive']['extra MB'] / mine['extra MB']:.0f} of the extra memory")  # fmt: skip
+            parts.append(
+                f"{mine['x naive']:.1f} times as fast as naive from {name}, with "
+                f"1/{found['naive']['extra MB'] / mine['extra MB']:.0f} of the extra memory"
+            )
     n, s, h, d = key
     case = f"N={n} S={s} H={h} D={d or 'none'}"
     return f"{case}: ours is {'; '.join(parts)}" if parts else f"{case}: no verdict, naive did not run"
@@ -356,8 +425,11 @@ def verdict(rows: list[dict[str, Any]], key: tuple[int, int, int, int]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few small cases, for a CPU: some minutes")
-    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],
-                        help="of the states; default: bfloat16 on CUDA, else float32")  # fmt: skip
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="of the states; default: bfloat16 on CUDA, else float32",
+    )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype or ("bfloat16" if device.type == "cuda" else "float32"))

@@ -15,9 +15,19 @@ from torch import Tensor
 
 @triton.jit
 def _kernel(
-    hidden_ptr, rows_ptr, w_ptr, loss_ptr, n_pairs, width, d_width,
-    EPS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, DP: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    hidden_ptr,
+    rows_ptr,
+    w_ptr,
+    loss_ptr,
+    n_pairs,
+    width,
+    d_width,
+    EPS: tl.constexpr,
+    S: tl.constexpr,
+    SP: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     unit = tl.program_id(0).to(tl.int64)
     n, sign = unit % n_pairs, unit // n_pairs
     s, d = tl.arange(0, SP), tl.arange(0, DP)
@@ -51,7 +61,19 @@ def fused_forward(hidden_RH: Tensor, rows_4NS: Tensor, projection_DH: Tensor) ->
     d, width = projection_DH.shape
     loss_2N = hidden_RH.new_empty((2, n), dtype=torch.float32)
     _kernel[(2 * n,)](
-        hidden_RH, rows_4NS, projection_DH, loss_2N, n, width, d, EPS=EPS, S=s, SP=max(16, triton.next_power_of_2(s)),
-        DP=max(16, triton.next_power_of_2(d)), BLOCK_H=64, num_warps=8, num_stages=3,
-    )  # fmt: skip
+        hidden_RH,
+        rows_4NS,
+        projection_DH,
+        loss_2N,
+        n,
+        width,
+        d,
+        EPS=EPS,
+        S=s,
+        SP=max(16, triton.next_power_of_2(s)),
+        DP=max(16, triton.next_power_of_2(d)),
+        BLOCK_H=64,
+        num_warps=8,
+        num_stages=3,
+    )
     return loss_2N.sum(0)

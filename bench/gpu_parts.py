@@ -560,8 +560,14 @@ def laboratory(options: argparse.Namespace) -> Iterator[Lab]:
     with parallel.process_group() as (mesh, device):
         config = MODELS[options.model]
         if device.type != "cuda":  # a dry run: as small as can be
-            config = replace(config, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                             num_key_value_heads=1)  # fmt: skip
+            config = replace(
+                config,
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+            )
         yield Lab(options.out, time.monotonic(), mesh, device, config, options.pairs)
 
 

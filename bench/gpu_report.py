@@ -143,8 +143,10 @@ def short(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     if wide:
         said.append(f"- step, 8b shape with 8 of its 32 layers: {speed(wide):.0f} pairs/s, MFU {wide['MFU %']:.0f}%")
     if loss:
-        said.append(f"- contrastive loss, N=512 S=16 H=4096: {loss['forward+backward ms']:.2f} ms, "
-                    f"{loss['x naive']:.0f} times naive, {loss['% of copy']:.0f}% of the rate of a copy")  # fmt: skip
+        said.append(
+            f"- contrastive loss, N=512 S=16 H=4096: {loss['forward+backward ms']:.2f} ms, "
+            f"{loss['x naive']:.0f} times naive, {loss['% of copy']:.0f}% of the rate of a copy"
+        )
     if tests and "passed" in tests:
         said.append("- tests on the GPU: {passed} passed, {failed} failed, {skipped} skipped".format(**tests))
     return "\n".join([*said, f"- {origin(path, rows)}"])

@@ -45,9 +45,14 @@ TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 INSTRUCTIONS = {
-    "tensor": r"\b(?:HMMA|HGMMA|UTCHMMA|QGMMA)", "fma": r"\bFFMA", "load": r"\bLDG", "async_load": r"\bLDGSTS",
-    "store": r"\bSTG", "wide": r"\.128\b", "atomic": r"\b(?:ATOM|RED)\b",
-}  # fmt: skip
+    "tensor": r"\b(?:HMMA|HGMMA|UTCHMMA|QGMMA)",
+    "fma": r"\bFFMA",
+    "load": r"\bLDG",
+    "async_load": r"\bLDGSTS",
+    "store": r"\bSTG",
+    "wide": r"\.128\b",
+    "atomic": r"\b(?:ATOM|RED)\b",
+}
 # Numbers that are divisible by 16 for the usual shapes
 DIVISIBLE = ("width", "row_stride", "columns", "count", "q_stride", "k_stride", "v_stride")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -94,42 +99,71 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
                 name = f"contrastive forward {form} {'mean_then_log' if mean_then_log else 'log_then_mean'}"
                 more = {"EPS": reference.EPS, "MEAN_THEN_LOG": mean_then_log, "PARTS": 1, "partials_ptr": None}
                 if s == samples[0]:
-                    yield Specialisation(f"{name} N=1", triton_contrastive._contrastive_forward_kernel,
-                                         constants | more | {"n_pairs": 1}, types,
-                                         config.num_warps, config.num_stages)  # fmt: skip
-                yield Specialisation(name, triton_contrastive._contrastive_forward_kernel, constants | more, types,
-                                     config.num_warps, config.num_stages)  # fmt: skip
+                    yield Specialisation(
+                        f"{name} N=1",
+                        triton_contrastive._contrastive_forward_kernel,
+                        constants | more | {"n_pairs": 1},
+                        types,
+                        config.num_warps,
+                        config.num_stages,
+                    )
+                yield Specialisation(
+                    name,
+                    triton_contrastive._contrastive_forward_kernel,
+                    constants | more,
+                    types,
+                    config.num_warps,
+                    config.num_stages,
+                )
             yield from split_specialisations(form, constants, types, config, one=s == samples[0])
             config = triton_contrastive.backward_candidates(s, itemsize)[0]
             constants |= {"TILE": contrastive.TILE_ROWS, "BLOCK_H": config.block}
             if s == samples[0]:  # a number that is 1 becomes a constant when a kernel is launched
-                yield Specialisation(f"contrastive backward {form} N=1",
-                                     triton_contrastive._contrastive_backward_kernel, constants | {"n_pairs": 1}, types,
-                                     config.num_warps, config.num_stages)  # fmt: skip
-            yield Specialisation(f"contrastive backward {form}", triton_contrastive._contrastive_backward_kernel,
-                                 constants, types, config.num_warps, config.num_stages)  # fmt: skip
+                yield Specialisation(
+                    f"contrastive backward {form} N=1",
+                    triton_contrastive._contrastive_backward_kernel,
+                    constants | {"n_pairs": 1},
+                    types,
+                    config.num_warps,
+                    config.num_stages,
+                )
+            yield Specialisation(
+                f"contrastive backward {form}",
+                triton_contrastive._contrastive_backward_kernel,
+                constants,
+                types,
+                config.num_warps,
+                config.num_stages,
+            )
     types = {"grad_ptr": "*" + dtype, "out_ptr": "*" + dtype, "order_ptr": "*i64", "offsets_ptr": "*i64"}
-    yield Specialisation(f"gather backward {dtype}", triton_gather._add_rows_kernel,
-                         {"BLOCK": triton_gather.BLOCK}, types, 4, 3)  # fmt: skip
+    yield Specialisation(
+        f"gather backward {dtype}", triton_gather._add_rows_kernel, {"BLOCK": triton_gather.BLOCK}, types, 4, 3
+    )
     types = {"states_ptr": "*" + dtype, "high_ptr": "*" + dtype, "low_ptr": "*" + dtype}
     for goals in (1, 64):
         config = triton_qvalues.candidates(itemsize)[0]
         tokens = triton_qvalues.tokens_per_program(config.block, itemsize)
         constants = {"EPS": reference.EPS, "BLOCK_T": tokens, "GP": max(16, goals), "BLOCK_D": config.block}
         constants |= {"goals": 1} if goals == 1 else {}
-        yield Specialisation(f"q_values {dtype} G={goals}", triton_qvalues._q_kernel, constants, types,
-                             config.num_warps, config.num_stages)  # fmt: skip
+        yield Specialisation(
+            f"q_values {dtype} G={goals}",
+            triton_qvalues._q_kernel,
+            constants,
+            types,
+            config.num_warps,
+            config.num_stages,
+        )
     types = {"states_ptr": "*" + dtype, "out_ptr": "*" + dtype, "cu_seqlens_ptr": "*i32"}
     config = triton_dense.cosine_config(itemsize)
     for backward in (False, True):
         name = f"dense cosine {'backward' if backward else 'forward'} {dtype}"
         constants = {"BACKWARD": backward, "TILE": triton_dense.TILE, "BLOCK_D": config.block}
-        yield Specialisation(name, triton_dense._cosine_kernel, constants, types,
-                             config.num_warps, config.num_stages)  # fmt: skip
+        yield Specialisation(name, triton_dense._cosine_kernel, constants, types, config.num_warps, config.num_stages)
     config = triton_dense.gradient_config(itemsize)
     constants = {"TILE": triton_dense.TILE, "BLOCK_D": config.block}
-    yield Specialisation(f"dense gradient {dtype}", triton_dense._gradient_kernel, constants, types,
-                         config.num_warps, config.num_stages)  # fmt: skip
+    yield Specialisation(
+        f"dense gradient {dtype}", triton_dense._gradient_kernel, constants, types, config.num_warps, config.num_stages
+    )
 
     yield from elementwise_specialisations(dtype, TARGETS[target].warp_size)
     yield from rotary_specialisations(dtype, TARGETS[target].warp_size)
@@ -154,24 +188,64 @@ def split_specialisations(
 def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisation]:
     """RMSNorm of the widths of a small, an 8B and a 405B Llama, in the forms that a model uses, and SwiGLU."""
     element = "*" + dtype
-    types = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "s_ptr", "grad_y_ptr", "grad_s_ptr",
-                           "out_ptr", "gate_ptr", "up_ptr", "grad_ptr", "dgate_ptr", "dup_ptr"), element)  # fmt: skip
+    types = dict.fromkeys(
+        (
+            "x_ptr",
+            "residual_ptr",
+            "weight_ptr",
+            "y_ptr",
+            "s_ptr",
+            "grad_y_ptr",
+            "grad_s_ptr",
+            "out_ptr",
+            "gate_ptr",
+            "up_ptr",
+            "grad_ptr",
+            "dgate_ptr",
+            "dup_ptr",
+        ),
+        element,
+    )
     for width in (256, 4096, 16384):
         config = triton_rms_norm.candidates(width, lanes)[0]
         for residual in (False, True):
             form = f"{dtype} H={width}{' residual' if residual else ''}"
             constants = {"RESIDUAL": residual, "BLOCK_H": config.block}
-            yield Specialisation(f"rms_norm forward {form}", triton_rms_norm._rms_norm_forward_kernel, constants, types,
-                                 config.num_warps, config.num_stages)  # fmt: skip
-            yield Specialisation(f"rms_norm backward {form}", triton_rms_norm._rms_norm_backward_kernel,
-                                 constants | {"WEIGHT": True}, types, config.num_warps, config.num_stages)  # fmt: skip
+            yield Specialisation(
+                f"rms_norm forward {form}",
+                triton_rms_norm._rms_norm_forward_kernel,
+                constants,
+                types,
+                config.num_warps,
+                config.num_stages,
+            )
+            yield Specialisation(
+                f"rms_norm backward {form}",
+                triton_rms_norm._rms_norm_backward_kernel,
+                constants | {"WEIGHT": True},
+                types,
+                config.num_warps,
+                config.num_stages,
+            )
     config = triton_rms_norm.candidates(1, lanes)[0]  # a number that is 1 becomes a constant when a kernel is launched
     constants = {"RESIDUAL": False, "BLOCK_H": config.block, "width": 1}
-    yield Specialisation(f"rms_norm forward {dtype} H=1", triton_rms_norm._rms_norm_forward_kernel, constants, types,
-                         config.num_warps, config.num_stages)  # fmt: skip
+    yield Specialisation(
+        f"rms_norm forward {dtype} H=1",
+        triton_rms_norm._rms_norm_forward_kernel,
+        constants,
+        types,
+        config.num_warps,
+        config.num_stages,
+    )
     constants = constants | {"WEIGHT": False, "tokens": 1, "rows": 1}
-    yield Specialisation(f"rms_norm backward {dtype} H=1 T=1", triton_rms_norm._rms_norm_backward_kernel, constants,
-                         types, config.num_warps, config.num_stages)  # fmt: skip
+    yield Specialisation(
+        f"rms_norm backward {dtype} H=1 T=1",
+        triton_rms_norm._rms_norm_backward_kernel,
+        constants,
+        types,
+        config.num_warps,
+        config.num_stages,
+    )
     config = triton_swiglu.candidates()[0]
     for name, kernel in (
         ("forward", triton_swiglu._swiglu_forward_kernel),
@@ -179,8 +253,14 @@ def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisati
     ):
         for one in (False, True):
             constants = {"BLOCK": config.block} | ({"count": 1} if one else {})
-            yield Specialisation(f"swiglu {name} {dtype}{' of one element' if one else ''}", kernel, constants, types,
-                                 config.num_warps, config.num_stages)  # fmt: skip
+            yield Specialisation(
+                f"swiglu {name} {dtype}{' of one element' if one else ''}",
+                kernel,
+                constants,
+                types,
+                config.num_warps,
+                config.num_stages,
+            )
 
 
 def rotary_specialisations(dtype: str, lanes: int) -> Iterator[Specialisation]:
@@ -219,8 +299,9 @@ def compile_one(given: Specialisation, target: str) -> Resources:
     compiled = triton.compile(
         source, target=TARGETS[target], options={"num_warps": given.num_warps, "num_stages": given.num_stages}
     )
-    row = Resources(given.name, target, given.num_warps, shared=compiled.metadata.shared,
-                    shared_limit=SHARED_LIMIT[target])  # fmt: skip
+    row = Resources(
+        given.name, target, given.num_warps, shared=compiled.metadata.shared, shared_limit=SHARED_LIMIT[target]
+    )
     if "cubin" in compiled.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(compiled.asm["cubin"])
@@ -248,10 +329,17 @@ def compile_at(dtype: str, samples: list[int], target: str, index: int) -> Resou
 def table(rows: list[Resources]) -> str:
     header = ["kernel", "target", "warps", "regs", "stack", "shared B", *INSTRUCTIONS]
     lines = [header] + [
-        [r.kernel, r.target, str(r.warps), str(r.registers), str(r.stack), str(r.shared),
-         *(str(r.instructions.get(what, "-")) for what in INSTRUCTIONS)]
+        [
+            r.kernel,
+            r.target,
+            str(r.warps),
+            str(r.registers),
+            str(r.stack),
+            str(r.shared),
+            *(str(r.instructions.get(what, "-")) for what in INSTRUCTIONS),
+        ]
         for r in rows
-    ]  # fmt: skip
+    ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

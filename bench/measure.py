@@ -48,9 +48,12 @@ def _commit() -> str:
     if not described:
         with contextlib.suppress(OSError):  # no git here
             described = subprocess.run(
-                ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True,
+                ["git", "describe", "--always", "--dirty"],
+                cwd=RESULTS.parent,
+                capture_output=True,
+                text=True,
                 check=False,
-            ).stdout.strip()  # fmt: skip
+            ).stdout.strip()
     return described or "unknown"
 
 

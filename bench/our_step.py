@@ -32,13 +32,36 @@ from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.optimizer import Updater, cast_weights
 
 MODELS = {
-    "tiny": ModelConfig(vocab_size=32_000, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
-                        num_attention_heads=8, num_key_value_heads=4, head_dim=32),
-    "1b": ModelConfig(vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-                      num_attention_heads=32, num_key_value_heads=8, head_dim=64, rope_theta=500_000.0),
-    "8b": ModelConfig(vocab_size=128_256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                      num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=500_000.0),
-}  # fmt: skip
+    "tiny": ModelConfig(
+        vocab_size=32_000,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+    ),
+    "1b": ModelConfig(
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        rope_theta=500_000.0,
+    ),
+    "8b": ModelConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_theta=500_000.0,
+    ),
+}
 LEVERS = ("packing", "sharing", "read rows", "fused loss")
 LEVERS += ("fused RoPE", "Triton") if torch.cuda.is_available() else ()
 RECOMPUTING = {f"recomputing {part}": part for part in ("product", "mlp", "block")}  # --recompute: they save memory
@@ -87,16 +110,21 @@ def reading_all_rows(pack: Pack) -> Pack:
     rows, tokens = pack.read_rows_R, len(pack.input_ids_T)
     every = np.arange(tokens)
     samples_4NS = rows[pack.pairs.samples_4NS]
-    pairs = replace(pack.pairs, end_2N=rows[pack.pairs.end_2N], samples_4NS=samples_4NS,
-                    samples_tiles=RowTiles.of(samples_4NS.numpy(), tokens))  # fmt: skip
+    pairs = replace(
+        pack.pairs,
+        end_2N=rows[pack.pairs.end_2N],
+        samples_4NS=samples_4NS,
+        samples_tiles=RowTiles.of(samples_4NS.numpy(), tokens),
+    )
     return replace(pack, read_rows_R=torch.from_numpy(every), read_inverse=InverseIndex.of(every, tokens), pairs=pairs)
 
 
 class Ours:
     """The model as the trainer builds it, on a process group of one, and its optimizer step."""
 
-    def __init__(self, config: ModelConfig, options: TrainConfig, dtype: torch.dtype, mesh: DeviceMesh,
-                 device: torch.device) -> None:  # fmt: skip
+    def __init__(
+        self, config: ModelConfig, options: TrainConfig, dtype: torch.dtype, mesh: DeviceMesh, device: torch.device
+    ) -> None:
         with torch.device("meta"):
             self.model = LlamaRewardModel(config, options.attention)
         cast_weights(self.model, options.optimizer)

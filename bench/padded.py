@@ -67,14 +67,23 @@ def classifier(
     flash = device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
     attention = "flash_attention_2" if flash else "sdpa"
     shape = LlamaConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads, head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        num_labels=1, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, use_cache=False,
+        num_labels=1,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        use_cache=False,
         attn_implementation=attention,
-    )  # fmt: skip
+    )
     with torch.device(device):
         model = LlamaForSequenceClassification(shape)
     with torch.no_grad():
@@ -87,9 +96,14 @@ class Padded:
     """The model, its optimizer, and one optimizer step over a global batch."""
 
     def __init__(
-        self, config: ModelConfig, options: TrainConfig, objective: Objective, sampling: Sampling, dtype: torch.dtype,
+        self,
+        config: ModelConfig,
+        options: TrainConfig,
+        objective: Objective,
+        sampling: Sampling,
+        dtype: torch.dtype,
         device: torch.device,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.attention = classifier(config, options.seed, dtype, device)
         self.model.train()
         self.updater = Updater(self.model, options, SCHEDULE_STEPS, device)
@@ -203,16 +217,29 @@ def trl_trainer(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     with tempfile.TemporaryDirectory() as folder, renamed_options():
         options = RewardConfig(
-            output_dir=folder, per_device_train_batch_size=min(size, len(batches[0])),
-            gradient_accumulation_steps=max(len(batches[0]) // size, 1), max_steps=len(batches),
-            max_grad_norm=padded.updater.clip, bf16=padded.dtype == torch.bfloat16, use_cpu=padded.device.type == "cpu",
-            dataloader_pin_memory=padded.device.type == "cuda", disable_tqdm=True, report_to=[],
-            logging_strategy="no", save_strategy="no", eval_strategy="no", **checkpointing,
-        )  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=min(size, len(batches[0])),
+            gradient_accumulation_steps=max(len(batches[0]) // size, 1),
+            max_steps=len(batches),
+            max_grad_norm=padded.updater.clip,
+            bf16=padded.dtype == torch.bfloat16,
+            use_cpu=padded.device.type == "cpu",
+            dataloader_pin_memory=padded.device.type == "cuda",
+            disable_tqdm=True,
+            report_to=[],
+            logging_strategy="no",
+            save_strategy="no",
+            eval_strategy="no",
+            **checkpointing,
+        )
         trainer = RewardTrainer(
-            padded.model, options, train_dataset=datasets.Dataset.from_list(rows), callbacks=[clock],
-            processing_class=train_tokenizer(["text"], 259), optimizers=(optimizer, schedule),
-        )  # fmt: skip
+            padded.model,
+            options,
+            train_dataset=datasets.Dataset.from_list(rows),
+            callbacks=[clock],
+            processing_class=train_tokenizer(["text"], 259),
+            optimizers=(optimizer, schedule),
+        )
         trainer.remove_callback(PrinterCallback)
         trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
         try:

@@ -42,8 +42,21 @@ import matplotlib.pyplot as plt
 EACH = (1, 8, 50)  # completions a prompt
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # of which the padded ones may choose their best
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the rewards, in their standard deviations
-COLUMNS = ("data", "a prompt", "method", "batch", "completions/s", "p10", "p90", "x padded", "x sorted", "least work",
-           "tokens/s", "computed/completion", "peak MB")  # fmt: skip
+COLUMNS = (
+    "data",
+    "a prompt",
+    "method",
+    "batch",
+    "completions/s",
+    "p10",
+    "p90",
+    "x padded",
+    "x sorted",
+    "least work",
+    "tokens/s",
+    "computed/completion",
+    "peak MB",
+)
 PADDED, SORTED, OURS = "padded", "padded, sorted", "ours"
 SEED = 0
 
@@ -130,9 +143,12 @@ def best_batch(
 
 
 def race(
-    theirs: LlamaForSequenceClassification, ours: RewardModel, encoded: Sequence[Completion], device: torch.device,
+    theirs: LlamaForSequenceClassification,
+    ours: RewardModel,
+    encoded: Sequence[Completion],
+    device: torch.device,
     seconds: float,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """A row for each contestant."""
     our_rewards(ours, encoded)
     functions: dict[str, Callable[[], object]] = {}
@@ -148,12 +164,18 @@ def race(
     for name, row in rows.items():
         median, low, high = taken[name]
         row |= {
-            "method": name, "completions/s": 1000 * count / median, "p10": 1000 * count / high,
-            "p90": 1000 * count / low, "x padded": taken[PADDED][0] / median, "x sorted": taken[SORTED][0] / median,
-            "tokens/s": 1000 * tokens / median, "least work": tokens / row["computed"],
+            "method": name,
+            "completions/s": 1000 * count / median,
+            "p10": 1000 * count / high,
+            "p90": 1000 * count / low,
+            "x padded": taken[PADDED][0] / median,
+            "x sorted": taken[SORTED][0] / median,
+            "tokens/s": 1000 * tokens / median,
+            "least work": tokens / row["computed"],
             "computed/completion": row.pop("computed") / count,
-            "peak MB": measure.peak_memory(functions[name], device) / 2**20, "completions": count,
-        }  # fmt: skip
+            "peak MB": measure.peak_memory(functions[name], device) / 2**20,
+            "completions": count,
+        }
     return list(rows.values())
 
 
@@ -161,8 +183,9 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     return "; ".join(
         f"{row['data']}, {row['a prompt']} a prompt: {row['completions/s']:.1f} completions/s, "
         f"{row['x padded']:.1f} times padded, {row['x sorted']:.1f} times padded and sorted"
-        for row in rows if row["method"] == OURS
-    )  # fmt: skip
+        for row in rows
+        if row["method"] == OURS
+    )
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str, title: str) -> None:
@@ -194,8 +217,9 @@ def arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     options.model = options.model or ("1b" if cuda else "tiny")
     options.dtype = options.dtype or ("bfloat16" if cuda else "float32")
-    options.completions = options.completions or ((2000 if options.quick else 4000) if cuda else
-                                                  (48 if options.quick else 200))  # fmt: skip
+    options.completions = options.completions or (
+        (2000 if options.quick else 4000) if cuda else (48 if options.quick else 200)
+    )
     options.seconds = options.seconds or (0.0 if options.quick else 20.0)
     return options
 
@@ -206,11 +230,18 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, dtype = MODELS[options.model], getattr(torch, options.dtype)
     where = measure.environment(device)
-    about = {"model": options.model, "dtype": options.dtype, "records": records.source(),
-             "tokens a pack": options.tokens_per_batch}  # fmt: skip
+    about = {
+        "model": options.model,
+        "dtype": options.dtype,
+        "records": records.source(),
+        "tokens a pack": options.tokens_per_batch,
+    }
     print(", ".join(f"{k} {v}" for k, v in {**where, **about}.items()), flush=True)
-    encoded = {(name, each): records.completions(name, max(options.completions // each, 1), each, SEED)
-               for name in options.data for each in EACH}  # fmt: skip
+    encoded = {
+        (name, each): records.completions(name, max(options.completions // each, 1), each, SEED)
+        for name in options.data
+        for each in EACH
+    }
     for kind in dict.fromkeys((torch.float32, dtype)):
         theirs = padded_model(config, kind, device)
         ours = our_model(config, kind, device, options.tokens_per_batch)

@@ -37,10 +37,22 @@ from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
 WORDS = ("sum", "of", "two", "numbers", "is", "the", "and", "so", "we", "get", "then", "add", "half", "times", "apples")
 QUEUE = 20_000
 MALFORMED: tuple[bytes, ...] = (
-    b"", b"{", b"[]", b"null", b'{"query": "text"}', b'{"query": [1]}', b'{"query": [null]}', b'{"query": ["\xff"]}',
-    b'{"query": ["a"], "prompts": ["a", "b"]}', b"[" * 50_000, b'{"query": ["\\ud800"]}', b'{"query": {"a": 1}}',
-    b'{"query": [' + b'"a",' * QUEUE + b'"a"]}', b'{"query": ["' + b"word " * 100_000 + b'"]}', b"\x00" * 1000,
-)  # fmt: skip
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"query": "text"}',
+    b'{"query": [1]}',
+    b'{"query": [null]}',
+    b'{"query": ["\xff"]}',
+    b'{"query": ["a"], "prompts": ["a", "b"]}',
+    b"[" * 50_000,
+    b'{"query": ["\\ud800"]}',
+    b'{"query": {"a": 1}}',
+    b'{"query": [' + b'"a",' * QUEUE + b'"a"]}',
+    b'{"query": ["' + b"word " * 100_000 + b'"]}',
+    b"\x00" * 1000,
+)
 
 
 class Measured(NamedTuple):
@@ -56,8 +68,10 @@ class Connection:
         self.reader, self.writer = reader, writer
 
     def send(self, body: bytes) -> None:
-        self.writer.write(b"POST /get_reward HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                          b"Content-Length: %d\r\n\r\n%s" % (len(body), body))  # fmt: skip
+        self.writer.write(
+            b"POST /get_reward HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
 
     async def answer(self) -> tuple[int, bytes]:
         head = await self.reader.readuntil(b"\r\n\r\n")
@@ -78,9 +92,16 @@ async def connected(port: int) -> AsyncIterator[Connection]:
 async def served(folder: Path, *options: str) -> AsyncIterator[int]:
     """The port of a running server, which must still be running at the end and then end in order."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "gcrm_fast.cli", "serve", str(folder), "--port", "0", *options,
+        sys.executable,
+        "-m",
+        "gcrm_fast.cli",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        *options,
         stdout=subprocess.PIPE,
-    )  # fmt: skip
+    )
     try:
         assert process.stdout is not None
         line = (await process.stdout.readline()).decode()
@@ -186,8 +207,17 @@ async def run(arguments: argparse.Namespace, folder: Path) -> tuple[list[dict[st
         answered = measured.latencies[~np.isnan(measured.latencies)]
         rate = len(answered) / measured.seconds
         p50, p99 = (float(1000 * np.percentile(answered, q)) for q in (50, 99))
-        rows.append({"what": what, "connections": connections, "requests": len(measured.latencies),
-                     "requests/s": rate, "p50 ms": p50, "p99 ms": p99, "wrong": measured.wrong})  # fmt: skip
+        rows.append(
+            {
+                "what": what,
+                "connections": connections,
+                "requests": len(measured.latencies),
+                "requests/s": rate,
+                "p50 ms": p50,
+                "p99 ms": p99,
+                "wrong": measured.wrong,
+            }
+        )
         if measured.wrong:
             faults.append(f"{what}: {measured.wrong} answers lost, wrong or refused")
         return rate
@@ -221,8 +251,10 @@ def main() -> int:
         folder = Path(arguments.model) if arguments.model else random_model(Path(temporary) / "model")
         rows, faults = asyncio.run(run(arguments, folder))
     print(measure.table(rows, list(dict.fromkeys(key for row in rows for key in row))))
-    print(*faults or [f"every answer was its own; {len(MALFORMED)} malformed requests answered 4xx; alive at the end"],
-          sep="\n")  # fmt: skip
+    print(
+        *faults or [f"every answer was its own; {len(MALFORMED)} malformed requests answered 4xx; alive at the end"],
+        sep="\n",
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(f"-> {measure.record('serve', rows, measure.environment(device))}.json")
     return int(bool(faults))

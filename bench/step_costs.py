@@ -46,11 +46,18 @@ def scaling(ours: Ours, seconds: float, largest: int) -> list[dict[str, Any]]:
 
         spent = measure.times({"step": step}, ours.device, seconds)["step"][0] / 1000
         work = packed_work(config, [pack])
-        rows.append({
-            "what": what, "n": n, "tokens": work.tokens, "ms": 1000 * spent, "us/token": 1e6 * spent / work.tokens,
-            "pairs/s": pack.n_pairs / spent, "GFLOP/s": work.flops / spent / 1e9,
-            "peak MB": measure.peak_memory(step, ours.device) / 1e6,
-        })  # fmt: skip
+        rows.append(
+            {
+                "what": what,
+                "n": n,
+                "tokens": work.tokens,
+                "ms": 1000 * spent,
+                "us/token": 1e6 * spent / work.tokens,
+                "pairs/s": pack.n_pairs / spent,
+                "GFLOP/s": work.flops / spent / 1e9,
+                "peak MB": measure.peak_memory(step, ours.device) / 1e6,
+            }
+        )
         print(measure.table(rows[-1:], SCALING_COLUMNS), flush=True)
     return rows
 
@@ -74,13 +81,17 @@ def profiled(ours: Ours, batch: Groups) -> list[dict[str, Any]]:
             spent[event.key][0] += time
             spent[event.key][1] += event.count
     total = sum(time for time, _ in spent.values())
-    rows = [{"kernel": name[:90], "ms": time / 1000, "%": 100 * time / total, "calls": int(calls)}
-            for name, (time, calls) in spent.items()]  # fmt: skip
+    rows = [
+        {"kernel": name[:90], "ms": time / 1000, "%": 100 * time / total, "calls": int(calls)}
+        for name, (time, calls) in spent.items()
+    ]
     return sorted(rows, key=lambda row: -row["ms"])
 
 
-FUSED_KERNELS = ("_add_rows_kernel", *(f"_{op}_{way}_kernel" for op in ("contrastive", "rms_norm", "swiglu")
-                                       for way in ("forward", "backward")))  # fmt: skip
+FUSED_KERNELS = (
+    "_add_rows_kernel",
+    *(f"_{op}_{way}_kernel" for op in ("contrastive", "rms_norm", "swiglu") for way in ("forward", "backward")),
+)
 
 
 def missing_kernels(rows: list[dict[str, Any]]) -> list[str]:

@@ -144,9 +144,17 @@ def rows_of(name: str, prompt: int, completion: int, options: argparse.Namespace
     packs = packs_of(config, prompt, completion, pairs, options.tokens_per_batch)
     whole = step(config, packs, 1e12 * options.tflops, 1e12 * options.bandwidth, options.gather)
     about = {"model": name, "prompt/completion": f"{prompt}/{completion}"}
-    parts = [{**about, "part": part, "TFLOP/pair": work / pairs / 1e12, "GB/pair": moved / pairs / 1e9,
-              "ms/pair": 1000 * spent / pairs, "% of step": 100 * spent / whole.seconds}
-             for part, (work, moved, spent) in whole.totals.items()]  # fmt: skip
+    parts = [
+        {
+            **about,
+            "part": part,
+            "TFLOP/pair": work / pairs / 1e12,
+            "GB/pair": moved / pairs / 1e9,
+            "ms/pair": 1000 * spent / pairs,
+            "% of step": 100 * spent / whole.seconds,
+        }
+        for part, (work, moved, spent) in whole.totals.items()
+    ]
     model_flops = sum(accounting.work(pack, config, "none").model_flops for pack in packs)
     mfu = 100 * model_flops / whole.seconds / 1e12 / options.tflops
     print(

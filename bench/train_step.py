@@ -65,8 +65,22 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CHECKED_PAIRS = 4
-COLUMNS = ("data", "method", "pairs/s", "p10", "p90", "x naive", "x TRL", "x TRL shipped", "sequence tokens/s",
-           "computed/pair", "GFLOP/s", "% matmul", "MFU %", "peak MB")  # fmt: skip
+COLUMNS = (
+    "data",
+    "method",
+    "pairs/s",
+    "p10",
+    "p90",
+    "x naive",
+    "x TRL",
+    "x TRL shipped",
+    "sequence tokens/s",
+    "computed/pair",
+    "GFLOP/s",
+    "% matmul",
+    "MFU %",
+    "peak MB",
+)
 
 
 # -------------------------------------------------------------------------------------------------------- the rounds
@@ -107,16 +121,29 @@ def summary(c: Contestant, seconds: np.ndarray, matmul: float, device: torch.dev
     flops = sum(w.flops for w in work) / total
     sequence_tokens = sum(len(p.chosen_ids) + len(p.rejected_ids) for batch in c.batches for p in flat(batch))
     return {
-        "pairs/s": float(pairs.sum()) / total, "p10": float(rates[0]), "p90": float(rates[1]),
-        "sequence tokens/s": sequence_tokens / total, "computed/pair": sum(w.tokens for w in work) / float(pairs.sum()),
-        "GFLOP/s": flops / 1e9, "matmul GFLOP/s": matmul / 1e9, "% matmul": 100 * flops / matmul,
+        "pairs/s": float(pairs.sum()) / total,
+        "p10": float(rates[0]),
+        "p90": float(rates[1]),
+        "sequence tokens/s": sequence_tokens / total,
+        "computed/pair": sum(w.tokens for w in work) / float(pairs.sum()),
+        "GFLOP/s": flops / 1e9,
+        "matmul GFLOP/s": matmul / 1e9,
+        "% matmul": 100 * flops / matmul,
         "MFU %": 100 * flops / accounting.peak_flops(device, torch.bfloat16)[0] if device.type == "cuda" else None,
         "seconds": seconds.tolist(),
-    }  # fmt: skip
+    }
 
 
-def compare(names: Sequence[str], config: ModelConfig, options: TrainConfig, steps: int, rounds: int,
-            dtype: torch.dtype, mesh: DeviceMesh, device: torch.device) -> list[dict[str, Any]]:  # fmt: skip
+def compare(
+    names: Sequence[str],
+    config: ModelConfig,
+    options: TrainConfig,
+    steps: int,
+    rounds: int,
+    dtype: torch.dtype,
+    mesh: DeviceMesh,
+    device: torch.device,
+) -> list[dict[str, Any]]:
     """All contestants on the records of each name. Exits with 1, timing nothing, where they do not compute the same."""
     batches: dict[str, dict[int, list[Groups]]] = {}
     for name in names:
@@ -151,8 +178,9 @@ def padded_model(config: ModelConfig, options: TrainConfig, dtype: torch.dtype, 
     return padded.Padded(config, options, prepare.objective_of(options), sampling_of(options), dtype, device)
 
 
-def equal_to_padded(config: ModelConfig, options: TrainConfig, batch: Groups, dtype: torch.dtype, mesh: DeviceMesh,
-                    device: torch.device) -> tuple[Ours, bool]:  # fmt: skip
+def equal_to_padded(
+    config: ModelConfig, options: TrainConfig, batch: Groups, dtype: torch.dtype, mesh: DeviceMesh, device: torch.device
+) -> tuple[Ours, bool]:
     """Ours, and whether it gave the loss and gradients of the padded reference; one of the two is in memory at a time.
 
     In float32, where nothing can hide, a difference ends the program; in 16 bits it marks every row.
@@ -199,8 +227,10 @@ def finished(row: dict[str, Any], rows: list[dict[str, Any]], name: str, device:
     """The row with its ratios to the others."""
     rate = {r["method"]: r.get("pairs/s") for r in rows}
     mine = row.get("pairs/s")
-    ratios = {f"x {label}": mine / rate[method] if mine and rate.get(method) else None
-              for label, method in (("naive", NAIVE), ("TRL", TRL), ("TRL shipped", TRL_SHIPPED))}  # fmt: skip
+    ratios = {
+        f"x {label}": mine / rate[method] if mine and rate.get(method) else None
+        for label, method in (("naive", NAIVE), ("TRL", TRL), ("TRL shipped", TRL_SHIPPED))
+    }
     peak = row.pop("peak")
     memory = {"note": peak} if isinstance(peak, str) else {"peak MB": peak / 1e6}
     return {"data": name, **row, **ratios, **memory}
@@ -214,11 +244,19 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     parts = []
     for row in rows:
         if row["method"] == OURS and row.get("pairs/s"):
-            ratios = [f"{row[f'x {label}']:.1f} times {text}" for label, text in
-                      (("TRL", "TRL without checkpointing"), ("TRL shipped", "TRL as shipped"), ("naive", "naive"))
-                      if row[f"x {label}"]]  # fmt: skip
-            parts.append(f"{row['data']}: {row['pairs/s']:.1f} pairs/s, {', '.join(ratios) or 'nothing to compare'}, "
-                         f"{row['% matmul']:.0f}% of the measured matmul rate")  # fmt: skip
+            ratios = [
+                f"{row[f'x {label}']:.1f} times {text}"
+                for label, text in (
+                    ("TRL", "TRL without checkpointing"),
+                    ("TRL shipped", "TRL as shipped"),
+                    ("naive", "naive"),
+                )
+                if row[f"x {label}"]
+            ]
+            parts.append(
+                f"{row['data']}: {row['pairs/s']:.1f} pairs/s, {', '.join(ratios) or 'nothing to compare'}, "
+                f"{row['% matmul']:.0f}% of the measured matmul rate"
+            )
     return "; ".join(parts) or "no verdict: ours did not run"
 
 
@@ -246,16 +284,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, help="default: 1b on CUDA, else tiny")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--data", nargs="+", choices=records.DATA, default=records.DATA, help="default: both")
-    parser.add_argument("--global-batch", type=int, help=f"pairs a step, a multiple of {PAIRS}; default: 32, "
-                        "64 on CUDA")  # fmt: skip
-    parser.add_argument("--tokens-per-batch", type=int, default=TrainConfig().tokens_per_batch,
-                        help="most tokens of a pack, default: the trainer's")  # fmt: skip
+    parser.add_argument(
+        "--global-batch", type=int, help=f"pairs a step, a multiple of {PAIRS}; default: 32, 64 on CUDA"
+    )
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=int,
+        default=TrainConfig().tokens_per_batch,
+        help="most tokens of a pack, default: the trainer's",
+    )
     parser.add_argument("--steps", type=int, help="different global batches; default: 3, 8 on CUDA")
     parser.add_argument("--rounds", type=int, default=3, help="times that each contestant does them")
     parser.add_argument("--optimizer", choices=accounting.OPTIMIZER_BYTES, default="adamw", help="of ours")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
-    parser.add_argument("--quick", action="store_true",
-                        help=f"one round; on a CPU one global batch of {PAIRS} pairs of each data set")  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help=f"one round; on a CPU one global batch of {PAIRS} pairs of each data set"
+    )
     parser.add_argument("--scaling", action="store_true", help="only how ours scales with packs and shared prompts")
     parser.add_argument("--profile", action="store_true", help="only the costliest operators or kernels of a step")
     options = parser.parse_args()
@@ -275,18 +319,27 @@ def main() -> None:
     train.keep_freed_memory()
     config, dtype = MODELS[options.model], getattr(torch, options.dtype)
     settings = TrainConfig(
-        lr=1e-5, global_batch_pairs=options.global_batch, tokens_per_batch=options.tokens_per_batch,
-        optimizer=options.optimizer, compile=options.compile,
-    )  # fmt: skip
+        lr=1e-5,
+        global_batch_pairs=options.global_batch,
+        tokens_per_batch=options.tokens_per_batch,
+        optimizer=options.optimizer,
+        compile=options.compile,
+    )
     with parallel.process_group() as (mesh, device):
         where = measure.environment(device)
         print(", ".join(f"{k} {v}" for k, v in where.items()))
         rates = {d: accounting.matmul_rate(device, getattr(torch, d)) for d in ("float32", "bfloat16")}
         print("measured matmul rate:", ", ".join(f"{d} {r / 1e9:.0f} GFLOP/s" for d, r in rates.items()))
-        about = {"model": options.model, "dtype": options.dtype, "optimizer of ours": options.optimizer,
-                 "compiled": options.compile, "records": records.source(),
-                 "global batch": options.global_batch, "tokens a pack": options.tokens_per_batch,
-                 **{f"matmul {d} GFLOP/s": r / 1e9 for d, r in rates.items()}}  # fmt: skip
+        about = {
+            "model": options.model,
+            "dtype": options.dtype,
+            "optimizer of ours": options.optimizer,
+            "compiled": options.compile,
+            "records": records.source(),
+            "global batch": options.global_batch,
+            "tokens a pack": options.tokens_per_batch,
+            **{f"matmul {d} GFLOP/s": r / 1e9 for d, r in rates.items()},
+        }
         print(", ".join(f"{k} {v}" for k, v in about.items() if not k.startswith("matmul")), flush=True)
         name = f"train_step-{options.model}-{options.dtype}"
         title = f"{options.model}, {options.dtype}, {where['device']}, {where['date']}"

@@ -215,21 +215,34 @@ def spread(measures: Sequence[Measures], name: str) -> str:
 
 
 def localisation_table(cases: dict[str, list[Measures]]) -> str:
-    head = ["", "before above after the error", "the same place in a right solution", "right above wrong, from the "
-            "error on", "at the error", "at the end"]  # fmt: skip
+    head = [
+        "",
+        "before above after the error",
+        "the same place in a right solution",
+        "right above wrong, from the error on",
+        "at the error",
+        "at the end",
+    ]
     names = ("drop", "drop_right", "after", "error", "end")
     return markdown(head, [[case, *(spread(found, name) for name in names)] for case, found in cases.items()])
 
 
 def offset_table(cases: dict[str, list[Measures]]) -> str:
-    lines = [[case, *(f"{found[0][f'offset {k}'][0]:.3f}" for k in OFFSETS)]
-             for case, found in cases.items() if len(found) == 1 and "position" not in case]  # fmt: skip
+    lines = [
+        [case, *(f"{found[0][f'offset {k}'][0]:.3f}" for k in OFFSETS)]
+        for case, found in cases.items()
+        if len(found) == 1 and "position" not in case
+    ]
     return markdown(["tokens after the error", *map(str, OFFSETS)], lines)
 
 
 def evaluation_table(found: Mapping[tuple[str, str], Rows]) -> str:
-    names = {"auroc_reward": "AUROC of reward", "auroc_q": "AUROC of Q at the end",
-             "baseline_position_q@100": "Q by position alone", "baseline_length": "length alone"}  # fmt: skip
+    names = {
+        "auroc_reward": "AUROC of reward",
+        "auroc_q": "AUROC of Q at the end",
+        "baseline_position_q@100": "Q by position alone",
+        "baseline_length": "length alone",
+    }
     lines = []
     for (model, goal), rows in found.items():
         for group in sorted({group for group, _ in rows}):
@@ -239,23 +252,35 @@ def evaluation_table(found: Mapping[tuple[str, str], Rows]) -> str:
 
 
 def vote_table(found: Mapping[tuple[str, str, str], Rows]) -> str:
-    ways = {"majority": "majority", "Q-filtered majority": "filtered", "reward-weighted": "reward-weighted",
-            "majority of the top 5": "majority of the top 5", "best of n": "best of n"}  # fmt: skip
+    ways = {
+        "majority": "majority",
+        "Q-filtered majority": "filtered",
+        "reward-weighted": "reward-weighted",
+        "majority of the top 5": "majority of the top 5",
+        "best of n": "best of n",
+    }
     lines = []
     for (model, goal, threshold), rows in found.items():
         share = {name: f"{100 * (rows['all', name][0] or 0):.1f} %" for name in ("dropped", "tokens_saved")}
         lines.append(
-            [f"{model}, goal of {goal} solutions, threshold {threshold}", f"{rows['all', 'questions'][0]:.0f}",
-             f"{rows['all', 'threshold'][0]:.3f}", *(text(rows["all", f"accuracy:{way}"]) for way in ways),
-             share["dropped"], share["tokens_saved"]]
-        )  # fmt: skip
+            [
+                f"{model}, goal of {goal} solutions, threshold {threshold}",
+                f"{rows['all', 'questions'][0]:.0f}",
+                f"{rows['all', 'threshold'][0]:.3f}",
+                *(text(rows["all", f"accuracy:{way}"]) for way in ways),
+                share["dropped"],
+                share["tokens_saved"],
+            ]
+        )
     return markdown(["", "problems", "threshold", *ways.values(), "samples dropped", "tokens saved"], lines)
 
 
 def report(
-    options: Options, cases: dict[str, list[Measures]], evaluations: Mapping[tuple[str, str], Rows],
+    options: Options,
+    cases: dict[str, list[Measures]],
+    evaluations: Mapping[tuple[str, str], Rows],
     votes: Mapping[tuple[str, str, str], Rows],
-) -> str:  # fmt: skip
+) -> str:
     """The whole of arithmetic.md; every number in it is of this run."""
     return f"""# Does it work? The default model on problems whose errors are known
 
@@ -299,8 +324,10 @@ on one half of the problems, and the other half is what is shown.
 
 
 def run(options: Options) -> None:
-    models = {name: trained(options.runs / Path(default_output(parse(list(arguments)))).name, arguments)
-              for name, arguments in MODELS.items()}  # fmt: skip
+    models = {
+        name: trained(options.runs / Path(default_output(parse(list(arguments)))).name, arguments)
+        for name, arguments in MODELS.items()
+    }
     folder = options.runs / "arithmetic-chain"
     folder.mkdir(parents=True, exist_ok=True)
     held_out, other = folder / "held_out.jsonl", folder / "train.jsonl"
@@ -327,9 +354,10 @@ def run(options: Options) -> None:
         "options": {k: v for k, v in asdict(options).items() if isinstance(v, int)},
         "localisation": cases,
         "evaluate": {", ".join(key): {" ".join(k): v for k, v in rows.items()} for key, rows in evaluations.items()},
-        "vote": {", ".join(key): {" ".join(k): v for k, v in rows.items() if "@" not in k[1]}
-                 for key, rows in votes.items()},
-    }  # fmt: skip
+        "vote": {
+            ", ".join(key): {" ".join(k): v for k, v in rows.items() if "@" not in k[1]} for key, rows in votes.items()
+        },
+    }
     write_aside(options.report.with_suffix(".json"), to_json(numbers))
     write_aside(options.report.with_suffix(".md"), report(options, cases, evaluations, votes))
     print(f"{options.report}.md and .json are written")

@@ -82,8 +82,17 @@ def train_arguments(variant: str, seed: int, data: Path, steps: int) -> list[str
     """The same for all but objective and seed."""
     shape = ("--hidden-size", "64", "--layers", "2", "--intermediate-size", "192", "--vocab-size", "1024")
     budget = ("--steps", str(steps), "--global-batch-pairs", "16", "--max-length", str(MAX_LENGTH), "--lr", "2e-3")
-    return ["--data", str(data / TRAIN_FILE), *shape, *budget, "--log-every", "50",
-            "--seed", str(seed), *VARIANTS[variant]]  # fmt: skip
+    return [
+        "--data",
+        str(data / TRAIN_FILE),
+        *shape,
+        *budget,
+        "--log-every",
+        "50",
+        "--seed",
+        str(seed),
+        *VARIANTS[variant],
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------- the data
@@ -114,8 +123,9 @@ class Completions:
 
     def group_N(self, field: str) -> np.ndarray:
         """The completion's family or model, as text."""
-        return np.array([str(c.fields[f"{c.name}_model" if self.pairs and field == "model" else field])
-                         for c in self.candidates])  # fmt: skip
+        return np.array(
+            [str(c.fields[f"{c.name}_model" if self.pairs and field == "model" else field]) for c in self.candidates]
+        )
 
 
 def read(path: Path, completions: int, questions: int) -> list[Candidate]:
@@ -231,8 +241,12 @@ def vote(completions: Completions, judged: Sequence[Judged]) -> dict[str, float]
         found[name] = float(np.mean([way(question) == question.expected for question in questions]))
     for name, threshold in (("paper", PAPER_THRESHOLD), ("auto", voting.chosen_threshold(chosen_on))):
         saving = voting.saving(questions, threshold)
-        found |= {f"filtered_{name}": saving.accuracy, f"filtered_{name}_dropped": saving.dropped,
-                  f"filtered_{name}_saved": saving.saved, f"filtered_{name}_threshold": threshold}  # fmt: skip
+        found |= {
+            f"filtered_{name}": saving.accuracy,
+            f"filtered_{name}_dropped": saving.dropped,
+            f"filtered_{name}_saved": saving.saved,
+            f"filtered_{name}_threshold": threshold,
+        }
     return found
 
 
@@ -311,10 +325,27 @@ def differences(found: Found, measure: str) -> tuple[str, list[str]]:
 
 
 def vote_table(found: Found) -> str:
-    head = ["", "majority", "reward-weighted", f"majority of the top {TOP}", "best of n", "filtered, threshold 0",
-            "tokens saved", "filtered, threshold chosen", "tokens saved"]  # fmt: skip
-    measures = ["majority", "weighted", f"top_{TOP}", "best_of_n", "filtered_paper", "filtered_paper_saved",
-                "filtered_auto", "filtered_auto_saved"]  # fmt: skip
+    head = [
+        "",
+        "majority",
+        "reward-weighted",
+        f"majority of the top {TOP}",
+        "best of n",
+        "filtered, threshold 0",
+        "tokens saved",
+        "filtered, threshold chosen",
+        "tokens saved",
+    ]
+    measures = [
+        "majority",
+        "weighted",
+        f"top_{TOP}",
+        "best_of_n",
+        "filtered_paper",
+        "filtered_paper_saved",
+        "filtered_auto",
+        "filtered_auto_saved",
+    ]
     lines = [[variant, *(cell(values(found, variant, "votes", m)) for m in measures)] for variant in found]
     return markdown(head, lines)
 
@@ -322,15 +353,20 @@ def vote_table(found: Found) -> str:
 def report(found: Found, options: Options) -> str:
     """The whole of objectives.md; every number and every claim in it comes from ``found``."""
     first = found["ranking"][0]
-    sizes = [[name, f"{of['completions']:.0f}", f"{100 * of['right']:.0f} %", f"{100 * (1 - of['kept']):.0f} %"]
-             for name, of in first.items() if name != "votes"]  # fmt: skip
+    sizes = [
+        [name, f"{of['completions']:.0f}", f"{100 * of['right']:.0f} %", f"{100 * (1 - of['kept']):.0f} %"]
+        for name, of in first.items()
+        if name != "votes"
+    ]
     who = {"which family wrote it": "identity_family", "which model wrote it": "identity_model"}
     all_table = set_table(found, "reward_auroc", {"length": "length_auroc", **who})
-    within_model, within_family = (set_table(found, f"reward_within_{field}", {"length": f"length_within_{field}"})
-                                   for field in reversed(GROUPS))  # fmt: skip
+    within_model, within_family = (
+        set_table(found, f"reward_within_{field}", {"length": f"length_within_{field}"}) for field in reversed(GROUPS)
+    )
     overall, within = (differences(found, measure) for measure in ("reward_auroc", "reward_within_model"))
-    apart = [f"- {kind}: {text}" for kind, (_, those) in (("overall", overall), ("within models", within))
-             for text in those]  # fmt: skip
+    apart = [
+        f"- {kind}: {text}" for kind, (_, those) in (("overall", overall), ("within models", within)) for text in those
+    ]
     intervals = 2 * (len(found) - 1) * (len(SETS) + 1)
     votes = first["votes"]
     accuracy = ", ".join(f"{v} {cell(values(found, v, 'GSM8K pairs', 'pair_accuracy'))}" for v in found)
@@ -412,8 +448,11 @@ def run(options: Options) -> None:
     for file in (TRAIN_FILE, VOTE_FILE, *SETS.values()):
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: no such file: --data or GCRM_DATA must name the folder that holds it")
-    models = {(v, seed): trained(options.runs / f"{v}-seed{seed}", train_arguments(v, seed, folder, options.steps))
-              for seed in range(options.seeds) for v in VARIANTS}  # fmt: skip
+    models = {
+        (v, seed): trained(options.runs / f"{v}-seed{seed}", train_arguments(v, seed, folder, options.steps))
+        for seed in range(options.seeds)
+        for v in VARIANTS
+    }
     data = Data(folder, options)
     found: Found = {v: [evaluated(models[v, seed], data) for seed in range(options.seeds)] for v in VARIANTS}
     about = {name: value for name, value in asdict(options).items() if isinstance(value, int)}

@@ -42,11 +42,15 @@ def trained(folder: Path, arguments: Sequence[str]) -> Path:
     found, wanted = TrainConfig(**read_toml(folder / "config.toml")), parse(arguments)
     if wanted.dtype == "auto":  # a run's config.toml says what that meant
         wanted = dataclasses.replace(wanted, dtype=found.dtype)
-    other = [field.name for field in dataclasses.fields(TrainConfig)
-             if field.name not in FREE and getattr(found, field.name) != getattr(wanted, field.name)]  # fmt: skip
+    other = [
+        field.name
+        for field in dataclasses.fields(TrainConfig)
+        if field.name not in FREE and getattr(found, field.name) != getattr(wanted, field.name)
+    ]
     if other:
-        raise UserError(f"{folder}: holds a model of another run (in its config.toml: {', '.join(other)}): choose "
-                        "another --runs")  # fmt: skip
+        raise UserError(
+            f"{folder}: holds a model of another run (in its config.toml: {', '.join(other)}): choose another --runs"
+        )
     return folder / "model"
 
 

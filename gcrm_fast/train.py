@@ -161,8 +161,9 @@ class Run:
         prepared = self.prepared
         if not prepared.held_out:
             return {}
-        scores = score_pairs(self.state.model, prepared.held_out, goal, self.objective, prepared.budget,
-                             prepared.sampling, self.device)  # fmt: skip
+        scores = score_pairs(
+            self.state.model, prepared.held_out, goal, self.objective, prepared.budget, prepared.sampling, self.device
+        )
         parallel.reshard(self.state.model)
         row = metrics(scores)
         if step == prepared.steps:
@@ -255,9 +256,11 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
         list_skipped(prepared)
         if found:
             notes.append(f"resumed from {found.path} after step {start}")
-        notes += [table(data_rows(prepared, config)),
-                  f"MFU and HFU refer to {peak / 1e12:.4g} TFLOP/s per process ({source})",
-                  f"predicted memory {plan}"]  # fmt: skip
+        notes += [
+            table(data_rows(prepared, config)),
+            f"MFU and HFU refer to {peak / 1e12:.4g} TFLOP/s per process ({source})",
+            f"predicted memory {plan}",
+        ]
         print(*notes, sep="\n", flush=True)
     meter = Meter(prepared.model_config, plan.recompute, device, peak)
     steps = steps_of(prepared, config, rank, world_size)
@@ -275,8 +278,10 @@ def finish(run: Run) -> None:
         if evaluation:
             baselines = shortcuts(prepared.train, prepared.held_out, prepared.model_config.vocab_size)
             log.write(prepared.steps, baselines)
-            rows += [("shortcut: length only", f"{baselines['baseline/auroc_length']:.3f}"),
-                     ("shortcut: bag of tokens", f"{baselines['baseline/auroc_bag_of_tokens']:.3f}")]  # fmt: skip
+            rows += [
+                ("shortcut: length only", f"{baselines['baseline/auroc_length']:.3f}"),
+                ("shortcut: bag of tokens", f"{baselines['baseline/auroc_bag_of_tokens']:.3f}"),
+            ]
         plot_curves(log.rows, output / "curves.png")
         (output / "config.toml").write_text(to_toml(run.config))
     if metric:
@@ -303,10 +308,17 @@ def finish(run: Run) -> None:
 
 def held_out_rows(log: MetricsLog, evaluation: Mapping[str, float]) -> list[tuple[str, str]]:
     """Lines of a table: an evaluation (empty without held-out data) beside the first one."""
-    names = {"AUROC": "auroc", "pair accuracy": "accuracy", "ranking loss": "loss/ranking",
-             "contrastive loss": "loss/contrastive"}  # fmt: skip
-    rows = [(f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {evaluation.get(f'eval/{key}', math.nan):.3f}")
-            for name, key in names.items() if evaluation]  # fmt: skip
+    names = {
+        "AUROC": "auroc",
+        "pair accuracy": "accuracy",
+        "ranking loss": "loss/ranking",
+        "contrastive loss": "loss/contrastive",
+    }
+    rows = [
+        (f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {evaluation.get(f'eval/{key}', math.nan):.3f}")
+        for name, key in names.items()
+        if evaluation
+    ]
     groups = {
         key.removeprefix("eval/auroc/"): value for key, value in evaluation.items() if key.startswith("eval/auroc/")
     }
@@ -328,8 +340,14 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
         run.evaluate(0, run.goal(EVALUATION_GOAL_PAIRS)[0])
     workers = config.workers if config.workers >= 0 else 2 if device.type == "cuda" else 0
     interrupts = Interrupts(dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout)))
-    bar = tqdm(range(start + 1, prepared.steps + 1), initial=start, total=prepared.steps, disable=run.log is None,
-               unit="step", dynamic_ncols=True)  # fmt: skip
+    bar = tqdm(
+        range(start + 1, prepared.steps + 1),
+        initial=start,
+        total=prepared.steps,
+        disable=run.log is None,
+        unit="step",
+        dynamic_ncols=True,
+    )
     with contextlib.closing(run.checkpoints):
         with load(run.steps, start, prepared.steps, workers, device) as steps, interrupts.handled():
             run.meter.restart()

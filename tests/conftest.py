@@ -117,8 +117,10 @@ def make_pair() -> Callable[..., TokenizedPair]:
         head = np.random.default_rng(prompt_key).integers(SPECIAL, VOCAB, size=prompt)
         same = rng.integers(SPECIAL, VOCAB, size=shared)
         first = int(rng.integers(SPECIAL, VOCAB - 1))
-        tails = [np.r_[first + side, rng.integers(SPECIAL, VOCAB, size=n - shared - 1)]
-                 for side, n in enumerate((chosen, rejected))]  # fmt: skip
+        tails = [
+            np.r_[first + side, rng.integers(SPECIAL, VOCAB, size=n - shared - 1)]
+            for side, n in enumerate((chosen, rejected))
+        ]
         ids = [np.concatenate([head, same, tail]).astype(np.int32) for tail in tails]
         return TokenizedPair(pair_id, ids[0], ids[1], prompt, prompt, 0.25 * (pair_id % 3), prompt_key, {})
 
@@ -143,9 +145,22 @@ def pairs(make_pair: Callable[..., TokenizedPair]) -> list[TokenizedPair]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default run scaled down: problems of two steps at most, enough updates to learn something."""
     output = tmp_path_factory.mktemp("run") / "small"
-    result = torchrun("--dtype", "float32", "--output", str(output), "--arithmetic-steps", "2", "--steps", "250",
-                      "--train-pairs", "16000",
-                      "--eval-pairs", "200", "--goal-pairs", "300")  # fmt: skip
+    result = torchrun(
+        "--dtype",
+        "float32",
+        "--output",
+        str(output),
+        "--arithmetic-steps",
+        "2",
+        "--steps",
+        "250",
+        "--train-pairs",
+        "16000",
+        "--eval-pairs",
+        "200",
+        "--goal-pairs",
+        "300",
+    )
     assert result.returncode == 0, result.stderr
     assert "held-out AUROC" in result.stdout
     return output

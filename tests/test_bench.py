@@ -28,8 +28,23 @@ from gcrm_fast.training.accounting import forward_flops
 from gcrm_fast.training.config import TrainConfig
 
 CPU = torch.device("cpu")
-MODULES = ("contrastive_loss", "drawn", "measure", "fused_projection", "train_step", "contestants", "our_step",
-           "step_costs", "scoring", "padded", "records", "gpu", "gpu_parts", "gpu_report", "step_model")  # fmt: skip
+MODULES = (
+    "contrastive_loss",
+    "drawn",
+    "measure",
+    "fused_projection",
+    "train_step",
+    "contestants",
+    "our_step",
+    "step_costs",
+    "scoring",
+    "padded",
+    "records",
+    "gpu",
+    "gpu_parts",
+    "gpu_report",
+    "step_model",
+)
 
 
 @pytest.fixture
@@ -232,8 +247,10 @@ def test_speed_is_all_pairs_over_the_sum_of_median_step_times(
     assert row["pairs/s"] == 16 / (1 + 3)
     assert row["computed/pair"] == 200 / 16
     assert (row["GFLOP/s"], row["% matmul"]) == (6 / 4, 50)
-    rows = [{"method": name, "pairs/s": speed, "peak": 1}
-            for name, speed in ((contestants.TRL, 2.0), (contestants.OURS, 10.0))]  # fmt: skip
+    rows = [
+        {"method": name, "pairs/s": speed, "peak": 1}
+        for name, speed in ((contestants.TRL, 2.0), (contestants.OURS, 10.0))
+    ]
     finished = [step.finished(r, rows, "gsm8k_pairs", CPU) | {"% matmul": 50.0} for r in rows]
     assert finished[1]["x TRL"] == 5
     assert finished[1]["x TRL shipped"] is None

@@ -69,12 +69,16 @@ def test_reward_heads_of_other_projects(prefix: str, head: str, bias: float | No
     stored = behind(prefix) | {f"{head}.weight": weight}
     if bias is not None:
         stored[f"{head}.bias"] = torch.tensor([bias])
-    notes = [] if bias is None else [f"1 tensor ('{head}.bias') left out: it moves all rewards alike, so that no "
-                                     f"comparison changes"]  # fmt: skip
+    notes = (
+        []
+        if bias is None
+        else [f"1 tensor ('{head}.bias') left out: it moves all rewards alike, so that no comparison changes"]
+    )
     if head == "score_head":  # safe-rlhf keeps statistics of rewards
         stored |= {f"normalizer.{name}": torch.zeros(1) for name in ("mean", "var")}
-        notes.insert(0, "2 tensors ('normalizer.mean', 'normalizer.var') left out: it moves and scales all rewards "
-                        "alike")  # fmt: skip
+        notes.insert(
+            0, "2 tensors ('normalizer.mean', 'normalizer.var') left out: it moves and scales all rewards alike"
+        )
     model, weights, _ = load(llama(tmp_path, stored))
     assert_trunk(model)
     assert torch.equal(model.score.weight, weight)
@@ -85,8 +89,9 @@ def test_head_in_a_file_of_its_own(tmp_path: Path) -> None:
     """LLaMA-Factory's value_head.safetensors beside a language model."""
     weight = torch.randn(1, H)
     llama(tmp_path)
-    save_file({"v_head.summary.weight": weight, "v_head.summary.bias": torch.zeros(1)},
-              tmp_path / "value_head.safetensors")  # fmt: skip
+    save_file(
+        {"v_head.summary.weight": weight, "v_head.summary.bias": torch.zeros(1)}, tmp_path / "value_head.safetensors"
+    )
     model, weights, _ = load(tmp_path)
     assert torch.equal(model.score.weight, weight)
     assert [note.split("'")[1] for note in weights.notes] == ["lm_head.weight", "v_head.summary.bias"]
@@ -98,9 +103,12 @@ def test_without_a_head_a_new_one_starts_and_says_so(prefix: str, more: dict[str
     model, weights, _ = load(llama(tmp_path, behind(prefix) | more | tables), projection_size=4)
     assert_trunk(model)
     assert 0 < model.score.weight.std() < 3 / (H + 1)  # normal with standard deviation 1 / (H + 1)
-    notes = ["holds no reward head: a new one is started", "holds no projection: a new one is started",
-             *(f"1 tensor ('{name}') left out: a reward model has no use for it" for name in more),
-             f"1 tensor ('{next(iter(tables))}') left out: computed from config.json"]  # fmt: skip
+    notes = [
+        "holds no reward head: a new one is started",
+        "holds no projection: a new one is started",
+        *(f"1 tensor ('{name}') left out: a reward model has no use for it" for name in more),
+        f"1 tensor ('{next(iter(tables))}') left out: computed from config.json",
+    ]
     assert list(weights.notes) == [f"{tmp_path}: {note}" for note in notes]
 
 
@@ -222,13 +230,25 @@ def test_a_hub_name_is_read_from_the_cache_without_network(tmp_path: Path, monke
 
 
 def test_what_is_fetched_from_the_hub() -> None:
-    there = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-             "consolidated.safetensors", "tokenizer.json", "tokenizer.model", "chat_template.jinja",
-             "original/model.safetensors"]  # fmt: skip
+    there = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "original/model.safetensors",
+    ]
     assert list(filter_repo_objects(there, allow_patterns=MODEL_FILES, ignore_patterns=OTHER_COPIES)) == [
-        *there[:3], *there[5:8]]  # fmt: skip
+        *there[:3],
+        *there[5:8],
+    ]
     assert list(filter_repo_objects(there, allow_patterns=TOKENIZER_FILES, ignore_patterns=OTHER_COPIES)) == [
-        there[0], *there[5:8]]  # fmt: skip
+        there[0],
+        *there[5:8],
+    ]
 
 
 def test_a_folder_comes_before_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +265,23 @@ def test_tokenizer_of_another_folder_trains_and_is_saved(tmp_path: Path) -> None
     tokenizer().save_pretrained(tmp_path / "t")
     (tmp_path / "pairs.jsonl").write_text(PAIR)
     out = tmp_path / "out"
-    assert main(["--data", str(tmp_path / "pairs.jsonl"), "--model", str(tmp_path / "m"), "--tokenizer",
-                 str(tmp_path / "t"), "--output", str(out), "--steps", "1"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "--data",
+                str(tmp_path / "pairs.jsonl"),
+                "--model",
+                str(tmp_path / "m"),
+                "--tokenizer",
+                str(tmp_path / "t"),
+                "--output",
+                str(out),
+                "--steps",
+                "1",
+            ]
+        )
+        == 0
+    )
     trained, weights, config = load(out / "model")
     assert weights.notes == ()
     assert config == small_config(

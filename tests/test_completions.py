@@ -11,8 +11,9 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, parse_columns, read_completions
 from gcrm_fast.data.sources import BadRecords
 
-USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "yes"),
-                                                                     ("assistant", "no")))  # fmt: skip
+USER, YES, NO = (
+    {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "yes"), ("assistant", "no"))
+)
 ASKED = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -30,26 +31,42 @@ def read(path: Path, *records: object, **options: Any) -> list[Candidate]:
     [
         ({"prompt": "p", "completion": "c"}, [("p", "c", "completion", False)]),
         ({"question": "p", "completion": "c", "completion_cut": True}, [("p", "c", "completion", True)]),
-        ({"prompt": "p", "completions": ["c", "d"], "completions_cut": [False, True], "scores": [1, 2]},
-         [("p", "c", "completions[0]", False), ("p", "d", "completions[1]", True)]),
+        (
+            {"prompt": "p", "completions": ["c", "d"], "completions_cut": [False, True], "scores": [1, 2]},
+            [("p", "c", "completions[0]", False), ("p", "d", "completions[1]", True)],
+        ),
         ({"question": "p", "completions": ["c"]}, [("p", "c", "completions[0]", False)]),
-        ({"prompt": "p", "chosen": "c", "rejected": "d", "rejected_cut": True},
-         [("p", "c", "chosen", False), ("p", "d", "rejected", True)]),
-        ({"question": "p", "correct": "c", "incorrect": "d"},
-         [("p", "c", "correct", False), ("p", "d", "incorrect", False)]),
-        ({"chosen": "\n\nHuman: p\n\nAssistant: c", "rejected": "\n\nHuman: p\n\nAssistant: d"},
-         [("\n\nHuman: p\n\nAssistant:", " c", "chosen", False),
-          ("\n\nHuman: p\n\nAssistant:", " d", "rejected", False)]),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": "d", "rejected_cut": True},
+            [("p", "c", "chosen", False), ("p", "d", "rejected", True)],
+        ),
+        (
+            {"question": "p", "correct": "c", "incorrect": "d"},
+            [("p", "c", "correct", False), ("p", "d", "incorrect", False)],
+        ),
+        (
+            {"chosen": "\n\nHuman: p\n\nAssistant: c", "rejected": "\n\nHuman: p\n\nAssistant: d"},
+            [
+                ("\n\nHuman: p\n\nAssistant:", " c", "chosen", False),
+                ("\n\nHuman: p\n\nAssistant:", " d", "rejected", False),
+            ],
+        ),
         ({"messages": [USER, YES]}, [(ASKED, "yes<|im_end|>\n", "messages", False)]),
-        ({"messages": [USER, YES], "prompt": "q", "messages_cut": True},
-         [(ASKED, "yes<|im_end|>\n", "messages", True)]),
+        (
+            {"messages": [USER, YES], "prompt": "q", "messages_cut": True},
+            [(ASKED, "yes<|im_end|>\n", "messages", True)],
+        ),
         ({"prompt": [USER], "completion": [YES]}, [(ASKED, "yes<|im_end|>\n", "completion", False)]),
-        ({"prompt": [USER], "completions": [[YES], [NO]]},
-         [(ASKED, "yes<|im_end|>\n", "completions[0]", False), (ASKED, "no<|im_end|>\n", "completions[1]", False)]),
-        ({"chosen": [USER, YES], "rejected": [USER, NO]},
-         [(ASKED, "yes<|im_end|>\n", "chosen", False), (ASKED, "no<|im_end|>\n", "rejected", False)]),
+        (
+            {"prompt": [USER], "completions": [[YES], [NO]]},
+            [(ASKED, "yes<|im_end|>\n", "completions[0]", False), (ASKED, "no<|im_end|>\n", "completions[1]", False)],
+        ),
+        (
+            {"chosen": [USER, YES], "rejected": [USER, NO]},
+            [(ASKED, "yes<|im_end|>\n", "chosen", False), (ASKED, "no<|im_end|>\n", "rejected", False)],
+        ),
     ],
-)  # fmt: skip
+)
 def test_formats(tmp_path: Path, record: dict[str, Any], expected: list[tuple[str, str, str, bool]]) -> None:
     found = read(tmp_path, record)
     assert [(c.prompt, c.completion, c.name, c.cut) for c in found] == expected

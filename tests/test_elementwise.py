@@ -41,9 +41,12 @@ def run(op: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor
 
 
 def assert_within_budget(
-    found: Sequence[Tensor], yardstick: Callable[..., Any], inputs: Sequence[Tensor], grads: Sequence[Tensor],
+    found: Sequence[Tensor],
+    yardstick: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    grads: Sequence[Tensor],
     terms: Sequence[Tensor | float],
-) -> None:  # fmt: skip
+) -> None:
     """Errors against float64 are at most twice those of PyTorch in float32, plus a floor: 2^-22 of ``terms``, the
     largest of what is summed for each result, and half a unit in the last place where one is rounded to 16 bits."""
     exact = run(yardstick, [x.double() for x in inputs], grads)
@@ -131,9 +134,13 @@ def test_rms_norm_is_exact_in_float64(with_residual: bool) -> None:
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    tokens=st.integers(0, 12), width=st.integers(1, 300), with_residual=st.booleans(), seed=st.integers(0, 99),
-    scale=st.sampled_from([1e-3, 1.0, 1e3]), eps=st.sampled_from([1e-6, 1e-5, 0.1]),
-)  # fmt: skip
+    tokens=st.integers(0, 12),
+    width=st.integers(1, 300),
+    with_residual=st.booleans(),
+    seed=st.integers(0, 99),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    eps=st.sampled_from([1e-6, 1e-5, 0.1]),
+)
 def test_rms_norm_of_any_shape_and_scale(
     path: str, tokens: int, width: int, with_residual: bool, seed: int, scale: float, eps: float
 ) -> None:
@@ -211,8 +218,10 @@ def test_rms_norm_refuses_what_does_not_fit(x: Tensor, weight: Tensor, residual:
 def assert_swiglu(gate: Tensor, up: Tensor) -> None:
     dy = normal(*gate.shape, dtype=gate.dtype, seed=1).double()
     found = run(swiglu, (gate, up), (dy,))
-    largest = [(a.double().abs() * b.double().abs()).max() if gate.numel() else 0.0
-               for a, b in ((gate, up), (dy * up, 1 + gate.abs()), (dy, gate))]  # fmt: skip
+    largest = [
+        (a.double().abs() * b.double().abs()).max() if gate.numel() else 0.0
+        for a, b in ((gate, up), (dy * up, 1 + gate.abs()), (dy, gate))
+    ]
     assert_within_budget(found, reference.swiglu, (gate, up), (dy,), largest)
 
 

@@ -19,8 +19,16 @@ from gcrm_fast.data.records import Candidate
 from gcrm_fast.evaluation import results
 from gcrm_fast.inference.scoring import RewardModel
 
-PAIRS = [{"prompt": f"one {'two ' * (i // 2)}", "chosen": "three " * (i + 1), "rejected": "four " * (9 - i),
-          "family": "ab"[i % 2], "class": "both"} for i in range(8)]  # fmt: skip
+PAIRS = [
+    {
+        "prompt": f"one {'two ' * (i // 2)}",
+        "chosen": "three " * (i + 1),
+        "rejected": "four " * (9 - i),
+        "family": "ab"[i % 2],
+        "class": "both",
+    }
+    for i in range(8)
+]
 
 
 def labelled() -> list[dict[str, Any]]:
@@ -126,9 +134,13 @@ def test_lists_of_labels_go_with_lists_of_completions_and_whole_records(model: P
     ],
 )
 def test_bad_input_of_evaluate(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], arguments: list[str],
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, object],
+    arguments: list[str],
     message: str,
-) -> None:  # fmt: skip
+) -> None:
     records = samples()
     records[2] = {k: v for k, v in (records[2] | change).items() if v is not ...}
     file = write(tmp_path / "bad.jsonl", records)

@@ -80,8 +80,10 @@ def test_localisation_of_known_values(chain: ModuleType) -> None:
 
 
 def test_position_alone_takes_nothing_from_wrong_solutions(chain: ModuleType) -> None:
-    candidates = [Candidate("p", "c", "", i, "completion", False, {"is_correct": right})
-                  for i, right in enumerate([True, False, True])]  # fmt: skip
+    candidates = [
+        Candidate("p", "c", "", i, "completion", False, {"is_correct": right})
+        for i, right in enumerate([True, False, True])
+    ]
     values = [np.array([1.0, 2.0, 4.0]), np.array([9.0, 9.0]), np.array([3.0, 4.0])]
     replaced = chain.position_only(candidates, values)
     assert [own.tolist() for own in replaced] == [[2.0, 3.0, 4.0], [2.0, 3.0], [2.0, 3.0]]
@@ -112,8 +114,7 @@ def test_aurocs_of_groups_are_blind_to_what_tells_groups_apart(objectives: Modul
 
 
 def test_a_pair_stays_or_goes_as_a_whole(objectives: ModuleType) -> None:
-    candidates = [Candidate("p", "c", "", i // 2, name, False, {})
-                  for i, name in enumerate(["chosen", "rejected"] * 2)]  # fmt: skip
+    candidates = [Candidate("p", "c", "", i // 2, name, False, {}) for i, name in enumerate(["chosen", "rejected"] * 2)]
     encoded = [Completion(np.zeros(n, dtype=np.int32), 1, 0) for n in (3, 9, 4, 5)]
     kept = objectives.Completions(candidates, encoded).no_longer_than(5)
     assert [len(ids) for ids, _, _ in kept.encoded] == [4, 5]
@@ -177,11 +178,27 @@ def data(objectives: ModuleType, tmp_path: Path) -> Path:
     for q in range(24):
         for i in range(4):
             right, model = bool(rng.random() < 0.5), f"model{i % 2}"
-            labelled.append({"question": f"{q}+{i}?", "completion": f" is {q + i + (not right)}", "is_correct": right,
-                             "predicted_answer": str(q + i + (not right)), "expected_answer": str(q + i),
-                             "family": "all", "model": model})  # fmt: skip
-        pairs.append({"prompt": f"{q}+{q}?", "chosen": f" is {2 * q}", "rejected": f" is {2 * q + 1}",
-                      "family": "all", "chosen_model": "a", "rejected_model": "b"})  # fmt: skip
+            labelled.append(
+                {
+                    "question": f"{q}+{i}?",
+                    "completion": f" is {q + i + (not right)}",
+                    "is_correct": right,
+                    "predicted_answer": str(q + i + (not right)),
+                    "expected_answer": str(q + i),
+                    "family": "all",
+                    "model": model,
+                }
+            )
+        pairs.append(
+            {
+                "prompt": f"{q}+{q}?",
+                "chosen": f" is {2 * q}",
+                "rejected": f" is {2 * q + 1}",
+                "family": "all",
+                "chosen_model": "a",
+                "rejected_model": "b",
+            }
+        )
     for file in objectives.SETS.values():
         lines(folder / file, pairs if "pairs" in file else labelled)
     lines(folder / objectives.VOTE_FILE, labelled)
@@ -190,9 +207,13 @@ def data(objectives: ModuleType, tmp_path: Path) -> Path:
 
 
 def test_objectives_from_nothing_and_again(
-    objectives: ModuleType, trainings: list[list[str]], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    objectives: ModuleType,
+    trainings: list[list[str]],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     given = objectives.train_arguments
     monkeypatch.setattr(objectives, "train_arguments", lambda *values: [*given(*values), *SMALL])
     monkeypatch.setattr(objectives, "VARIANTS", {name: objectives.VARIANTS[name] for name in ("ranking", "paper")})
@@ -222,9 +243,13 @@ def test_objectives_from_nothing_and_again(
     [("", "no data: set GCRM_DATA"), ("nowhere", "GCRM_DATA nowhere: is not a folder"), (".", "gsm8k_pairs.jsonl.gz")],
 )
 def test_objectives_without_data_say_so_in_one_line(
-    objectives: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-    value: str, said: str,
-) -> None:  # fmt: skip
+    objectives: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    value: str,
+    said: str,
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GCRM_DATA", value)
     assert objectives.main([]) == 2

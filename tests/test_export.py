@@ -68,8 +68,14 @@ def conversation(question: str, answer: str) -> list[dict[str, str]]:
 def rewards_here(model: LlamaRewardModel, encoded: list[Completion]) -> torch.Tensor:
     """[N], each sequence alone."""
     with torch.no_grad():
-        return torch.cat([model(build_pack([[TokenizedPair(0, c.ids, c.ids, c.start, c.start, 0.0, 0, {})]],
-                                           Sampling(), 0)).reward_2N[0] for c in encoded])  # fmt: skip
+        return torch.cat(
+            [
+                model(
+                    build_pack([[TokenizedPair(0, c.ids, c.ids, c.start, c.start, 0.0, 0, {})]], Sampling(), 0)
+                ).reward_2N[0]
+                for c in encoded
+            ]
+        )
 
 
 @pytest.mark.parametrize("ending", TEXTS)
@@ -207,8 +213,20 @@ def test_standardized_rewards(source: Path, tmp_path: Path, format_: str) -> Non
     rewards = RewardModel.from_pretrained(source / "model").score(PROMPTS, COMPLETIONS).astype(np.float64)
     expected = (rewards - rewards.mean()) / rewards.std()
     out = tmp_path / "out"
-    assert main([str(source / "model"), "-o", str(out), "--format", format_, "--standardize",
-                 str(source / "completions.jsonl")]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                str(source / "model"),
+                "-o",
+                str(out),
+                "--format",
+                format_,
+                "--standardize",
+                str(source / "completions.jsonl"),
+            ]
+        )
+        == 0
+    )
     kept = json.loads((out / "gcrm.json").read_text())["standardized"]
     assert kept["completions"] == len(PROMPTS)
     assert (kept["mean"], kept["std"]) == pytest.approx((rewards.mean(), rewards.std()))

@@ -20,11 +20,15 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.inference.scoring import RewardModel
 
-PAIRS = [{"prompt": "one", "chosen": "two", "rejected": "three", "chosen_cut": False},
-         {"prompt": "six", "chosen": "five six", "rejected": "two", "chosen_cut": False},
-         {"prompt": "six", "chosen": "seven", "rejected": "two", "chosen_cut": True}]  # fmt: skip
-LABELLED = [{"question": "one", "completion": c, "is_correct": c == "two", "help": i, "family": f}
-            for i, (c, f) in enumerate([("two", "x"), ("three", "x"), ("two", "y"), ("four", "y")])]  # fmt: skip
+PAIRS = [
+    {"prompt": "one", "chosen": "two", "rejected": "three", "chosen_cut": False},
+    {"prompt": "six", "chosen": "five six", "rejected": "two", "chosen_cut": False},
+    {"prompt": "six", "chosen": "seven", "rejected": "two", "chosen_cut": True},
+]
+LABELLED = [
+    {"question": "one", "completion": c, "is_correct": c == "two", "help": i, "family": f}
+    for i, (c, f) in enumerate([("two", "x"), ("three", "x"), ("two", "y"), ("four", "y")])
+]
 LISTS = [{"prompt": "one", "completions": ["two", "three"], "is_correct": [False, True], "help": [3, 5], "k": 1}]
 
 
@@ -108,8 +112,13 @@ def test_goals_are_means_of_preferred_ends(gcrm: Gcrm, model: RewardModel, tmp_p
     for name, goal in expected.items():
         np.testing.assert_allclose(goals[name].numpy(), goal, rtol=0, atol=1e-5)
     assert read_counts(out, model.fingerprint) == {
-        "default": 2, "right": 2, "helpful": 2, "first": 2, "list": 1, "chosen of list": 1,
-    }  # fmt: skip
+        "default": 2,
+        "right": 2,
+        "helpful": 2,
+        "first": 2,
+        "list": 1,
+        "chosen of list": 1,
+    }
     assert {path.name for path in tmp_path.iterdir()} == {"pairs", "labelled", "lists", "g.safetensors"}
 
 
@@ -120,11 +129,21 @@ def candidate(name: str = "completion", **fields: Any) -> Candidate:
 @pytest.mark.parametrize(
     ("text", "value", "holds"),
     [
-        ("a>=4", 4, True), ("a>=4", 3.9, False), ("a > 4", 4, False), ("a<=4", 5, False), ("a<4", -1, True),
-        ("a==4", 4.0, True), ("a!=4", 4, False), ("a==true", True, True), ("a!=true", False, True),
-        ("a==x y", "x y", True), ("a!=x", "x", False), ('a=="4"', "4", True), ("a == [1]", "[1]", True),
+        ("a>=4", 4, True),
+        ("a>=4", 3.9, False),
+        ("a > 4", 4, False),
+        ("a<=4", 5, False),
+        ("a<4", -1, True),
+        ("a==4", 4.0, True),
+        ("a!=4", 4, False),
+        ("a==true", True, True),
+        ("a!=true", False, True),
+        ("a==x y", "x y", True),
+        ("a!=x", "x", False),
+        ('a=="4"', "4", True),
+        ("a == [1]", "[1]", True),
     ],
-)  # fmt: skip
+)
 def test_conditions(text: str, value: Any, holds: bool) -> None:
     assert is_preferred(candidate(a=value), [Condition.parse(text)]) is holds
     assert not is_preferred(candidate("rejected", a=value), [Condition.parse(text)])

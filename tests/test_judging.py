@@ -150,8 +150,13 @@ def test_partial_auroc_reads_the_token_that_the_formula_names() -> None:
 
 def test_one_class_alone_has_no_auroc_and_no_interval() -> None:
     found = {measure.name: measure for measure in measures.measures(labelled([1, 1, 1], [1, 2, 3], [0, 1, 2]))}
-    for name in ("auroc_reward", "auroc_q@50", "auroc_reward_within_questions", "baseline_length",
-                 "baseline_position_q@100"):  # fmt: skip
+    for name in (
+        "auroc_reward",
+        "auroc_q@50",
+        "auroc_reward_within_questions",
+        "baseline_length",
+        "baseline_position_q@100",
+    ):
         assert all(math.isnan(value) for value in found[name][1:]), found[name]
     assert found["pearson_q_reward@40"].value == pytest.approx(1)
 

@@ -83,8 +83,10 @@ def assert_contrastive(case: Case, *, tiles: RowTiles | None = None, **options: 
     assert_within_budget(
         lambda h: goal_contrastive_loss(h, *case.rows, has_positive_N=case.has_positive, tiles=tiles, **options),
         lambda h: reference.goal_contrastive_loss(h, case.rows, has_positive_N=case.has_positive, **options),
-        case.hidden, case.grad, options.get("temperature", 1.0),
-    )  # fmt: skip
+        case.hidden,
+        case.grad,
+        options.get("temperature", 1.0),
+    )
 
 
 def kernels() -> ModuleType:
@@ -196,9 +198,15 @@ def test_parts_keep_a_gpu_busy() -> None:
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    n=st.integers(0, 5), s=st.integers(1, 20), rows=st.integers(1, 300), width=st.integers(1, 90),
-    variant=st.sampled_from(VARIANTS), temperature=st.floats(0.05, 4.0), host=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+    n=st.integers(0, 5),
+    s=st.integers(1, 20),
+    rows=st.integers(1, 300),
+    width=st.integers(1, 90),
+    variant=st.sampled_from(VARIANTS),
+    temperature=st.floats(0.05, 4.0),
+    host=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_contrastive_loss_of_any_shape_and_indices(
     path: str,
     n: int,
@@ -243,8 +251,10 @@ def test_projected_states(path: str, rows: int, dtype: torch.dtype) -> None:
     w = torch.randn(6, 20, dtype=dtype, device=DEVICE)
     options = {"has_positive_N": case.has_positive, "pairing": "grid"}
     results = []
-    for op in (lambda h, w: goal_contrastive_loss(h, *case.rows, w, **options),
-               lambda h, w: reference.goal_contrastive_loss(h, case.rows, w, **options)):  # fmt: skip
+    for op in (
+        lambda h, w: goal_contrastive_loss(h, *case.rows, w, **options),
+        lambda h, w: reference.goal_contrastive_loss(h, case.rows, w, **options),
+    ):
         leaves = [case.hidden.clone().requires_grad_(), w.clone().requires_grad_()]
         loss, _ = op(*leaves)
         results.append((loss, *torch.autograd.grad((loss * case.grad.to(loss.dtype)).sum(), leaves)))
@@ -258,9 +268,11 @@ def test_two_runs_are_bitwise_equal(path: str) -> None:
     runs = [
         with_gradient(
             lambda h: goal_contrastive_loss(h, *case.rows, has_positive_N=case.has_positive, pairing="grid"),
-            case.hidden, case.grad,
-        ) for _ in range(2)
-    ]  # fmt: skip
+            case.hidden,
+            case.grad,
+        )
+        for _ in range(2)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
@@ -287,8 +299,9 @@ def test_rows_of_very_different_norms(path: str, dtype: torch.dtype, tolerance: 
     _, _, found = with_gradient(lambda h: goal_contrastive_loss(h, *case.rows, **options), hidden, grad)
     _, _, exact = with_gradient(
         lambda h: reference.goal_contrastive_loss(h, case.rows, reduce="log_then_mean", temperature=1.0, **options),
-        hidden.double(), grad,
-    )  # fmt: skip
+        hidden.double(),
+        grad,
+    )
     error_R = (found - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-3)
     assert error_R.max() < tolerance
 
@@ -409,8 +422,10 @@ def assert_dense(lengths: list[tuple[int, int]], width: int, dtype: torch.dtype,
     assert_within_budget(
         lambda z: dense_contrastive_loss(z, cu_seqlens, longest, temperature=temperature),
         lambda z: reference.dense_contrastive_loss(z, cu_seqlens, temperature=temperature),
-        z, grad, temperature,
-    )  # fmt: skip
+        z,
+        grad,
+        temperature,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)

@@ -26,7 +26,10 @@ def test_header_of_a_model_from_the_hub() -> None:
     config = TrainConfig(model="some/llama", data=("owner/pairs/main:train", "owner/pairs:test"), output="runs/x")
     data = card(config).data
     assert (data.library_name, data.pipeline_tag, data.base_model) == (
-        "transformers", "text-classification", "some/llama")  # fmt: skip
+        "transformers",
+        "text-classification",
+        "some/llama",
+    )
     assert data.datasets == ["owner/pairs"]
     assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("accuracy", 0.7654), ("roc_auc", 0.8)]
 
@@ -58,8 +61,29 @@ def test_the_command_gives_the_same_configuration(arguments: list[str]) -> None:
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_a_run_writes_it(tmp_path: Path, head: str) -> None:
     out = tmp_path / "run"
-    assert main(["--output", str(out), "--steps", "1", "--train-pairs", "50", "--eval-pairs", "20", "--head", head,
-                 "--hidden-size", "32", "--layers", "1", "--global-batch-pairs", "8"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "--output",
+                str(out),
+                "--steps",
+                "1",
+                "--train-pairs",
+                "50",
+                "--eval-pairs",
+                "20",
+                "--head",
+                head,
+                "--hidden-size",
+                "32",
+                "--layers",
+                "1",
+                "--global-batch-pairs",
+                "8",
+            ]
+        )
+        == 0
+    )
     found = ModelCard.load(out / "model" / "README.md")
     assert {r.metric_type for r in found.data.eval_results} == {"accuracy", "roc_auc"}
     assert ("AutoModelForSequenceClassification" in found.text) == (head == "linear")

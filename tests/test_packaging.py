@@ -134,6 +134,9 @@ print(launch.HAS_TRITON, h.grad.isfinite().all().item())
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(KERNELS)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": str(KERNELS)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.split() == ["False", "True"], done.stderr

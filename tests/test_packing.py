@@ -51,9 +51,10 @@ def test_samples_depend_on_seed_epoch_and_pair_alone(make_pair) -> None:
     base = draw_samples(pair, Sampling(seed=1), 0)
     assert np.array_equal(base, draw_samples(pair, Sampling(seed=1), 0))
     for changed in (
-        draw_samples(pair, Sampling(seed=2), 0), draw_samples(pair, Sampling(seed=1), 1),
+        draw_samples(pair, Sampling(seed=2), 0),
+        draw_samples(pair, Sampling(seed=1), 1),
         draw_samples(other, Sampling(seed=1), 0),
-    ):  # fmt: skip
+    ):
         assert not np.array_equal(base, changed)
 
 

@@ -91,9 +91,12 @@ def test_one_completion_stands_alone_and_lists_stand_together(model: Path, tmp_p
     listed = {"prompt": "one", "completions": ["two", "two", "three"], "error_step": [0, None, 1]}
     for record, titles, marks in (
         (lone, ["completion, wrong"], ["error: step 2"]),
-        (listed, ["completions[0]", "completions[1]", "completions[2]"],
-         ["error: step 1", "first difference"]),  # the first two are the same
-    ):  # fmt: skip
+        (
+            listed,
+            ["completions[0]", "completions[1]", "completions[2]"],
+            ["error: step 1", "first difference"],
+        ),  # the first two are the same
+    ):
         file = write(tmp_path / "one.jsonl", [record])
         assert inspect.main([str(model), str(file), "--row", "0", "-o", str(out)]) == 0
         read = Reader(out.read_text())
@@ -175,9 +178,13 @@ def test_values_that_do_not_vary_have_a_colour() -> None:
     ],
 )
 def test_bad_input_of_inspect(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], arguments: list[str],
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, object],
+    arguments: list[str],
     message: str,
-) -> None:  # fmt: skip
+) -> None:
     file = write(tmp_path / "bad.jsonl", [PAIR | change])
     assert inspect.main([str(model), str(file), "-o", str(tmp_path / "page.html"), *arguments]) == 2
     err = capsys.readouterr().err

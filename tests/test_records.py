@@ -24,8 +24,9 @@ from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.tokenization import train_tokenizer
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
-USER, YES, NO = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "yes"),
-                                                                     ("assistant", "no")))  # fmt: skip
+USER, YES, NO = (
+    {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "yes"), ("assistant", "no"))
+)
 
 
 def write(path: Path, *records: object) -> Path:

@@ -36,8 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> RewardModel:
 
 def test_text_and_columns(model: RewardModel) -> None:
     """As TRL calls it: by name, with the ids of the completions and every other column of the data."""
-    found = RewardFunction(model)(prompts=PROMPTS, completions=COMPLETIONS, completion_ids=[[5], [], [6, 7]],
-                                  answer=[1, 2, 3], trainer_state=None)  # fmt: skip
+    found = RewardFunction(model)(
+        prompts=PROMPTS, completions=COMPLETIONS, completion_ids=[[5], [], [6, 7]], answer=[1, 2, 3], trainer_state=None
+    )
     assert all(type(reward) is float for reward in found)
     np.testing.assert_allclose(found, model.score(PROMPTS, COMPLETIONS), rtol=1e-6)
 
@@ -122,23 +123,45 @@ def test_a_policy_gets_better_by_our_rewards(finished: Path, tmp_path: Path) -> 
     prompts = sorted({pair.prompt for pair in pairs})[3::60]
     policy = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=64,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    )
     imitate(policy, tokenizer, [pair for pair in pairs if pair.prompt in prompts], 180)
     before = accuracy(policy, tokenizer, prompts)
     options = trl.GRPOConfig(
-        output_dir=str(tmp_path), max_steps=30, per_device_train_batch_size=64, num_generations=8,
-        max_completion_length=8, temperature=0.8, learning_rate=1e-3, beta=0.0, mask_truncated_completions=True,
-        logging_steps=5, report_to=[], save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True, seed=0,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=30,
+        per_device_train_batch_size=64,
+        num_generations=8,
+        max_completion_length=8,
+        temperature=0.8,
+        learning_rate=1e-3,
+        beta=0.0,
+        mask_truncated_completions=True,
+        logging_steps=5,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        seed=0,
+    )
     trainer = trl.GRPOTrainer(
-        model=policy, reward_funcs=reward, args=options, train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
+        model=policy,
+        reward_funcs=reward,
+        args=options,
+        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
-    )  # fmt: skip
+    )
     trainer.train()
     rewards = [row["rewards/gcrm/mean"] for row in trainer.state.log_history if "rewards/gcrm/mean" in row]
     assert rewards[-1] > rewards[0]

@@ -89,8 +89,9 @@ def test_rewards_are_those_of_transformers_on_the_same_text(
     prompts, answers = completions
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    batch = tokenizer([p + a + tokenizer.eos_token for p, a in zip(*completions, strict=True)], padding=True,
-                      return_tensors="pt")  # fmt: skip
+    batch = tokenizer(
+        [p + a + tokenizer.eos_token for p, a in zip(*completions, strict=True)], padding=True, return_tensors="pt"
+    )
     with torch.no_grad():
         expected = theirs(**batch).logits[:, 0].numpy()
     rewards = model.score(prompts, answers)
@@ -149,9 +150,10 @@ def test_the_prompt_of_many_completions_is_computed_once(
     computed: list[int] = []
     forward = model.network.model.forward
     monkeypatch.setattr(
-        model.network.model, "forward",
+        model.network.model,
+        "forward",
         lambda axis, backend: computed.append(len(axis.input_ids_T)) or forward(axis, backend),
-    )  # fmt: skip
+    )
     model.judge(encoded)
     expected = 0
     for prompt in dict.fromkeys(prompts):
@@ -233,8 +235,9 @@ def test_a_reward_model_of_another_program_scores_without_goals(tmp_path: Path) 
     head = {"v_head.summary.weight": torch.randn(1, 32), "v_head.summary.bias": torch.ones(1)}
     model = RewardModel.from_pretrained(llama(tmp_path / "m", trunk() | head), device="cpu")
     [state] = model.representations(["one"], ["two"])
-    np.testing.assert_allclose(model.score(["one"], ["two"]), state[-1] @ head["v_head.summary.weight"].numpy()[0],
-                               rtol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(
+        model.score(["one"], ["two"]), state[-1] @ head["v_head.summary.weight"].numpy()[0], rtol=1e-5
+    )
     with pytest.raises(UserError, match=r"the model has no goal state \(goal.safetensors\): make one with gcrm goals"):
         model.q_values(["one"], ["two"])
 
@@ -349,8 +352,11 @@ def test_a_killed_run_goes_on_to_the_same_output(
     assert (state["windows"], state["bytes"] < (tmp_path / "out.gz.partial").stat().st_size) == (2, True)
     scored: list[int] = []
     judge = RewardModel.judge
-    monkeypatch.setattr(RewardModel, "judge", lambda self, encoded, **options:
-                        scored.append(len(encoded)) or judge(self, encoded, **options))  # fmt: skip
+    monkeypatch.setattr(
+        RewardModel,
+        "judge",
+        lambda self, encoded, **options: scored.append(len(encoded)) or judge(self, encoded, **options),
+    )
     result = gcrm(data, "-o", out)
     assert (result.returncode, sum(scored)) == (0, 40 - 14)
     assert "going on after 14 records" in result.stderr
@@ -410,8 +416,21 @@ print(*sorted({name.split(".")[0] for name in sys.modules} & {"matplotlib", "ten
 def test_processes_share_the_work_and_write_one_output(gcrm: Gcrm, folder: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "a", [{"prompt": f"p{i % 40}", "completion": f"{i}"} for i in range(2500)])
     assert gcrm(data, "-o", tmp_path / "one").returncode == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "gcrm_fast", "score", str(folder), str(data), "-o", str(tmp_path / "two")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "gcrm_fast",
+        "score",
+        str(folder),
+        str(data),
+        "-o",
+        str(tmp_path / "two"),
+    ]
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -434,7 +453,7 @@ def test_processes_share_the_work_and_write_one_output(gcrm: Gcrm, folder: Path,
         ("[1]", r"a:11: a record must be a JSON object"),
         ('{"prompt": "p", "chosen": "x", "rejected": "y"}', r"a:11: has the format 'prompt, chosen, rejected', but"),
     ],
-)  # fmt: skip
+)
 def test_a_bad_record_ends_the_run_with_its_place_and_no_output(
     gcrm: Gcrm, tmp_path: Path, line: str, message: str
 ) -> None:
@@ -491,7 +510,7 @@ def test_damaged_gzip_and_wrong_calls(gcrm: Gcrm, tmp_path: Path) -> None:
         ([tmp_path / "a", "-o", out, "--tokens-per-batch", "9"], r"a:\d+: field 'completion' needs \d+ tokens, more"),
         ([tmp_path / "a", "-o", out, "--tokens-per-batch", "0"], "--tokens-per-batch 0: must be at least 1"),
         (["-o", out], "no records are named"),
-    ):  # fmt: skip
+    ):
         result = gcrm(*arguments)
         assert result.returncode == 2
         assert re.search(message, result.stderr.splitlines()[-1]), result.stderr

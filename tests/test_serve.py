@@ -100,9 +100,14 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 @contextlib.contextmanager
 def running(
-    model: RewardModel, *, token: str = "", max_body: int = 10_000, timeout: float = 20.0, limit: int = 64,
+    model: RewardModel,
+    *,
+    token: str = "",
+    max_body: int = 10_000,
+    timeout: float = 20.0,
+    limit: int = 64,
     delay: float = 0.002,
-) -> Iterator[Server]:  # fmt: skip
+) -> Iterator[Server]:
     batcher = Batcher(model, delay=delay, limit=limit)
     app = create_app(batcher, token=token, max_body=max_body, timeout=timeout)
     program = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="error", ws="none"))
@@ -407,8 +412,12 @@ def test_a_large_request_takes_turns_and_ends_with_its_client(
         # One that nobody waits for any more ends with the batch at hand.
         stopped = Stopped(model, monkeypatch)
         line = http.client.HTTPConnection("127.0.0.1", found.port, timeout=10)
-        line.request("POST", "/score", json.dumps({"prompts": ["hello?"] * 100, "completions": texts}),
-                     {"content-type": "application/json"})  # fmt: skip
+        line.request(
+            "POST",
+            "/score",
+            json.dumps({"prompts": ["hello?"] * 100, "completions": texts}),
+            {"content-type": "application/json"},
+        )
         assert stopped.entered.wait(30)
         line.close()
         assert eventually(lambda: not found.program.server_state.tasks)
@@ -511,10 +520,27 @@ def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_program_warns_serves_and_ends_in_order(folder: Path) -> None:
     """On all addresses it warns, as there is no token; on SIGTERM it answers what waits and ends with code 0."""
-    command = [sys.executable, "-m", "gcrm_fast.cli", "serve", str(folder), "--port", "0", "--delay", "1", "--host",
-               "0.0.0.0"]  # fmt: skip
-    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "gcrm_fast.cli",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--delay",
+        "1",
+        "--host",
+        "0.0.0.0",
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
         port = int(line.partition(",")[0].rpartition(":")[2])
@@ -528,8 +554,10 @@ def test_the_program_warns_serves_and_ends_in_order(folder: Path) -> None:
         assert eventually(up)
         waiting = socket.create_connection(("127.0.0.1", port), timeout=20)
         body = b'{"query": ["a"]}'
-        waiting.sendall(b"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                        b"Content-Length: %d\r\n\r\n%s" % (len(body), body))  # fmt: skip
+        waiting.sendall(
+            b"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
         assert waiting.recv(1000).startswith(b"HTTP/1.1 200")

@@ -339,8 +339,10 @@ def test_optimizers_learn_with_the_memory_they_promise(pairs: list[TokenizedPair
             gradients = sum(bytes_of(p.grad) for p in model.model.layers.parameters())
             updater.update(step, loss)
         size = sum(p.numel() for p in model.model.layers.parameters())
-        held = gradients + sum(bytes_of(p) + sum(map(bytes_of, updater.optimizer.state[p].values()))
-                               for p in model.model.layers.parameters())  # fmt: skip
+        held = gradients + sum(
+            bytes_of(p) + sum(map(bytes_of, updater.optimizer.state[p].values()))
+            for p in model.model.layers.parameters()
+        )
     assert sums[-1] < 0.7 * sums[0]
     assert held / size == pytest.approx(OPTIMIZER_BYTES[name], rel=0.03)
 

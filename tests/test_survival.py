@@ -34,9 +34,31 @@ from gcrm_fast.training.snapshots import checkpoints, read_manifest
 
 def arguments(pair_file: Path, output: Path, *more: str) -> list[str]:
     """Twelve steps over 21 pairs, two checkpoints an epoch, evaluated at steps 0, 6 and 12."""
-    return ["--data", str(pair_file), "--eval-data", str(pair_file), "--allow-overlap", "--output", str(output), *TINY,
-            "--vocab-size", "300", "--global-batch-pairs", "8", "--steps", "12", "--log-every", "3", "--eval-every",
-            "6", "--save-every", "2", "--lr", "0.01", *more]  # fmt: skip
+    return [
+        "--data",
+        str(pair_file),
+        "--eval-data",
+        str(pair_file),
+        "--allow-overlap",
+        "--output",
+        str(output),
+        *TINY,
+        "--vocab-size",
+        "300",
+        "--global-batch-pairs",
+        "8",
+        "--steps",
+        "12",
+        "--log-every",
+        "3",
+        "--eval-every",
+        "6",
+        "--save-every",
+        "2",
+        "--lr",
+        "0.01",
+        *more,
+    ]
 
 
 def trained(output: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
@@ -44,8 +66,9 @@ def trained(output: Path) -> tuple[list[dict[str, float]], dict[str, torch.Tenso
     log = [{k: v for k, v in row.items() if k not in TIMES} for row in rows(output)]
     model = output / "model"
     return [row for row in log if row.keys() != {"step"}], {
-        **load_file(model / "model.safetensors"), "goal": load_file(model / "goal.safetensors")["default"],
-    }  # fmt: skip
+        **load_file(model / "model.safetensors"),
+        "goal": load_file(model / "goal.safetensors")["default"],
+    }
 
 
 def assert_same(a: Path, b: Path) -> None:
@@ -102,8 +125,13 @@ def stopped(pair_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Runs that survive")[2]
     launch = shlex.split(next(line for line in section.splitlines() if "--signals-to-handle" in line))
     options = launch[1 : launch.index("gcrm_fast/train.py")]  # of which the last number of processes counts
-    run = start(*arguments(pair_file, output, "--steps", "100000", "--save-every", "50000", "--eval-every", "50000",
-                           "--log-every", "1"), processes=2, options=options)  # fmt: skip
+    run = start(
+        *arguments(
+            pair_file, output, "--steps", "100000", "--save-every", "50000", "--eval-every", "50000", "--log-every", "1"
+        ),
+        processes=2,
+        options=options,
+    )
     wait_for(lambda: (output / "metrics.jsonl").exists() and len(rows(output)) > 3, "the first steps")
     os.kill(workers(run)[1], signal.SIGUSR1)
     wait_for(lambda: bool(checkpoints(output)), "the checkpoint of SIGUSR1")
@@ -225,8 +253,13 @@ def test_orphans_end_and_free_the_folder(pair_file: Path, tmp_path: Path) -> Non
     run = start(*arguments(pair_file, tmp_path, *more), processes=2)
     wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(rows(tmp_path)) > 2, "the first steps")
     ranks = workers(run)
-    loaders = [int(pid) for rank in ranks for pid in subprocess.run(
-        ["pgrep", "-P", str(rank)], capture_output=True, text=True, check=False).stdout.split()]  # fmt: skip
+    loaders = [
+        int(pid)
+        for rank in ranks
+        for pid in subprocess.run(
+            ["pgrep", "-P", str(rank)], capture_output=True, text=True, check=False
+        ).stdout.split()
+    ]
     assert len(loaders) == 2
     run.kill()
     wait_for(lambda: not any(map(alive, [*ranks, *loaders])), "the orphans' end", 10)
@@ -248,8 +281,13 @@ def test_orphans_end_and_free_the_folder(pair_file: Path, tmp_path: Path) -> Non
 )
 def test_a_rank_that_fails_ends_the_run(pair_file: Path, tmp_path: Path, kind: str, timeout: str, message: str) -> None:
     """And its processes that build packs; what nobody expects is told with its traceback."""
-    result = torchrun(f"{kind}:1:5", *arguments(pair_file, tmp_path, "--timeout", timeout, "--workers", "1"),
-                      processes=2, script="tests/faulty.py", options=["--shutdown-timeout", "2"])  # fmt: skip
+    result = torchrun(
+        f"{kind}:1:5",
+        *arguments(pair_file, tmp_path, "--timeout", timeout, "--workers", "1"),
+        processes=2,
+        script="tests/faulty.py",
+        options=["--shutdown-timeout", "2"],
+    )
     assert result.returncode != 0
     assert message in result.stderr
     assert result.stderr.count("Traceback (most recent call last)") == 1 + (kind == "bug")  # torchrun's own
@@ -346,9 +384,13 @@ def test_a_chosen_checkpoint_or_none(
 
 @pytest.mark.parametrize("asked", ["never", "checkpoints/step-00000002"])
 def test_a_restart_goes_on_whatever_was_asked_for_at_the_start(
-    unfinished: Path, undisturbed: Path, pair_file: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str], asked: str,
-) -> None:  # fmt: skip
+    unfinished: Path,
+    undisturbed: Path,
+    pair_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    asked: str,
+) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     asked = asked if asked == "never" else str(unfinished / asked)
     assert main(arguments(pair_file, unfinished, "--resume", asked)) == 0
@@ -357,9 +399,12 @@ def test_a_restart_goes_on_whatever_was_asked_for_at_the_start(
 
 
 def test_another_configuration_is_refused_with_the_difference(
-    unfinished: Path, pair_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    unfinished: Path,
+    pair_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     other_margins = tmp_path / "margins.jsonl"
     with gzip.open(pair_file, "rt") as file:
         other_margins.write_text("".join(json.dumps({**json.loads(line), "margin": 1.0}) + "\n" for line in file))
@@ -380,8 +425,22 @@ def test_another_configuration_is_refused_with_the_difference(
         return update(self, step, loss)
 
     monkeypatch.setattr(train.Updater, "update", watched)
-    assert main(arguments(pair_file, unfinished, "--seed", "3", "--resume-force", "--tokens-per-batch", "300",
-                          "--weight-decay", "0.25")) == 0  # fmt: skip
+    assert (
+        main(
+            arguments(
+                pair_file,
+                unfinished,
+                "--seed",
+                "3",
+                "--resume-force",
+                "--tokens-per-batch",
+                "300",
+                "--weight-decay",
+                "0.25",
+            )
+        )
+        == 0
+    )
     assert decays == {0.25}, "forced to go on, with the options of now"
 
 
@@ -397,8 +456,23 @@ def test_checkpoints_that_stay(pair_file: Path, tmp_path: Path, monkeypatch: pyt
         removed(self)
 
     monkeypatch.setattr(snapshots.Checkpoints, "remove_all", look)
-    assert main(arguments(pair_file, tmp_path, "--eval-every", "2", "--keep", "2", "--keep-best", "eval/auroc",
-                          "--save-every", "5")) == 0  # fmt: skip
+    assert (
+        main(
+            arguments(
+                pair_file,
+                tmp_path,
+                "--eval-every",
+                "2",
+                "--keep",
+                "2",
+                "--keep-best",
+                "eval/auroc",
+                "--save-every",
+                "5",
+            )
+        )
+        == 0
+    )
     assert [name for name, _ in present] == ["step-00000004", "step-00000008", "step-00000010"]
     assert [about["eval/auroc"] for _, about in present] == [0.9, 0.3, 0.2]
     then = torch.load(tmp_path / "step4.pt")["model"]
@@ -573,6 +647,8 @@ def test_the_log_is_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
     log.write(3, {"loss": 5.0})
     log.close()
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
-        {"step": 1, "loss": None}, {"step": 2, "loss": 2}, {"step": 3, "loss": 5.0},
-    ]  # fmt: skip
+        {"step": 1, "loss": None},
+        {"step": 2, "loss": 2},
+        {"step": 3, "loss": 5.0},
+    ]
     assert [row["step"] for row in log.rows] == [1, 2, 3]

@@ -153,10 +153,13 @@ def test_one_of_several_processes_builds(tmp_path):
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", BUILD_SLOWLY, str(tmp_path / "cache")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ,
         )
         for _ in range(3)
-    ]  # fmt: skip
+    ]
     for worker in workers:
         assert worker.stdin
         worker.stdin.close()

@@ -26,10 +26,22 @@ def llama2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(WORDS[(i * k) % len(WORDS)] for k in range(12)) for i in range(200)]
     with (folder / "tokenizer.model").open("wb") as file:
         SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=file, model_type="bpe", vocab_size=380, byte_fallback=True,
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, split_digits=True, normalization_rule_name="identity",
-            add_dummy_prefix=True, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=380,
+            byte_fallback=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            minloglevel=2,
+        )
     return folder
 
 
@@ -61,14 +73,29 @@ def test_sentencepiece_model_follows_its_tokenizer_config(llama2: Path, tmp_path
 
 # What transformers 4.57 and 5 write beside the tokenizer.json of a Llama 2, and 5 beside that of a Llama 3.
 WRITTEN: dict[str, dict[str, Any]] = {
-    "4.57": {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True, "add_eos_token": False,
-             "extra_special_tokens": {}, "additional_special_tokens": ["fox"]},
+    "4.57": {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "extra_special_tokens": {},
+        "additional_special_tokens": ["fox"],
+    },
     "4.57, CodeLlama": {"tokenizer_class": "CodeLlamaTokenizer", "additional_special_tokens": ["fox"]},
-    "5": {"tokenizer_class": "LlamaTokenizer", "backend": "tokenizers", "is_local": True, "add_bos_token": True,
-          "extra_special_tokens": ["fox"]},
-    "5, other classes": {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers", "is_local": True,
-                         "extra_special_tokens": ["fox"]},
-}  # fmt: skip
+    "5": {
+        "tokenizer_class": "LlamaTokenizer",
+        "backend": "tokenizers",
+        "is_local": True,
+        "add_bos_token": True,
+        "extra_special_tokens": ["fox"],
+    },
+    "5, other classes": {
+        "tokenizer_class": "TokenizersBackend",
+        "backend": "tokenizers",
+        "is_local": True,
+        "extra_special_tokens": ["fox"],
+    },
+}
 
 
 @pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN.keys())

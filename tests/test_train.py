@@ -96,15 +96,40 @@ def test_one_to_four_processes_give_the_same_losses_and_model(pair_file: Path, t
     """Invariant 4 through the real program: unequal packs, empty ones, a last batch of fewer pairs than ranks."""
     logs, models = [], []
     for processes, tokens, *shape in (
-        (1, "4000"), (2, "150", "--gather", "block"), (3, "4000"), (4, "150", "--replicas", "2"),
-    ):  # fmt: skip
+        (1, "4000"),
+        (2, "150", "--gather", "block"),
+        (3, "4000"),
+        (4, "150", "--replicas", "2"),
+    ):
         output = tmp_path / str(processes)
         result = torchrun(
-            "--data", str(pair_file), "--eval-data", str(pair_file), "--output", str(output), *TINY,
-            "--vocab-size", "300", "--allow-overlap",
-            "--global-batch-pairs", "10", "--epochs", "2", "--tokens-per-batch", tokens, "--log-every", "1",
-            "--group-prompts", "2", "--projection-size", "8", "--lr", "0.01", *shape, processes=processes,
-        )  # fmt: skip
+            "--data",
+            str(pair_file),
+            "--eval-data",
+            str(pair_file),
+            "--output",
+            str(output),
+            *TINY,
+            "--vocab-size",
+            "300",
+            "--allow-overlap",
+            "--global-batch-pairs",
+            "10",
+            "--epochs",
+            "2",
+            "--tokens-per-batch",
+            tokens,
+            "--log-every",
+            "1",
+            "--group-prompts",
+            "2",
+            "--projection-size",
+            "8",
+            "--lr",
+            "0.01",
+            *shape,
+            processes=processes,
+        )
         assert result.returncode == 0, result.stderr
         logs.append(rows(output))
         models.append(load_file(output / "model" / "model.safetensors"))
@@ -123,9 +148,29 @@ def test_comparing_all_positions_trains(pair_file: Path, tmp_path: Path) -> None
     contrastive = []
     for samples in ("1", "16"):
         output = tmp_path / samples
-        code = main(["--data", str(pair_file), "--output", str(output), *TINY, "--vocab-size", "300", "--lr", "0.01",
-                     "--objective-variant", "dense", "--samples", samples, "--epochs", "8", "--log-every", "1",
-                     "--global-batch-pairs", "21"])  # fmt: skip
+        code = main(
+            [
+                "--data",
+                str(pair_file),
+                "--output",
+                str(output),
+                *TINY,
+                "--vocab-size",
+                "300",
+                "--lr",
+                "0.01",
+                "--objective-variant",
+                "dense",
+                "--samples",
+                samples,
+                "--epochs",
+                "8",
+                "--log-every",
+                "1",
+                "--global-batch-pairs",
+                "21",
+            ]
+        )
         assert code == 0
         contrastive.append([row["loss/contrastive"] for row in rows(output) if "loss/contrastive" in row])
     assert contrastive[0] == contrastive[1]
@@ -136,9 +181,27 @@ def test_comparing_all_positions_trains(pair_file: Path, tmp_path: Path) -> None
 def test_optimizers_that_spare_memory_train_and_save(pair_file: Path, tmp_path: Path, optimizer: str) -> None:
     pytest.importorskip("torchao")
     with torch.compiler.set_stance("force_eager"):
-        code = main(["--data", str(pair_file), "--output", str(tmp_path / "out"), *TINY, "--vocab-size", "300",
-                     "--steps", "4", "--log-every", "1", "--lr", "0.01", "--optimizer", optimizer,
-                     "--workers", "1"])  # fmt: skip
+        code = main(
+            [
+                "--data",
+                str(pair_file),
+                "--output",
+                str(tmp_path / "out"),
+                *TINY,
+                "--vocab-size",
+                "300",
+                "--steps",
+                "4",
+                "--log-every",
+                "1",
+                "--lr",
+                "0.01",
+                "--optimizer",
+                optimizer,
+                "--workers",
+                "1",
+            ]
+        )
     assert code == 0
     losses = [row["loss"] for row in rows(tmp_path / "out") if "loss" in row]
     assert len(losses) == 4
@@ -151,8 +214,22 @@ def test_a_run_that_diverges_ends_with_one_line(pair_file: Path, tmp_path: Path,
     more = (
         ["--eval-data", str(pair_file), "--allow-overlap", "--eval-every", "1"] if evaluated else ["--log-every", "1"]
     )
-    result = gcrm("--data", str(pair_file), "--output", str(tmp_path / "out"), *TINY, "--vocab-size", "300", "--lr",
-                  "1e30", "--warmup", "0", "--steps", "9", *more)  # fmt: skip
+    result = gcrm(
+        "--data",
+        str(pair_file),
+        "--output",
+        str(tmp_path / "out"),
+        *TINY,
+        "--vocab-size",
+        "300",
+        "--lr",
+        "1e30",
+        "--warmup",
+        "0",
+        "--steps",
+        "9",
+        *more,
+    )
     assert result.returncode == 2
     assert "not finite" in result.stderr
     assert "Traceback" not in result.stderr
@@ -181,8 +258,23 @@ def test_what_became_of_the_records_is_told_and_listed(tmp_path: Path, gcrm: Gcr
     data, held_out, output = tmp_path / "pairs.jsonl", tmp_path / "eval.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps(record) + "\n" for record in [*good, *bad]))
     held_out.write_text(json.dumps({"prompt": "p2", "chosen": "other", "rejected": "no"}) + "\n")
-    arguments = ["--data", str(data), "--eval-data", str(held_out), "--output", str(output), *TINY, "--steps", "1",
-                 "--vocab-size", "300", "--max-length", "32", "--on-bad-record", "skip"]  # fmt: skip
+    arguments = [
+        "--data",
+        str(data),
+        "--eval-data",
+        str(held_out),
+        "--output",
+        str(output),
+        *TINY,
+        "--steps",
+        "1",
+        "--vocab-size",
+        "300",
+        "--max-length",
+        "32",
+        "--on-bad-record",
+        "skip",
+    ]
     refused = gcrm(*arguments)
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"gcrm train: {held_out}:1: field 'prompt' is also in the training data")

@@ -111,8 +111,13 @@ def test_every_way_to_vote_is_reported() -> None:
     questions = [question(["w", "w", "r"], [0, 0, 5], [[9] * 5 + [-1] * 5, [9] * 5 + [-1] * 5, [9] * 10])]
     found = {result.name: result for result in voting.results(questions, 0.0, 2)}
     right = {name for name, result in found.items() if result.accuracy == 1}
-    assert right == {"reward-weighted", "best of n", "majority of the top 2", "Q-filtered majority",
-                     "released metric, Q-filtered"}  # fmt: skip
+    assert right == {
+        "reward-weighted",
+        "best of n",
+        "majority of the top 2",
+        "Q-filtered majority",
+        "released metric, Q-filtered",
+    }
     assert found["Q-filtered majority"].won == 1
 
 
@@ -146,8 +151,10 @@ def test_vote_reports_what_the_votes_give(model: Path, tmp_path: Path, capsys: p
     reward = RewardModel.from_pretrained(model).score(
         [r["question"] for r in records], [r["completion"] for r in records]
     )
-    best = [max(range(5 * q, 5 * q + 5), key=lambda i: (records[i]["predicted_answer"] is not None, reward[i]))
-            for q in range(6)]  # fmt: skip
+    best = [
+        max(range(5 * q, 5 * q + 5), key=lambda i: (records[i]["predicted_answer"] is not None, reward[i]))
+        for q in range(6)
+    ]
     expected = np.mean([records[i]["predicted_answer"] == "five" for i in best])
     assert found["all", "accuracy:best of n"] == expected
     assert json.loads((out / "results.json").read_text())["threshold"] == 0.0
@@ -187,9 +194,13 @@ def test_an_automatic_threshold_is_chosen_on_one_half_and_reported_on_the_other(
     ],
 )
 def test_bad_input_of_vote(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object], arguments: list[str],
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, object],
+    arguments: list[str],
     message: str,
-) -> None:  # fmt: skip
+) -> None:
     records = samples()
     records[2] = {k: v for k, v in (records[2] | change).items() if v is not ...}
     file = write(tmp_path / "samples.jsonl", records)

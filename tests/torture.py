@@ -59,8 +59,9 @@ def test_many_kills_at_random_moments_change_nothing(pair_file: Path, tmp_path: 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_loss_that_is_none_on_the_last_rank(pair_file: Path, tmp_path: Path, processes: int) -> None:
-    result = torchrun(f"nan:{processes - 1}:5", *arguments(pair_file, tmp_path), processes=processes,
-                      script="tests/faulty.py")  # fmt: skip
+    result = torchrun(
+        f"nan:{processes - 1}:5", *arguments(pair_file, tmp_path), processes=processes, script="tests/faulty.py"
+    )
     assert result.returncode == 0, result.stderr
     assert {row["step"]: row["skipped"] for row in rows(tmp_path) if "skipped" in row} == {3: 0, 6: 1, 9: 0, 12: 0}
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "model" / "model.safetensors").values())
@@ -101,8 +102,12 @@ def tracebacks(stderr: str) -> int:
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
-                             capture_output=True, text=True, check=False)  # fmt: skip
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
     try:

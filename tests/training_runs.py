@@ -17,8 +17,16 @@ from torch.distributed.run import get_args_parser
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32", "--dtype", "float32"]
 # Metrics that are measured times and what follows from them.
-TIMES = {"pairs_per_s", "tokens_per_s", "padded_equivalent_tokens_per_s", "mfu", "hfu", "data_wait", "peak_memory_gib",
-         "checkpoint_stall_s"}  # fmt: skip
+TIMES = {
+    "pairs_per_s",
+    "tokens_per_s",
+    "padded_equivalent_tokens_per_s",
+    "mfu",
+    "hfu",
+    "data_wait",
+    "peak_memory_gib",
+    "checkpoint_stall_s",
+}
 
 
 class Result(NamedTuple):
@@ -56,9 +64,11 @@ def start(
     launch = ["--standalone", "--local-addr", "127.0.0.1", *options, "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *launch, str(ROOT / script), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **({} if torch.cuda.device_count() > 1 else on_cpus)},
-    )  # fmt: skip
+    )
 
 
 def torchrun(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:

@@ -10,8 +10,15 @@ from gcrm_fast.common.errors import UserError, one_line
 
 HEAD_FILE = "gcrm.json"
 COMPANION = "gcrm.safetensors"
-TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-                   "vocab.json", "merges.txt"]  # fmt: skip
+TOKENIZER_FILES = [
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+]
 # Of the weights, in subfolders or in the format of Mistral itself: not fetched.
 OTHER_COPIES = ["*/*", "consolidated*.safetensors"]
 MODEL_FILES = [*TOKENIZER_FILES, "adapter_config.json", HEAD_FILE, "*.safetensors", "*.safetensors.index.json"]

@@ -38,18 +38,28 @@ def fingerprint(state: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def save_model(
-    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: PreTrainedTokenizerBase, goal: Tensor,
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    goal: Tensor,
     goal_count: int,
-) -> None:  # fmt: skip
+) -> None:
     """Writes the whole model folder. ``goal`` [D or H] is the mean of z over ``goal_count`` preferred end states."""
     weights = write_model(folder, state, config, tokenizer)
     write_goals(folder / GOAL_FILE, {DEFAULT: goal}, {DEFAULT: goal_count}, weights)
 
 
 def write_model(
-    folder: Path, state: Mapping[str, Tensor], config: ModelConfig, tokenizer: PreTrainedTokenizerBase, *,
-    bias: Tensor | None = None, fields: Mapping[str, Any] | None = None, about: Mapping[str, Any] | None = None,
-) -> str:  # fmt: skip
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    bias: Tensor | None = None,
+    fields: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> str:
     """Writes weights, configuration and tokenizer; returns the fingerprint of the weights.
 
     For what other programs read (see commands/export.py): ``bias`` [1] of the reward head, which has none here;

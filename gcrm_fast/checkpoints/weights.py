@@ -137,9 +137,12 @@ def _scan(files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def _match(
-    stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], folder: Path, config: ModelConfig,
+    stored: Mapping[str, Stored],
+    wanted: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    config: ModelConfig,
     seed: int | None,
-) -> tuple[dict[str, str], tuple[str, ...]]:  # fmt: skip
+) -> tuple[dict[str, str], tuple[str, ...]]:
     """(stored name of each parameter that is not to be started anew, notes). Raises UserError, see open_weights."""
     source, left_out, notes = _match_trunk(stored, wanted, folder), dict(LEFT_OUT), []
     head = _linear_head(stored, folder, config)

@@ -111,8 +111,18 @@ def table(rows: Sequence[Row]) -> str:
         lines.setdefault((row.source, row.group), {})[row.measure] = row
     identities = sorted({row.measure for row in rows if row.measure.startswith("baseline_identity")})
     pairs = any(row.measure == "pair_accuracy" for row in rows)
-    head = ["", "n", "right", "AUROC of reward", "of Q", "within questions", *(["pair accuracy"] if pairs else []),
-            "length", "position Q", *(name.removeprefix("baseline_") for name in identities)]  # fmt: skip
+    head = [
+        "",
+        "n",
+        "right",
+        "AUROC of reward",
+        "of Q",
+        "within questions",
+        *(["pair accuracy"] if pairs else []),
+        "length",
+        "position Q",
+        *(name.removeprefix("baseline_") for name in identities),
+    ]
     cells = []
     for (source, group), found in lines.items():
         n, right = found["completions"].value, found["right"].value

@@ -154,12 +154,19 @@ def _summary(options: ExportOptions, config: ModelConfig, scale: Scale | None) -
         place = {"openrlhf": "config.json (mean) and gcrm.json", "token-classification": "score.bias and gcrm.json"}
         rows += [
             ("rewards were", f"mean {scale.mean:.6g}, deviation {scale.std:.6g}, {scale.completions} completions"),
-            ("rewards are", f"divided by the deviation; still to be added: {scale.shift:.6g}, in "
-                            f"{place.get(options.format, 'gcrm.json')}"),
-        ]  # fmt: skip
+            (
+                "rewards are",
+                f"divided by the deviation; still to be added: {scale.shift:.6g}, in "
+                f"{place.get(options.format, 'gcrm.json')}",
+            ),
+        ]
     if config.head != "linear":
-        rows.append(("reward head", f"in {COMPANION}, for gcrm_fast alone: it has several layers, and "
-                                    "transformers would start another one"))  # fmt: skip
+        rows.append(
+            (
+                "reward head",
+                f"in {COMPANION}, for gcrm_fast alone: it has several layers, and transformers would start another one",
+            )
+        )
     if config.projection_size:
         rows.append(("projection", f"in {COMPANION}, for Q-values here: the format has no place for it"))
     return rows

@@ -22,8 +22,13 @@ from gcrm_fast.inference.scoring import RewardModel
 
 LABEL = "is_correct"
 COMPARISONS = {
-    ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
-}  # fmt: skip
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 CONDITION = re.compile(rf"\s*(.+?)\s*({'|'.join(COMPARISONS)})\s*(.+?)\s*")
 
 
@@ -131,8 +136,10 @@ def run(options: GoalOptions) -> None:
     counts[options.name] = len(chosen)
     with written_aside(path) as partial:
         write_goals(partial, goals, counts, model.fingerprint)
-    print(f"{path}: goal {options.name!r} is the mean end state of {len(chosen)} completions; {cut} cut ones left out, "
-          f"{len(bad.skipped)} bad records skipped")  # fmt: skip
+    print(
+        f"{path}: goal {options.name!r} is the mean end state of {len(chosen)} completions; {cut} cut ones left out, "
+        f"{len(bad.skipped)} bad records skipped"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -191,8 +191,11 @@ def with_scores(record: Sequence[Candidate], scores: dict[str, list[Any]]) -> di
 def tokens_of(model: RewardModel, completion: Completion, judged: Judged) -> dict[str, Any]:
     """What --per-token adds: ids, texts, and the rewards and Q-values at each token."""
     assert judged.rewards_n is not None
-    values = {"ids": completion.ids[completion.start :].tolist(), "texts": model.texts(completion),
-              "rewards": numbers(judged.rewards_n)}  # fmt: skip
+    values = {
+        "ids": completion.ids[completion.start :].tolist(),
+        "texts": model.texts(completion),
+        "rewards": numbers(judged.rewards_n),
+    }
     return values if judged.q_Gn is None else values | {"q_values": numbers(judged.q_Gn[0])}
 
 
@@ -216,9 +219,11 @@ def score_window(window: Window, model: RewardModel, goal: Tensor | None, per_to
             good.append((record, own_tokens))
     flat = [completion for _, own_tokens in good for completion in own_tokens]
     judged = model.judge(
-        flat, goals_GD=goal[None] if goal is not None else None, per_token=per_token,
+        flat,
+        goals_GD=goal[None] if goal is not None else None,
+        per_token=per_token,
         names=[candidate.label for record, _ in good for candidate in record],
-    )  # fmt: skip
+    )
     rest = iter(zip(flat, judged, strict=True))
     lines = []
     for record, _ in good:
@@ -265,15 +270,23 @@ def gathered(value: T, world_size: int) -> list[T]:
 
 
 def score_files(
-    options: ScoreOptions, model: RewardModel, goal: Tensor | None, output: Output | Stdout, done: Progress,
-    rank: int, world_size: int,
-) -> bool:  # fmt: skip
+    options: ScoreOptions,
+    model: RewardModel,
+    goal: Tensor | None,
+    output: Output | Stdout,
+    done: Progress,
+    rank: int,
+    world_size: int,
+) -> bool:
     """Scores what ``done`` does not count yet. False, and nothing is written, if that was made of other records."""
     bad, unscored = (BadRecords(skip=options.on_bad_record == "skip") for _ in range(2))
     records = completions_of_records(
-        options.data, fields=["*"], columns=parse_columns(options.columns, COMPLETION_FORMATS),
-        tokenizer=model.tokenizer, bad=bad,
-    )  # fmt: skip
+        options.data,
+        fields=["*"],
+        columns=parse_columns(options.columns, COMPLETION_FORMATS),
+        tokenizer=model.tokenizer,
+        bad=bad,
+    )
     read = hashlib.sha256()
 
     def hashed(window: Window) -> Window:

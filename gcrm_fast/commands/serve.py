@@ -102,8 +102,12 @@ def serve(options: ServeOptions) -> None:
     check(options)
     token = read_token(options)
     if is_open(options.host) and not token:
-        print(f"gcrm serve: warning: {options.host} can be reached from other machines, and no token is asked for: "
-              f"set {TOKEN_VARIABLE} or --token-file", file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"gcrm serve: warning: {options.host} can be reached from other machines, and no token is asked for: "
+            f"set {TOKEN_VARIABLE} or --token-file",
+            file=sys.stderr,
+            flush=True,
+        )
     with bind(options.host, options.port) as listener:
         import uvicorn  # an extra; check() has seen that it is there
 
@@ -116,9 +120,15 @@ def serve(options: ServeOptions) -> None:
         batcher = Batcher(model, delay=options.delay, limit=options.queue)
         app = create_app(batcher, token=token, max_body=options.max_body, timeout=options.timeout)
         config = uvicorn.Config(
-            app, access_log=False, log_level="warning", server_header=False, ws="none", lifespan="on",
-            limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=int(options.timeout) + 1,
-        )  # fmt: skip
+            app,
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+            ws="none",
+            lifespan="on",
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=int(options.timeout) + 1,
+        )
         host, port = listener.getsockname()[:2]
         goals = ", ".join(model.goals) or "none"
         print(f"gcrm serve: http://{f'[{host}]' if ':' in host else host}:{port}, goals: {goals}", flush=True)

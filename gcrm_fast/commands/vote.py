@@ -124,11 +124,15 @@ def rows_of(source: str, election: Election) -> list[Row]:
     ]
     for result in election.results:
         rows.append(Row(source, group, f"accuracy:{result.name}", result.accuracy, result.low, result.high))
-        rows += [Row(source, group, f"{name}:{result.name}", value)
-                 for name, value in (("won", result.won), ("lost", result.lost), ("p", result.p))]  # fmt: skip
+        rows += [
+            Row(source, group, f"{name}:{result.name}", value)
+            for name, value in (("won", result.won), ("lost", result.lost), ("p", result.p))
+        ]
     for point in election.curve:
-        rows += [Row(source, group, f"{name}@{point.threshold:.6g}", getattr(point, name))
-                 for name in ("accuracy", "dropped", "saved", "none_left")]  # fmt: skip
+        rows += [
+            Row(source, group, f"{name}@{point.threshold:.6g}", getattr(point, name))
+            for name in ("accuracy", "dropped", "saved", "none_left")
+        ]
     return rows
 
 
@@ -141,8 +145,15 @@ def table(elections: Sequence[Election]) -> str:
             lines.append([f"{election.group}: {r.name}", accuracy, str(r.won), str(r.lost), f"{r.p:.2g}"])
         chosen = election.saving
         shares = [f"{100 * share:.1f}%" for share in (chosen.dropped, chosen.saved, chosen.none_left)]
-        savings.append([election.group, str(election.results[0].questions), str(election.samples),
-                        number(chosen.threshold), *shares])  # fmt: skip
+        savings.append(
+            [
+                election.group,
+                str(election.results[0].questions),
+                str(election.samples),
+                number(chosen.threshold),
+                *shares,
+            ]
+        )
     return (
         columns(["", "accuracy", "won", "lost", "p"], lines)
         + "\n\n"
@@ -163,8 +174,11 @@ def run(options: Options) -> None:
     expected = expected_of(candidates, questions, options.expected)
     groups = groups_of(candidates, options.by)
     members = {"all": np.arange(len(candidates))}
-    members |= {f"{name}={value}": np.flatnonzero(value_N == value)
-                for name, value_N in groups.items() for value in np.unique(value_N)}  # fmt: skip
+    members |= {
+        f"{name}={value}": np.flatnonzero(value_N == value)
+        for name, value_N in groups.items()
+        for value in np.unique(value_N)
+    }
     for group, own in members.items() if options.threshold == "auto" else ():
         if len(set(halves([questions[i] for i in own]))) < 2:
             raise UserError(f"--threshold auto: the questions of {group} are too few to split in two: give a number")
@@ -173,8 +187,9 @@ def run(options: Options) -> None:
         judged = judge(model, candidates, goal_D)
         elections = []
         for group, own in members.items():
-            of_group = gather([questions[i] for i in own], [answers[i] for i in own], expected,
-                              [judged[i] for i in own])  # fmt: skip
+            of_group = gather(
+                [questions[i] for i in own], [answers[i] for i in own], expected, [judged[i] for i in own]
+            )
             elections.append(elect(group, of_group, options.threshold, options.top_k))
         plot_savings({e.group: (e.results[0].accuracy, e.saving, e.curve) for e in elections}, folder / "savings.png")
         about = {

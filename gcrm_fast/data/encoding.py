@@ -134,9 +134,13 @@ def encode_completions(
 
 
 def _completion(
-    tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], encoding: Encoding, text: str, prompt_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: frozenset[int],
+    encoding: Encoding,
+    text: str,
+    prompt_length: int,
     cut: bool,
-) -> Completion:  # fmt: skip
+) -> Completion:
     ids, bos = encoding.ids, tokenizer.bos_token_id
     # An eos that the tokenizer adds has an empty span. Without it, one rule serves all: only the text's own end counts.
     if ids and ids[-1] == tokenizer.eos_token_id and _span(encoding, len(ids) - 1) == (0, 0):
@@ -181,8 +185,10 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> str:
         digest.update(len(raw).to_bytes(8, "little"))
         digest.update(raw)
 
-    add(f"{TOKENS_VERSION} {tokenizers.__version__} {tokenizer.bos_token_id} {tokenizer.eos_token_id} "
-        f"{sorted(end_tokens(tokenizer))} {tokenizer.split_special_tokens}")  # fmt: skip
+    add(
+        f"{TOKENS_VERSION} {tokenizers.__version__} {tokenizer.bos_token_id} {tokenizer.eos_token_id} "
+        f"{sorted(end_tokens(tokenizer))} {tokenizer.split_special_tokens}"
+    )
     add(tokenizer.backend_tokenizer.to_str())
     for pair in pairs:
         add(pair.prompt)

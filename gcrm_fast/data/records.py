@@ -353,9 +353,13 @@ def _extra_fields(raw: dict[str, Any], names: Sequence[str], record: _Record) ->
 
 
 def _converted(
-    source: str, formats: Formats, columns: Mapping[str, str], tokenizer: PreTrainedTokenizerBase | None,
-    bad: BadRecords, convert: Callable[[_Record, str, dict[str, Any]], list[T]],
-) -> Iterator[list[T]]:  # fmt: skip
+    source: str,
+    formats: Formats,
+    columns: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase | None,
+    bad: BadRecords,
+    convert: Callable[[_Record, str, dict[str, Any]], list[T]],
+) -> Iterator[list[T]]:
     """What ``convert(record, format, raw record)`` makes of each good record of ``source``."""
     skipped, count = len(bad.skipped), 0
     first: tuple[str, str] | None = None  # format and place of the first good record
@@ -475,8 +479,10 @@ def _texts(record: _Record, format_: str) -> list[tuple[str, str, str, bool]]:
     if format_ not in COMPLETION_FORMATS or format_ in PAIRS:  # format_of has names of its own for chosen and rejected
         [pair] = _two_sides(record, format_)
         better, worse = PAIRS["question" if format_ == "question" else "chosen and rejected"][-2:]
-        return [(pair.prompt, pair.chosen, better, pair.chosen_cut),
-                (pair.prompt, pair.rejected, worse, pair.rejected_cut)]  # fmt: skip
+        return [
+            (pair.prompt, pair.chosen, better, pair.chosen_cut),
+            (pair.prompt, pair.rejected, worse, pair.rejected_cut),
+        ]
     prompt, name = COMPLETION_FORMATS[format_][0], COMPLETION_FORMATS[format_][-1]
     if name == "completions":
         given = record.items(name)

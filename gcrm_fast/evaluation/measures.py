@@ -55,9 +55,14 @@ class Labelled:
 
     def subset(self, mask_N: np.ndarray) -> "Labelled":
         return Labelled(
-            self.right_N[mask_N], self.question_N[mask_N], self.half_N[mask_N], self.lengths_N[mask_N],
-            self.reward_NP[mask_N], [self.q_N[i] for i in np.flatnonzero(mask_N)], self.pairs,
-        )  # fmt: skip
+            self.right_N[mask_N],
+            self.question_N[mask_N],
+            self.half_N[mask_N],
+            self.lengths_N[mask_N],
+            self.reward_NP[mask_N],
+            [self.q_N[i] for i in np.flatnonzero(mask_N)],
+            self.pairs,
+        )
 
 
 def halves(questions: Sequence[str]) -> np.ndarray:

@@ -94,10 +94,15 @@ class Scale:
         place_n = 1 - np.asarray(self._place(value_n), dtype=float)
         across = max(len(value_n) - 1, 1)
         points = " ".join(f"{100 * i / across:.2f},{2 + 36 * y:.2f}" for i, y in enumerate(place_n))
-        strokes = "".join(f'<path d="M{100 * i / across:.2f} 0V40" stroke="#a50026" stroke-dasharray="1.5 1.5" '
-                          'vector-effect="non-scaling-stroke"/>' for i in marks)  # fmt: skip
-        return (f'<svg viewBox="0 0 100 40" preserveAspectRatio="none"><polyline points="{points}" '
-                f'vector-effect="non-scaling-stroke"/>{strokes}</svg>')  # fmt: skip
+        strokes = "".join(
+            f'<path d="M{100 * i / across:.2f} 0V40" stroke="#a50026" stroke-dasharray="1.5 1.5" '
+            'vector-effect="non-scaling-stroke"/>'
+            for i in marks
+        )
+        return (
+            f'<svg viewBox="0 0 100 40" preserveAspectRatio="none"><polyline points="{points}" '
+            f'vector-effect="non-scaling-stroke"/>{strokes}</svg>'
+        )
 
 
 def section(column: Column, q: Scale, reward: Scale) -> str:

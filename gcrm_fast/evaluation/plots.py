@@ -48,8 +48,11 @@ def plot_roc(scored: Mapping[str, Labelled], path: Path) -> None:
     with _panels(path, len(scored), min(len(scored), ACROSS), 4.2, 4) as panels:
         for axes, (source, labelled) in zip(panels, scored.items(), strict=True):
             length_N, longer = labelled.lengths_N, auroc(labelled.right_N, labelled.lengths_N) >= 0.5
-            curves = [("reward", "-", labelled.reward_NP[:, -1]), ("Q", "-", labelled.q_NP[:, -1]),
-                      ("longer" if longer else "shorter", ":", length_N if longer else -length_N)]  # fmt: skip
+            curves = [
+                ("reward", "-", labelled.reward_NP[:, -1]),
+                ("Q", "-", labelled.q_NP[:, -1]),
+                ("longer" if longer else "shorter", ":", length_N if longer else -length_N),
+            ]
             for name, style, score_N in curves:
                 wrong, right, _ = roc_curve(labelled.right_N, score_N)
                 value = auroc(labelled.right_N, score_N)
@@ -67,8 +70,11 @@ def plot_partial(rows: Sequence[Row], path: Path) -> None:
             values.setdefault(row.source, {})[row.measure] = row.value
     with _panels(path, len(values), min(len(values), ACROSS), 4.2, 3.6) as panels:
         for axes, (source, found) in zip(panels, values.items(), strict=True):
-            for name, label, style in (("auroc_reward", "reward", "o-"), ("auroc_q", "Q", "o-"),
-                                       ("baseline_position_q", "Q by position alone", "o:")):  # fmt: skip
+            for name, label, style in (
+                ("auroc_reward", "reward", "o-"),
+                ("auroc_q", "Q", "o-"),
+                ("baseline_position_q", "Q by position alone", "o:"),
+            ):
                 axes.plot(PERCENT, [found[f"{name}@{p}"] for p in PERCENT], style, label=label, markersize=3)
             axes.axhline(found["baseline_length"], color="tab:red", linestyle=":", linewidth=1, label="length, known")
             axes.axhline(0.5, color="0.7", linewidth=0.8)
@@ -78,8 +84,11 @@ def plot_partial(rows: Sequence[Row], path: Path) -> None:
 def plot_histograms(scored: Mapping[str, Labelled], path: Path) -> None:
     """Reward and final Q of right and wrong completions, a row a source."""
     with _panels(path, 2 * len(scored), 2, 5, 3) as panels:
-        drawn = [(source, labelled, name, score_NP[:, -1]) for source, labelled in scored.items()
-                 for name, score_NP in (("reward", labelled.reward_NP), ("Q", labelled.q_NP))]  # fmt: skip
+        drawn = [
+            (source, labelled, name, score_NP[:, -1])
+            for source, labelled in scored.items()
+            for name, score_NP in (("reward", labelled.reward_NP), ("Q", labelled.q_NP))
+        ]
         for axes, (source, labelled, name, score_N) in zip(panels, drawn, strict=True):
             edges = np.histogram_bin_edges(score_N.astype(np.float64), 50).tolist()
             for label, mask_N in (("right", labelled.right_N), ("wrong", ~labelled.right_N)):

@@ -40,8 +40,9 @@ def check_folder(path: Path, overwrite: bool) -> None:
 def write_rows(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
     """results.csv, a line a row, and results.json, an object with ``about`` and the rows; what is NaN is left empty in
     the one and null in the other."""
-    records = [{name: None if value != value else value for name, value in dataclasses.asdict(row).items()}
-               for row in rows]  # fmt: skip
+    records = [
+        {name: None if value != value else value for name, value in dataclasses.asdict(row).items()} for row in rows
+    ]
     with (folder / "results.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()

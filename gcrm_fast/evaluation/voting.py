@@ -178,5 +178,8 @@ def results(questions: Sequence[Question], threshold: float, k: int) -> list[Res
     plain = np.array([released(q) for q in questions], dtype=bool)
     filtered_ = np.array([released(q, kept_n) for q, kept_n in zip(questions, kept, strict=True)], dtype=bool)
     found = [compared(name, right_Q, right["majority"]) for name, right_Q in right.items()]
-    return [*found, compared("released metric, majority", plain, plain),
-            compared("released metric, Q-filtered", filtered_, plain)]  # fmt: skip
+    return [
+        *found,
+        compared("released metric, majority", plain, plain),
+        compared("released metric, Q-filtered", filtered_, plain),
+    ]

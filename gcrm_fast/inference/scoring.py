@@ -49,18 +49,28 @@ class RewardModel:
     """
 
     def __init__(
-        self, network: LlamaRewardModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, fingerprint: str,
-        goals: dict[str, Tensor], tokens_per_batch: int,
-    ) -> None:  # fmt: skip
+        self,
+        network: LlamaRewardModel,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        fingerprint: str,
+        goals: dict[str, Tensor],
+        tokens_per_batch: int,
+    ) -> None:
         self.network, self.config, self.tokenizer, self.device = network, network.config, tokenizer, device
         self.fingerprint, self.goals = fingerprint, goals
         self.budget = Budget(tokens_per_batch, network.config.hidden_size)
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto",
-        tokens_per_batch: int = 16384, attention: str = "auto",
-    ) -> Self:  # fmt: skip
+        cls,
+        path_or_hub: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        tokens_per_batch: int = 16384,
+        attention: str = "auto",
+    ) -> Self:
         """Loads a folder or a hub repository: what ``gcrm train`` saved, or any reward model that README lists.
 
         Args:
@@ -97,8 +107,10 @@ class RewardModel:
             ValueError: ``prompts``, ``completions`` and ``cuts`` are not of one length.
         """
         if not len(prompts) == len(completions) == len(completions if cuts is None else cuts):
-            raise ValueError(f"{len(prompts)} prompts, {len(completions)} completions, "
-                             f"{len(completions if cuts is None else cuts)} cuts: one of each is wanted")  # fmt: skip
+            raise ValueError(
+                f"{len(prompts)} prompts, {len(completions)} completions, "
+                f"{len(completions if cuts is None else cuts)} cuts: one of each is wanted"
+            )
         encoded: list[Completion] = []
         for a in range(0, len(prompts), CHUNK):
             part = slice(a, a + CHUNK)
@@ -156,9 +168,14 @@ class RewardModel:
 
     @torch.inference_mode()
     def judge(
-        self, encoded: Sequence[Completion], *, goals_GD: Tensor | None = None, per_token: bool = False,
-        names: Sequence[str] | None = None, progress: bool = False,
-    ) -> list[Judged]:  # fmt: skip
+        self,
+        encoded: Sequence[Completion],
+        *,
+        goals_GD: Tensor | None = None,
+        per_token: bool = False,
+        names: Sequence[str] | None = None,
+        progress: bool = False,
+    ) -> list[Judged]:
         """Rewards, and where asked for rewards and Q-values at every token, in the order of ``encoded``.
 
         One causal forward a completion, the shared start of a prompt's completions once. States stay on the device.
@@ -182,8 +199,11 @@ class RewardModel:
                     reward_R[rows] if per_token else None,
                     q_GR[:, rows] if q_GR is not None else None,
                 )
-        wrong = [i for i, j in judged.items()
-                 if not (np.isfinite(j.reward) and (j.q_Gn is None or np.isfinite(j.q_Gn).all()))]  # fmt: skip
+        wrong = [
+            i
+            for i, j in judged.items()
+            if not (np.isfinite(j.reward) and (j.q_Gn is None or np.isfinite(j.q_Gn).all()))
+        ]
         if wrong:
             what = "has a reward or Q-value that is not finite: mend the model's weights, or take float32"
             raise UserError(f"{_name(min(wrong), names)} {what}")

@@ -57,14 +57,27 @@ def packed_attention(
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(
-            q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=True,
+            q_TND,
+            k_KGD,
+            v_KGD,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            causal=True,
             deterministic=torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
+        )
     if backend == "torch_varlen":
         out = varlen_attn(
-            q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            q_TND,
+            k_KGD,
+            v_KGD,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
             **_VARLEN_OPTIONS,
-        )  # fmt: skip
+        )
         assert isinstance(out, Tensor)
         return out
     return segment_attention(q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k)

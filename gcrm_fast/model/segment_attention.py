@@ -175,9 +175,15 @@ def _(q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seql
 
 @torch.library.custom_op("gcrm::segment_attention_backward", mutates_args=())
 def _segment_attention_backward(
-    grad_TND: Tensor, out_TND: Tensor, lse_TN: Tensor, q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_TND: Tensor,
+    out_TND: Tensor,
+    lse_TN: Tensor,
+    q_TND: Tensor,
+    k_KGD: Tensor,
+    v_KGD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. Each row belongs to one segment, so writing is enough: nothing adds up here."""
     k_KND, v_KND = (_for_heads(x, q_TND.shape[1]) for x in (k_KGD, v_KGD))
     dq_TND, dk_KND, dv_KND = (torch.empty_like(x) for x in (q_TND, k_KND, v_KND))
@@ -196,9 +202,15 @@ def _segment_attention_backward(
 
 @_segment_attention_backward.register_fake
 def _(
-    grad_TND: Tensor, out_TND: Tensor, lse_TN: Tensor, q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor,
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_TND: Tensor,
+    out_TND: Tensor,
+    lse_TN: Tensor,
+    q_TND: Tensor,
+    k_KGD: Tensor,
+    v_KGD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     dq_TND, dk_KGD, dv_KGD = (x.new_empty(x.shape) for x in (q_TND, k_KGD, v_KGD))
     return dq_TND, dk_KGD, dv_KGD
 

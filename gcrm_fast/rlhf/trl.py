@@ -23,9 +23,14 @@ class RewardFunction:
     """
 
     def __init__(
-        self, model: RewardModel | str | Path, *, q_weight: float = 0.0, goal: str | None = None,
-        ends: Collection[int] = (), name: str = "gcrm",
-    ) -> None:  # fmt: skip
+        self,
+        model: RewardModel | str | Path,
+        *,
+        q_weight: float = 0.0,
+        goal: str | None = None,
+        ends: Collection[int] = (),
+        name: str = "gcrm",
+    ) -> None:
         self.model = model if isinstance(model, RewardModel) else RewardModel.from_pretrained(model)
         self.q_weight = q_weight
         self.goals_GD = self.model.goal(goal)[None] if q_weight else None
@@ -33,9 +38,12 @@ class RewardFunction:
         self.__name__ = name
 
     def __call__(
-        self, prompts: Sequence[str | Messages], completions: Sequence[str | Messages],
-        completion_ids: Sequence[Sequence[int]] | None = None, **columns: Any,
-    ) -> list[float]:  # fmt: skip
+        self,
+        prompts: Sequence[str | Messages],
+        completions: Sequence[str | Messages],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        **columns: Any,
+    ) -> list[float]:
         """Rewards in the order of ``completions``; ``columns``, the data set's others, change nothing."""
         texts = [as_text(self.model.tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
         cuts = [False] * len(texts)

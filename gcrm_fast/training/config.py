@@ -304,19 +304,47 @@ def check(config: TrainConfig) -> None:
 
     for name, choices in CHOICES.items():
         need(getattr(config, name) in choices, name, one_of(getattr(config, name), choices))
-    for name in ("global_batch_pairs", "group_prompts", "replicas", "tokens_per_batch", "samples", "log_every",
-                 "arithmetic_steps", "hidden_size", "layers", "heads", "kv_heads", "intermediate_size"):  # fmt: skip
+    for name in (
+        "global_batch_pairs",
+        "group_prompts",
+        "replicas",
+        "tokens_per_batch",
+        "samples",
+        "log_every",
+        "arithmetic_steps",
+        "hidden_size",
+        "layers",
+        "heads",
+        "kv_heads",
+        "intermediate_size",
+    ):
         need(getattr(config, name) >= 1, name, "at least 1")
-    for name in ("train_pairs", "eval_pairs", "steps", "eval_every", "save_every", "keep", "max_skipped", "goal_pairs",
-                 "projection_size", "lr", "contrastive_weight", "weight_decay", "seed",
-                 "pairs_per_prompt"):  # fmt: skip
+    for name in (
+        "train_pairs",
+        "eval_pairs",
+        "steps",
+        "eval_every",
+        "save_every",
+        "keep",
+        "max_skipped",
+        "goal_pairs",
+        "projection_size",
+        "lr",
+        "contrastive_weight",
+        "weight_decay",
+        "seed",
+        "pairs_per_prompt",
+    ):
         need(0 <= getattr(config, name) < float("inf"), name, "0 or more, and finite")
     for name in ("epochs", "temperature", "clip", "timeout"):
         need(0 < getattr(config, name) < float("inf"), name, "more than 0, and finite")
     need(config.workers >= -1, "workers", "-1 or more")
     if config.optimizer != "adamw":
-        need(importlib.util.find_spec("torchao") is not None, "optimizer",
-             "adamw unless torchao is installed (pip install 'gcrm-fast[torchao]')")  # fmt: skip
+        need(
+            importlib.util.find_spec("torchao") is not None,
+            "optimizer",
+            "adamw unless torchao is installed (pip install 'gcrm-fast[torchao]')",
+        )
     need(config.samples <= 64, "samples", "at most 64")
     if config.objective_variant == "dense":
         need(config.pairing in ("auto", "paired"), "pairing", "paired with --objective-variant dense")

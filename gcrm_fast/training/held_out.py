@@ -68,9 +68,14 @@ def goal_state(
 
 @torch.no_grad()
 def score_pairs(
-    model: nn.Module, pairs: Sequence[TokenizedPair], goal_D: Tensor, objective: Objective, budget: Budget,
-    sampling: Sampling, device: torch.device,
-) -> Scores:  # fmt: skip
+    model: nn.Module,
+    pairs: Sequence[TokenizedPair],
+    goal_D: Tensor,
+    objective: Objective,
+    budget: Budget,
+    sampling: Sampling,
+    device: torch.device,
+) -> Scores:
     """Rewards, Q-values along the completion and loss statistics of ``pairs``, gathered on every rank."""
     ids: list[int] = []
     parts: list[np.ndarray] = []

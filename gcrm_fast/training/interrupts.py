@@ -48,8 +48,11 @@ class Interrupts:
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
         """Signals are wishes within; as before after it. Only the main thread may enter."""
-        before = {number: signal.signal(number, self._stop) for number in STOPPING
-                  if signal.getsignal(number) != signal.SIG_IGN}  # fmt: skip
+        before = {
+            number: signal.signal(number, self._stop)
+            for number in STOPPING
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
         before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._save)
         try:
             yield

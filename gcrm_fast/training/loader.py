@@ -33,9 +33,16 @@ class Steps(Dataset[Step]):
     """``steps[i]``, i from 0: a pure function of (data, seed, i), whoever asks and in whatever order."""
 
     def __init__(
-        self, pairs: Sequence[TokenizedPair], budget: Budget, sampling: Sampling, *, global_batch_pairs: int,
-        group_prompts: int, rank: int, world_size: int,
-    ) -> None:  # fmt: skip
+        self,
+        pairs: Sequence[TokenizedPair],
+        budget: Budget,
+        sampling: Sampling,
+        *,
+        global_batch_pairs: int,
+        group_prompts: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
         self.pairs = pairs
         self.budget = budget
         self.sampling = sampling

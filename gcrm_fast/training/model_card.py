@@ -73,20 +73,26 @@ def _header(config: TrainConfig, metrics: Mapping[str, float]) -> str:
     source = " ".join(config.eval_data or config.data)
     results = [
         EvalResult(
-            task_type="text-classification", dataset_type="preference-pairs", dataset_name=source,
-            metric_type=kind, metric_name=name, metric_value=round(metrics[key], 4),
+            task_type="text-classification",
+            dataset_type="preference-pairs",
+            dataset_name=source,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(metrics[key], 4),
         )
         for key, kind, name in (("eval/accuracy", "accuracy", "pair accuracy"), ("eval/auroc", "roc_auc", "AUROC"))
         if key in metrics
-    ]  # fmt: skip
+    ]
     values: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
         "tags": ["reward-model", "goal-conditioned", "gcrm"],
         "base_model": config.model if _on_the_hub(config.model) else None,
-        "datasets": sorted({"/".join(name.partition(":")[0].split("/")[:2]) for name in config.data
-                            if _on_the_hub(name)}) or None,
-    }  # fmt: skip
+        "datasets": sorted(
+            {"/".join(name.partition(":")[0].split("/")[:2]) for name in config.data if _on_the_hub(name)}
+        )
+        or None,
+    }
     if results:
         values |= {"model_name": Path(config.output or "gcrm").name, "eval_results": results}
     return str(ModelCardData(**values).to_yaml()).strip()

@@ -67,10 +67,16 @@ def load_pairs(
         n_train, n_eval = config.train_pairs or usual["train_pairs"], config.eval_pairs or usual["eval_pairs"]
         return arithmetic.generate(n_train, n_eval, config.seed, config.arithmetic_steps)
     train, held_out = (
-        read_pairs(sources, fields=fields, columns=parse_columns(config.columns), tokenizer=tokenizer,
-                   pairs_per_prompt=config.pairs_per_prompt, bad=bad)
+        read_pairs(
+            sources,
+            fields=fields,
+            columns=parse_columns(config.columns),
+            tokenizer=tokenizer,
+            pairs_per_prompt=config.pairs_per_prompt,
+            bad=bad,
+        )
         for sources, fields in ((config.data, ()), (config.eval_data, config.eval_by))
-    )  # fmt: skip
+    )
     if config.eval_pairs and len(held_out) > config.eval_pairs:
         chosen = np.random.default_rng(config.seed).permutation(len(held_out))[: config.eval_pairs]
         held_out = [held_out[i] for i in sorted(chosen)]
@@ -163,9 +169,20 @@ def prepare(config: TrainConfig) -> Prepared:
     per_epoch = batches_per_epoch(len(tokenized), config.global_batch_pairs)
     steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
     return Prepared(
-        tokenizer, model_config, tokenized, tokenized_held_out, report, held_out_report, shared, bad, weights,
-        budget, sampling, steps, output,
-    )  # fmt: skip
+        tokenizer,
+        model_config,
+        tokenized,
+        tokenized_held_out,
+        report,
+        held_out_report,
+        shared,
+        bad,
+        weights,
+        budget,
+        sampling,
+        steps,
+        output,
+    )
 
 
 def default_output(config: TrainConfig) -> str:
@@ -188,9 +205,14 @@ def objective_of(config: TrainConfig) -> Objective:
 
 def steps_of(prepared: Prepared, config: TrainConfig, rank: int, world_size: int) -> Steps:
     return Steps(
-        prepared.train, prepared.budget, prepared.sampling, global_batch_pairs=config.global_batch_pairs,
-        group_prompts=config.group_prompts, rank=rank, world_size=world_size,
-    )  # fmt: skip
+        prepared.train,
+        prepared.budget,
+        prepared.sampling,
+        global_batch_pairs=config.global_batch_pairs,
+        group_prompts=config.group_prompts,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -244,8 +266,10 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
     """What became of the records: shown by --dry-run and at the start of a run."""
 
     def count(pairs: list[TokenizedPair], report: TokenReport) -> str:
-        return (f"{len(pairs)} ({report.dropped} dropped: longer than --max-length {config.max_length} tokens; "
-                f"{report.shortened} with a shortened prompt)")  # fmt: skip
+        return (
+            f"{len(pairs)} ({report.dropped} dropped: longer than --max-length {config.max_length} tokens; "
+            f"{report.shortened} with a shortened prompt)"
+        )
 
     report, held_out_report, shared = prepared.report, prepared.held_out_report, prepared.overlap
     rows = [
@@ -260,8 +284,13 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
         rows.append(("records without a pair", f"{prepared.bad.tied}: all their completions tie"))
     longest = max(len(ids) for pair in prepared.train for ids in (pair.chosen_ids, pair.rejected_ids))
     if longest > prepared.model_config.max_position_embeddings:
-        rows.append(("longer than the model knows", f"up to {longest} tokens, its max_position_embeddings is "
-                     f"{prepared.model_config.max_position_embeddings}"))  # fmt: skip
+        rows.append(
+            (
+                "longer than the model knows",
+                f"up to {longest} tokens, its max_position_embeddings is "
+                f"{prepared.model_config.max_position_embeddings}",
+            )
+        )
     return rows
 
 
@@ -282,9 +311,11 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
             ("steps", f"{prepared.steps} of {config.global_batch_pairs} pairs"),
             ("packs a step", f"{len(packs) / sampled_steps:.1f} over all processes (first {sampled_steps} steps)"),
             ("pack fill", f"{100 * sum(tokens) / len(tokens) / config.tokens_per_batch:.0f}% of --tokens-per-batch"),
-            ("padded / packed", f"{sum(w.padded_tokens for w in done) / sum(tokens):.2f} times the tokens, were the "
-                                "packs padded"),
+            (
+                "padded / packed",
+                f"{sum(w.padded_tokens for w in done) / sum(tokens):.2f} times the tokens, were the packs padded",
+            ),
             ("parameters", f"{m.parameters() / 1e6:.2f} M"),
             ("predicted memory", str(plan)),
         ]
-    )  # fmt: skip
+    )

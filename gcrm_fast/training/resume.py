@@ -18,12 +18,38 @@ from gcrm_fast.training.optimizer import Updater
 from gcrm_fast.training.snapshots import Found, checkpoints, damage, first_whole, load, read_manifest
 
 # Options that change neither what is trained nor the order of the data: free to differ in a resumed run.
-FREE = frozenset({
-    "allow_overlap", "attention", "cache", "compile", "config", "deterministic", "dry_run", "eval_by", "eval_data",
-    "eval_every", "eval_pairs", "goal_pairs", "keep", "keep_best", "log_every", "max_skipped", "output", "overwrite",
-    "gather", "preset", "recompute", "replicas", "resume", "resume_force", "save_every", "timeout",
-    "tokens_per_batch", "workers",
-})  # fmt: skip
+FREE = frozenset(
+    {
+        "allow_overlap",
+        "attention",
+        "cache",
+        "compile",
+        "config",
+        "deterministic",
+        "dry_run",
+        "eval_by",
+        "eval_data",
+        "eval_every",
+        "eval_pairs",
+        "goal_pairs",
+        "keep",
+        "keep_best",
+        "log_every",
+        "max_skipped",
+        "output",
+        "overwrite",
+        "gather",
+        "preset",
+        "recompute",
+        "replicas",
+        "resume",
+        "resume_force",
+        "save_every",
+        "timeout",
+        "tokens_per_batch",
+        "workers",
+    }
+)
 
 
 class Window:
@@ -69,8 +95,12 @@ class RunState:
         """For ``snapshots``; sharded where the model is."""
         model, optimizer = get_state_dict(self.model, self.updater.optimizer)
         counts = {"applied": self.updater.applied, "skipped_in_row": self.updater.skipped_in_row}
-        return {"model": model, "optimizer": optimizer, "counts": counts,
-                "window": {f"rank{dist.get_rank()}": self.window.sums}}  # fmt: skip
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "counts": counts,
+            "window": {f"rank{dist.get_rank()}": self.window.sums},
+        }
 
     def load(self, found: Found, group: dist.ProcessGroup) -> None:
         """Takes over a checkpoint's tensors, written by any number of ranks."""
@@ -83,9 +113,11 @@ class RunState:
         tensors["window"] = sums
         load(found, tensors, group)  # in place: counts, weights and moments are those of the run itself
         set_state_dict(
-            self.model, self.updater.optimizer, model_state_dict=tensors["model"],
+            self.model,
+            self.updater.optimizer,
+            model_state_dict=tensors["model"],
             optim_state_dict=tensors["optimizer"],
-        )  # fmt: skip
+        )
         for parameters in self.updater.optimizer.param_groups:
             parameters.update(self.updater.settings)
         self.window.sums.copy_(sum(sums.values(), torch.zeros_like(self.window.sums)))
@@ -115,8 +147,11 @@ def differences(config: TrainConfig, data_key: str, found: Found) -> list[str]:
     now, then = _plain(config), found.facts["config"]
     if now["dtype"] == "auto":  # means that of the checkpoint
         now["dtype"] = then["dtype"]
-    changed = [f"--{name.replace('_', '-')} was {then.get(name)!r} and is {now[name]!r}"
-               for name in now if name not in FREE and now[name] != then.get(name)]  # fmt: skip
+    changed = [
+        f"--{name.replace('_', '-')} was {then.get(name)!r} and is {now[name]!r}"
+        for name in now
+        if name not in FREE and now[name] != then.get(name)
+    ]
     if found.facts["data_key"] != data_key:
         changed.append("the training data or its tokens are others")
     return changed

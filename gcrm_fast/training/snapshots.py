@@ -243,8 +243,10 @@ class Checkpoints:
         for path in checkpoints(self.folder.parent):
             with contextlib.suppress(UserError):
                 values[path] = read_manifest(path)["facts"]["metrics"].get(self.metric, -math.inf)
-        return sorted((path for path, value in values.items() if value > -math.inf and value >= least),
-                      key=lambda path: -values[path])  # fmt: skip
+        return sorted(
+            (path for path, value in values.items() if value > -math.inf and value >= least),
+            key=lambda path: -values[path],
+        )
 
     def remove_all(self) -> None:
         """On rank 0, once the run needs none of them."""

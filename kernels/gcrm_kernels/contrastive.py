@@ -180,9 +180,16 @@ def _add_rows(out_RH: Tensor, index_I: Tensor, values_IH: Tensor) -> None:
 @torch.library.custom_op("gcrm::goal_contrastive_loss", mutates_args=())
 @operator_body
 def _forward(
-    hidden: Tensor, rows: Tensor, has_positive: Tensor, starts: Tensor, offsets: Tensor, units: Tensor,
-    grid: bool, mean_then_log: bool, temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    rows: Tensor,
+    has_positive: Tensor,
+    starts: Tensor,
+    offsets: Tensor,
+    units: Tensor,
+    grid: bool,
+    mean_then_log: bool,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [N], similarity [2, N], weights, own); the tiles are only handed on to the backward."""
     run = triton_contrastive.forward if use_triton(hidden) else _analytic_forward
     return run(hidden, rows, has_positive, grid, mean_then_log, temperature)
@@ -190,9 +197,16 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    hidden: Tensor, rows: Tensor, has_positive: Tensor, starts: Tensor, offsets: Tensor, units: Tensor,
-    grid: bool, mean_then_log: bool, temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    rows: Tensor,
+    has_positive: Tensor,
+    starts: Tensor,
+    offsets: Tensor,
+    units: Tensor,
+    grid: bool,
+    mean_then_log: bool,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, n, s = rows.shape
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     shapes: tuple[tuple[Any, ...], ...] = ((n,), (2, n), (2, n, s, s) if grid else (2, n, s), (4, n, s))
@@ -203,9 +217,15 @@ def _(
 @torch.library.custom_op("gcrm::goal_contrastive_loss_backward", mutates_args=())
 @operator_body
 def _backward(
-    grad: Tensor, hidden: Tensor, rows: Tensor, weights: Tensor, own: Tensor, starts: Tensor, offsets: Tensor,
+    grad: Tensor,
+    hidden: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    own: Tensor,
+    starts: Tensor,
+    offsets: Tensor,
     units: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     if use_triton(hidden):
         return triton_contrastive.backward(grad, hidden, rows, weights, own, starts, offsets, units, TILE_ROWS)
     return _analytic_backward(grad, hidden, rows, weights, own)
@@ -213,9 +233,15 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad: Tensor, hidden: Tensor, rows: Tensor, weights: Tensor, own: Tensor, starts: Tensor, offsets: Tensor,
+    grad: Tensor,
+    hidden: Tensor,
+    rows: Tensor,
+    weights: Tensor,
+    own: Tensor,
+    starts: Tensor,
+    offsets: Tensor,
     units: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
@@ -236,10 +262,19 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def goal_contrastive_loss(
-    hidden_RH: Tensor, sources_NS: Tensor, goals_NS: Tensor, negative_sources_NS: Tensor, negative_goals_NS: Tensor,
-    projection_DH: Tensor | None = None, *, has_positive_N: Tensor, pairing: str = "paired",
-    reduce: str = "log_then_mean", temperature: float = 1.0, tiles: RowTiles | None = None,
-) -> tuple[Tensor, ContrastiveStatistics]:  # fmt: skip
+    hidden_RH: Tensor,
+    sources_NS: Tensor,
+    goals_NS: Tensor,
+    negative_sources_NS: Tensor,
+    negative_goals_NS: Tensor,
+    projection_DH: Tensor | None = None,
+    *,
+    has_positive_N: Tensor,
+    pairing: str = "paired",
+    reduce: str = "log_then_mean",
+    temperature: float = 1.0,
+    tiles: RowTiles | None = None,
+) -> tuple[Tensor, ContrastiveStatistics]:
     """Contrastive loss of each pair, [N] (float32, or float64 for float64 states), and its statistics.
 
     Differentiable, once, in ``hidden_RH`` and ``projection_DH``.

@@ -57,9 +57,22 @@ def _blocks(states_MD: Tensor, cu_seqlens: Tensor, temperature: float) -> Iterat
             weight += negative.to(z.dtype) * (1 / ((b - a) * (c - b)))
             sign = torch.where(positive, 1.0, -1.0).to(z.dtype)
             counted_once = chosen[rows, None] & (position > position[rows, None])
-            yield n, slice(a + rows.start, a + rows.stop), (
-                z, rows, scale, own_scale, cosine, positive, negative, weight, sign, counted_once,
-            )  # fmt: skip
+            yield (
+                n,
+                slice(a + rows.start, a + rows.stop),
+                (
+                    z,
+                    rows,
+                    scale,
+                    own_scale,
+                    cosine,
+                    positive,
+                    negative,
+                    weight,
+                    sign,
+                    counted_once,
+                ),
+            )
 
 
 def _analytic_forward(states_MD: Tensor, cu_seqlens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

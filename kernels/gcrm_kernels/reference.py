@@ -39,9 +39,15 @@ def _reduce(logits: Tensor, reduce: str) -> Tensor:
 
 
 def goal_contrastive_loss(
-    hidden_RH: Tensor, rows_4NS: Tensor, projection_DH: Tensor | None = None, *, has_positive_N: Tensor,
-    pairing: str = "paired", reduce: str = "log_then_mean", temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hidden_RH: Tensor,
+    rows_4NS: Tensor,
+    projection_DH: Tensor | None = None,
+    *,
+    has_positive_N: Tensor,
+    pairing: str = "paired",
+    reduce: str = "log_then_mean",
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """(loss [N], mean similarity [2, N] of positives and negatives); rows: sources, goals, negative sources, goals."""
     a_NSH, b_NSH, m_NSH, n_NSH = unit_rows(_project(hidden_RH, projection_DH))[rows_4NS]
     if pairing == "paired":
@@ -51,8 +57,9 @@ def goal_contrastive_loss(
     positive_loss_N = torch.where(has_positive_N, _reduce(positive / temperature, reduce), 0.0)
     # 1 - sigmoid(c) = sigmoid(-c), also of the mean, so the same reduction of -c serves the negatives.
     loss_N = positive_loss_N + _reduce(-negative / temperature, reduce)
-    similarity_2N = torch.stack([torch.where(has_positive_N, positive.flatten(1).mean(1), 0.0),
-                                 negative.flatten(1).mean(1)])  # fmt: skip
+    similarity_2N = torch.stack(
+        [torch.where(has_positive_N, positive.flatten(1).mean(1), 0.0), negative.flatten(1).mean(1)]
+    )
     return loss_N, similarity_2N.detach()
 
 

@@ -111,11 +111,26 @@ def _contrastive_partial_kernel(
 
 @triton.jit
 def _contrastive_forward_kernel(
-    hidden_ptr, partials_ptr, rows_ptr, has_positive_ptr, loss_ptr, similarity_ptr, weights_ptr, own_ptr,
-    n_pairs, width, row_stride, inverse_temperature,
-    EPS: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, BLOCK_H: tl.constexpr,
-    GRID: tl.constexpr, MEAN_THEN_LOG: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
+    hidden_ptr,
+    partials_ptr,
+    rows_ptr,
+    has_positive_ptr,
+    loss_ptr,
+    similarity_ptr,
+    weights_ptr,
+    own_ptr,
+    n_pairs,
+    width,
+    row_stride,
+    inverse_temperature,
+    EPS: tl.constexpr,
+    S: tl.constexpr,
+    SP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GRID: tl.constexpr,
+    MEAN_THEN_LOG: tl.constexpr,
+    PARTS: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SP)
     valid = s < S
@@ -198,9 +213,25 @@ def add_product(acc, coefficients, states):
 
 @triton.jit
 def _add_role(
-    acc, own, r, hidden_ptr, rows_ptr, weights_ptr, own_ptr, sample, partner_sample, stride, partner_stride, grad,
-    row_stride, h, width, S: tl.constexpr, SP: tl.constexpr, GRID: tl.constexpr,
-):  # fmt: skip
+    acc,
+    own,
+    r,
+    hidden_ptr,
+    rows_ptr,
+    weights_ptr,
+    own_ptr,
+    sample,
+    partner_sample,
+    stride,
+    partner_stride,
+    grad,
+    row_stride,
+    h,
+    width,
+    S: tl.constexpr,
+    SP: tl.constexpr,
+    GRID: tl.constexpr,
+):
     """Adds what rows ``r`` get as sources (or as goals) of a unit: (acc, own) after it."""
     s = tl.arange(0, SP)
     named = r[:, None] == tl.load(rows_ptr + sample + s, mask=s < S, other=-1)[None, :]
@@ -228,10 +259,25 @@ def _add_role(
 
 @triton.jit
 def _contrastive_backward_kernel(
-    grad_ptr, hidden_ptr, rows_ptr, weights_ptr, own_ptr, starts_ptr, offsets_ptr, units_ptr, out_ptr,
-    n_pairs, width, row_stride, column_blocks,
-    S: tl.constexpr, SP: tl.constexpr, TILE: tl.constexpr, BLOCK_H: tl.constexpr, GRID: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    hidden_ptr,
+    rows_ptr,
+    weights_ptr,
+    own_ptr,
+    starts_ptr,
+    offsets_ptr,
+    units_ptr,
+    out_ptr,
+    n_pairs,
+    width,
+    row_stride,
+    column_blocks,
+    S: tl.constexpr,
+    SP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GRID: tl.constexpr,
+):
     tile = (tl.program_id(0) // column_blocks).to(tl.int64)
     h = (tl.program_id(0) % column_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     r = tl.load(starts_ptr + tile) + tl.arange(0, TILE)
@@ -247,13 +293,45 @@ def _contrastive_backward_kernel(
         goal = source + n_pairs * S
         w_ptr = weights_ptr + unit * S * (S if GRID else 1)
         acc, own = _add_role(
-            acc, own, wanted, hidden_ptr, rows_ptr, w_ptr, own_ptr, source, goal, S, 1, grad, row_stride, h, width,
-            S, SP, GRID,
-        )  # fmt: skip
+            acc,
+            own,
+            wanted,
+            hidden_ptr,
+            rows_ptr,
+            w_ptr,
+            own_ptr,
+            source,
+            goal,
+            S,
+            1,
+            grad,
+            row_stride,
+            h,
+            width,
+            S,
+            SP,
+            GRID,
+        )
         acc, own = _add_role(
-            acc, own, wanted, hidden_ptr, rows_ptr, w_ptr, own_ptr, goal, source, 1, S, grad, row_stride, h, width,
-            S, SP, GRID,
-        )  # fmt: skip
+            acc,
+            own,
+            wanted,
+            hidden_ptr,
+            rows_ptr,
+            w_ptr,
+            own_ptr,
+            goal,
+            source,
+            1,
+            S,
+            grad,
+            row_stride,
+            h,
+            width,
+            S,
+            SP,
+            GRID,
+        )
     inside = (r < end)[:, None] & (h < width)[None, :]
     x = tl.load(hidden_ptr + r[:, None] * row_stride + h[None, :], mask=inside, other=0.0)
     out = acc - tl.where(own[:, None] != 0.0, own[:, None] * x.to(tl.float32), 0.0)  # rows not named may hold inf
@@ -344,11 +422,28 @@ def forward(
                 num_stages=config.num_stages,
             )
         _contrastive_forward_kernel[(n,)](
-            hidden_RH, partials, rows_4NS, has_positive_N, loss, similarity, weights, own,
-            n, width, hidden_RH.stride(0), 1.0 / temperature,
-            EPS=EPS, S=s, SP=padded, BLOCK_H=config.block, GRID=grid, MEAN_THEN_LOG=mean_then_log, PARTS=parts,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            hidden_RH,
+            partials,
+            rows_4NS,
+            has_positive_N,
+            loss,
+            similarity,
+            weights,
+            own,
+            n,
+            width,
+            hidden_RH.stride(0),
+            1.0 / temperature,
+            EPS=EPS,
+            S=s,
+            SP=padded,
+            BLOCK_H=config.block,
+            GRID=grid,
+            MEAN_THEN_LOG=mean_then_log,
+            PARTS=parts,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
     if n:
         key = ("forward", s, width, hidden_RH.dtype, grid, parts)
@@ -357,9 +452,16 @@ def forward(
 
 
 def backward(
-    grad_N: Tensor, hidden_RH: Tensor, rows_4NS: Tensor, weights: Tensor, own_4NS: Tensor, starts: Tensor,
-    offsets: Tensor, units: Tensor, tile_rows: int,
-) -> Tensor:  # fmt: skip
+    grad_N: Tensor,
+    hidden_RH: Tensor,
+    rows_4NS: Tensor,
+    weights: Tensor,
+    own_4NS: Tensor,
+    starts: Tensor,
+    offsets: Tensor,
+    units: Tensor,
+    tile_rows: int,
+) -> Tensor:
     """Gradient of hidden [R, H], in its dtype, for the gradient of each pair's loss [N] float32."""
     _, n, s = rows_4NS.shape
     rows, width = hidden_RH.shape
@@ -370,11 +472,27 @@ def backward(
     def run(config: LaunchConfig) -> None:
         column_blocks = triton.cdiv(width, config.block)
         _contrastive_backward_kernel[(tiles * column_blocks,)](
-            grad_N, hidden_RH, rows_4NS, weights, own_4NS, starts, offsets, units, out_RH,
-            n, width, hidden_RH.stride(0), column_blocks,
-            S=s, SP=_padded(s), TILE=tile_rows, BLOCK_H=config.block, GRID=weights.dim() == 4,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            grad_N,
+            hidden_RH,
+            rows_4NS,
+            weights,
+            own_4NS,
+            starts,
+            offsets,
+            units,
+            out_RH,
+            n,
+            width,
+            hidden_RH.stride(0),
+            column_blocks,
+            S=s,
+            SP=_padded(s),
+            TILE=tile_rows,
+            BLOCK_H=config.block,
+            GRID=weights.dim() == 4,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
     if out_RH.numel():
         key = ("backward", s, width, hidden_RH.dtype, weights.dim())

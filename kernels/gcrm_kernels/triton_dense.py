@@ -20,10 +20,26 @@ TILE = 64
 
 @triton.jit
 def _cosine_kernel(
-    states_ptr, cu_seqlens_ptr, inverse_ptr, own_scale_ptr, grad_ptr, loss_ptr, similarity_ptr, scratch_ptr, own_ptr,
-    first_pair, first_tile, tiles, width, row_stride, scratch_width, inverse_temperature,
-    BACKWARD: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    states_ptr,
+    cu_seqlens_ptr,
+    inverse_ptr,
+    own_scale_ptr,
+    grad_ptr,
+    loss_ptr,
+    similarity_ptr,
+    scratch_ptr,
+    own_ptr,
+    first_pair,
+    first_tile,
+    tiles,
+    width,
+    row_stride,
+    scratch_width,
+    inverse_temperature,
+    BACKWARD: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     slot = tl.program_id(0).to(tl.int64)  # of this launch: pair slot // tiles, row tile slot % tiles
     n = first_pair + slot // tiles
     a = tl.load(cu_seqlens_ptr + 2 * n).to(tl.int64)
@@ -48,10 +64,16 @@ def _cosine_kernel(
         dots = tl.zeros((TILE, TILE), dtype=tl.float32)
         for d_start in range(0, width, BLOCK_D):
             d = d_start + tl.arange(0, BLOCK_D)
-            left = tl.load(states_ptr + i[:, None] * row_stride + d[None, :],
-                           mask=(i < c)[:, None] & (d < width)[None, :], other=0.0)  # fmt: skip
-            right = tl.load(states_ptr + j[:, None] * row_stride + d[None, :],
-                            mask=(j < c)[:, None] & (d < width)[None, :], other=0.0)  # fmt: skip
+            left = tl.load(
+                states_ptr + i[:, None] * row_stride + d[None, :],
+                mask=(i < c)[:, None] & (d < width)[None, :],
+                other=0.0,
+            )
+            right = tl.load(
+                states_ptr + j[:, None] * row_stride + d[None, :],
+                mask=(j < c)[:, None] & (d < width)[None, :],
+                other=0.0,
+            )
             dots = tl.dot(left, tl.trans(right), dots, input_precision="ieee")
         scale = inverse_i[:, None] * tl.load(inverse_ptr + j, mask=j < c, other=0.0)[None, :]
         cosine = dots * scale
@@ -82,10 +104,21 @@ def _cosine_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    states_ptr, cu_seqlens_ptr, scratch_ptr, own_ptr, out_ptr,
-    first_pair, first_tile, tiles, width, row_stride, scratch_width, column_blocks,
-    TILE: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    states_ptr,
+    cu_seqlens_ptr,
+    scratch_ptr,
+    own_ptr,
+    out_ptr,
+    first_pair,
+    first_tile,
+    tiles,
+    width,
+    row_stride,
+    scratch_width,
+    column_blocks,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     slot = (tl.program_id(0) // column_blocks).to(tl.int64)
     n = first_pair + slot // tiles
     a = tl.load(cu_seqlens_ptr + 2 * n).to(tl.int64)
@@ -98,8 +131,9 @@ def _gradient_kernel(
         j = column_start + tl.arange(0, 16)
         at = (slot * TILE + tl.arange(0, TILE))[:, None] * scratch_width + (j - a)[None, :]
         w = tl.load(scratch_ptr + at, mask=(i < c)[:, None] & (j < c)[None, :], other=0.0)
-        z = tl.load(states_ptr + j[:, None] * row_stride + d[None, :],
-                    mask=(j < c)[:, None] & (d < width)[None, :], other=0.0)  # fmt: skip
+        z = tl.load(
+            states_ptr + j[:, None] * row_stride + d[None, :], mask=(j < c)[:, None] & (d < width)[None, :], other=0.0
+        )
         acc = add_product(acc, w, z)
     inside = (i < c)[:, None] & (d < width)[None, :]
     z = tl.load(states_ptr + i[:, None] * row_stride + d[None, :], mask=inside, other=0.0)
@@ -137,10 +171,28 @@ def forward(states_MD: Tensor, cu_seqlens: Tensor, max_pair_length: int, tempera
     similarity = states_MD.new_empty((2, n, tiles), dtype=torch.float32)
     if loss.numel():
         _cosine_kernel[(n * tiles,)](
-            states_MD, cu_seqlens, inverse_M, own_scale_M, None, loss, similarity, None, None,
-            0, 0, tiles, states_MD.shape[1], states_MD.stride(0), 0, 1.0 / temperature,
-            BACKWARD=False, TILE=TILE, BLOCK_D=config.block, num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            states_MD,
+            cu_seqlens,
+            inverse_M,
+            own_scale_M,
+            None,
+            loss,
+            similarity,
+            None,
+            None,
+            0,
+            0,
+            tiles,
+            states_MD.shape[1],
+            states_MD.stride(0),
+            0,
+            1.0 / temperature,
+            BACKWARD=False,
+            TILE=TILE,
+            BLOCK_D=config.block,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return loss.sum(-1), similarity.sum(-1)
 
 
@@ -162,15 +214,45 @@ def backward(grad_N: Tensor, states_MD: Tensor, cu_seqlens: Tensor, max_pair_len
         for first_tile in range(0, all_tiles, tiles):
             turn_pairs, turn_tiles = min(pairs, n - first_pair), min(tiles, all_tiles - first_tile)
             _cosine_kernel[(turn_pairs * turn_tiles,)](
-                states_MD, cu_seqlens, inverse_M, own_scale_M, grad_N, None, None, scratch, own_M,
-                first_pair, first_tile, turn_tiles, width, states_MD.stride(0), scratch_width, 1.0 / temperature,
-                BACKWARD=True, TILE=TILE, BLOCK_D=config.block,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
+                states_MD,
+                cu_seqlens,
+                inverse_M,
+                own_scale_M,
+                grad_N,
+                None,
+                None,
+                scratch,
+                own_M,
+                first_pair,
+                first_tile,
+                turn_tiles,
+                width,
+                states_MD.stride(0),
+                scratch_width,
+                1.0 / temperature,
+                BACKWARD=True,
+                TILE=TILE,
+                BLOCK_D=config.block,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
             column_blocks = triton.cdiv(width, gradient.block)
             _gradient_kernel[(turn_pairs * turn_tiles * column_blocks,)](
-                states_MD, cu_seqlens, scratch, own_M, out_MD,
-                first_pair, first_tile, turn_tiles, width, states_MD.stride(0), scratch_width, column_blocks,
-                TILE=TILE, BLOCK_D=gradient.block, num_warps=gradient.num_warps, num_stages=gradient.num_stages,
-            )  # fmt: skip
+                states_MD,
+                cu_seqlens,
+                scratch,
+                own_M,
+                out_MD,
+                first_pair,
+                first_tile,
+                turn_tiles,
+                width,
+                states_MD.stride(0),
+                scratch_width,
+                column_blocks,
+                TILE=TILE,
+                BLOCK_D=gradient.block,
+                num_warps=gradient.num_warps,
+                num_stages=gradient.num_stages,
+            )
     return out_MD

@@ -12,9 +12,7 @@ BLOCK = 1024  # columns a program: 2 KiB of a 16-bit row
 
 
 @triton.jit
-def _add_rows_kernel(
-    grad_ptr, order_ptr, offsets_ptr, out_ptr, width, row_stride, column_blocks, BLOCK: tl.constexpr
-):  # fmt: skip
+def _add_rows_kernel(grad_ptr, order_ptr, offsets_ptr, out_ptr, width, row_stride, column_blocks, BLOCK: tl.constexpr):
     row = (tl.program_id(0) // column_blocks).to(tl.int64)
     d = (tl.program_id(0) % column_blocks) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)

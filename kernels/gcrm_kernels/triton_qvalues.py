@@ -18,9 +18,20 @@ GOALS = 64  # goals a program: more are another pass over the states
 
 @triton.jit
 def _q_kernel(
-    states_ptr, high_ptr, low_ptr, largest_ptr, out_ptr, tokens, goals, width, row_stride,
-    EPS: tl.constexpr, BLOCK_T: tl.constexpr, GP: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    states_ptr,
+    high_ptr,
+    low_ptr,
+    largest_ptr,
+    out_ptr,
+    tokens,
+    goals,
+    width,
+    row_stride,
+    EPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    GP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     g = tl.program_id(1) * GP + tl.arange(0, GP)
     squares = tl.zeros((BLOCK_T,), dtype=tl.float32)
@@ -67,10 +78,22 @@ def q_values(states_TD: Tensor, unit_GD: Tensor) -> Tensor:
     def run(config: LaunchConfig) -> None:
         block_t = tokens_per_program(config.block, states_TD.itemsize)
         _q_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(goals, padded))](
-            states_TD, high_GD, low_GD, largest_G, out_TG, tokens, goals, width, states_TD.stride(0),
-            EPS=EPS, BLOCK_T=block_t, GP=padded, BLOCK_D=config.block,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            states_TD,
+            high_GD,
+            low_GD,
+            largest_G,
+            out_TG,
+            tokens,
+            goals,
+            width,
+            states_TD.stride(0),
+            EPS=EPS,
+            BLOCK_T=block_t,
+            GP=padded,
+            BLOCK_D=config.block,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
     if out_TG.numel():
         key = ("q_values", padded, width, states_TD.dtype)

@@ -22,9 +22,17 @@ LANES = 64 if torch.version.hip else 32  # of a warp
 
 @triton.jit
 def _rms_norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, s_ptr, inverse_ptr, width, eps,
-    RESIDUAL: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    s_ptr,
+    inverse_ptr,
+    width,
+    eps,
+    RESIDUAL: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     t = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     inside = h < width
@@ -42,9 +50,20 @@ def _rms_norm_forward_kernel(
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    grad_y_ptr, grad_s_ptr, s_ptr, weight_ptr, inverse_ptr, out_ptr, part_ptr, tokens, width, rows,
-    RESIDUAL: tl.constexpr, WEIGHT: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
+    grad_y_ptr,
+    grad_s_ptr,
+    s_ptr,
+    weight_ptr,
+    inverse_ptr,
+    out_ptr,
+    part_ptr,
+    tokens,
+    width,
+    rows,
+    RESIDUAL: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
     part = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     inside = h < width
@@ -85,10 +104,19 @@ def forward(x_TH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, eps: flo
 
     def run(config: LaunchConfig) -> None:
         _rms_norm_forward_kernel[(tokens,)](
-            x_TH, residual_TH, weight_H, y_TH, s_TH, inverse_T, width, eps,
-            RESIDUAL=residual_TH is not None, BLOCK_H=config.block,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            x_TH,
+            residual_TH,
+            weight_H,
+            y_TH,
+            s_TH,
+            inverse_T,
+            width,
+            eps,
+            RESIDUAL=residual_TH is not None,
+            BLOCK_H=config.block,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
     if y_TH.numel():
         key = ("rms_norm forward", width, x_TH.dtype, residual_TH is None)
@@ -108,10 +136,22 @@ def backward(
 
     def run(config: LaunchConfig) -> None:
         _rms_norm_backward_kernel[(parts,)](
-            grad_y, grad_s, s_TH, weight_H, inverse_T, ds_TH, part_PH, tokens, width, rows,
-            RESIDUAL=grad_s is not None, WEIGHT=needs_weight, BLOCK_H=config.block,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            grad_y,
+            grad_s,
+            s_TH,
+            weight_H,
+            inverse_T,
+            ds_TH,
+            part_PH,
+            tokens,
+            width,
+            rows,
+            RESIDUAL=grad_s is not None,
+            WEIGHT=needs_weight,
+            BLOCK_H=config.block,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
     if ds_TH.numel():
         key = ("rms_norm backward", width, s_TH.dtype, grad_s is None, needs_weight)

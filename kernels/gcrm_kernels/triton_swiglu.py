@@ -53,9 +53,16 @@ def backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
     def run(config: LaunchConfig) -> None:
         _swiglu_backward_kernel[(triton.cdiv(count, config.block),)](
-            grad, gate, up, dgate, dup, count,
-            BLOCK=config.block, num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            grad,
+            gate,
+            up,
+            dgate,
+            dup,
+            count,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
 
     if count:
         run(pick(("swiglu backward", gate.dtype), candidates(), run))
