@@ -118,7 +118,7 @@ def note(path: Path, part: str, what: str, **about: Any) -> None:
         file.write(json.dumps({"part": part, "what": what, **about}) + "\n")
 
 
-def mend(path: Path) -> None:
+def repair(path: Path) -> None:
     """Ends a last line that was being written when its process ended; one that is not whole is kept as text."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole, end, rest = text.rpartition("\n")
@@ -136,7 +136,7 @@ def measure_parts(
     """Runs the parts (all without any) in processes, a new one after each that broke, until the time is over."""
     end = time.monotonic() + seconds
     waiting = list(parts)
-    mend(path)
+    repair(path)
     while end - time.monotonic() > LEAST:
         before = len(lines(path))
         options = ["--out", str(path), "--deadline", f"{end - time.monotonic():.0f}", *more]
@@ -148,7 +148,7 @@ def measure_parts(
             ended = watch(child, path, before, end)
         finally:
             kill(child, mark)
-        mend(path)
+        repair(path)
         rows = lines(path)[before:]
         settled = {row["part"] for row in rows if row["what"] in ("began", "skipped")}
         part = next((row["part"] for row in reversed(rows) if row["what"] == "began"), "")

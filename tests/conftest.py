@@ -38,7 +38,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 # tl.exp and tl.log of a GPU are approximations, right to two units in the last place; the interpreter's are exact.
 APPROXIMATE = 2**-22 if DEVICE == "cuda" else 0.0
-OPERATORS = ("contrastive", "dense", "gather", "qvalues", "rms_norm", "swiglu")  # modules of gcrm_kernels with kernels
+# Modules of gcrm_kernels with kernels.
+OPERATORS = ("contrastive", "dense", "gather", "qvalues", "rms_norm", "rotary", "swiglu")
 
 
 def pytest_configure() -> None:

@@ -715,7 +715,7 @@ def test_a_line_that_is_being_written_is_left_to_its_writer(gpu: ModuleType, tmp
         file.write('"what": "y"}\n')
     whole = path.read_text()
     assert [row["part"] for row in gpu.lines(path)] == ["a", "b"]
-    gpu.mend(path)
+    gpu.repair(path)
     assert path.read_text() == whole
 
 

@@ -12,22 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, HALVES
-from gcrm_kernels import InverseIndex, gather_rows, launch, reference, rotate_and_gather
+from gcrm_kernels import InverseIndex, gather_rows, reference, rotate_and_gather
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 SHARED = (0, 1, 2, 3, 0, 1, 2, 4, 5, 0, 1, 6, 0)  # a prefix of three tokens that three continuations read, and more
-
-
-@pytest.fixture
-def path(path: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which implementation runs, of this operator too."""
-    takes = path == "triton"
-    module = importlib.import_module("gcrm_kernels.rotary")
-    monkeypatch.setattr(module, "use_triton", lambda x: takes and x.dtype in launch.TRITON_DTYPES)
-    return path
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -1,5 +1,3 @@
-# The types of a kernel's arguments are Triton's own, not Python's.
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """Triton kernels of the rotary embedding with the gather of keys and values: one launch forward, one backward.
 
 A program takes one row and all its heads, [heads, D/2] pairs. The first programs take rows of keys and values: forward
