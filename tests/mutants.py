@@ -1273,7 +1273,7 @@ MUTANTS = {
     ),
     "export: nobody is told of a head that transformers cannot read": (
         "gcrm_fast/commands/export.py",
-        'if config.head != "linear":',
+        "if not heads.KINDS[config.head].in_transformers:",
         "if False:",
         EXPORT + "goes_beside",
     ),

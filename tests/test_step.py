@@ -20,6 +20,7 @@ from gcrm_fast.data.batches import Budget
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
+from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import linears
 from gcrm_fast.model.reward_model import LlamaRewardModel
@@ -117,9 +118,10 @@ def attention_flops(pack: Pack, config: Any) -> int:
     return 4 * seen * config.num_attention_heads * config.head_dim * config.num_hidden_layers
 
 
+@pytest.mark.parametrize("head", heads.KINDS)
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_counted_operations_are_those_of_the_model(pairs: list[TokenizedPair], recompute: str) -> None:
-    config = small_config(projection_size=7)
+def test_counted_operations_are_those_of_the_model(pairs: list[TokenizedPair], recompute: str, head: str) -> None:
+    config = small_config(projection_size=7, head=head)
     pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=2), 0)
     model = LlamaRewardModel(config, recompute=recompute)
     with FlopCounterMode(display=False) as counter:

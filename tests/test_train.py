@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gcrm_fast import train
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.model import heads
 from gcrm_fast.train import locked, main
 from gcrm_fast.training.config import CHOICES, TrainConfig, check, parse, to_toml
 
@@ -381,3 +382,7 @@ def test_a_choice_in_a_file_or_in_python_is_checked_as_on_the_command_line(name:
 def test_the_nearest_choice_is_named() -> None:
     with pytest.raises(UserError, match=r"\(did you mean after-divergence\?\)"):
         check(TrainConfig(negatives="after_divergence"))  # type: ignore[arg-type]
+
+
+def test_every_kind_of_reward_head_can_be_chosen() -> None:
+    assert CHOICES["head"] == tuple(heads.KINDS)

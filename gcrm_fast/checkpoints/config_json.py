@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.model import heads
 from gcrm_fast.model.families import FAMILIES, Family
 from gcrm_fast.model.llama import ModelConfig
 
@@ -39,9 +40,9 @@ def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig
         raise UserError(f"{path}: field 'quantization_config': a quantised model cannot be trained: use the original")
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: field 'hidden_act' is {raw['hidden_act']!r}: only 'silu' is supported")
-    hidden, heads = (_field(raw, path, name, int) for name in ("hidden_size", "num_attention_heads"))
-    if raw.get("head_dim") is None and hidden % heads:
-        raise UserError(f"{path}: field 'hidden_size' is {hidden}, not a multiple of the {heads} attention heads")
+    hidden, n_heads = (_field(raw, path, name, int) for name in ("hidden_size", "num_attention_heads"))
+    if raw.get("head_dim") is None and hidden % n_heads:
+        raise UserError(f"{path}: field 'hidden_size' is {hidden}, not a multiple of the {n_heads} attention heads")
     theta, scaling = _rope(raw, path)
     positions = _field(raw, path, "max_position_embeddings", int, family.defaults["max_position_embeddings"])
     config = ModelConfig(
@@ -49,9 +50,9 @@ def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig
         hidden_size=hidden,
         intermediate_size=_field(raw, path, "intermediate_size", int),
         num_hidden_layers=_field(raw, path, "num_hidden_layers", int),
-        num_attention_heads=heads,
-        num_key_value_heads=_field(raw, path, "num_key_value_heads", int, heads),
-        head_dim=_field(raw, path, "head_dim", int, hidden // heads),
+        num_attention_heads=n_heads,
+        num_key_value_heads=_field(raw, path, "num_key_value_heads", int, n_heads),
+        head_dim=_field(raw, path, "head_dim", int, hidden // n_heads),
         rms_norm_eps=_field(raw, path, "rms_norm_eps", float, 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -62,8 +63,8 @@ def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig
         sliding_window=_sliding_window(raw, path, family, positions),
         **{name: _field(raw, path, name, bool, False) for name in family.bias_fields},
     )
-    if heads % config.num_key_value_heads:
-        raise UserError(f"{path}: field 'num_key_value_heads' is {config.num_key_value_heads}: must divide {heads}")
+    if n_heads % config.num_key_value_heads:
+        raise UserError(f"{path}: field 'num_key_value_heads' is {config.num_key_value_heads}: must divide {n_heads}")
     if config.head_dim % 2:
         raise UserError(f"{path}: field 'head_dim' is {config.head_dim}: rotary embeddings need an even one")
     return config
@@ -150,8 +151,9 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
 def huggingface_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> dict[str, Any]:
     """config.json that transformers 4 and 5 read alike.
 
-    ``problem_type: regression`` keeps servers from putting the reward through a sigmoid. A folder with an MLP head
-    names the bare trunk as its architecture, so that nobody loads it with a random linear head by accident.
+    ``problem_type: regression`` keeps servers from putting the reward through a sigmoid. A folder with a head
+    that transformers lacks names the bare trunk as its architecture, so that nobody loads it with a random linear head
+    by accident.
     """
     family = config.family
     windows: dict[str, dict[str, Any]] = {
@@ -161,8 +163,9 @@ def huggingface_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, 
     }
     rope = config.rope_scaling or {"rope_type": "default"}
     name = str(dtype).removeprefix("torch.")
+    in_transformers = heads.KINDS[config.head].in_transformers
     return {
-        "architectures": [family.class_name("ForSequenceClassification" if config.head == "linear" else "Model")],
+        "architectures": [family.class_name("ForSequenceClassification" if in_transformers else "Model")],
         "model_type": config.model_type,
         "num_labels": 1,
         "id2label": {"0": "reward"},

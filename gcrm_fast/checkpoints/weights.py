@@ -12,6 +12,7 @@ from torch import Tensor
 from gcrm_fast.checkpoints.config_json import read_json
 from gcrm_fast.checkpoints.locating import COMPANION, HEAD_FILE
 from gcrm_fast.common.errors import UserError, one_line
+from gcrm_fast.model import heads
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
 
@@ -66,8 +67,8 @@ def read_heads(folder: Path) -> tuple[str, int]:
         return "linear", 0
     raw = read_json(path, "save the model again")
     head, size = raw.get("head"), raw.get("projection_size")
-    if head not in ("linear", "mlp"):
-        raise UserError(f"{path}: field 'head' is {head!r}: must be 'linear' or 'mlp'")
+    if head not in heads.KINDS:
+        raise UserError(f"{path}: field 'head' is {head!r}: must be one of {', '.join(heads.KINDS)}")
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise UserError(f"{path}: field 'projection_size' is {size!r}: must be 0 or a positive integer")
     return head, size
@@ -192,21 +193,22 @@ def _match_trunk(stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, .
 
 def _linear_head(stored: Mapping[str, Stored], folder: Path, config: ModelConfig) -> str:
     """Which of HEADS the files hold; empty for none."""
-    heads = [head for head in HEADS if f"{head}.weight" in stored]
-    if len(heads) > 1:
-        raise UserError(f"{folder}: holds {len(heads)} reward heads ({', '.join(heads)}): remove all but one")
-    if heads and config.head != "linear":
+    found = [head for head in HEADS if f"{head}.weight" in stored]
+    if len(found) > 1:
+        raise UserError(f"{folder}: holds {len(found)} reward heads ({', '.join(found)}): remove all but one")
+    one_layer = heads.KINDS[config.head].in_transformers
+    if found and not one_layer:
         raise UserError(
-            f"{folder}: its reward head '{heads[0]}.weight' is linear: leave out --head {config.head}, or start from "
+            f"{folder}: its reward head '{found[0]}.weight' is linear: leave out --head {config.head}, or start from "
             f"the language model"
         )
-    if not heads and config.head == "linear" and "Classification" in str(_stated(folder, "architectures")):
+    if not found and one_layer and "Classification" in str(_stated(folder, "architectures")):
         raise UserError(
             f"{folder}: tensor 'score.weight' missing from its safetensors files, though config.json, field "
             f"'architectures', speaks of a head: download it again, or write "
             f"{config.family.class_name('ForCausalLM')} there for a new head"
         )
-    return heads[0] if heads else ""
+    return found[0] if found else ""
 
 
 def _stated(folder: Path, field: str) -> object:

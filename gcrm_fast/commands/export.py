@@ -34,6 +34,7 @@ from gcrm_fast.data.records import COMPLETION_FORMATS, parse_columns, read_compl
 from gcrm_fast.data.tokenization import choose_pad, load_tokenizer
 from gcrm_fast.inference.candidates import encoded
 from gcrm_fast.inference.scoring import RewardModel
+from gcrm_fast.model import heads
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.reward_model import LlamaRewardModel
 
@@ -160,7 +161,7 @@ def _summary(options: ExportOptions, config: ModelConfig, scale: Scale | None) -
                 f"{place.get(options.format, 'gcrm.json')}",
             ),
         ]
-    if config.head != "linear":
+    if not heads.KINDS[config.head].in_transformers:
         rows.append(
             (
                 "reward head",

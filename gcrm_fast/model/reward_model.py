@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gcrm_fast.model.heads import MLPHead
+from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import Llama, ModelConfig
 
@@ -41,7 +41,7 @@ class LlamaRewardModel(nn.Module):
         self.attention_backend = attention_backend
         self.gather = "block"  # see parallel.shard
         self.model = Llama(config, recompute)
-        self.score = nn.Linear(h, 1, bias=False) if config.head == "linear" else MLPHead(h)
+        self.score = heads.KINDS[config.head](h)
         self.projection = nn.Linear(h, config.projection_size, bias=False) if config.projection_size else None
 
     def compile_blocks(self) -> None:
@@ -71,8 +71,8 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """Initial value of one parameter, float32 on the CPU: a function of (seed, name) alone, so that any number of ranks
     starts from the same weights.
 
-    Norm weights are 1 and biases 0; embeddings have variance 1, linear layers variance 1 / fan-in; the linear reward
-    head has standard deviation 1 / (H + 1) (GCRM, appendix).
+    Norm weights are 1 and biases 0; embeddings have variance 1, linear layers variance 1 / fan-in; the reward head says
+    for itself.
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)
@@ -82,6 +82,6 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     normal = torch.randn(shape, generator=generator)
     if name == "model.embed_tokens.weight":
         return normal
-    if name == "score.weight":
-        return normal / (config.hidden_size + 1)
+    if name.startswith("score."):
+        return heads.KINDS[config.head].initial_weight(normal)
     return normal / math.sqrt(shape[1])

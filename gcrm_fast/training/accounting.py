@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from gcrm_fast.common import processes
+from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import ModelConfig
 
@@ -85,8 +86,8 @@ def work(pack: Pack, config: ModelConfig, recompute: str) -> Work:
     # One of the MLP's three products; the last of a recomputed part is not needed again.
     product = 2 * h * config.intermediate_size * ((config.num_hidden_layers - 1) * t + r)
     again = {"none": 0, "product": 0, "mlp": 2 * product, "block": forward - product}[recompute]
-    heads = 2 * h * (config.projection_size * r + 2 * pack.n_pairs)
-    return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, 3 * (forward + heads), again)
+    read = 2 * h * config.projection_size * r + 2 * pack.n_pairs * heads.KINDS[config.head].flops(h)
+    return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, 3 * (forward + read), again)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

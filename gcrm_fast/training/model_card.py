@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from gcrm_fast.model import heads
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, to_toml
 
 Rows = Sequence[tuple[str, str]]  # name and value of each line of a table
@@ -38,7 +39,7 @@ def model_card(config: TrainConfig, data: Rows, results: Rows, metrics: Mapping[
     ``data`` and ``results`` are shown as they are; of ``metrics``, the last evaluation's (empty without held-out
     data), the header gets pair accuracy and AUROC.
     """
-    linear = config.head == "linear"
+    linear = heads.KINDS[config.head].in_transformers
     sections = [
         f"---\n{_header(config, metrics)}\n---\n",
         "# Goal-conditioned reward model\n",
