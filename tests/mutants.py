@@ -421,8 +421,8 @@ MUTANTS = {
     ),
     "head_dim of config.json ignored": (
         "gcrm_fast/checkpoints/config_json.py",
-        '_field(raw, path, "head_dim", int, hidden // heads)',
-        "hidden // heads",
+        '_field(raw, path, "head_dim", int, hidden // n_heads)',
+        "hidden // n_heads",
         PARITY,
     ),
     "families: norms of heads left out": (
