@@ -10,14 +10,11 @@ process ends with 3, and bench/gpu.py starts another one for the parts that are 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import os
-import re
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -28,6 +25,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import contrastive_loss
+import gpu_children
 import measure
 import padded
 import records
@@ -50,10 +48,8 @@ from gcrm_fast.training import accounting, parallel, prepare
 from gcrm_fast.training.accounting import MemoryShape
 from gcrm_fast.training.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ((100, 225), (250, 80))  # tokens of a prompt and of each completion: GSM8K's, and HH's
 PACK, LARGE_PACK = 16_384, 36_864  # tokens
-TESTS = ("attention_cuda", "kernels", "rotary", "elementwise", "staging", "invariants", "parity", "step", "bench")
 KINDS = {  # of a profile's kernels, by a part of their name; the first that fits
     "matrix products": ("gemm", "nvjet", "cutlass", "sm90_x", "cublas"),
     "attention": ("flash",),
@@ -62,9 +58,6 @@ KINDS = {  # of a profile's kernels, by a part of their name; the first that fit
     "copies and casts": ("copy", "chunk_cat", "memcpy"),
     "concatenation and indexing": ("cat", "index", "gather", "embedding"),
 }
-
-
-TESTS_SECONDS = 160
 
 
 class Part(NamedTuple):
@@ -424,7 +417,7 @@ def tuning(lab: Lab) -> None:
         forward = [LaunchConfig(256, warps, 2) for warps in (2, 4, 8)] + [LaunchConfig(512, 4, 2)]
         trials.append((f"forward, {pairing}", triton_contrastive, "forward_candidates", no_grad, forward))
         backward = [*triton_contrastive.backward_candidates(16, 2), *wide]
-        call = lambda pairing=pairing: both(pairing)  # noqa: E731
+        call = functools.partial(both, pairing)
         trials.append((f"forward + backward, {pairing}", triton_contrastive, "backward_candidates", call, backward))
     for name, module, attribute, function, configs in trials:
         for config in dict.fromkeys(configs):
@@ -447,93 +440,18 @@ def scored(lab: Lab) -> None:
 # ------------------------------------------------------------------------------------------------ tests and training
 
 
-def run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """(exit code, or None after ``seconds``; the end of what it printed); whatever it started ends with it."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
-        child = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        code = None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = child.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        printed.seek(0)
-        return code, printed.read()
-
-
 def tests(lab: Lab) -> None:
-    """The tests that a GPU changes, spread over its machine's cores."""
+    """The tests that a GPU changes."""
     lab.release()
-    files = [f"tests/test_{name}.py" for name in TESTS if (ROOT / f"tests/test_{name}.py").exists()]
-    spread = ["-n", str(min(12, os.cpu_count() or 1))]
-    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark", *spread]
-    code, printed = run([sys.executable, "-m", "pytest", *options, *files], TESTS_SECONDS)
-    ends = re.findall(r" (PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)", printed)
-    counts = {end.lower(): sum(end == other for other, _ in ends) for end in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
-    failed = sorted({name for end, name in ends if end in ("FAILED", "ERROR")})
-    why = printed[printed.find("= FAILURES =") :][:20_000] if failed else ""
-    lab.put("tests", code=code, **counts, failing=failed, right=not failed, trace=why)
+    for what, row in gpu_children.tests():
+        lab.put(what, **row)
 
 
 def training(lab: Lab) -> None:
-    """The default run for 200 steps with four checkpoints, and the same stopped and resumed: the same bits?"""
+    """A run with checkpoints, and one that is stopped and resumed."""
     lab.release()
-    with tempfile.TemporaryDirectory() as folder:
-        common = [
-            "--steps",
-            "200",
-            "--save-every",
-            "50",
-            "--log-every",
-            "10",
-            "--deterministic",
-            "--train-pairs",
-            "14000",
-        ]
-        start = [sys.executable, "-u", "gcrm_fast/train.py", *common, "--output"]
-        whole, stopped = Path(folder) / "whole", Path(folder) / "stopped"
-        began = time.monotonic()
-        code, printed = run([*start, str(whole)], 90)
-        rows = logged(whole)
-        if code != 0 or not rows:
-            lab.put("training run", code=code, right=False, trace=printed[-4000:])
-            return
-        speeds = sorted(row["pairs_per_s"] for row in rows if "pairs_per_s" in row)
-        quality = [row["eval/auroc"] for row in rows if "eval/auroc" in row]
-        stalls = [row["checkpoint_stall_s"] for row in rows if "checkpoint_stall_s" in row]
-        found = {"steps": rows[-1]["step"], "pairs/s": speeds[len(speeds) // 2], "seconds": time.monotonic() - began}
-        lab.put("training run", **found, AUROC=quality, **{"checkpoint stalls": stalls})
-        stopped_code = stop_at(120, [*start, str(stopped)], stopped)
-        code, printed = run([*start, str(stopped)], 90)
-        losses = [
-            [(r["step"], r["loss/ranking"]) for r in logged(run) if "loss/ranking" in r] for run in (whole, stopped)
-        ]
-        about = {"stopped with": stopped_code, "code": code, "rows": len(losses[1])}
-        lab.put("resumed run", **about, right=losses[0] == losses[1], trace=printed[-4000:] if code else "")
-
-
-def logged(output: Path) -> list[dict[str, Any]]:
-    path = output / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def stop_at(step: int, command: Sequence[str], output: Path) -> int | None:
-    """Sends SIGTERM once the run has logged ``step``; its exit code."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)
-    deadline = time.monotonic() + 90
-    while child.poll() is None and time.monotonic() < deadline:
-        if max((row["step"] for row in logged(output)), default=0) >= step:
-            child.terminate()
-            break
-        time.sleep(0.05)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(30)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
-    return child.poll()
+    for what, row in gpu_children.training():
+        lab.put(what, **row)
 
 
 PARTS = [
@@ -550,7 +468,7 @@ PARTS = [
     Part("tuning", 25, tuning),
     Part("compiled", 60, compiled),
     Part("scored", 40, scored),
-    Part("tests", TESTS_SECONDS, tests),
+    Part("tests", gpu_children.TESTS_SECONDS, tests),
     Part("training", 100, training),
 ]
 

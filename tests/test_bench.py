@@ -41,6 +41,7 @@ MODULES = (
     "padded",
     "records",
     "gpu",
+    "gpu_children",
     "gpu_parts",
     "gpu_report",
     "step_model",

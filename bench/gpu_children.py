@@ -1,0 +1,104 @@
+"""Programs that bench/gpu.py runs on the GPU: the tests that it changes, and training that is stopped and resumed."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("attention_cuda", "kernels", "rotary", "elementwise", "staging", "invariants", "parity", "step", "bench")
+TESTS_SECONDS = 160
+
+Result = tuple[str, dict[str, Any]]  # what it is, and its values
+
+
+def run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
+    """(exit code, or None after ``seconds``; the end of what it printed); whatever it started ends with it."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
+        child = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = child.wait(seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        printed.seek(0)
+        return code, printed.read()
+
+
+def tests() -> Iterator[Result]:
+    """Spread over the machine's cores."""
+    files = [f"tests/test_{name}.py" for name in TESTS]
+    spread = ["-n", str(min(12, os.cpu_count() or 1))]
+    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark", *spread]
+    code, printed = run([sys.executable, "-m", "pytest", *options, *files], TESTS_SECONDS)
+    ends = re.findall(r" (PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)", printed)
+    counts = {end.lower(): sum(end == other for other, _ in ends) for end in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    failed = sorted({name for end, name in ends if end in ("FAILED", "ERROR")})
+    why = printed[printed.find("= FAILURES =") :][:20_000] if failed else ""
+    yield "tests", {"code": code, **counts, "failing": failed, "right": not failed, "trace": why}
+
+
+def training() -> Iterator[Result]:
+    """The default run for 200 steps with four checkpoints, and the same stopped and resumed: the same bits?"""
+    often = ["--steps", "200", "--save-every", "50", "--log-every", "10", "--train-pairs", "14000", "--deterministic"]
+    with tempfile.TemporaryDirectory() as folder:
+        start = [sys.executable, "-u", "gcrm_fast/train.py", *often, "--output"]
+        whole, stopped = Path(folder) / "whole", Path(folder) / "stopped"
+        began = time.monotonic()
+        code, printed = run([*start, str(whole)], 90)
+        rows = logged(whole)
+        if code != 0 or not rows:
+            yield "training run", {"code": code, "right": False, "trace": printed[-4000:]}
+            return
+        speeds = sorted(row["pairs_per_s"] for row in rows if "pairs_per_s" in row)
+        yield (
+            "training run",
+            {
+                "steps": rows[-1]["step"],
+                "pairs/s": speeds[len(speeds) // 2],
+                "seconds": time.monotonic() - began,
+                "AUROC": [row["eval/auroc"] for row in rows if "eval/auroc" in row],
+                "checkpoint stalls": [row["checkpoint_stall_s"] for row in rows if "checkpoint_stall_s" in row],
+            },
+        )
+        stopped_code = stop_at(120, [*start, str(stopped)], stopped)
+        code, printed = run([*start, str(stopped)], 90)
+        losses = [
+            [(row["step"], row["loss/ranking"]) for row in logged(output) if "loss/ranking" in row]
+            for output in (whole, stopped)
+        ]
+        about = {"stopped with": stopped_code, "code": code, "rows": len(losses[1])}
+        yield "resumed run", about | {"right": losses[0] == losses[1], "trace": printed[-4000:] if code else ""}
+
+
+def logged(output: Path) -> list[dict[str, Any]]:
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def stop_at(step: int, command: Sequence[str], output: Path) -> int | None:
+    """Sends SIGTERM once the run has logged ``step``; its exit code."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)
+    deadline = time.monotonic() + 90
+    while child.poll() is None and time.monotonic() < deadline:
+        if max((row["step"] for row in logged(output)), default=0) >= step:
+            child.terminate()
+            break
+        time.sleep(0.05)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(30)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    return child.poll()
