@@ -704,6 +704,12 @@ MUTANTS = {
         "dynamic=False",
         STEP + "compiled_blocks",
     ),
+    "code of a folder runs": (
+        "gcrm_fast/data/tokenization.py",
+        "trust_remote_code=False, extra_special_tokens={}",
+        "extra_special_tokens={}",
+        "tests/test_tokenization.py -k code_of_a_folder",
+    ),
     "choices of a file not checked": (
         "gcrm_fast/training/config.py",
         "in CHOICES.items():",

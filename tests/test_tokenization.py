@@ -152,3 +152,17 @@ def test_pad_falls_back_on_unk_then_bos(llama2: Path) -> None:
     backend = PreTrainedTokenizerFast(tokenizer_object=type(tokenizer().backend_tokenizer).from_str(bare))
     backend.bos_token, backend.eos_token = "<|bos|>", "<|eos|>"
     assert choose_pad(backend, VOCAB * 9, "test") == backend.bos_token_id
+
+
+def test_code_of_a_folder_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where stdin, which may hold records, says yes to the question that transformers would ask."""
+    tokenizer().save_pretrained(str(tmp_path))
+    path = tmp_path / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own:\n    pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: field 'auto_map': .* never runs here"):
+        load_tokenizer(tmp_path)
+    assert not ran.exists()

@@ -22,6 +22,8 @@ PORTABLE = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template",
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder: whatever AutoTokenizer loads, or a bare sentencepiece ``tokenizer.model``.
 
+    Code of the folder never runs: left to itself, transformers asks on stdin and takes a "y" from the records there.
+
     Raises:
         UserError: none that loads, one without character offsets or eos, or a sentencepiece model that transformers
             cannot reproduce.
@@ -32,10 +34,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         elif (folder / "tokenizer.model").is_file():
             tokenizer = _from_sentencepiece(folder)
         else:  # files of other kinds, which transformers converts
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
+        if "custom code" in str(error):
+            raise UserError(
+                f"{folder / 'tokenizer_config.json'}: field 'auto_map': this tokenizer is code of the folder, which "
+                f"never runs here: name another with --tokenizer"
+            ) from None
         raise UserError(
             f"{folder}: no tokenizer that transformers can load ({one_line(error)}): name another with --tokenizer"
         ) from None
@@ -61,7 +68,7 @@ def _from_json(folder: Path) -> PreTrainedTokenizerBase:
     """
     known = _settings(folder).get("tokenizer_class") != "TokenizersBackend"
     tokenizer = (AutoTokenizer if known else PreTrainedTokenizerFast).from_pretrained(
-        str(folder), local_files_only=True, extra_special_tokens={}
+        str(folder), local_files_only=True, trust_remote_code=False, extra_special_tokens={}
     )
     stated = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.backend_tokenizer.normalizer = stated.normalizer
@@ -79,7 +86,7 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
     original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     add_bos = _settings(folder).get("add_bos_token", True)
     tokenizer = LlamaTokenizerFast.from_pretrained(
-        str(folder), local_files_only=True, legacy=True, add_bos_token=add_bos
+        str(folder), local_files_only=True, trust_remote_code=False, legacy=True, add_bos_token=add_bos
     )
     backend = tokenizer.backend_tokenizer
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
