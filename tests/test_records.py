@@ -315,3 +315,12 @@ def test_overlap_by_prompt_and_by_completion():
     ]
     assert overlap(train, held_out) == Overlap(prompts=1, completions=2, example="e:1")
     assert overlap(train, []) == Overlap(0, 0)
+
+
+@pytest.mark.parametrize("limit", [0, 20])
+def test_ties_by_the_ten_thousand_are_no_work(limit: int) -> None:
+    """Each pair of tied items looked at by itself would take minutes."""
+    assert ordered_pairs([1.0] * 30_000, limit) == []
+    pairs = ordered_pairs([1.0] * 30_000 + [2.0], limit)
+    assert len(pairs) == (limit or 30_000)
+    assert all(better == 30_000 for better, _ in pairs)

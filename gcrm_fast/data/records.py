@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.common.errors import UserError, one_line
@@ -316,14 +317,16 @@ def ordered_pairs(values: Sequence[float], limit: int) -> list[tuple[int, int]]:
     """
     n = len(values)
     order = sorted(range(n), key=lambda i: -values[i])
+    ordered = np.array([values[i] for i in order])
     pairs: list[tuple[int, int]] = []
-    for distance in range(n // 2, 0, -1):
-        for i in range(distance if 2 * distance == n else n):  # at half of an even n each pair would come twice
+    for distance in range(n // 2 if len(set(values)) > 1 else 0, 0, -1):
+        count = distance if 2 * distance == n else n  # at half of an even n each pair would come twice
+        away = np.roll(ordered, -distance)
+        for i in np.flatnonzero(ordered[:count] != away[:count]).tolist():  # tied ones are many, and skipped at once
             a, b = order[i], order[(i + distance) % n]
-            if values[a] != values[b]:
-                pairs.append((a, b) if values[a] > values[b] else (b, a))
-                if len(pairs) == limit:
-                    return pairs
+            pairs.append((a, b) if values[a] > values[b] else (b, a))
+            if len(pairs) == limit:
+                return pairs
     return pairs
 
 
