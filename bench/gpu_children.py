@@ -20,8 +20,14 @@ TESTS_SECONDS = 160
 Result = tuple[str, dict[str, Any]]  # what it is, and its values
 
 
+def kill(child: subprocess.Popen[Any]) -> None:
+    """Ends the process and all of its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+
+
 def run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """(exit code, or None after ``seconds``; the end of what it printed); whatever it started ends with it."""
+    """(exit code, or None after ``seconds``; what it printed); whatever it started ends with it."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
         child = subprocess.Popen(
@@ -30,8 +36,7 @@ def run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
         code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = child.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+        kill(child)
         printed.seek(0)
         return code, printed.read()
 
@@ -99,6 +104,5 @@ def stop_at(step: int, command: Sequence[str], output: Path) -> int | None:
         time.sleep(0.05)
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(30)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    kill(child)
     return child.poll()

@@ -290,7 +290,7 @@ COMMON = {
     "use_cache": True,
     "torch_dtype": "bfloat16",
 }
-PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # config.json as published, and what must come of it
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # config.json in the form of these models, from memory
     "mistralai/Mistral-7B-v0.1": (
         {
             "architectures": ["MistralForCausalLM"],

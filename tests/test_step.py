@@ -27,7 +27,6 @@ from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import parallel
 from gcrm_fast.training.accounting import (
     PLANS,
-    RECOMPUTE,
     MemoryShape,
     choose_plan,
     kept_for_backward,
@@ -41,6 +40,7 @@ from gcrm_fast.training.objectives import Objective, losses
 from gcrm_fast.training.optimizer import Updater, cast_weights
 
 CPU = torch.device("cpu")
+RECOMPUTE = tuple(dict.fromkeys(recompute for recompute, _ in PLANS))  # the less memory, the more work
 
 
 def steps_of(pairs: Sequence[TokenizedPair], rank: int = 0, world_size: int = 1, **changes: Any) -> Steps:

@@ -38,7 +38,6 @@ DATA_SHEET = {
 # Bytes a parameter: weights, gradient, two moments.
 OPTIMIZER_BYTES = {"adamw": 16.0, "adamw-bf16": 8.0, "adamw-8bit": 10.1}
 GRADIENT_BYTES = {"adamw": 4.0, "adamw-bf16": 2.0, "adamw-8bit": 4.0}  # of these
-RECOMPUTE = ("none", "product", "mlp", "block")  # the less memory, the more work
 # (recomputation, when weights are gathered), fastest first: on one H100 at the 1b shape the product is some 2% of a
 # step, gathering for every pack 7%, the MLP 15%.
 PLANS = (
