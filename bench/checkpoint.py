@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
-import measure
 import torch
 
+import measure
 from gcrm_fast import train
 from gcrm_fast.training import snapshots
 

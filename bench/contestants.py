@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 from unittest import mock
 
-import measure
 import numpy as np
-import padded
 import torch
-from our_step import LEVERS, RECOMPUTING, Groups, Ours, Work, flat, packed_work
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+import measure
+import padded
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training import accounting
+from our_step import LEVERS, RECOMPUTING, Groups, Ours, Work, flat, packed_work
 
 PAIRS = 8  # a micro-batch, as people run it
 SIZES = (4, 8, 16, 32)  # micro-batches of which the padded reference may choose its best

@@ -22,21 +22,21 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-import drawn
 import matplotlib
-import measure
 import numpy as np
 import torch
-from gcrm_kernels import RowTiles, dense_contrastive_loss, goal_contrastive_loss
-from gcrm_kernels.launch import use_triton
-from gcrm_kernels.reference import unit_rows
 from torch import Tensor
 
+import drawn
+import measure
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.objectives import ranking_loss
+from gcrm_kernels import RowTiles, dense_contrastive_loss, goal_contrastive_loss
+from gcrm_kernels.launch import use_triton
+from gcrm_kernels.reference import unit_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

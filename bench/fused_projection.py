@@ -9,8 +9,9 @@ the products have 16 rows where cuBLAS has thousands. Only the forward can gain:
 import torch
 import triton
 import triton.language as tl
-from gcrm_kernels.reference import EPS
 from torch import Tensor
+
+from gcrm_kernels.reference import EPS
 
 
 @triton.jit

@@ -227,9 +227,10 @@ def main() -> int:
 
 
 def measure_all(options: argparse.Namespace, packages: Path, seconds: float) -> int:
+    import torch
+
     import gpu_report
     import measure
-    import torch
 
     where = measure.environment(torch.device("cuda"))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -24,20 +24,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
 import contrastive_loss
 import gpu_children
 import measure
 import padded
 import records
 import scoring
-import torch
-from gcrm_kernels import goal_contrastive_loss, q_values
-from gcrm_kernels.launch import LaunchConfig
-from our_step import MODELS, RECOMPUTING, Groups, Ours, packed_work, sampling_of
-from step_costs import profiled
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
@@ -47,6 +43,10 @@ from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training import accounting, parallel, prepare
 from gcrm_fast.training.accounting import MemoryShape
 from gcrm_fast.training.config import TrainConfig
+from gcrm_kernels import goal_contrastive_loss, q_values
+from gcrm_kernels.launch import LaunchConfig
+from our_step import MODELS, RECOMPUTING, Groups, Ours, packed_work, sampling_of
+from step_costs import profiled
 
 SHAPES = ((100, 225), (250, 80))  # tokens of a prompt and of each completion: GSM8K's, and HH's
 PACK, LARGE_PACK = 16_384, 36_864  # tokens

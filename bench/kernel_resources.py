@@ -24,6 +24,9 @@ if os.environ.get("TRITON_INTERPRET"):
     sys.exit("TRITON_INTERPRET is set: unset it, an interpreted kernel cannot be compiled")
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from gcrm_kernels import (
     contrastive,
     reference,
@@ -36,8 +39,6 @@ from gcrm_kernels import (
     triton_swiglu,
 )
 from gcrm_kernels.launch import LaunchConfig
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_90", "sm_100")} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from gcrm_kernels.launch import HAS_TRITON
 from torch.profiler import ProfilerActivity, profile
+
+from gcrm_kernels.launch import HAS_TRITON
 
 if HAS_TRITON:
     import triton

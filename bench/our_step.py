@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from unittest import mock
 
-import drawn
 import numpy as np
-import padded
 import torch
-from gcrm_kernels import ContrastiveStatistics, InverseIndex, RowTiles, reference
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+import drawn
+import padded
 from gcrm_fast import train
 from gcrm_fast.data import packing
 from gcrm_fast.data.batches import Budget, plan_packs
@@ -30,6 +29,7 @@ from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import accounting, objectives, parallel, prepare
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.optimizer import Updater, cast_weights
+from gcrm_kernels import ContrastiveStatistics, InverseIndex, RowTiles, reference
 
 MODELS = {
     "tiny": ModelConfig(

@@ -11,16 +11,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import drawn
-import measure
 import numpy as np
 import torch
 import torch.nn.functional as F
-from records import BOS, EOS, PAD
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
+import drawn
+import measure
 from gcrm_fast.common.errors import one_line
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.sampling import Sampling, draw_samples
@@ -29,6 +28,7 @@ from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.objectives import Objective, ranking_loss
 from gcrm_fast.training.optimizer import Updater
+from records import BOS, EOS, PAD
 
 SCHEDULE_STEPS = 1_000_000  # so many that the learning rate does not change
 

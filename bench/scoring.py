@@ -19,22 +19,22 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import drawn
 import matplotlib
-import measure
 import numpy as np
-import padded
-import records
 import torch
-from our_step import MODELS
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForSequenceClassification
 
+import drawn
+import measure
+import padded
+import records
 from gcrm_fast import train
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.tokenization import train_tokenizer
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.model.llama import ModelConfig
+from our_step import MODELS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

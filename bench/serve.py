@@ -24,10 +24,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import measure
 import numpy as np
 import torch
 
+import measure
 from gcrm_fast import RewardModel
 from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.data.tokenization import train_tokenizer

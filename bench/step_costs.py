@@ -3,16 +3,16 @@
 from typing import Any
 
 import matplotlib
-import measure
 import numpy as np
-import records
 import torch
-from our_step import Groups, Ours, flat, packed_work
 from torch.profiler import ProfilerActivity, profile
 
+import measure
+import records
 from gcrm_fast.data import packing
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.model.inputs import Pack
+from our_step import Groups, Ours, flat, packed_work
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

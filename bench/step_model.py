@@ -19,15 +19,14 @@ from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
-import measure
-import records
 import torch
-from our_step import MODELS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import measure
+import records
 from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
@@ -35,6 +34,7 @@ from gcrm_fast.model.inputs import Pack, mapped
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import accounting
+from our_step import MODELS
 
 SHAPES = ((100, 225), (250, 80))  # tokens of prompt and of each completion
 TOKENS = 16384  # of a pack

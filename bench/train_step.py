@@ -30,11 +30,13 @@ from dataclasses import replace
 from typing import Any
 
 import matplotlib
-import measure
 import numpy as np
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+import measure
 import padded
 import records
-import torch
 from contestants import (
     NAIVE,
     OURS,
@@ -50,16 +52,14 @@ from contestants import (
     references,
     refuse,
 )
-from our_step import MODELS, Groups, Ours, flat, sampling_of
-from step_costs import SCALING_COLUMNS, missing_kernels, plot_scaling, profiled, scaling
-from torch.distributed.device_mesh import DeviceMesh
-
 from gcrm_fast import train
 from gcrm_fast.data.batches import epoch_batches
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training import accounting, parallel, prepare
 from gcrm_fast.training.config import TrainConfig
+from our_step import MODELS, Groups, Ours, flat, sampling_of
+from step_costs import SCALING_COLUMNS, missing_kernels, plot_scaling, profiled, scaling
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -16,7 +16,6 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import torch
 import tyro
-from summary import machine, markdown, to_json, trained, write_aside
 
 from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands import evaluate, goals, samples, vote
@@ -29,6 +28,7 @@ from gcrm_fast.evaluation.measures import ratio_interval
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.training.config import parse
 from gcrm_fast.training.prepare import default_output
+from summary import machine, markdown, to_json, trained, write_aside
 
 MODELS = {"gcrm": (), "contrastive weight 0": ("--objective", "ranking")}  # options of gcrm train
 GOALS = {"right": "is_correct==true", "any": "steps>=1"}  # name: which solutions of training problems it is the mean of

@@ -17,7 +17,6 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from summary import COVERAGE, cell, data_folder, machine, markdown, mean_interval, to_json, trained, write_aside
 from tqdm import tqdm
 
 from gcrm_fast.common.errors import UserError
@@ -28,6 +27,7 @@ from gcrm_fast.data.records import Candidate, read_completions
 from gcrm_fast.evaluation import voting
 from gcrm_fast.evaluation.measures import Labelled, cross_fitted, group_scores, halves, pair_accuracy
 from gcrm_fast.inference.scoring import Judged, RewardModel
+from summary import COVERAGE, cell, data_folder, machine, markdown, mean_interval, to_json, trained, write_aside
 
 VARIANTS = {
     "ranking": ("--objective", "ranking"),

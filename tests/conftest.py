@@ -4,7 +4,6 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.constants
 import matplotlib
@@ -12,32 +11,23 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from training_runs import ROOT as ROOT
-from training_runs import Gcrm, Result, torchrun, write_pairs
+
+from support.training_runs import Gcrm, Result, torchrun, write_pairs
 
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses work under ``poisoned``
 
-from gcrm_kernels import launch
-
 from gcrm_fast.cli import COMMANDS
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.model.llama import ModelConfig
-from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
+from gcrm_kernels import launch
+from support.small import SPECIAL, VOCAB
 
 # The same examples at every run, so that a red test is the change's own. --hypothesis-profile=default: fresh ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
-VOCAB = 50
-SPECIAL = 3  # bos, eos, pad: no random token is one of them
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# The interpreter's bfloat16 arithmetic is not that of any device; bfloat16 kernels are tested compiled.
-HALVES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
-# tl.exp and tl.log of a GPU are approximations, right to two units in the last place; the interpreter's are exact.
-APPROXIMATE = 2**-22 if DEVICE == "cuda" else 0.0
 # Modules of gcrm_kernels with kernels.
 OPERATORS = ("contrastive", "dense", "gather", "qvalues", "rms_norm", "rotary", "swiglu")
 
@@ -165,26 +155,3 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.returncode == 0, result.stderr
     assert "held-out AUROC" in result.stdout
     return output
-
-
-def small_config(**changes: object) -> ModelConfig:
-    values: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    return ModelConfig(**{**values, **changes})
-
-
-def small_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> LlamaRewardModel:
-    """Weights of standard deviation of at least 0.1 everywhere: at 0.02 a wrong position hides in any tolerance."""
-    model = LlamaRewardModel(config).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
-            parameter.copy_(initial_value(name, parameter.shape, config, 0).double() + noise)
-    return model

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_survival import arguments, assert_same
-from training_runs import rows, start, torchrun, wait_for, workers
 
 from gcrm_fast.training.snapshots import checkpoints
+from support.training_runs import arguments, assert_same, rows, start, torchrun, wait_for, workers
 
 KILLS = int(os.environ.get("KILLS", "50"))
 
@@ -60,7 +59,7 @@ def test_many_kills_at_random_moments_change_nothing(pair_file: Path, tmp_path: 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_a_loss_that_is_none_on_the_last_rank(pair_file: Path, tmp_path: Path, processes: int) -> None:
     result = torchrun(
-        f"nan:{processes - 1}:5", *arguments(pair_file, tmp_path), processes=processes, script="tests/faulty.py"
+        f"nan:{processes - 1}:5", *arguments(pair_file, tmp_path), processes=processes, script="tests/support/faulty.py"
     )
     assert result.returncode == 0, result.stderr
     assert {row["step"]: row["skipped"] for row in rows(tmp_path) if "skipped" in row} == {3: 0, 6: 1, 9: 0, 12: 0}
@@ -86,7 +85,7 @@ def test_three_processes_go_on_from_two(pair_file: Path, tmp_path: Path) -> None
     logs = []
     for processes in (2, 3):
         output = tmp_path / str(processes)
-        first = torchrun("kill:1:8", *arguments(pair_file, output), processes=2, script="tests/faulty.py")
+        first = torchrun("kill:1:8", *arguments(pair_file, output), processes=2, script="tests/support/faulty.py")
         assert first.returncode != 0
         second = torchrun(*arguments(pair_file, output, "--log-every", "1"), processes=processes)
         assert second.returncode == 0, second.stderr

@@ -16,12 +16,12 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from gcrm_kernels import InverseIndex, RowTiles
 from torch import Tensor
 
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.sampling import Sampling, divergence, draw_samples, first_negative, quantile_positions
 from gcrm_fast.model.inputs import Pack, PairRows, TokenAxis
+from gcrm_kernels import InverseIndex, RowTiles
 
 
 class Member(Protocol):

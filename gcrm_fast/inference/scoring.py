@@ -9,7 +9,6 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from gcrm_kernels import q_values
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm
@@ -28,6 +27,7 @@ from gcrm_fast.data.packing import Item, ScorePack, build_score_pack
 from gcrm_fast.data.tokenization import check_vocabulary, load_tokenizer
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.reward_model import LlamaRewardModel
+from gcrm_kernels import q_values
 
 PLANNED_GROUPS = 1024  # prompts whose packs are planned together
 

@@ -9,8 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from gcrm_kernels import InverseIndex, RowTiles
 from torch import Tensor
+
+from gcrm_kernels import InverseIndex, RowTiles
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gcrm_kernels import gather_rows, rms_norm, rotate_and_gather, swiglu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gcrm_fast.model.attention import packed_attention, resolve_backend
 from gcrm_fast.model.families import FAMILIES, Family
 from gcrm_fast.model.inputs import TokenAxis
+from gcrm_kernels import gather_rows, rms_norm, rotate_and_gather, swiglu
 
 
 @dataclass(frozen=True)

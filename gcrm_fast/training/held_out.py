@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from gcrm_kernels import q_values
 from torch import Tensor, nn
 
 from gcrm_fast.common import statistics
@@ -20,6 +19,7 @@ from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.training.objectives import Objective, Statistics, losses
+from gcrm_kernels import q_values
 
 EVALUATION_EPOCH = 2**32  # sampling counter that no training epoch reaches
 SHORTCUT_PAIRS = 4096  # training pairs that the bag-of-tokens classifier sees

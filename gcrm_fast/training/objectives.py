@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from gcrm_kernels import ContrastiveStatistics, dense_contrastive_loss, gather_rows, goal_contrastive_loss
 from torch import Tensor
 
 from gcrm_fast.model.inputs import PairRows
 from gcrm_fast.model.reward_model import Output
+from gcrm_kernels import ContrastiveStatistics, dense_contrastive_loss, gather_rows, goal_contrastive_loss
 
 # What ``losses`` measures of every pair.
 STATISTICS = (

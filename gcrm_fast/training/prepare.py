@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from gcrm_kernels.launch import HAS_TRITON
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.checkpoints.config_json import read_config
@@ -31,6 +30,7 @@ from gcrm_fast.training.accounting import MemoryShape, choose_plan, memory_limit
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig
 from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.objectives import Objective
+from gcrm_kernels.launch import HAS_TRITON
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""``gcrm evaluate`` end to end: what it writes is what the model's scores give, and bad input leaves nothing."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from gcrm_fast.commands import evaluate, shared
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.records import Candidate
+from gcrm_fast.evaluation import results
+from gcrm_fast.inference.scoring import RewardModel
+from support import models
+from support.judged import samples, write
+
+PAIRS = [
+    {
+        "prompt": f"one {'two ' * (i // 2)}",
+        "chosen": "three " * (i + 1),
+        "rejected": "four " * (9 - i),
+        "family": "ab"[i % 2],
+        "class": "both",
+    }
+    for i in range(8)
+]
+
+
+def labelled() -> list[dict[str, Any]]:
+    """Of the field 'class' each value has one class alone."""
+    return [record | {"class": "right" if record["is_correct"] else "wrong"} for record in samples()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate") / "model"
+    models.save(folder)
+    return folder
+
+
+def test_evaluate_reports_labelled_completions_and_pairs(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = labelled()
+    files = [str(write(tmp_path / "labelled.jsonl", records)), str(write(tmp_path / "pairs.jsonl", PAIRS))]
+    out = tmp_path / "out"
+    assert evaluate.main([str(model), *files, "-o", str(out), "--by", "family,class"]) == 0
+    plots = ["histograms.png", "partial.png", "roc.png"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([*plots, "results.csv", "results.json"])
+    with (out / "results.csv").open() as file:
+        rows = {(Path(row["source"]).stem, row["group"], row["measure"]): row for row in csv.DictReader(file)}
+    scored = RewardModel.from_pretrained(model)
+    prompts, completions = [r["question"] for r in records], [r["completion"] for r in records]
+    right, family = np.array([r["is_correct"] for r in records]), np.array([r["family"] for r in records])
+    reward = scored.score(prompts, completions)
+    last_q = [q[-1] for q in scored.q_values(prompts, completions)]
+    for group, name, expected in (
+        ("all", "auroc_reward", roc_auc_score(right, reward)),
+        ("all", "auroc_q", roc_auc_score(right, last_q)),
+        ("family=b", "auroc_reward", roc_auc_score(right[family == "b"], reward[family == "b"])),
+        ("all", "baseline_identity:class", 1),
+    ):
+        assert float(rows["labelled", group, name]["value"]) == pytest.approx(expected, abs=1e-6)
+    one_class = rows["labelled", "class=right", "auroc_reward"]
+    assert one_class["value"] == one_class["low"] == ""
+    chosen, rejected = (
+        scored.score([str(pair["prompt"]) for pair in PAIRS], [str(pair[side]) for pair in PAIRS])
+        for side in ("chosen", "rejected")
+    )
+    assert float(rows["pairs", "all", "pair_accuracy"]["value"]) == np.mean(chosen > rejected)
+    assert float(rows["pairs", "family=a", "completions"]["value"]) == 8
+    table = capsys.readouterr().out
+    assert re.search(r"class=right +16 +100% +one class", table), table
+    saved = json.loads((out / "results.json").read_text())
+    assert len(saved["rows"]) == len(rows)
+    assert saved["fingerprint"] == scored.fingerprint
+
+
+def test_a_limit_draws_the_same_whole_records_every_time() -> None:
+    of_records = [Candidate("", "", "", i // 2, "", False, {}) for i in range(20)]
+    rows = [candidate.row for candidate in of_records]
+    drawn = [candidate.row for candidate in shared.limited(of_records, rows, 4)]
+    assert len(drawn) == 8
+    assert drawn == sorted(drawn)
+    assert drawn[::2] == drawn[1::2]
+    assert drawn == [candidate.row for candidate in shared.limited(of_records, rows, 4)]
+    assert shared.limited(of_records, rows, 0) == shared.limited(of_records, rows, 99) == of_records
+
+
+def test_results_do_not_replace_what_is_there_unasked(tmp_path: Path) -> None:
+    results.check_folder(tmp_path, overwrite=False)
+    results.check_folder(tmp_path / "new", overwrite=False)
+    (tmp_path / "results.json").touch()
+    with pytest.raises(UserError, match="holds files"):
+        results.check_folder(tmp_path, overwrite=False)
+    results.check_folder(tmp_path, overwrite=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: is no result"):
+        results.check_folder(tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="is not a folder"):
+        results.check_folder(tmp_path / "file", overwrite=True)
+
+
+def test_lists_of_labels_go_with_lists_of_completions_and_whole_records(model: Path, tmp_path: Path) -> None:
+    texts = ["one", "two", "three"]
+    records = [{"prompt": "", "completions": texts, "is_correct": [True, 0, i == 0]} for i in (0, 1)]
+    options = evaluate.Options(model=str(model), data=("-",), output=tmp_path)
+    loaded, _ = shared.open_model(options)
+    source = evaluate.read_source(str(write(tmp_path / "lists.jsonl", records)), loaded, options)
+    assert source.right_N.tolist() == [True, False, True, True, False, False]
+    one = replace(options, limit=1)
+    assert len(evaluate.read_source(str(tmp_path / "lists.jsonl"), loaded, one).candidates) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"is_correct": ...}, [], r"bad\.jsonl:3: field 'is_correct', named by --label, is missing"),
+        ({"is_correct": "yes"}, [], r"bad\.jsonl:3: field 'is_correct' is 'yes', not true or false"),
+        ({"is_correct": None}, [], r"bad\.jsonl:3: field 'is_correct' is 'None', not true or false"),
+        ({"family": {}}, ["--by", "family"], r"bad\.jsonl:3: field 'family', named by --by, is dict, not a string"),
+        ({}, ["--by", "size"], r"bad\.jsonl:1: field 'size', named by --by, is missing"),
+        ({}, ["--label", "right"], r"bad\.jsonl:1: field 'right', named by --label, is missing"),
+        ({}, ["--limit", "1"], r"bad\.jsonl: all 1 completions are (right|wrong): there is nothing to tell apart"),
+        ({}, ["--limit", "-1"], r"--limit -1: must be 0 or more"),
+        ({"completion": ""}, [], r"bad\.jsonl:3: field 'completion' is empty"),
+        ({}, ["--goal", "none.safetensors"], r"none\.safetensors: not a readable goal file"),
+        ({}, ["--tokens-per-batch", "4"], r"bad\.jsonl:1: field 'completion'"),
+    ],
+)
+def test_bad_input_of_evaluate(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, object],
+    arguments: list[str],
+    message: str,
+) -> None:
+    records = samples()
+    records[2] = {k: v for k, v in (records[2] | change).items() if v is not ...}
+    file = write(tmp_path / "bad.jsonl", records)
+    assert evaluate.main([str(model), str(file), "-o", str(tmp_path / "out"), *arguments]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"gcrm evaluate: .*", err), err
+    assert re.search(message, err), err
+    assert sorted(tmp_path.iterdir()) == [file]
+
+
+def test_what_cannot_be_read_or_written_is_said_first(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, empty = write(tmp_path / "good.jsonl", samples()), write(tmp_path / "empty.jsonl", [])
+    for arguments, message in (
+        ([str(empty), "-o", str(tmp_path / "out")], "empty.jsonl: holds no records"),
+        (["-o", str(tmp_path / "out")], "no records are named|required"),
+        ([str(file), "-o", str(empty)], "empty.jsonl: is not a folder"),
+    ):
+        assert evaluate.main([str(model), *arguments]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert sorted(tmp_path.iterdir()) == [empty, file]

@@ -1,0 +1,259 @@
+"""The experiments: measures known by hand, both scripts end to end on little data, and again without new work."""
+
+import gzip
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gcrm_fast import train
+from gcrm_fast.data.encoding import Completion
+from gcrm_fast.data.records import Candidate
+from support.training_runs import ROOT
+
+MODULES = ("arithmetic_chain", "objectives", "summary")
+SMALL = ("--hidden-size", "16", "--intermediate-size", "16", "--layers", "1", "--goal-pairs", "8", "--cache", "none")
+
+
+@pytest.fixture
+def experiments(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The scripts of experiments/, which are no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def chain(experiments: SimpleNamespace) -> ModuleType:
+    return experiments.arithmetic_chain
+
+
+@pytest.fixture
+def objectives(experiments: SimpleNamespace) -> ModuleType:
+    return experiments.objectives
+
+
+# ----------------------------------------------------------------------------------------------------- localisation
+
+
+@pytest.mark.parametrize(("char", "token"), [(0, 0), (1, 0), (2, 2), (3, 3)])
+def test_the_token_of_a_character(chain: ModuleType, char: int, token: int) -> None:
+    assert chain.error_token(["5+", "", "2", "=4", ""], char) == token
+
+
+def test_drop_compares_tokens_before_the_error_with_those_from_it_on(chain: ModuleType) -> None:
+    values = np.array([0.9, 0.8, 0.1, 0.2])
+    assert chain.drop(values, 2) == 1.0
+    assert chain.drop(values[::-1], 2) == 0.0
+    assert chain.drop(values, 1) == 1.0
+    assert chain.drop(np.array([0.5, 0.1, 0.5]), 1) == 0.75
+
+
+def test_localisation_of_known_values(chain: ModuleType) -> None:
+    same = np.array([0.3, 0.4])
+    located = [
+        # Above at the error and the token after it; at the error alone; after it alone.
+        chain.Located(0, np.r_[same, 0.1, 0.1, 0.9], np.r_[same, 0.5, 0.6, 0.2], 2),
+        chain.Located(0, np.r_[same, 0.1, 0.9], np.r_[same, 0.5, 0.6], 2),
+        chain.Located(1, np.r_[same, 0.7, 0.7, 0.2], np.r_[same, 0.7, 0.6, 0.6], 3),
+    ]
+    found = {name: value for name, (value, *_) in chain.localisation(located).items()}
+    assert found["after"] == pytest.approx((2 + 1 + 1) / 7)
+    assert found["error"] == pytest.approx(2 / 3)
+    assert found["end"] == pytest.approx(1 / 3)
+    assert found["drop"] == pytest.approx((4 / 6 + 0.5 + 3.5 / 6) / 3)
+    assert found["offset -1"] == found["offset -2"] == 0.5
+    assert found["offset 0"] == pytest.approx(2 / 3)
+    assert found["offset 1"] == pytest.approx(2 / 3)
+    many = [one._replace(problem=one.problem + 2 * k) for k in range(20) for one in located]
+    after, low, high = chain.localisation(many)["after"]
+    assert after == pytest.approx(found["after"])
+    assert low < after < high
+
+
+def test_position_alone_takes_nothing_from_wrong_solutions(chain: ModuleType) -> None:
+    candidates = [
+        Candidate("p", "c", "", i, "completion", False, {"is_correct": right})
+        for i, right in enumerate([True, False, True])
+    ]
+    values = [np.array([1.0, 2.0, 4.0]), np.array([9.0, 9.0]), np.array([3.0, 4.0])]
+    replaced = chain.position_only(candidates, values)
+    assert [own.tolist() for own in replaced] == [[2.0, 3.0, 4.0], [2.0, 3.0], [2.0, 3.0]]
+
+
+# --------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_intervals_over_seeds_are_students(experiments: SimpleNamespace) -> None:
+    mean, half = experiments.summary.mean_interval([0.60, 0.62, 0.67])
+    assert mean == pytest.approx(0.63)
+    # 4.302653 is the 97.5 % point of Student's t with two degrees of freedom.
+    assert half == pytest.approx(4.302653 * math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2 / 3), rel=1e-5)
+    assert math.isnan(experiments.summary.mean_interval([0.6])[1])
+
+
+def test_aurocs_of_groups_are_blind_to_what_tells_groups_apart(objectives: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    number = np.repeat([0, 1, 2], 200)
+    group = np.array(["a", "b", "c"])[number]
+    right = rng.random(600) < np.array([0.9, 0.1, 1.0])[number]  # the last group has one class alone
+    of_group = np.array([1.0, 0.0, 2.0])[number]
+    assert objectives.auroc(right, of_group) > 0.9
+    assert objectives.by_group(right, of_group, group) == {"a": 0.5, "b": 0.5}
+    informed = of_group + np.where(right & (number == 0), 0.1, 0.0)
+    assert objectives.by_group(right, informed, group) == {"a": 1.0, "b": 0.5}
+    assert objectives.by_group(np.ones(600, dtype=bool), informed, group) == {}
+
+
+def test_a_pair_stays_or_goes_as_a_whole(objectives: ModuleType) -> None:
+    candidates = [Candidate("p", "c", "", i // 2, name, False, {}) for i, name in enumerate(["chosen", "rejected"] * 2)]
+    encoded = [Completion(np.zeros(n, dtype=np.int32), 1, 0) for n in (3, 9, 4, 5)]
+    kept = objectives.Completions(candidates, encoded).no_longer_than(5)
+    assert [len(ids) for ids, _, _ in kept.encoded] == [4, 5]
+    assert [candidate.row for candidate in kept.candidates] == [1, 1]
+
+
+# -------------------------------------------------------------------------------------------------------- the scripts
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Arguments of every training that a script starts."""
+    started: list[list[str]] = []
+    real = train.main
+
+    def main(arguments: list[str]) -> int:
+        started.append(arguments)
+        return real(arguments)
+
+    monkeypatch.setattr(train, "main", main)
+    return started
+
+
+def test_the_chain_from_nothing_and_again(
+    chain: ModuleType, trainings: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = (*SMALL, "--train-pairs", "300", "--eval-pairs", "20", "--steps", "2")
+    monkeypatch.setattr(chain, "MODELS", {name: (*options, *little) for name, options in chain.MODELS.items()})
+    monkeypatch.setattr(chain, "CASES", (("gcrm", "any"),))
+    monkeypatch.setattr(chain, "PERMUTATIONS", 2)
+    arguments = ["--runs", str(tmp_path), "--problems", "12", "--samples", "6", "-o", str(tmp_path / "report")]
+    assert chain.main(arguments) == 0
+    assert len(trainings) == 2
+    text = (tmp_path / "report.md").read_text()
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    cases = numbers["localisation"]
+    assert len(cases["gcrm: Q, goal with shuffled coordinates"]) == 2
+    [by_position] = cases["gcrm: Q by position alone"]
+    assert by_position["after"][0] == 0.5
+    assert by_position["drop"][0] == by_position["drop_right"][0]
+    assert all(found["offset -1"][0] == 0.5 for several in cases.values() for found in several)  # the same tokens
+    assert f"{cases['gcrm: Q'][0]['after'][0]:.3f}" in text
+    assert set(numbers["vote"]) == {"gcrm, any, 0", "gcrm, any, auto"}
+    assert chain.main(arguments) == 0
+    assert len(trainings) == 2
+    assert (tmp_path / "report.md").read_text() == text
+
+
+def lines(path: Path, records: list[dict[str, Any]]) -> None:
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.fixture
+def data(objectives: ModuleType, tmp_path: Path) -> Path:
+    """Files with the names and fields of the real ones: 24 questions, two models."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    labelled, pairs = [], []
+    for q in range(24):
+        for i in range(4):
+            right, model = bool(rng.random() < 0.5), f"model{i % 2}"
+            labelled.append(
+                {
+                    "question": f"{q}+{i}?",
+                    "completion": f" is {q + i + (not right)}",
+                    "is_correct": right,
+                    "predicted_answer": str(q + i + (not right)),
+                    "expected_answer": str(q + i),
+                    "family": "all",
+                    "model": model,
+                }
+            )
+        pairs.append(
+            {
+                "prompt": f"{q}+{q}?",
+                "chosen": f" is {2 * q}",
+                "rejected": f" is {2 * q + 1}",
+                "family": "all",
+                "chosen_model": "a",
+                "rejected_model": "b",
+            }
+        )
+    for file in objectives.SETS.values():
+        lines(folder / file, pairs if "pairs" in file else labelled)
+    lines(folder / objectives.VOTE_FILE, labelled)
+    lines(folder / objectives.TRAIN_FILE, [{**pair, "prompt": "How much is " + pair["prompt"]} for pair in pairs])
+    return folder
+
+
+def test_objectives_from_nothing_and_again(
+    objectives: ModuleType,
+    trainings: list[list[str]],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = objectives.train_arguments
+    monkeypatch.setattr(objectives, "train_arguments", lambda *values: [*given(*values), *SMALL])
+    monkeypatch.setattr(objectives, "VARIANTS", {name: objectives.VARIANTS[name] for name in ("ranking", "paper")})
+    monkeypatch.setattr(objectives, "SMALLEST_CLASS", 2)
+    monkeypatch.setenv("GCRM_DATA", str(data))
+    common = ["--runs", str(tmp_path / "runs"), "--seeds", "2", "-o", str(tmp_path / "report"), "--steps"]
+    assert objectives.main([*common, "1"]) == 0
+    assert len(trainings) == 4
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert [len(of_variant) for of_variant in numbers["found"].values()] == [2, 2]
+    assert numbers["found"]["paper"][1]["GSM8K"]["completions"] == 96
+    assert numbers["found"]["paper"][0]["GSM8K pairs"]["completions"] == 48
+    text = (tmp_path / "report.md").read_text()
+    (tmp_path / "report.md").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(objectives.RewardModel, "judge", None)  # nothing is judged again
+        assert objectives.main([*common, "1"]) == 0
+    assert (tmp_path / "report.md").read_text() == text
+    capsys.readouterr()
+    assert objectives.main([*common, "2"]) == 2
+    assert "holds a model of another run (in its config.toml: steps)" in capsys.readouterr().err
+    assert len(trainings) == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("", "no data: set GCRM_DATA"), ("nowhere", "GCRM_DATA nowhere: is not a folder"), (".", "gsm8k_pairs.jsonl.gz")],
+)
+def test_objectives_without_data_say_so_in_one_line(
+    objectives: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    value: str,
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GCRM_DATA", value)
+    assert objectives.main([]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,46 @@
+"""Faults planted in experiments/: name -> (file, text, replacement, test that must turn red)."""
+
+FAULTS = {
+    "localisation: the error's own token counted before it": (
+        "experiments/arithmetic_chain.py",
+        "above(one)[one.error :].tolist()",
+        "above(one)[one.error + 1 :].tolist()",
+        "tests/experiments/test_experiments.py -k known_values",
+    ),
+    "localisation: a drop from the error's next token on": (
+        "experiments/arithmetic_chain.py",
+        "values_n[:error, None] - values_n[error:]",
+        "values_n[:error, None] - values_n[error + 1 :]",
+        "tests/experiments/test_experiments.py -k drop",
+    ),
+    "localisation: the error's token by its end": (
+        "experiments/arithmetic_chain.py",
+        'side="right"',
+        'side="left"',
+        "tests/experiments/test_experiments.py -k token_of_a_character",
+    ),
+    "position alone: wrong solutions counted": (
+        "experiments/arithmetic_chain.py",
+        'right = [own for c, own in zip(candidates, values, strict=True) if c.fields["is_correct"]]',
+        "right = list(values)",
+        "tests/experiments/test_experiments.py -k position_alone",
+    ),
+    "intervals over seeds of a normal distribution": (
+        "experiments/summary.py",
+        "scipy.stats.t.ppf((1 + COVERAGE) / 2, n - 1)",
+        "scipy.stats.norm.ppf((1 + COVERAGE) / 2)",
+        "tests/experiments/test_experiments.py -k students",
+    ),
+    "AUROC within groups over all groups together": (
+        "experiments/objectives.py",
+        "own = group_N == group",
+        "own = group_N >= 0",
+        "tests/experiments/test_experiments.py -k blind",
+    ),
+    "pairs: one side left out": (
+        "experiments/objectives.py",
+        "for ok in (a and b, a and b)]",
+        "for ok in (a, b)]",
+        "tests/experiments/test_experiments.py -k whole",
+    ),
+}

@@ -1,0 +1,106 @@
+"""Faults planted in inference/: name -> (file, text, replacement, test that must turn red)."""
+
+FAULTS = {
+    "families: texts longer than the window scored": (
+        "gcrm_fast/inference/scoring.py",
+        "if window and len(completion.ids) > window:",
+        "if False:",
+        "tests/model/test_families.py -k as_long_as",
+    ),
+    "a prompt computed for every completion": (
+        "gcrm_fast/inference/scoring.py",
+        "by_prompt.setdefault(ids[:start].tobytes(), [])",
+        "by_prompt.setdefault(ids.tobytes(), [])",
+        "tests/inference/test_scoring.py -k computed_once",
+    ),
+    "a new reward head scores in silence": (
+        "gcrm_fast/inference/scoring.py",
+        "open_weights(folder, config, seed=None)",
+        "open_weights(folder, config, seed=0)",
+        "tests/inference/test_scoring.py -k must_not_score",
+    ),
+    "a reward that is not finite is returned": (
+        "gcrm_fast/inference/scoring.py",
+        "if not (np.isfinite(j.reward) and",
+        "if not (j.reward is not None and",
+        "tests/inference/test_scoring.py -k must_not_score",
+    ),
+    "scoring: lists of other lengths are cut to the shortest chunk": (
+        "gcrm_fast/inference/scoring.py",
+        "if not len(prompts) == len(completions) == ",
+        "if not len(completions) == ",
+        "tests/inference/test_scoring.py -k go_together",
+    ),
+    "scoring: what cannot be scored ends a run that skips": (
+        "gcrm_fast/inference/candidates.py",
+        "if bad.skip and (",
+        "if not bad.skip and (",
+        "tests/inference/test_scoring.py -k skipped_where",
+    ),
+    "scoring: a goal that is not finite": (
+        "gcrm_fast/inference/scoring.py",
+        "if not total.isfinite().all():",
+        "if not len(encoded):",
+        "tests/inference/test_scoring.py -k must_not",
+    ),
+    "server: a large request outlives its client": (
+        "gcrm_fast/inference/batcher.py",
+        "                if job.over:\n",
+        "                if job.refused:\n",
+        "tests/inference/test_serve.py -k takes_turns",
+    ),
+    "server: answers handed to others": (
+        "gcrm_fast/inference/batcher.py",
+        "for job in jobs:\n            job.judged +=",
+        "for job in reversed(jobs):\n            job.judged +=",
+        "tests/inference/test_serve.py -k many_clients",
+    ),
+    "server: batches over the token budget": (
+        "gcrm_fast/inference/batcher.py",
+        "job.take(room)",
+        "job.take(10**9)",
+        "tests/inference/test_serve.py -k token_budget",
+    ),
+    "server: one failing request fails its batch": (
+        "gcrm_fast/inference/batcher.py",
+        "            if len(jobs) > 1:",
+        "            if False:",
+        "tests/inference/test_serve.py -k fails_for_one",
+    ),
+    "server: a queue without a bound": (
+        "gcrm_fast/inference/batcher.py",
+        "if self.waiting + count > self.limit:",
+        "if False:",
+        "tests/inference/test_serve.py -k full_queue",
+    ),
+    "server: work for clients that hung up": (
+        "gcrm_fast/inference/server.py",
+        "            future.cancel()  # takes",
+        "            pass  # takes",
+        "tests/inference/test_serve.py -k hang_up",
+    ),
+    "server: a body without a bound": (
+        "gcrm_fast/inference/server.py",
+        "            if size > self.max_body:",
+        "            if False:",
+        "tests/inference/test_serve.py -k without_an_announced",
+    ),
+    "server: the start of a token is enough": (
+        "gcrm_fast/inference/server.py",
+        "not hmac.compare_digest(given.strip(), self.token)",
+        "not self.token.startswith(given.strip())",
+        "tests/inference/test_serve.py -k token_is_asked",
+    ),
+    "server: OpenRLHF's samples without their prompt": (
+        "gcrm_fast/inference/server.py",
+        "if query.startswith(prompt) else",
+        "if not query else",
+        "tests/inference/test_serve.py -k compute_it_once",
+    ),
+    "server: Q-values of the default goal only": (
+        "gcrm_fast/inference/server.py",
+        "goal = goals.index(body.goal) if body.goal else 0",
+        "goal = 0",
+        "tests/inference/test_serve.py -k any_goal",
+    ),
+}

@@ -1,0 +1,298 @@
+"""Faults planted in kernels/: name -> (file, text, replacement, test that must turn red)."""
+
+FAULTS = {
+    "gathered rows scattered instead of added": (
+        "kernels/gcrm_kernels/gather.py",
+        ".index_add_(0, index, exact)",
+        ".index_copy_(0, index, exact)",
+        "tests/kernels/test_kernels.py -k gather",
+    ),
+    "gather kernel: positions in place of their order": (
+        "kernels/gcrm_kernels/triton_gather.py",
+        "position = tl.load(order_ptr + i)",
+        "position = i",
+        "tests/kernels/test_kernels.py -k gather and triton",
+    ),
+    "inverse index in the wrong order": (
+        "kernels/gcrm_kernels/gather.py",
+        "out=offsets[1:]",
+        "out=offsets[:-1]",
+        "tests/data/test_packing.py",
+    ),
+    "scatter instead of add": (
+        "kernels/gcrm_kernels/contrastive.py",
+        "out_RH.index_add_(0, index_I, values_IH)",
+        "out_RH.index_copy_(0, index_I, values_IH)",
+        "tests/training/test_objectives.py",
+    ),
+    "negative term with the wrong sign": (
+        "kernels/gcrm_kernels/contrastive.py",
+        "cosine.new_tensor([1.0, -1.0])",
+        "cosine.new_tensor([1.0, 1.0])",
+        "tests/training/test_objectives.py",
+    ),
+    "temperature applied twice": (
+        "kernels/gcrm_kernels/contrastive.py",
+        "x = cosine * (sign / temperature)",
+        "x = cosine * (sign / temperature**2)",
+        "tests/training/test_objectives.py",
+    ),
+    "positive term kept for a completion of one token": (
+        "kernels/gcrm_kernels/contrastive.py",
+        "loss_2N.mul(counted_2N).sum(0)",
+        "loss_2N.sum(0)",
+        "tests/training/test_objectives.py",
+    ),
+    "cosines in half precision": (
+        "kernels/gcrm_kernels/contrastive.py",
+        "norms_4NS = hidden_RH.new_empty((2, 2, n, s), dtype=dtype)",
+        "norms_4NS = hidden_RH.new_empty((2, 2, n, s), dtype=hidden_RH.dtype)",
+        "tests/training/test_objectives.py",
+    ),
+    "goals' own share taken for sources": (
+        "kernels/gcrm_kernels/contrastive.py",
+        "torch.stack([share.sum(-1), share.sum(-2)])",
+        "torch.stack([share.sum(-2), share.sum(-1)])",
+        ("tests/kernels/test_kernels.py -k (pytorch-5-64 or pytorch-16-200 or pytorch-33 or eps) and not triton"),
+    ),
+    "gradient through a clamped norm": (
+        "kernels/gcrm_kernels/contrastive.py",
+        ".mul_(norms_4NS > EPS)",
+        "",
+        ("tests/kernels/test_kernels.py -k (pytorch-5-64 or pytorch-16-200 or pytorch-33 or eps) and not triton"),
+    ),
+    "reference without its clamp": (
+        "kernels/gcrm_kernels/reference.py",
+        ".clamp_min(EPS * EPS).sqrt()",
+        ".sqrt()",
+        ("tests/kernels/test_kernels.py -k (pytorch-5-64 or pytorch-16-200 or pytorch-33 or eps) and not triton"),
+    ),
+    "a unit missing from a tile": (
+        "kernels/gcrm_kernels/contrastive.py",
+        "np.searchsorted(tile, np.arange(len(starts)))",
+        "np.searchsorted(tile, np.arange(len(starts)) + 1)",
+        "tests/kernels/test_kernels.py -k tiles",
+    ),
+    "tiles built on the device off by one": (
+        "kernels/gcrm_kernels/contrastive.py",
+        "F.pad(position, (1, 0))[before]",
+        "F.pad(position, (1, 0), value=1)[before]",
+        "tests/kernels/test_kernels.py -k tiles",
+    ),
+    "kernel: padding samples counted": (
+        "kernels/gcrm_kernels/triton_contrastive.py",
+        "similarity = tl.sum(tl.where(counted, cosine, 0.0)) / count",
+        "similarity = tl.sum(cosine) / (SP * SP)",
+        "tests/kernels/test_kernels.py -k (triton-5-64 or triton-16-200 or triton-33 or eps) and not pytorch",
+    ),
+    "kernel: repeated rows added once": (
+        "kernels/gcrm_kernels/triton_contrastive.py",
+        "named & (s[None, :] < slot[:, None])",
+        "named & (s[None, :] < 0)",
+        "tests/kernels/test_kernels.py -k (triton-5-64 or triton-16-200 or triton-33 or eps) and not pytorch",
+    ),
+    "kernel: last row of a tile not written": (
+        "kernels/gcrm_kernels/triton_contrastive.py",
+        "inside = (r < end)[:, None] & (h < width)[None, :]",
+        "inside = (r < end - 1)[:, None] & (h < width)[None, :]",
+        "tests/kernels/test_kernels.py -k (triton-5-64 or triton-16-200 or triton-33 or eps) and not pytorch",
+    ),
+    "kernel: gradient of goals with the strides of sources": (
+        "kernels/gcrm_kernels/triton_contrastive.py",
+        ("            1,\n            S,\n            grad,\n"),
+        ("            S,\n            1,\n            grad,\n"),
+        "tests/kernels/test_kernels.py -k (triton-5-64 or triton-16-200 or triton-33 or eps) and not pytorch",
+    ),
+    "kernel: negatives without their gradient": (
+        "kernels/gcrm_kernels/triton_contrastive.py",
+        "* direction * has_term",
+        "* has_term",
+        "tests/kernels/test_kernels.py -k (triton-5-64 or triton-16-200 or triton-33 or eps) and not pytorch",
+    ),
+    "kernel: the last part of the columns left out": (
+        "kernels/gcrm_kernels/triton_contrastive.py",
+        "tl.static_range(PARTS)",
+        "tl.static_range(PARTS - 1)",
+        "tests/kernels/test_kernels.py -k number_of_parts and triton",
+    ),
+    "kernel: parts of the negatives from goals of the positives": (
+        "kernels/gcrm_kernels/triton_contrastive.py",
+        "unit // n_pairs * 2 * n_pairs",
+        "unit // n_pairs * n_pairs",
+        "tests/kernels/test_kernels.py -k number_of_parts and triton",
+    ),
+    "kernel: one power of two for all rows": (
+        "kernels/gcrm_kernels/triton_contrastive.py",
+        "tl.max(tl.abs(coefficients), axis=1)",
+        "tl.max(tl.abs(coefficients), axis=1) * 0 + tl.max(tl.abs(coefficients))",
+        "tests/kernels/test_kernels.py -k (different_norms or no_sample) and triton",
+    ),
+    "kernel: the own term of rows that no sample names": (
+        "kernels/gcrm_kernels/triton_contrastive.py",
+        "tl.where(own[:, None] != 0.0, own[:, None] * x.to(tl.float32), 0.0)",
+        "own[:, None] * x.to(tl.float32)",
+        "tests/kernels/test_kernels.py -k (different_norms or no_sample) and triton",
+    ),
+    "operators: autocast stays on": (
+        "kernels/gcrm_kernels/launch.py",
+        "torch.autocast(first.device.type, enabled=False)",
+        'torch.autocast(first.device.type, enabled=torch.is_autocast_enabled("cpu"))',
+        "tests/kernels/test_kernels.py -k autocast",
+    ),
+    "dense: a position compared with itself": (
+        "kernels/gcrm_kernels/dense.py",
+        " & (position[rows, None] != position)",
+        "",
+        "tests/kernels/test_kernels.py -k clamped",
+    ),
+    "dense kernel: a position compared with itself": (
+        "kernels/gcrm_kernels/triton_dense.py",
+        " & (i[:, None] != j[None, :])",
+        "",
+        "tests/kernels/test_kernels.py -k clamped",
+    ),
+    "dense: negatives weighed like positives": (
+        "kernels/gcrm_kernels/dense.py",
+        "(1 / ((b - a) * (c - b)))",
+        "(1 / (b - a) ** 2)",
+        "tests/kernels/test_kernels.py -k dense_loss and not any_lengths and pytorch",
+    ),
+    "dense kernel: a lone position takes part in a positive": (
+        "kernels/gcrm_kernels/triton_dense.py",
+        "tl.where(l_c > 1.0, 2.0 / tl.maximum(l_c * (l_c - 1.0), 1.0), 0.0)",
+        "2.0 / (l_c * l_c)",
+        "tests/kernels/test_kernels.py -k dense_loss and not any_lengths and triton",
+    ),
+    "dense kernel: a turn starts at the first tile": (
+        "kernels/gcrm_kernels/triton_dense.py",
+        "i = a + (first_tile + slot % tiles) * TILE",
+        "i = a + (slot % tiles) * TILE",
+        "tests/kernels/test_kernels.py -k dense_loss and not any_lengths and triton",
+    ),
+    "dense kernel: the last pair of a turn skipped": (
+        "kernels/gcrm_kernels/triton_dense.py",
+        "min(pairs, n - first_pair)",
+        "min(pairs, n - first_pair - 1) or 1",
+        "tests/kernels/test_kernels.py -k dense_loss and not any_lengths and triton",
+    ),
+    "Q-values of goals that are not unit vectors": (
+        "kernels/gcrm_kernels/triton_qvalues.py",
+        "q = dots * largest[None, :]",
+        "q = dots",
+        "tests/kernels/test_kernels.py -k q_values and triton",
+    ),
+    "norm: its statistics taken for constants": (
+        "kernels/gcrm_kernels/rms_norm.py",
+        ".addcmul_(s, own_T[:, None])",
+        "",
+        "tests/kernels/test_elementwise.py -k test_rms_norm and pytorch and not any_shape",
+    ),
+    "norm: the gradient through the sum dropped": (
+        "kernels/gcrm_kernels/rms_norm.py",
+        "ds_TH += grad_s",
+        "pass",
+        "tests/kernels/test_elementwise.py -k test_rms_norm and pytorch and not any_shape",
+    ),
+    "norm: the sum normalized but not returned": (
+        "kernels/gcrm_kernels/rms_norm.py",
+        "else s_TH, inverse_T",
+        "else residual_TH.clone(), inverse_T",
+        "tests/kernels/test_elementwise.py -k test_rms_norm and pytorch and not any_shape",
+    ),
+    "norm kernel: mean over the padded row": (
+        "kernels/gcrm_kernels/triton_rms_norm.py",
+        "tl.sum(s32 * s32) / width",
+        "tl.sum(s32 * s32) / BLOCK_H",
+        "tests/kernels/test_elementwise.py -k test_rms_norm and triton and not any_shape",
+    ),
+    "norm kernel: eps forgotten": (
+        "kernels/gcrm_kernels/triton_rms_norm.py",
+        "/ width + eps",
+        "/ width",
+        "tests/kernels/test_elementwise.py -k test_rms_norm and triton and not any_shape",
+    ),
+    "norm kernel: the sum not rounded before it is normalized": (
+        "kernels/gcrm_kernels/triton_rms_norm.py",
+        "s32 = s.to(tl.float32)\n    inverse",
+        (
+            "s32 = s.to(tl.float32)\n"
+            "    if RESIDUAL:\n"
+            "        s32 = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)"
+            " + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)\n"
+            "    inverse"
+        ),
+        "tests/kernels/test_elementwise.py -k test_rms_norm and triton and not any_shape",
+    ),
+    "norm kernel: the last row of the last part left out": (
+        "kernels/gcrm_kernels/triton_rms_norm.py",
+        "(part + 1) * rows, tokens)",
+        "(part + 1) * rows, tokens - 1)",
+        "tests/kernels/test_elementwise.py -k test_rms_norm and triton and not any_shape",
+    ),
+    "norm kernel: the weight's gradient without 1 / rms": (
+        "kernels/gcrm_kernels/triton_rms_norm.py",
+        "dweight += dy * normal",
+        "dweight += dy * s.to(tl.float32)",
+        "tests/kernels/test_elementwise.py -k test_rms_norm and triton and not any_shape",
+    ),
+    "norm kernel: the gradient through the sum dropped": (
+        "kernels/gcrm_kernels/triton_rms_norm.py",
+        "RESIDUAL=grad_s is not None",
+        "RESIDUAL=False",
+        "tests/kernels/test_elementwise.py -k test_rms_norm and triton and not any_shape",
+    ),
+    "SwiGLU: gate and up exchanged": (
+        "kernels/gcrm_kernels/swiglu.py",
+        "F.silu(gate_TF) * up_TF",
+        "F.silu(up_TF) * gate_TF",
+        "tests/kernels/test_elementwise.py -k test_swiglu and pytorch and not any_shape",
+    ),
+    "SwiGLU kernel: the gate's gradient is that of a product": (
+        "kernels/gcrm_kernels/triton_swiglu.py",
+        " * (1.0 + g * (1.0 - sigmoid))",
+        "",
+        "tests/kernels/test_elementwise.py -k test_swiglu and triton and not any_shape",
+    ),
+    "SwiGLU kernel: the last element left out": (
+        "kernels/gcrm_kernels/triton_swiglu.py",
+        "gate, up, out, count, BLOCK",
+        "gate, up, out, count - 1, BLOCK",
+        "tests/kernels/test_elementwise.py -k test_swiglu and triton and not any_shape",
+    ),
+    "rotary: keys gathered but not rotated": (
+        "kernels/gcrm_kernels/rotary.py",
+        "(rotate(k_TGD, cos_TD, sin_TD), v_TGD)",
+        "(k_TGD, v_TGD)",
+        "tests/kernels/test_rotary.py -k pytorch and not any_shape",
+    ),
+    "rotary kernel: the gradient rotated forward": (
+        "kernels/gcrm_kernels/triton_rotary.py",
+        "sin = -sin",
+        "sin = sin",
+        "tests/kernels/test_rotary.py -k triton and not any_shape",
+    ),
+    "rotary kernel: halves exchanged": (
+        "kernels/gcrm_kernels/triton_rotary.py",
+        "(a * cos - b * sin)",
+        "(b * cos - a * sin)",
+        "tests/kernels/test_rotary.py -k triton and not any_shape",
+    ),
+    "rotary kernel: the last position in place of the sum": (
+        "kernels/gcrm_kernels/triton_rotary.py",
+        "v_a += _load",
+        "v_a = _load",
+        "tests/kernels/test_rotary.py -k triton and not any_shape",
+    ),
+    "rotary kernel: angles of the gathered place": (
+        "kernels/gcrm_kernels/triton_rotary.py",
+        "angle += t * (2 * HALF)\n    _store_rotated(out_k_ptr",
+        "angle += j * (2 * HALF)\n    _store_rotated(out_k_ptr",
+        "tests/kernels/test_rotary.py -k triton and not any_shape",
+    ),
+    "wrong rotary pairing": (
+        "kernels/gcrm_kernels/reference.py",
+        "torch.cat((-b, a), dim=-1)",
+        "torch.cat((b, -a), dim=-1)",
+        "tests/model/test_parity.py",
+    ),
+}

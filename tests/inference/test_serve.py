@@ -1,0 +1,568 @@
+"""gcrm serve over real connections: what it answers, what it refuses, and what it survives."""
+
+import asyncio
+import contextlib
+import http.client
+import importlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import uvicorn
+
+from gcrm_fast import RewardModel
+from gcrm_fast.checkpoints.goals import GOAL_FILE, write_goals
+from gcrm_fast.checkpoints.saving import write_model
+from gcrm_fast.commands.serve import ServeOptions, is_open, main, read_token
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.tokenization import choose_pad
+from gcrm_fast.inference.batcher import Batcher
+from gcrm_fast.inference.server import create_app
+from support.chat import CHATML, chat_tokenizer
+from support.small import small_config, small_model
+from support.training_runs import ROOT
+
+PROMPTS = ["hello?", "hello?", "naïve", "1 2 3", ""]
+COMPLETIONS = [" yes.", " hello world 123<|eos|>", " 漢字", "", "no no no"]
+QUERIES = [prompt + completion for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with two goals and a chat template."""
+    tokenizer = chat_tokenizer(CHATML)
+    config = small_config(vocab_size=len(tokenizer), num_hidden_layers=1)
+    choose_pad(tokenizer, config.vocab_size, "test")
+    path = tmp_path_factory.mktemp("served") / "model"
+    state = {name: p.detach() for name, p in small_model(config, torch.float32).named_parameters()}
+    weights = write_model(path, state, config, tokenizer)
+    goals = {"default": torch.ones(32), "short": torch.arange(32.0)}
+    write_goals(path / GOAL_FILE, goals, dict.fromkeys(goals, 1), weights)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> RewardModel:
+    return RewardModel.from_pretrained(folder, tokens_per_batch=256)
+
+
+class Answer(NamedTuple):
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str]
+
+
+class Server(NamedTuple):
+    port: int
+    batcher: Batcher
+    program: uvicorn.Server
+
+    def ask(self, path: str, body: Any = None, *, method: str = "POST", **headers: str) -> Answer:
+        """One request on a connection of its own; a body that is no bytes is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        with contextlib.closing(connection):
+            connection.request(method, path, raw, {"content-type": "application/json", **names})
+            response = connection.getresponse()
+            text = response.read()
+            return Answer(response.status, json.loads(text), {k.lower(): v for k, v in response.getheaders()})
+
+    def score(self, *completions: str) -> Answer:
+        return self.ask("/score", {"prompts": ["hello?"] * len(completions), "completions": completions})
+
+    def idle(self) -> bool:
+        """Whether, within ten seconds, nothing waits any more."""
+        return eventually(lambda: self.batcher.waiting == 0)
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@contextlib.contextmanager
+def running(
+    model: RewardModel,
+    *,
+    token: str = "",
+    max_body: int = 10_000,
+    timeout: float = 20.0,
+    limit: int = 64,
+    delay: float = 0.002,
+) -> Iterator[Server]:
+    batcher = Batcher(model, delay=delay, limit=limit)
+    app = create_app(batcher, token=token, max_body=max_body, timeout=timeout)
+    program = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="error", ws="none"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=program.run, kwargs={"sockets": [listener]})
+        thread.start()
+        assert eventually(lambda: program.started)
+        try:
+            yield Server(listener.getsockname()[1], batcher, program)
+        finally:
+            program.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(model: RewardModel) -> Iterator[Server]:
+    with running(model) as found:
+        yield found
+
+
+class Stopped:
+    """The model, held up before its forward until ``go`` is called."""
+
+    def __init__(self, model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.entered, self.released = threading.Event(), threading.Event()
+        judge = model.judge
+
+        def held(*args: Any, **more: Any) -> Any:
+            self.entered.set()
+            assert self.released.wait(30)
+            return judge(*args, **more)
+
+        monkeypatch.setattr(model, "judge", held)
+
+    def go(self) -> None:
+        self.released.set()
+
+
+# ------------------------------------------------------------------------------------------------------------ answers
+
+
+def test_get_reward_as_openrlhf_asks(server: Server, model: RewardModel) -> None:
+    """Plain queries; with prompts; with labels that nobody reads; with padding that was left at the ends."""
+    rewards = model.score(PROMPTS, COMPLETIONS)
+    ends = [q[-1] for q in model.q_values(PROMPTS, COMPLETIONS)]
+    pad = model.tokenizer.pad_token
+    for body in (
+        {"query": QUERIES},
+        {"query": QUERIES, "prompts": PROMPTS, "labels": [None, "a", 1, {}, []]},
+        {"query": [f"{pad}{pad}{query}{pad}" for query in QUERIES], "prompts": []},
+    ):
+        answer = server.ask("/get_reward", body)
+        assert answer.status == 200
+        assert answer.body.keys() == {"rewards", "scores", "extra_logs"}
+        np.testing.assert_allclose(answer.body["rewards"], rewards, rtol=1e-5, atol=1e-5)
+        assert answer.body["scores"] == answer.body["rewards"]
+        np.testing.assert_allclose(answer.body["extra_logs"]["q_end"], ends, rtol=1e-5, atol=1e-5)
+    empty = server.ask("/get_reward", {"query": [], "prompts": [], "labels": []})
+    assert (empty.status, empty.body) == (200, {"rewards": [], "scores": [], "extra_logs": {}})
+
+
+def test_samples_of_a_prompt_compute_it_once(
+    server: Server, model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    judge = model.judge
+    monkeypatch.setattr(model, "judge", lambda encoded, **more: seen.extend(encoded) or judge(encoded, **more))
+    server.ask("/get_reward", {"query": QUERIES[:2], "prompts": PROMPTS[:2]})
+    assert seen[0].start == seen[1].start > 2
+    np.testing.assert_array_equal(seen[0].ids[: seen[0].start], seen[1].ids[: seen[1].start])
+
+
+def test_score_gives_q_values_of_any_goal(server: Server, model: RewardModel) -> None:
+    rewards = model.score(PROMPTS, COMPLETIONS)
+    for name in (None, "default", "short"):
+        body = {"prompts": PROMPTS, "completions": COMPLETIONS} | ({"goal": name} if name else {})
+        answer = server.ask("/score", body).body
+        np.testing.assert_allclose(answer["rewards"], rewards, rtol=1e-5, atol=1e-5)
+        assert answer["goal"] == (name or "default")
+        for found, expected in zip(answer["q_values"], model.q_values(PROMPTS, COMPLETIONS, name), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    empty = server.ask("/score", {"prompts": [], "completions": []})
+    assert empty.body == {"rewards": [], "goal": "default", "q_values": []}
+
+
+def test_score_of_cut_completions_and_of_messages(server: Server, model: RewardModel) -> None:
+    cut = server.ask("/score", {"prompts": PROMPTS[:2], "completions": COMPLETIONS[:2], "cuts": [True, False]}).body
+    judged = model.judge(model.encode(PROMPTS[:2], COMPLETIONS[:2], [True, False]))
+    np.testing.assert_allclose(cut["rewards"], [j.reward for j in judged], rtol=1e-5, atol=1e-5)
+    user, answer = [{"role": "user", "content": "hello?"}], [{"role": "assistant", "content": "yes"}]
+    found = server.ask("/score", {"prompts": [user], "completions": [answer]})
+    prompt = "<|im_start|>user\nhello?<|im_end|>\n<|im_start|>assistant\n"
+    assert found.body["rewards"] == pytest.approx(model.score([prompt], ["yes<|im_end|>\n"]), abs=1e-5)
+
+
+def test_many_clients_share_batches_and_each_gets_its_own(
+    server: Server, model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = []
+    judge = model.judge
+    monkeypatch.setattr(model, "judge", lambda encoded, **more: batches.append(len(encoded)) or judge(encoded, **more))
+    texts = [f" {'yes ' * (i % 5)}{i}" for i in range(300)]
+    expected = dict(zip(texts, model.score(["hello?"] * len(texts), texts), strict=True))
+    batches.clear()
+    with ThreadPoolExecutor(16) as pool:
+        for text, answer in zip(texts, pool.map(server.score, texts), strict=True):
+            assert answer.status == 200
+            assert answer.body["rewards"] == pytest.approx([expected[text]], abs=1e-4)
+    assert sum(batches) == len(texts)
+    assert len(batches) < len(texts) / 2
+    assert server.idle()
+
+
+def test_batches_keep_to_the_token_budget(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waited while the model was busy is answered in batches of at most tokens_per_batch, oldest first."""
+    seen: list[list[int]] = []
+    judge = model.judge
+    with running(model) as found, ThreadPoolExecutor(12) as pool:
+        stopped = Stopped(model, monkeypatch)
+        first = pool.submit(found.score, "first")
+        assert stopped.entered.wait(10)
+        others = [pool.submit(found.score, "no " * 30) for _ in range(11)]
+        assert eventually(lambda: found.batcher.waiting == 12)
+        monkeypatch.setattr(model, "judge", lambda e, **more: seen.append([len(c.ids) for c in e]) or judge(e, **more))
+        stopped.go()
+        assert all(f.result().status == 200 for f in (first, *others))
+    assert sum(map(len, seen)) == 11
+    assert all(sum(lengths) <= model.budget.tokens for lengths in seen)
+    assert max(map(len, seen)) > 1
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+MALFORMED = {
+    "no body": (None, "body"),
+    "no JSON": (b"prompts", "not valid JSON"),
+    "half of an object": (b'{"prompts": ["a"], "completions": ', "not valid JSON"),
+    "not UTF-8": (b'{"prompts": ["\xff"]}', "body"),
+    "nested too deep": (b"[" * 9000, "body"),
+    "a number of too many digits": (b'{"prompts": ' + b"9" * 9000 + b"}", "body"),
+    "a list": ([], "body"),
+    "null": (b"null", "body"),
+    "no completions": ({"prompts": ["a"]}, "completions"),
+    "text for a list": ({"prompts": "a", "completions": "b"}, "prompts"),
+    "a number for a text": ({"prompts": ["a"], "completions": [1]}, "completions[0]"),
+    "NaN": (b'{"prompts": ["a"], "completions": [NaN]}', "completions[0]"),
+    "other lengths": ({"prompts": ["a"], "completions": ["b", "c"]}, "1 entries for 2"),
+    "other cuts": ({"prompts": ["a"], "completions": ["b"], "cuts": []}, "cuts"),
+    "cut by a word": ({"prompts": ["a"], "completions": ["b"], "cuts": ["yes"]}, "cuts[0]"),
+    "cut to nothing": ({"prompts": ["a"], "completions": [""], "cuts": [True]}, "no token"),
+    "unknown goal": ({"prompts": ["a"], "completions": ["b"], "goal": "nix"}, "'nix'"),
+    "unknown field": ({"prompts": ["a"], "completions": ["b"], "goals": "nix"}, "goals"),
+    "half a character": (b'{"prompts": ["a"], "completions": ["\\ud800"]}', "surrogate"),
+    "half a character in a name": (b'{"prompts": ["a"], "completions": ["b"], "\\ud800": 1}', "unicode"),
+    "half a character in a goal": (b'{"prompts": ["a"], "completions": ["b"], "goal": "\\ud800"}', "goal"),
+    "text and messages": ({"prompts": ["a"], "completions": [[{"role": "assistant", "content": "b"}]]}, "both"),
+    "a message without content": ({"prompts": [[{"role": "user"}]], "completions": [[]]}, "prompts[0][0].content"),
+    "no messages": ({"prompts": [[]], "completions": [[]]}, "completion 0"),
+    "longer than a batch": ({"prompts": ["a"], "completions": ["b c " * 300]}, "more than --tokens-per-batch 256"),
+    "more than may wait": ({"prompts": ["a"] * 65, "completions": ["b"] * 65}, "at most 64"),
+    "a longer body": ({"prompts": ["a"], "completions": ["b" * 10_000]}, "10000 bytes"),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_requests(server: Server, body: Any, message: str) -> None:
+    """A clear line each, beside requests that are answered."""
+    answer = server.ask("/score", body)
+    assert 400 <= answer.status < 500
+    assert answer.body.keys() == {"error"}
+    assert message in answer.body["error"]
+    assert "\n" not in answer.body["error"]
+    assert server.score("yes").status == 200
+
+
+def test_malformed_requests_of_openrlhf_and_wrong_places(server: Server) -> None:
+    for body in ({}, {"query": "a"}, {"query": [1]}, {"query": ["a"], "prompts": ["a", "b"]}, []):
+        assert server.ask("/get_reward", body).status == 422
+    assert server.ask("/nowhere", {}).status == 404
+    assert server.ask("/score", method="GET").status == 405
+    assert "error" in server.ask("/score", method="GET").body
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        raw.sendall(b"no HTTP at all\r\n\r\n")
+        assert raw.recv(1000).startswith(b"HTTP/1.1 400")
+    assert server.score("yes").status == 200
+
+
+def test_a_body_without_an_announced_length(server: Server) -> None:
+    """Chunked, and too long: refused as soon as that is known."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
+        raw.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with contextlib.suppress(OSError):
+            for _ in range(20):
+                raw.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
+        assert raw.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+def test_a_token_is_asked_for_before_anything_is_read(model: RewardModel) -> None:
+    with running(model, token="geheim") as found:
+        body = {"prompts": ["a"], "completions": ["b"]}
+        for wrong in ({}, {"authorization": "Bearer wrong"}, {"authorization": "geheim"}, {"authorization": "Bearer"}):
+            answer = found.ask("/score", body, **wrong)
+            assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
+        assert found.ask("/score", b"x" * 20_000).status == 401
+        assert found.ask("/score", body, authorization="Bearer geheim").status == 200
+        assert found.ask("/get_reward", {"query": ["a"]}, authorization="bearer geheim").status == 200
+        assert found.idle()
+        assert found.ask("/health", method="GET").body == {"status": "ok", "waiting": 0}
+
+
+def test_a_full_queue(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = Stopped(model, monkeypatch)
+    with running(model, limit=3) as found, ThreadPoolExecutor(2) as pool:
+        held = [pool.submit(found.score, "a", "b"), pool.submit(found.score, "c")]
+        assert eventually(lambda: found.batcher.waiting == 3)
+        refused = found.score("d")
+        assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+        assert found.ask("/health", method="GET").body["waiting"] == 3
+        stopped.go()
+        assert [len(f.result().body["rewards"]) for f in held] == [2, 1]
+        assert found.idle()
+        assert found.score("d").status == 200
+
+
+def test_no_answer_in_time(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """504, the waiting job leaves the queue unread; a body that does not come: 408."""
+    with running(model, timeout=0.3) as found:
+        stopped = Stopped(model, monkeypatch)
+        assert found.score("a").status == 504
+        assert found.score("b").status == 504
+        seen = []
+        judge = model.judge
+        monkeypatch.setattr(model, "judge", lambda encoded, **more: seen.append(encoded) or judge(encoded, **more))
+        stopped.go()
+        assert found.idle()
+        assert seen == []  # of "b"
+        assert found.score("c").status == 200
+        with socket.create_connection(("127.0.0.1", found.port), timeout=10) as raw:
+            raw.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+            assert raw.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_clients_that_hang_up(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the body is whole, while they wait, and while the model works for them."""
+    body = json.dumps({"prompts": ["a"], "completions": ["b"]}).encode()
+    head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(
+        body
+    )
+    with running(model) as found:
+        stopped = Stopped(model, monkeypatch)
+        lines = [socket.create_connection(("127.0.0.1", found.port), timeout=10) for _ in range(30)]
+        for i, raw in enumerate(lines):
+            raw.sendall(head + (body if i % 3 else body[:9]))
+        assert eventually(lambda: found.batcher.waiting == 20)
+        assert stopped.entered.wait(30)  # the model is at work for one of them at least
+        judged = []
+        for raw in lines:
+            raw.close()
+        with ThreadPoolExecutor(1) as pool:
+            patient = pool.submit(found.score, "yes")
+            assert eventually(lambda: found.batcher.waiting == 21)
+            time.sleep(0.2)  # for the server to see that they are gone
+            judge = model.judge
+            monkeypatch.setattr(
+                model, "judge", lambda encoded, **more: judged.append(encoded) or judge(encoded, **more)
+            )
+            stopped.go()
+            assert patient.result().status == 200
+        assert found.idle()
+        assert [len(encoded) for encoded in judged] == [1]  # nobody's work is done after they have gone
+        assert eventually(lambda: not found.program.server_state.tasks)
+        assert found.score("yes").status == 200
+
+
+def test_a_large_request_takes_turns_and_ends_with_its_client(
+    model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f" {i} words of a completion" for i in range(100)]
+    judge, batches = model.judge, []
+
+    def watched(encoded: Any, **more: Any) -> Any:
+        batches.append(len(encoded))
+        return judge(encoded, **more)
+
+    monkeypatch.setattr(model, "judge", watched)
+    expected = model.score(["hello?"] * 100, texts)
+    with running(model, limit=200) as found, ThreadPoolExecutor(2) as pool:
+        assert sum(len(c.ids) for c in model.encode(["hello?"] * 100, texts)) > 4 * model.budget.tokens
+        stopped = Stopped(model, monkeypatch)
+        large = pool.submit(found.score, *texts)
+        assert stopped.entered.wait(30)
+        small = pool.submit(found.score, "yes")
+        assert eventually(lambda: found.batcher.waiting == 101)
+        batches.clear()
+        stopped.go()
+        np.testing.assert_allclose(large.result().body["rewards"], expected, rtol=1e-5, atol=1e-5)
+        assert small.result().status == 200
+        assert len(batches) > 4
+        assert sum(batches) == 101
+        assert found.idle()
+        # One that nobody waits for any more ends with the batch at hand.
+        stopped = Stopped(model, monkeypatch)
+        line = http.client.HTTPConnection("127.0.0.1", found.port, timeout=10)
+        line.request(
+            "POST",
+            "/score",
+            json.dumps({"prompts": ["hello?"] * 100, "completions": texts}),
+            {"content-type": "application/json"},
+        )
+        assert stopped.entered.wait(30)
+        line.close()
+        assert eventually(lambda: not found.program.server_state.tasks)
+        batches.clear()
+        stopped.go()
+        assert found.idle()
+        assert len(batches) == 1
+
+
+def test_a_model_that_fails_for_one_answers_the_others(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison = model.encode(["hello?"], ["poison"])[0].ids.tobytes()
+    judge = model.judge
+
+    def failing(encoded: Any, **more: Any) -> Any:
+        if any(c.ids.tobytes() == poison for c in encoded):
+            raise RuntimeError("out of memory")
+        return judge(encoded, **more)
+
+    monkeypatch.setattr(model, "judge", failing)
+    with running(model, delay=0.2) as found, ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(found.score, text) for text in ("yes", "poison", "no")]
+        assert [f.result().status for f in answers] == [200, 503, 200]
+        assert found.idle()
+
+
+def test_requests_at_hand_are_answered_before_the_end(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = Stopped(model, monkeypatch)
+    with running(model) as found, ThreadPoolExecutor(4) as pool:
+        held = [pool.submit(found.score, "yes") for _ in range(4)]
+        assert eventually(lambda: found.batcher.waiting == 4)
+        found.program.should_exit = True
+        time.sleep(0.3)
+        stopped.go()
+        assert [f.result().status for f in held] == [200] * 4
+
+
+# ------------------------------------------------------------------------------------- the benchmark and the command
+
+
+def test_the_benchmark_sees_answers_that_are_not_right(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    bench = importlib.import_module("serve")
+    texts = [f" {i}" for i in range(40)]
+    bodies = [bench.body_of("hello?", text) for text in texts]
+    expected = model.score(["hello?"] * len(texts), texts)
+    with running(model, max_body=2**20) as found:
+        right = asyncio.run(bench.ask_all(found.port, bodies, expected, 8))
+        assert (right.wrong, np.isnan(right.latencies).sum()) == (0, 0)
+        assert asyncio.run(bench.ask_all(found.port, bodies, expected + 1, 8)).wrong == len(texts)
+        assert asyncio.run(bench.malformed(found.port)) == []
+        asyncio.run(bench.hang_up(found.port, bodies, random.Random(0)))
+        assert found.idle()
+        monkeypatch.setattr(bench, "MALFORMED", (bodies[0],))
+        assert len(asyncio.run(bench.malformed(found.port))) == 1
+    for name in ("serve", "measure"):
+        sys.modules.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}", "--port", "70000"], "--port 70000"),
+        (["{folder}", "--port", "{taken}"], "cannot listen there"),
+        (["{folder}", "--queue", "0"], "--queue 0"),
+        (["{folder}", "--token-file", "{empty}"], "must hold one token"),
+        (["{folder}", "--token-file", "nowhere"], "nowhere"),
+        (["nowhere", "--port", "0"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(
+    folder: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").write_text("\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        places = {"folder": folder, "taken": taken.getsockname()[1], "empty": tmp_path / "empty"}
+        assert main([argument.format(**places) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_addresses_that_others_can_reach() -> None:
+    assert not any(map(is_open, ("127.0.0.1", "127.1.2.3", "::1", "localhost")))
+    assert all(map(is_open, ("0.0.0.0", "::", "10.0.0.1", "example.org", "")))
+
+
+def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file before the variable; neither: none; an empty one is no token but a mistake."""
+    (tmp_path / "token").write_text(" geheim\n")
+    options = ServeOptions("m", token_file=str(tmp_path / "token"))
+    monkeypatch.delenv("GCRM_TOKEN", raising=False)
+    assert read_token(ServeOptions("m")) == ""
+    monkeypatch.setenv("GCRM_TOKEN", "other")
+    assert (read_token(options), read_token(ServeOptions("m"))) == ("geheim", "other")
+    for wrong in ("", " ", "two words", "ü"):
+        monkeypatch.setenv("GCRM_TOKEN", wrong)
+        with pytest.raises(UserError, match="GCRM_TOKEN"):
+            read_token(ServeOptions("m"))
+
+
+def test_the_program_warns_serves_and_ends_in_order(folder: Path) -> None:
+    """On all addresses it warns, as there is no token; on SIGTERM it answers what waits and ends with code 0."""
+    command = [
+        sys.executable,
+        "-m",
+        "gcrm_fast.cli",
+        "serve",
+        str(folder),
+        "--port",
+        "0",
+        "--delay",
+        "1",
+        "--host",
+        "0.0.0.0",
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        port = int(line.partition(",")[0].rpartition(":")[2])
+        assert "goals: default, short" in line
+
+        def up() -> bool:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                return True
+            return False
+
+        assert eventually(up)
+        waiting = socket.create_connection(("127.0.0.1", port), timeout=20)
+        body = b'{"query": ["a"]}'
+        waiting.sendall(
+            b"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
+        waiting.close()
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert errors.count("\n") == 1
+    assert "warning: 0.0.0.0 can be reached" in errors
