@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -207,9 +208,9 @@ def padded_contestants(model: padded.Padded, config: ModelConfig, batches: list[
         size: naive_contestant(model, config, batches, f"naive, by length, {size} pairs", size, True, False)
         for size in sizes
     }
-    seconds = {size: attempt(lambda c=c: c.run(batches[:1])[0], model.device) for size, c in tried.items()}
+    seconds = {size: attempt(partial(c.run, batches[:1]), model.device) for size, c in tried.items()}
     print("naive by length, seconds a step with n pairs a micro-batch:", seconds, flush=True)
-    fitting = {size: taken for size, taken in seconds.items() if isinstance(taken, float)}
+    fitting = {size: taken for size, taken in seconds.items() if not isinstance(taken, str)}
     if fitting:
         yield tried[min(fitting, key=lambda size: fitting[size])]
     if not padded.trl_missing():

@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -111,8 +112,15 @@ def ours(case: Case) -> Loss:
     has_positive = torch.ones(case.rows.shape[1], dtype=torch.bool, device=case.hidden.device)
 
     def loss(hidden: Tensor, rows: Tensor, w: Tensor | None) -> Tensor:
+        a, b, m, n = rows
         return goal_contrastive_loss(
-            hidden, *rows, w, has_positive_N=has_positive, pairing="grid", reduce="mean_then_log", tiles=case.tiles
+            hidden,
+            *(a, b, m, n),
+            w,
+            has_positive_N=has_positive,
+            pairing="grid",
+            reduce="mean_then_log",
+            tiles=case.tiles,
         )[0]
 
     return loss
@@ -165,11 +173,9 @@ def compare(case: Case, bandwidth: float, seconds: float) -> list[dict[str, Any]
     # float16 gradients are subnormal without the scaling that people train it with.
     grad = (torch.rand(n, device=device) + 0.5) * (2**12 if case.hidden.dtype == torch.float16 else 1)
     notes = unable(methods, case, grad)
-    calls = {name: lambda f=f: step(f, case, grad) for name, f in methods.items() if name not in notes}
+    calls = {name: partial(step, f, case, grad) for name, f in methods.items() if name not in notes}
     both = measure.times(calls, device, seconds)
-    forward = measure.times(
-        {name: lambda f=f: forward_only(f, case) for name, f in methods.items() if name not in notes}, device, seconds
-    )
+    forward = measure.times({name: partial(forward_only, methods[name], case) for name in calls}, device, seconds)
     head = {"input": case.source, "N": n, "S": s, "H": h, "D": d, "dtype": str(case.hidden.dtype)[6:]}
     rows = [{**head, "method": name, "note": note} for name, note in notes.items()]
     returned = case.hidden.nbytes + (0 if case.projection is None else case.projection.nbytes)
@@ -291,7 +297,7 @@ def compare_dense(n: int, length: int, h: int, device: torch.device, dtype: torc
     expected = run(methods["bmm"])
     if not all(agrees(f"dense {name}", run(f), expected) for name, f in methods.items()):
         sys.exit(1)
-    both = measure.times({name: lambda f=f: run(f) for name, f in methods.items()}, device, seconds)
+    both = measure.times({name: partial(run, f) for name, f in methods.items()}, device, seconds)
     return [
         {
             "input": f"dense {length}+{length}",
@@ -304,7 +310,7 @@ def compare_dense(n: int, length: int, h: int, device: torch.device, dtype: torc
             "p10": both[name][1],
             "p90": both[name][2],
             "x naive": both["naive"][0] / both[name][0],
-            "extra MB": (measure.peak_memory(lambda f=f: run(f), device) - hidden.nbytes) / 1e6,
+            "extra MB": (measure.peak_memory(partial(run, f), device) - hidden.nbytes) / 1e6,
         }
         for name, f in methods.items()
     ]
@@ -355,9 +361,8 @@ def share_of_step(device: torch.device, dtype: torch.dtype, seconds: float) -> l
         (ranking_loss(output.reward_2N, pack.pairs.margin_N).sum() + 0.0 * output.z_RD.float().sum()).backward()
 
     methods: dict[str, Loss] = {"naive": naive, "ours": ours(case)}
-    spent = measure.times(
-        {"step": without_loss} | {k: lambda f=f: step(f, case, grad) for k, f in methods.items()}, device, seconds
-    )
+    calls: dict[str, Callable[[], object]] = {name: partial(step, f, case, grad) for name, f in methods.items()}
+    spent = measure.times({"step": without_loss, **calls}, device, seconds)
     return [
         {
             "input": "share of step",

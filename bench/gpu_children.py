@@ -94,8 +94,8 @@ def logged(output: Path) -> list[dict[str, Any]]:
 
 def stop_at(step: int, command: Sequence[str], output: Path) -> int | None:
     """Sends SIGTERM once the run has logged ``step``; its exit code."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **quiet)
+    quiet = subprocess.DEVNULL
+    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=quiet, stderr=quiet)
     deadline = time.monotonic() + 90
     while child.poll() is None and time.monotonic() < deadline:
         if max((row["step"] for row in logged(output)), default=0) >= step:

@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ import measure
 import padded
 import records
 import scoring
+from contestants import take_gradients
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
@@ -132,7 +133,9 @@ class Lab:
         ours.budget = replace(ours.budget, tokens=tokens)
         return [pack.pin_memory() if self.cuda else pack for pack in ours.packs(batch, without)]
 
-    def step(self, what: str, packs: list[Pack], without: str = "", count: int = 5, **about: Any) -> None:
+    def step(
+        self, what: str, packs: list[Pack], without: str = "", count: int = 5, given: Mapping[str, Any] | None = None
+    ) -> None:
         """Times optimizer steps on ``packs``, recomputing what the trainer would; beside them the memory that
         accounting.py predicts."""
         ours, shape = self.model(), memory_shape(self.config, packs)
@@ -144,7 +147,10 @@ class Lab:
                 total = torch.cuda.get_device_properties(self.device).total_memory
                 recompute = accounting.choose_plan(total, shape, gather=ours.model.gather)[0]
                 without = without or ("" if recompute == "none" else f"recomputing {recompute}")
-        about |= {"predicted GB": accounting.predicted_memory(shape, recompute, ours.model.gather) / 1e9}
+        about = {
+            **(given or {}),
+            "predicted GB": accounting.predicted_memory(shape, recompute, ours.model.gather) / 1e9,
+        }
         try:
             seconds, host = self.timed(lambda: ours.step(packs, n_pairs, without), count)
         except torch.OutOfMemoryError:
@@ -241,8 +247,7 @@ def kernels_agree(lab: Lab) -> None:
         for without in ("Triton", "", "fused RoPE", "recomputing product", "recomputing block"):
             sums = ours.accumulate(ours.packs(batch), len(batch), without)
             loss = float(sums["loss"])
-            gradients = {n: p.grad.full_tensor().detach().clone() for n, p in ours.model.named_parameters()}
-            ours.model.zero_grad()
+            gradients = take_gradients(ours.model)
             exact = exact or (loss, gradients)
             error = max(relative(gradients[name], exact[1][name]) for name in gradients)
             plain = plain or max(error, 1e-4)
@@ -258,7 +263,7 @@ def step(lab: Lab) -> None:
     for prompt, completion in SHAPES:
         for tokens in (PACK, LARGE_PACK):
             packs = lab.packs(lab.batch(prompt, completion), tokens)
-            lab.step("step", packs, shape=f"{prompt}/{completion}", **{"tokens per pack": tokens})
+            lab.step("step", packs, given={"shape": f"{prompt}/{completion}", "tokens per pack": tokens})
 
 
 def no_waiting(lab: Lab) -> None:
@@ -324,7 +329,7 @@ def baseline(lab: Lab) -> None:
         model.checkpointing(checkpointing)
         about = {"pairs per batch": size, "checkpointing": checkpointing, "attention": model.attention}
         try:
-            seconds = lab.timed(lambda size=size: model.step(batch, size, True), 2, 1)[0]
+            seconds = lab.timed(functools.partial(model.step, batch, size, True), 2, 1)[0]
             lab.put("padded", **about, **{"pairs/s": lab.pairs / seconds, "ms": 1e3 * seconds})
         except torch.OutOfMemoryError:
             lab.put("padded", **about, note="out of memory")

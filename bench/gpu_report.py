@@ -14,8 +14,10 @@ NOT_MEASURED = "Not yet measured on a GPU."
 HIDDEN = ("t", "part", "what", "trace", "config", "parts", "right", "where", "begin")  # of a line, in the table
 NOTES = ("began", "done", "begin")  # lines that say how the measuring went
 # What a line was measured on: with part and name, what it has in common with the same measurement of another call.
-SETTINGS = ("shape", "tokens per pack", "tokens", "n", "N", "states", "dtype", "heads", "kv heads", "head size")
-SETTINGS += ("pairs per batch", "checkpointing", "as shipped", "batch", "block", "num_warps", "num_stages")
+SETTINGS = (
+    *("shape", "tokens per pack", "tokens", "n", "N", "states", "dtype", "heads", "kv heads", "head size"),
+    *("pairs per batch", "checkpointing", "as shipped", "batch", "block", "num_warps", "num_stages"),
+)
 STEP, WIDE, EVERY_PACK = "step", "8b shape, 8 layers", "variant: weights gathered for every pack"
 
 

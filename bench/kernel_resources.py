@@ -2,7 +2,7 @@
 
     python bench/kernel_resources.py [--targets sm_80 sm_90] [--dtypes bf16 fp16 fp32] [--samples 16 32 64] [--json]
 
-A row is one kernel in one specialisation for one target: registers a thread, stack bytes a thread (a spill shows here),
+A row is one kernel in one specialization for one target: registers a thread, stack bytes a thread (a spill shows here),
 shared memory a program, warps, and how many instructions of each kind its machine code holds. sm_100 and gfx942 are
 compiled as far as their assembler goes. Needs triton without TRITON_INTERPRET.
 """
@@ -60,7 +60,7 @@ BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
-class Specialisation:
+class Specialization:
     """A kernel with everything that its compilation depends on."""
 
     name: str
@@ -73,7 +73,7 @@ class Specialisation:
 
 @dataclass
 class Resources:
-    """What one compiled specialisation needs."""
+    """What one compiled specialization needs."""
 
     kernel: str
     target: str
@@ -85,7 +85,7 @@ class Resources:
     instructions: dict[str, int] = field(default_factory=dict)
 
 
-def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Specialisation]:
+def specializations(dtype: str, samples: list[int], target: str) -> Iterator[Specialization]:
     """Every kernel as it is launched for states of ``dtype`` on ``target``."""
     itemsize = ITEMSIZE[dtype]
     rows = dict.fromkeys(("rows_ptr", "starts_ptr", "offsets_ptr", "units_ptr"), "*i64")
@@ -95,12 +95,12 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
         for grid in (True, False):
             form = f"{'grid' if grid else 'paired'} {dtype} S={s}"
             config = triton_contrastive.forward_candidates(s, itemsize, grid)[0]
-            constants = {"S": s, "SP": padded, "BLOCK_H": config.block, "GRID": grid}
+            constants: dict[str, Any] = {"S": s, "SP": padded, "BLOCK_H": config.block, "GRID": grid}
             for mean_then_log in (False, True):
                 name = f"contrastive forward {form} {'mean_then_log' if mean_then_log else 'log_then_mean'}"
                 more = {"EPS": reference.EPS, "MEAN_THEN_LOG": mean_then_log, "PARTS": 1, "partials_ptr": None}
                 if s == samples[0]:
-                    yield Specialisation(
+                    yield Specialization(
                         f"{name} N=1",
                         triton_contrastive._contrastive_forward_kernel,
                         constants | more | {"n_pairs": 1},
@@ -108,7 +108,7 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
                         config.num_warps,
                         config.num_stages,
                     )
-                yield Specialisation(
+                yield Specialization(
                     name,
                     triton_contrastive._contrastive_forward_kernel,
                     constants | more,
@@ -116,11 +116,11 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
                     config.num_warps,
                     config.num_stages,
                 )
-            yield from split_specialisations(form, constants, types, config, one=s == samples[0])
+            yield from split_specializations(form, constants, types, config, one=s == samples[0])
             config = triton_contrastive.backward_candidates(s, itemsize)[0]
             constants |= {"TILE": contrastive.TILE_ROWS, "BLOCK_H": config.block}
             if s == samples[0]:  # a number that is 1 becomes a constant when a kernel is launched
-                yield Specialisation(
+                yield Specialization(
                     f"contrastive backward {form} N=1",
                     triton_contrastive._contrastive_backward_kernel,
                     constants | {"n_pairs": 1},
@@ -128,7 +128,7 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
                     config.num_warps,
                     config.num_stages,
                 )
-            yield Specialisation(
+            yield Specialization(
                 f"contrastive backward {form}",
                 triton_contrastive._contrastive_backward_kernel,
                 constants,
@@ -137,7 +137,7 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
                 config.num_stages,
             )
     types = {"grad_ptr": "*" + dtype, "out_ptr": "*" + dtype, "order_ptr": "*i64", "offsets_ptr": "*i64"}
-    yield Specialisation(
+    yield Specialization(
         f"gather backward {dtype}", triton_gather._add_rows_kernel, {"BLOCK": triton_gather.BLOCK}, types, 4, 3
     )
     types = {"states_ptr": "*" + dtype, "high_ptr": "*" + dtype, "low_ptr": "*" + dtype}
@@ -146,7 +146,7 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
         tokens = triton_qvalues.tokens_per_program(config.block, itemsize)
         constants = {"EPS": reference.EPS, "BLOCK_T": tokens, "GP": max(16, goals), "BLOCK_D": config.block}
         constants |= {"goals": 1} if goals == 1 else {}
-        yield Specialisation(
+        yield Specialization(
             f"q_values {dtype} G={goals}",
             triton_qvalues._q_kernel,
             constants,
@@ -159,34 +159,35 @@ def specialisations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
     for backward in (False, True):
         name = f"dense cosine {'backward' if backward else 'forward'} {dtype}"
         constants = {"BACKWARD": backward, "TILE": triton_dense.TILE, "BLOCK_D": config.block}
-        yield Specialisation(name, triton_dense._cosine_kernel, constants, types, config.num_warps, config.num_stages)
+        yield Specialization(name, triton_dense._cosine_kernel, constants, types, config.num_warps, config.num_stages)
     config = triton_dense.gradient_config(itemsize)
     constants = {"TILE": triton_dense.TILE, "BLOCK_D": config.block}
-    yield Specialisation(
+    yield Specialization(
         f"dense gradient {dtype}", triton_dense._gradient_kernel, constants, types, config.num_warps, config.num_stages
     )
 
-    yield from elementwise_specialisations(dtype, TARGETS[target].warp_size)
-    yield from rotary_specialisations(dtype, TARGETS[target].warp_size)
+    yield from elementwise_specializations(dtype, TARGETS[target].warp_size)
+    yield from rotary_specializations(dtype, TARGETS[target].warp_size)
 
 
-def split_specialisations(
+def split_specializations(
     form: str, constants: dict[str, Any], types: dict[str, str], config: LaunchConfig, one: bool
-) -> Iterator[Specialisation]:
+) -> Iterator[Specialization]:
     """The forward of few pairs at H = 4096, in parts and then their sum; if ``one``, of one pair too."""
     launch = config.num_warps, config.num_stages
     parts, _ = triton_contrastive.column_parts(1, constants["S"], 4096)
     name = f"contrastive forward {form} of {parts} fp32 partials"
-    for pairs, more in [("", {}), (" N=1", {"n_pairs": 1})][: 1 + one]:
+    cases: list[tuple[str, dict[str, Any]]] = [("", {}), (" N=1", {"n_pairs": 1})]
+    for pairs, more in cases[: 1 + one]:
         kernel = triton_contrastive._contrastive_partial_kernel
-        yield Specialisation(f"contrastive forward {form} partial{pairs}", kernel, constants | more, types, *launch)
+        yield Specialization(f"contrastive forward {form} partial{pairs}", kernel, constants | more, types, *launch)
         for reduce in contrastive.REDUCTIONS:
             more = more | {"EPS": reference.EPS, "MEAN_THEN_LOG": reduce == "mean_then_log", "PARTS": parts}
             kernel = triton_contrastive._contrastive_forward_kernel
-            yield Specialisation(f"{name} {reduce}{pairs}", kernel, constants | more, types, *launch)
+            yield Specialization(f"{name} {reduce}{pairs}", kernel, constants | more, types, *launch)
 
 
-def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisation]:
+def elementwise_specializations(dtype: str, lanes: int) -> Iterator[Specialization]:
     """RMSNorm of the widths of a small, an 8B and a 405B Llama, in the forms that a model uses, and SwiGLU."""
     element = "*" + dtype
     types = dict.fromkeys(
@@ -212,7 +213,7 @@ def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisati
         for residual in (False, True):
             form = f"{dtype} H={width}{' residual' if residual else ''}"
             constants = {"RESIDUAL": residual, "BLOCK_H": config.block}
-            yield Specialisation(
+            yield Specialization(
                 f"rms_norm forward {form}",
                 triton_rms_norm._rms_norm_forward_kernel,
                 constants,
@@ -220,7 +221,7 @@ def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisati
                 config.num_warps,
                 config.num_stages,
             )
-            yield Specialisation(
+            yield Specialization(
                 f"rms_norm backward {form}",
                 triton_rms_norm._rms_norm_backward_kernel,
                 constants | {"WEIGHT": True},
@@ -230,7 +231,7 @@ def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisati
             )
     config = triton_rms_norm.candidates(1, lanes)[0]  # a number that is 1 becomes a constant when a kernel is launched
     constants = {"RESIDUAL": False, "BLOCK_H": config.block, "width": 1}
-    yield Specialisation(
+    yield Specialization(
         f"rms_norm forward {dtype} H=1",
         triton_rms_norm._rms_norm_forward_kernel,
         constants,
@@ -239,7 +240,7 @@ def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisati
         config.num_stages,
     )
     constants = constants | {"WEIGHT": False, "tokens": 1, "rows": 1}
-    yield Specialisation(
+    yield Specialization(
         f"rms_norm backward {dtype} H=1 T=1",
         triton_rms_norm._rms_norm_backward_kernel,
         constants,
@@ -254,7 +255,7 @@ def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisati
     ):
         for one in (False, True):
             constants = {"BLOCK": config.block} | ({"count": 1} if one else {})
-            yield Specialisation(
+            yield Specialization(
                 f"swiglu {name} {dtype}{' of one element' if one else ''}",
                 kernel,
                 constants,
@@ -264,7 +265,7 @@ def elementwise_specialisations(dtype: str, lanes: int) -> Iterator[Specialisati
             )
 
 
-def rotary_specialisations(dtype: str, lanes: int) -> Iterator[Specialisation]:
+def rotary_specializations(dtype: str, lanes: int) -> Iterator[Specialization]:
     """Of the heads of a 1B, an 8B and a 405B Llama, of as many key as query heads, and of one head with an odd half."""
     floats = ("q", "k", "v", "cos", "sin", "out_q", "out_k", "out_v", "grad_q", "grad_k", "grad_v", "dq", "dk", "dv")
     types = {f"{name}_ptr": "*" + dtype for name in floats}
@@ -276,17 +277,17 @@ def rotary_specialisations(dtype: str, lanes: int) -> Iterator[Specialisation]:
         constants = triton_rotary.blocks(n, g, d // 2) | ones
         for name, kernel in (("forward", forward), ("backward", backward)):
             form = f"rotary {name} {dtype} N={n} G={g} D={d}"
-            yield Specialisation(form, kernel, constants, types, config.num_warps, config.num_stages)
+            yield Specialization(form, kernel, constants, types, config.num_warps, config.num_stages)
 
 
-def argument_type(name: str, given: Specialisation) -> str:
+def argument_type(name: str, given: Specialization) -> str:
     if name in given.constants:
         return "constexpr"
     default = "*fp32" if name.endswith("_ptr") else "fp32" if name in ("inverse_temperature", "eps") else "i32"
     return given.types.get(name, default)
 
 
-def compile_one(given: Specialisation, target: str) -> Resources:
+def compile_one(given: Specialization, target: str) -> Resources:
     """Compiles with pointers, widths and row strides divisible by 16, as they are for the usual shapes."""
     names = given.kernel.arg_names
     signature = {name: argument_type(name, given) for name in names}
@@ -309,11 +310,11 @@ def compile_one(given: Specialisation, target: str) -> Resources:
             file.flush()
             usage = tool("cuobjdump", "-res-usage", file.name)
             machine_code = tool("nvdisasm", file.name)
-        row.registers, row.stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))
+        row.registers, row.stack = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
         row.instructions = {what: len(re.findall(pattern, machine_code)) for what, pattern in INSTRUCTIONS.items()}
     elif "amdgcn" in compiled.asm:  # the assembler's own count stands in its text
         row.registers, row.stack = (
-            int(re.search(rf"\.{what}:\s*(\d+)", compiled.asm["amdgcn"])[1])
+            int(re.findall(rf"\.{what}:\s*(\d+)", compiled.asm["amdgcn"])[0])
             for what in ("vgpr_count", "private_segment_fixed_size")
         )
     return row
@@ -324,7 +325,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def compile_at(dtype: str, samples: list[int], target: str, index: int) -> Resources:
-    return compile_one(list(specialisations(dtype, samples, target))[index], target)
+    return compile_one(list(specializations(dtype, samples, target))[index], target)
 
 
 def table(rows: list[Resources]) -> str:
@@ -356,7 +357,7 @@ def main() -> None:
         (dtype, options.samples, target, index)
         for target in options.targets
         for dtype in options.dtypes
-        for index in range(len(list(specialisations(dtype, options.samples, target))))
+        for index in range(len(list(specializations(dtype, options.samples, target))))
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(compile_at, *zip(*jobs, strict=True)))

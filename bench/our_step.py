@@ -62,7 +62,7 @@ MODELS = {
         rope_theta=500_000.0,
     ),
 }
-LEVERS = ("packing", "sharing", "read rows", "fused loss")
+LEVERS: tuple[str, ...] = ("packing", "sharing", "read rows", "fused loss")
 LEVERS += ("fused RoPE", "Triton") if torch.cuda.is_available() else ()
 RECOMPUTING = {f"recomputing {part}": part for part in ("product", "mlp", "block")}  # --recompute: they save memory
 
@@ -147,13 +147,14 @@ class Ours:
 
     def accumulate(self, packs: list[Pack], n_pairs: int, without: str = "") -> objectives.Statistics:
         for layer in self.model.model.layers:
+            assert isinstance(layer, llama.Block)
             layer.recompute = RECOMPUTING.get(without, "none")
         with contextlib.ExitStack() as removed:
             if without == "fused loss":
                 removed.enter_context(mock.patch.object(objectives, "contrastive_loss", naive_loss))
             plain = {"fused RoPE": ("rotary",), "Triton": ("contrastive", "gather", "rotary")}
-            for name in plain.get(without, ()):
-                module = importlib.import_module(f"gcrm_kernels.{name}")
+            for operator in plain.get(without, ()):
+                module = importlib.import_module(f"gcrm_kernels.{operator}")
                 removed.enter_context(mock.patch.object(module, "use_triton", new=never))
             if without == "Triton":
                 # Plain PyTorch, which torch.compile can fuse, unlike an operator of ours.

@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -66,26 +67,26 @@ def classifier(
     """transformers' model with the initial weights of ours, float32, and the attention that it takes for ``dtype``."""
     flash = device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
     attention = "flash_attention_2" if flash else "sdpa"
-    shape = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        num_labels=1,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        use_cache=False,
-        attn_implementation=attention,
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "num_labels": 1,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "use_cache": False,
+        "attn_implementation": attention,
+    }
     with torch.device(device):
-        model = LlamaForSequenceClassification(shape)
+        model = LlamaForSequenceClassification(LlamaConfig(**fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(drawn.value(name, parameter.shape, config, seed, device))
@@ -183,9 +184,9 @@ class _Clock(TrainerCallback):
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self.started = measure.now(self.device)
 
-    def on_step_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         with renamed_options():
-            self.checkpointing = model.is_gradient_checkpointing
+            self.checkpointing = kwargs["model"].is_gradient_checkpointing
         if self.with_memory:
             self.peaks.append(self.recording.enter_context(measure.recorded_peak(self.device)))
 
@@ -211,7 +212,6 @@ def trl_trainer(
     logging.set_verbosity_error()  # transformers: that a process group of one is there, which is ours
     pairs = [pair for batch in batches for pair in batch]
     rows = [{"chosen_ids": p.chosen_ids.tolist(), "rejected_ids": p.rejected_ids.tolist()} for p in pairs]
-    checkpointing = {} if as_shipped else {"gradient_checkpointing": False}
     padded.checkpointing(False)
     optimizer = padded.updater.optimizer
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
@@ -230,7 +230,7 @@ def trl_trainer(
             logging_strategy="no",
             save_strategy="no",
             eval_strategy="no",
-            **checkpointing,
+            gradient_checkpointing=as_shipped and RewardConfig.gradient_checkpointing,
         )
         trainer = RewardTrainer(
             padded.model,
@@ -241,9 +241,11 @@ def trl_trainer(
             optimizers=(optimizer, schedule),
         )
         trainer.remove_callback(PrinterCallback)
-        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
+        assert isinstance(trainer.train_dataset, datasets.Dataset)
+        in_order = torch.utils.data.SequentialSampler(trainer.train_dataset)
         try:
-            yield trainer
+            with mock.patch.object(trainer, "_get_train_sampler", return_value=in_order):
+                yield trainer
         finally:
             # Accelerate replaces the model's forward by one under autocast, and notes that it need not do so again.
             for name in ("forward", "_original_forward", "_is_accelerate_prepared"):

@@ -159,7 +159,16 @@ def random_pair(pair_id: int, prompt_key: int, prompt: int, chosen: int, rejecte
     head[:1] = BOS
     rng = np.random.default_rng([seed, prompt_key, pair_id])
     sides = [np.r_[head, rng.integers(FIRST, VOCABULARY, size=n - 1), EOS].astype(np.int32) for n in (chosen, rejected)]
-    return TokenizedPair(pair_id, *sides, prompt, prompt, 0.0, prompt_key, {})
+    return TokenizedPair(
+        pair_id=pair_id,
+        chosen_ids=sides[0],
+        rejected_ids=sides[1],
+        chosen_start=prompt,
+        rejected_start=prompt,
+        margin=0.0,
+        prompt_key=prompt_key,
+        fields={},
+    )
 
 
 def real(name: str, count: int, seed: int, folder: Path) -> list[TokenizedPair]:

@@ -17,6 +17,7 @@ the weights.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -155,7 +156,7 @@ def race(
     rows: dict[str, dict[str, Any]] = {}
     for name, is_sorted in ((PADDED, False), (SORTED, True)):
         size = best_batch(theirs, encoded, is_sorted, device)
-        functions[name] = lambda size=size, is_sorted=is_sorted: padded_rewards(theirs, encoded, size, is_sorted)
+        functions[name] = partial(padded_rewards, theirs, encoded, size, is_sorted)
         rows[name] = {"batch": size, "computed": computed_tokens(encoded, size, is_sorted)}
     functions[OURS] = lambda: our_rewards(ours, encoded)
     rows[OURS] = {"computed": our_tokens(ours, encoded)}

@@ -27,6 +27,7 @@ import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -91,15 +92,15 @@ def race(contestants: list[Contestant], rounds: int, device: torch.device, dtype
     rows: dict[str, dict[str, Any]] = {}
     for c in contestants:
         first = [[flat(c.batches[0])[:1]]]
-        attempt(lambda c=c, first=first: c.run(first), device)  # creates optimizer state, loads kernels
-        rows[c.name] = {"method": c.name, **c.notes, "peak": attempt(lambda c=c: c.peak(c.batches[0]), device)}
+        attempt(partial(c.run, first), device)  # creates optimizer state, loads kernels
+        rows[c.name] = {"method": c.name, **c.notes, "peak": attempt(partial(c.peak, c.batches[0]), device)}
     running = [c for c in contestants if rows[c.name]["peak"] != "out of memory"]
     seconds: dict[str, list[list[float]]] = {c.name: [] for c in running}
     rates = []
     for i in range(rounds):
         rates.append(accounting.matmul_rate(device, dtype))
         for c in list(running):
-            taken = attempt(lambda c=c: c.run(c.batches), device)
+            taken = attempt(partial(c.run, c.batches), device)
             if isinstance(taken, str):
                 rows[c.name]["peak"] = taken
                 running.remove(c)

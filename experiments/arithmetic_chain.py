@@ -58,7 +58,7 @@ def done(command: Callable[[list[str]], int], *arguments: object) -> None:
         raise UserError(f"{command.__module__} {' '.join(map(str, arguments))}: ended with the error above")
 
 
-# ----------------------------------------------------------------------------------------------------- localisation
+# ----------------------------------------------------------------------------------------------------- localization
 
 
 class Located(NamedTuple):
@@ -101,7 +101,7 @@ def by_problem(located: Sequence[Located], values: Callable[[Located], Sequence[
     return ratio(total_C.sum(), count_C.sum()), *ratio_interval(total_C, count_C)
 
 
-def localisation(located: Sequence[Located]) -> dict[str, tuple[float, float, float]]:
+def localization(located: Sequence[Located]) -> dict[str, tuple[float, float, float]]:
     """Every measure as (mean, low, high); of an ``offset`` the mean alone.
 
     ``drop`` is ``drop`` of wrong solutions, and ``drop_right`` that of the right solution at the same place; ``after``
@@ -181,7 +181,7 @@ def located_cases(models: Mapping[str, Path], goals: Mapping[str, Path], file: P
         }
         for case, several in by_case.items():
             cases[f"{name}: {case}"] = [
-                localisation([Located(one.problem, values[one.own], values[one.right], one.error) for one in wrong])
+                localization([Located(one.problem, values[one.own], values[one.right], one.error) for one in wrong])
                 for values in several
             ]
     return cases
@@ -214,7 +214,7 @@ def spread(measures: Sequence[Measures], name: str) -> str:
     return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def localisation_table(cases: dict[str, list[Measures]]) -> str:
+def localization_table(cases: dict[str, list[Measures]]) -> str:
     head = [
         "",
         "before above after the error",
@@ -294,7 +294,7 @@ right solutions of other problems (`gcrm goals`). One model each: how early such
 
 ## Does Q drop at the error?
 
-{localisation_table(cases)}
+{localization_table(cases)}
 
 First column: the chance that in a wrong solution a token before its error has a higher value than one at or after it;
 second: the same at the same place of a right solution of the problem, where nothing is wrong. The others compare the
@@ -352,7 +352,7 @@ def run(options: Options) -> None:
     numbers = {
         "machine": machine(),
         "options": {k: v for k, v in asdict(options).items() if isinstance(v, int)},
-        "localisation": cases,
+        "localization": cases,
         "evaluate": {", ".join(key): {" ".join(k): v for k, v in rows.items()} for key, rows in evaluations.items()},
         "vote": {
             ", ".join(key): {" ".join(k): v for k, v in rows.items() if "@" not in k[1]} for key, rows in votes.items()

@@ -41,7 +41,7 @@ def objectives(experiments: SimpleNamespace) -> ModuleType:
     return experiments.objectives
 
 
-# ----------------------------------------------------------------------------------------------------- localisation
+# ----------------------------------------------------------------------------------------------------- localization
 
 
 @pytest.mark.parametrize(("char", "token"), [(0, 0), (1, 0), (2, 2), (3, 3)])
@@ -57,7 +57,7 @@ def test_drop_compares_tokens_before_the_error_with_those_from_it_on(chain: Modu
     assert chain.drop(np.array([0.5, 0.1, 0.5]), 1) == 0.75
 
 
-def test_localisation_of_known_values(chain: ModuleType) -> None:
+def test_localization_of_known_values(chain: ModuleType) -> None:
     same = np.array([0.3, 0.4])
     located = [
         # Above at the error and the token after it; at the error alone; after it alone.
@@ -65,7 +65,7 @@ def test_localisation_of_known_values(chain: ModuleType) -> None:
         chain.Located(0, np.r_[same, 0.1, 0.9], np.r_[same, 0.5, 0.6], 2),
         chain.Located(1, np.r_[same, 0.7, 0.7, 0.2], np.r_[same, 0.7, 0.6, 0.6], 3),
     ]
-    found = {name: value for name, (value, *_) in chain.localisation(located).items()}
+    found = {name: value for name, (value, *_) in chain.localization(located).items()}
     assert found["after"] == pytest.approx((2 + 1 + 1) / 7)
     assert found["error"] == pytest.approx(2 / 3)
     assert found["end"] == pytest.approx(1 / 3)
@@ -74,7 +74,7 @@ def test_localisation_of_known_values(chain: ModuleType) -> None:
     assert found["offset 0"] == pytest.approx(2 / 3)
     assert found["offset 1"] == pytest.approx(2 / 3)
     many = [one._replace(problem=one.problem + 2 * k) for k in range(20) for one in located]
-    after, low, high = chain.localisation(many)["after"]
+    after, low, high = chain.localization(many)["after"]
     assert after == pytest.approx(found["after"])
     assert low < after < high
 
@@ -150,7 +150,7 @@ def test_the_chain_from_nothing_and_again(
     assert len(trainings) == 2
     text = (tmp_path / "report.md").read_text()
     numbers = json.loads((tmp_path / "report.json").read_text())
-    cases = numbers["localisation"]
+    cases = numbers["localization"]
     assert len(cases["gcrm: Q, goal with shuffled coordinates"]) == 2
     [by_position] = cases["gcrm: Q by position alone"]
     assert by_position["after"][0] == 0.5

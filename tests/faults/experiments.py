@@ -1,19 +1,19 @@
 """Faults planted in experiments/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
-    "localisation: the error's own token counted before it": (
+    "localization: the error's own token counted before it": (
         "experiments/arithmetic_chain.py",
         "above(one)[one.error :].tolist()",
         "above(one)[one.error + 1 :].tolist()",
         "tests/experiments/test_experiments.py -k known_values",
     ),
-    "localisation: a drop from the error's next token on": (
+    "localization: a drop from the error's next token on": (
         "experiments/arithmetic_chain.py",
         "values_n[:error, None] - values_n[error:]",
         "values_n[:error, None] - values_n[error + 1 :]",
         "tests/experiments/test_experiments.py -k drop",
     ),
-    "localisation: the error's token by its end": (
+    "localization: the error's token by its end": (
         "experiments/arithmetic_chain.py",
         'side="right"',
         'side="left"',

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -32,17 +32,17 @@ def config(name: str, message: str, **changes: object) -> Case:
     """A good folder with changed fields of config.json (None removes one)."""
 
     def build(folder: Path) -> list[str]:
-        llama(folder / "m", **changes)
+        llama(folder / "m", None, **changes)
         return arguments(folder)
 
     return Case(f"config: {name}", build, message)
 
 
-def tensors(name: str, message: str, changes: dict[str, torch.Tensor | None], *more: str) -> Case:
+def tensors(name: str, message: str, changes: Mapping[str, torch.Tensor | None], *more: str) -> Case:
     """A good trunk with changed tensors (None removes one)."""
 
     def build(folder: Path) -> list[str]:
-        changed = trunk() | changes
+        changed = {**trunk(), **changes}
         llama(folder / "m", {k: v for k, v in changed.items() if v is not None})
         return arguments(folder, *more)
 
@@ -68,6 +68,11 @@ def sharded(folder: Path, **weight_map: object) -> None:
     index = {key: "a.safetensors" if key in norms else "b.safetensors" for key in stored}
     (folder / INDEX).write_text(json.dumps({"weight_map": index | weight_map}))
     (folder / WEIGHTS).unlink()
+
+
+def with_index(folder: Path, text: str) -> None:
+    sharded(folder)
+    (folder / INDEX).write_text(text)
 
 
 def missing_shard(folder: Path) -> None:
@@ -120,7 +125,7 @@ def with_fewer_rows(folder: Path) -> None:
     llama(folder, trunk() | {"model.embed_tokens.weight": torch.ones(rows, H)}, vocab_size=rows)
 
 
-def with_sentencepiece(folder: Path, **options: object) -> None:
+def with_sentencepiece(folder: Path, model_type: str) -> None:
     """A sentencepiece model that Llama's rules do not describe."""
     without_tokenizer(folder)
     with (folder / "tokenizer.model").open("wb") as file:
@@ -130,8 +135,13 @@ def with_sentencepiece(folder: Path, **options: object) -> None:
             vocab_size=276,
             byte_fallback=True,
             minloglevel=2,
-            **options,
+            model_type=model_type,
         )
+
+
+def with_random_tokenizer_model(folder: Path) -> None:
+    without_tokenizer(folder)
+    (folder / "tokenizer.model").write_bytes(os.urandom(100))
 
 
 def model_name(name: str, message: str, value: str, *more: str) -> Case:
@@ -299,11 +309,9 @@ CASES = [
     damaged(
         "shards: index without a map",
         r"index\.json: field 'weight_map'",
-        lambda m: (sharded(m), (m / INDEX).write_text('{"metadata": {}}')),
+        lambda m: with_index(m, '{"metadata": {}}'),
     ),
-    damaged(
-        "shards: index not JSON", r"index\.json: not valid JSON", lambda m: (sharded(m), (m / INDEX).write_text("{"))
-    ),
+    damaged("shards: index not JSON", r"index\.json: not valid JSON", lambda m: with_index(m, "{")),
     damaged(
         "shards: a tensor in two",
         r"m/b\.safetensors: tensor 'lm_head\.weight' is also in a\.safetensors",
@@ -461,6 +469,6 @@ CASES = [
     damaged(
         "tokenizer: sentencepiece damaged",
         r"m: no tokenizer that transformers can load",
-        lambda m: (without_tokenizer(m), (m / "tokenizer.model").write_bytes(os.urandom(100))),
+        with_random_tokenizer_model,
     ),
 ]

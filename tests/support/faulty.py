@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -43,8 +44,8 @@ def plant(kind: str, rank: int, step: int) -> None:
         now[0] = at + 1
         return update(self, at, loss)
 
-    train.losses = faulty
-    Updater.update = counted  # type: ignore[method-assign]
+    mock.patch.object(train, "losses", faulty).start()
+    mock.patch.object(Updater, "update", counted).start()
 
 
 if __name__ == "__main__":
