@@ -136,16 +136,16 @@ def test_one_that_does_not_fit_is_a_note(step: ModuleType, contestants: ModuleTy
     assert "pairs/s" not in rows[0]
 
 
-def test_trl_that_cannot_be_imported_is_left_out_with_the_reason(
+def test_trl_that_cannot_be_imported_is_skipped_with_the_reason(
     step: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "trl.py").write_text("raise RuntimeError('half installed')")
     monkeypatch.delitem(sys.modules, "trl", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert step.padded.trl_missing() == "TRL cannot be imported (half installed)"
-    (tmp_path / "trl.py").write_text("import gcrm_absent")
+    (tmp_path / "trl.py").write_text("import gcrm_not_installed")
     importlib.invalidate_caches()
-    assert "gcrm_absent is not installed" in step.padded.trl_missing()
+    assert "gcrm_not_installed is not installed" in step.padded.trl_missing()
 
 
 def skip_without_trl(step: ModuleType) -> None:
