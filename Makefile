@@ -1,4 +1,4 @@
-# make train, make test: each sets up .venv on first use; make gpu uses PYTHON itself. ARGS="..." is handed on.
+# Every target sets up .venv on first use, except gpu, which uses PYTHON itself. ARGS="..." passes options on.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -11,7 +11,7 @@ help:  ## list the targets
 
 setup: $(INSTALLED)  ## create .venv with the tested versions
 
-# The stamp is written last: an interrupted set-up starts over.
+# The stamp is written last, so an interrupted setup starts over.
 $(INSTALLED): pyproject.toml constraints.txt
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
@@ -22,11 +22,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 train: $(INSTALLED)  ## train the default model (arithmetic, no download, no GPU needed)
 	$(BIN)/torchrun --standalone gcrm_fast/train.py $(ARGS)
 
-# Trains the default model, and the same without the contrastive loss, where runs/ does not hold them yet.
-evaluate: $(INSTALLED)  ## does it work? samples, goals, AUROC, votes and where Q drops, on the default model
+# Trains the default model, with and without the contrastive loss, unless runs/ already holds them.
+evaluate: $(INSTALLED)  ## does it work? samples, goals, AUROC, votes and where Q drops, for the default model
 	$(BIN)/python experiments/arithmetic_chain.py $(ARGS)
 
-# A process per core, up to four, with one thread each: threads of several processes would wait for one another.
+# One process per core, up to four, each with one thread: threads of several processes would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test: lint  ## lint, type check, run the tests
@@ -40,23 +40,23 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-mutants: $(INSTALLED)  ## plant known faults; every one must turn a test red
+mutants: $(INSTALLED)  ## plant known faults; each must turn a test red
 	$(BIN)/python tests/mutants.py $(ARGS)
 
 $(WITH_BENCH): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
 
-torture: $(INSTALLED)  ## kill and starve training runs, some twenty minutes
+torture: $(INSTALLED)  ## kill and starve training runs, about twenty minutes
 	$(BIN)/python -m pytest tests/torture.py $(ARGS)
 
-bench: $(WITH_BENCH)  ## training step, scoring and contrastive loss, side by side with what people run
+bench: $(WITH_BENCH)  ## time the training step, scoring and the contrastive loss against what people run
 	$(BIN)/python bench/train_step.py $(ARGS)
 	$(BIN)/python bench/scoring.py $(ARGS)
 	$(BIN)/python bench/contrastive_loss.py $(ARGS)
 
-# No set-up and no download: the machine's own torch is what is measured. WHEELS=FOLDER holds packages that it lacks.
-gpu:  ## tests, benchmarks and a training run on a CUDA device, at most ten minutes
+# No setup and no download: measures the machine's own torch. WHEELS=FOLDER holds packages that are not installed.
+gpu:  ## tests, benchmarks and a training run on a CUDA device, within ten minutes
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) bench/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 clean:  ## remove .venv and caches

@@ -1,10 +1,10 @@
-"""What saving costs a training run: how long each checkpoint holds it up, and how much slower it is over all.
+"""What saving costs a training run: how long each checkpoint blocks it, and how much slower it is overall.
 
     python bench/checkpoint.py [--steps 60] [--every 5] [--hidden-size 256] [--layers 6]
 
-Trains a model on generated problems in this process, without checkpoints and with one every few steps, in turns, and
-prints and records: seconds that a save held up the loop (staging, and waiting for the one before it), seconds until it
-was on the disk, bytes, and pairs a second of both.
+Trains a model on generated problems in this process, alternating runs without checkpoints and with one every few steps.
+Prints and records the seconds that a save blocked the loop (staging, and waiting for the previous save), the seconds
+until it was on disk, its bytes, and the pairs per second of both kinds of run.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def options() -> argparse.Namespace:
 
 
 class Watched(snapshots.Checkpoints):
-    """Notes when each checkpoint was asked for and when it was on the disk, and its size."""
+    """Records when each checkpoint was requested, when it was on disk, and its size."""
 
     written: ClassVar[list[tuple[float, int]]] = []
 
@@ -51,7 +51,7 @@ class Watched(snapshots.Checkpoints):
 
 
 def run(given: argparse.Namespace, keep: int) -> list[dict[str, float]]:
-    """The log of a run that keeps so many checkpoints."""
+    """The log of a run that keeps this many checkpoints."""
     with tempfile.TemporaryDirectory(dir=os.getcwd(), prefix=".checkpoint-bench-") as folder:
         arguments = [
             "--output",
@@ -98,7 +98,7 @@ def main() -> None:
     for _ in range(ROUNDS):
         for keep, found in rates.items():
             log = run(given, keep)
-            found += [row["pairs_per_s"] for row in log if "pairs_per_s" in row][1:]  # the first one warms up
+            found += [row["pairs_per_s"] for row in log if "pairs_per_s" in row][1:]  # the first is the warm-up
             stalls += [row["checkpoint_stall_s"] for row in log if "checkpoint_stall_s" in row]
     seconds, sizes = zip(*Watched.written, strict=True)
     without, with_saving = (statistics.median(found) for found in rates.values())

@@ -1,4 +1,4 @@
-"""Who takes part in bench/train_step.py: ours, a naive padded loop and TRL; and whether they compute the same."""
+"""What bench/train_step.py compares: ours, a naive padded loop and TRL; and whether they compute the same."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +20,8 @@ from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training import accounting
 from our_step import LEVERS, RECOMPUTING, Groups, Ours, Work, flat, packed_work
 
-PAIRS = 8  # a micro-batch, as people run it
-SIZES = (4, 8, 16, 32)  # micro-batches of which the padded reference may choose its best
+PAIRS = 8  # per micro-batch, as people run it
+SIZES = (4, 8, 16, 32)  # micro-batches from which the padded reference takes its fastest
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the loss, and of each parameter's gradient, by its norm
 NAIVE, TRL, TRL_SHIPPED, OURS = f"naive, {PAIRS} pairs", "TRL, no checkpointing", "TRL, as shipped", "ours"
 
@@ -44,7 +44,7 @@ Gradients = dict[str, Tensor]  # on the CPU
 
 
 def take_gradients(model: torch.nn.Module) -> Gradients:
-    """The model's gradients whole and on the CPU; they are removed from the model."""
+    """The model's whole gradients on the CPU; removes them from the model."""
     taken = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -55,7 +55,7 @@ def take_gradients(model: torch.nn.Module) -> Gradients:
 
 
 def agrees(name: str, found: tuple[float, Gradients], expected: tuple[float, Gradients], tolerance: float) -> bool:
-    """Prints the errors of the loss and of the gradient that is furthest off, relative to their norms."""
+    """Prints the errors of the loss and of the least accurate gradient, relative to their norms."""
     loss_error = abs(found[0] - expected[0]) / abs(expected[0])
     errors = {n: float((found[1][n] - g).norm() / g.norm()) for n, g in expected[1].items()}
     worst = max(errors, key=lambda n: errors[n])
@@ -87,7 +87,7 @@ def references(model: padded.Padded, pairs: list[TokenizedPair]) -> dict[str, tu
 
 
 def check(ours: Ours, expected: dict[str, tuple[float, Gradients]], batch: Groups, tolerance: float) -> bool:
-    """Every form of ours against the padded reference, and without the contrastive loss against TRL's ranking loss."""
+    """Compares every form of ours with the padded reference, and its ranking loss alone with TRL's."""
 
     def run(without: str = "") -> tuple[float, Gradients]:
         sums = ours.accumulate(ours.packs(batch, without), len(flat(batch)), without)
@@ -104,16 +104,16 @@ def check(ours: Ours, expected: dict[str, tuple[float, Gradients]], batch: Group
 
 
 def refuse() -> NoReturn:
-    print("the contestants do not compute the same: nothing is timed", file=sys.stderr)
+    print("error: the contestants disagree (see above), so nothing is timed", file=sys.stderr)
     sys.exit(1)
 
 
-# -------------------------------------------------------------------------------------------------- who takes part
+# -------------------------------------------------------------------------------------------------- the contestants
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Somebody who does optimizer steps on global batches."""
+    """One way to run optimizer steps on global batches."""
 
     name: str
     batches: list[Groups]
@@ -144,13 +144,13 @@ def weighed(step: Callable[[Groups], None], device: torch.device) -> Callable[[G
 
 
 def our_contestants(ours: Ours, batches: dict[int, list[Groups]]) -> Iterator[Contestant]:
-    """Ours, ours without each lever, and with each number of pairs a prompt in ``batches`` above one."""
+    """Ours, ours without each lever, and with each number of pairs per prompt in ``batches`` above one."""
     config, device = ours.model.config, ours.device
     forms = [(OURS, "", 1)] + [(f"ours without {lever}", lever, 1) for lever in LEVERS]
     forms += [(f"ours, {form}", form, 1) for form in RECOMPUTING]
-    forms += [(f"ours, up to {size} pairs a prompt", "", size) for size in batches if size > 1]
+    forms += [(f"ours, up to {size} pairs per prompt", "", size) for size in batches if size > 1]
     for name, without, group in forms:
-        # On a GPU workers build packs ahead, into pinned memory; on a CPU the trainer builds them in between.
+        # On a GPU workers build packs ahead, into pinned memory; on a CPU the trainer builds them between steps.
         ahead = {
             id(b): [p.pin_memory() for p in ours.packs(b, without)] for b in batches[group] if device.type == "cuda"
         }
@@ -209,7 +209,7 @@ def padded_contestants(model: padded.Padded, config: ModelConfig, batches: list[
         for size in sizes
     }
     seconds = {size: attempt(partial(c.run, batches[:1]), model.device) for size, c in tried.items()}
-    print("naive by length, seconds a step with n pairs a micro-batch:", seconds, flush=True)
+    print("naive by length, seconds per step with n pairs per micro-batch:", seconds, flush=True)
     fitting = {size: taken for size, taken in seconds.items() if not isinstance(taken, str)}
     if fitting:
         yield tried[min(fitting, key=lambda size: fitting[size])]
@@ -224,6 +224,6 @@ def attempt(function: Callable[[], Any], device: torch.device) -> Any:
         return function()
     except torch.OutOfMemoryError:
         pass
-    if device.type == "cuda":  # outside of the handler, which holds the frames that hold the tensors
+    if device.type == "cuda":  # outside the handler, whose frames keep the tensors alive
         torch.cuda.empty_cache()
     return "out of memory"

@@ -1,17 +1,18 @@
-"""The contrastive loss, side by side in one process on the same inputs: do we tell the truth about speed?
+"""The contrastive loss against other implementations, in one process on the same inputs.
 
     python bench/contrastive_loss.py [--quick]
 
-    naive     PyTorch as people write it: index, cosine_similarity on the broadcast [N, S, S, H], sigmoid, mean, log
-    compiled  the same under torch.compile
-    bmm       gather, normalise, batched matrix product
-    ours      gcrm_kernels.goal_contrastive_loss
-    fused     on a GPU, with a projection, forward only: bench/fused_projection.py
+naive     PyTorch as people write it: index, cosine_similarity on the broadcast [N, S, S, H], sigmoid, mean, log
+compiled  the same under torch.compile
+bmm       gather, normalize, batched matrix product
+ours      gcrm_kernels.goal_contrastive_loss
+fused     on a GPU, with a projection, forward only: bench/fused_projection.py
 
-from all tokens [T, H] (512 a pair) and from the compact rows that are read. The form is the released one (grid,
-mean_then_log), the widest. Losses and gradients are compared before anything is timed; if they differ, nothing is.
-Extra memory is the peak of a call less its inputs and the gradients that it returns. Compulsory bytes: each distinct
-row read forward and backward, each gradient row written once. Then the dense loss, and the share of a training step.
+Each runs from all tokens [T, H] (512 per pair) and from the compact rows that are read. The form is the released one
+(grid, mean_then_log), the most expensive. Losses and gradients are compared first; if they differ, nothing is timed.
+Extra memory is the peak of a call minus its inputs and the gradients that it returns. Compulsory bytes: each distinct
+row read in the forward and in the backward, each gradient row written once. Then the dense loss, and the share of a
+training step.
 """
 
 import argparse
@@ -42,8 +43,8 @@ from gcrm_kernels.reference import unit_rows
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TOKENS_A_PAIR = 512
-TARGET_CASE = (8, 16, 4096, 0)  # N, S, H, D of the verdict on a CPU; on a GPU N is 512
+TOKENS_PER_PAIR = 512
+TARGET_CASE = (8, 16, 4096, 0)  # N, S, H, D of the summary line on a CPU; on a GPU N is 512
 COLUMNS = (
     "input",
     "N",
@@ -132,12 +133,12 @@ def ours(case: Case) -> Loss:
 def cases(n: int, s: int, h: int, d: int, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """The same samples from all tokens and from compact rows; a pair's first half is chosen, the second rejected."""
     generator = torch.Generator().manual_seed(0)
-    half = TOKENS_A_PAIR // 2
-    offset = torch.tensor([0, 0, 0, half])[:, None, None] + TOKENS_A_PAIR * torch.arange(n)[:, None]
+    half = TOKENS_PER_PAIR // 2
+    offset = torch.tensor([0, 0, 0, half])[:, None, None] + TOKENS_PER_PAIR * torch.arange(n)[:, None]
     rows = torch.randint(half, (4, n, s), generator=generator) + offset
     on_device = torch.Generator(device).manual_seed(0)  # a CPU would take 10 s for the largest case
     projection = None if d == 0 else (torch.randn(d, h, generator=on_device, device=device) / h**0.5).to(dtype)
-    hidden = torch.randn(n * TOKENS_A_PAIR, h, generator=on_device, device=device).to(dtype)
+    hidden = torch.randn(n * TOKENS_PER_PAIR, h, generator=on_device, device=device).to(dtype)
     distinct, compact = rows.unique(return_inverse=True)
     for source, states, index in (("tokens", hidden, rows), ("rows", hidden[distinct.to(device)], compact)):
         tiles = RowTiles(*(t.to(device) for t in RowTiles.of(index.numpy(), len(states))))
@@ -160,7 +161,7 @@ def agrees(name: str, found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -
     ]
     if max(errors) <= tolerance:
         return True
-    print(f"{name}: relative errors of loss and gradients {errors} above {tolerance}: not timed", file=sys.stderr)
+    print(f"{name}: relative errors of loss and gradients {errors} exceed {tolerance}: not timed", file=sys.stderr)
     return False
 
 
@@ -170,7 +171,7 @@ def compare(case: Case, bandwidth: float, seconds: float) -> list[dict[str, Any]
     device = case.hidden.device
     torch.compiler.reset()
     methods: dict[str, Loss] = {"naive": naive, "compiled": torch.compile(naive), "bmm": bmm, "ours": ours(case)}
-    # float16 gradients are subnormal without the scaling that people train it with.
+    # Without the loss scaling of float16 training its gradients are subnormal.
     grad = (torch.rand(n, device=device) + 0.5) * (2**12 if case.hidden.dtype == torch.float16 else 1)
     notes = unable(methods, case, grad)
     calls = {name: partial(step, f, case, grad) for name, f in methods.items() if name not in notes}
@@ -204,7 +205,7 @@ def compare(case: Case, bandwidth: float, seconds: float) -> list[dict[str, Any]
 
 
 def unable(methods: dict[str, Loss], case: Case, grad: Tensor) -> dict[str, str]:
-    """Why a method cannot run here, by name. Exits where one that runs gives another loss or other gradients."""
+    """Why each method that cannot run here cannot, by name. Exits if a method gives a different loss or gradients."""
     n, s, h, d = case.key
     needed = 10 * n * s * s * (d or h) * case.hidden.itemsize  # broadcast operands, products and their gradients
     notes = {}
@@ -255,7 +256,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def naive_dense(states: Tensor, lengths: list[int]) -> Tensor:
-    """All positions as people write it: broadcast cosines of every pair of positions."""
+    """The loss over all positions as people write it: broadcast cosines of every pair of positions."""
     losses = []
     chosen_rejected = states.split(lengths)
     for chosen, rejected in zip(chosen_rejected[::2], chosen_rejected[1::2], strict=True):
@@ -268,7 +269,7 @@ def naive_dense(states: Tensor, lengths: list[int]) -> Tensor:
 
 
 def matmul_dense(states: Tensor, lengths: list[int]) -> Tensor:
-    """The same with unit vectors and matrix products: only the cosines are materialised."""
+    """The same with unit vectors and matrix products: only the cosines are materialized."""
     losses = []
     chosen_rejected = unit_rows(states).split(lengths)
     for chosen, rejected in zip(chosen_rejected[::2], chosen_rejected[1::2], strict=True):
@@ -382,10 +383,10 @@ def share_of_step(device: torch.device, dtype: torch.dtype, seconds: float) -> l
 
 
 def plot(rows: list[dict[str, Any]], path: str, title: str) -> None:
-    """Time and extra memory against compulsory bytes without projection, one line a method and input form."""
+    """Time and extra memory against compulsory bytes without projection, one line per method and input form."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
     for source, style in (("tokens", "--"), ("rows", "-")):
-        for method, colour in zip(("naive", "compiled", "bmm", "ours"), ("C3", "C1", "C0", "C2"), strict=True):
+        for method, color in zip(("naive", "compiled", "bmm", "ours"), ("C3", "C1", "C0", "C2"), strict=True):
             mine = [r for r in rows if (r["input"], r["method"], r.get("D")) == (source, method, 0) and r.get("GB/s")]
             mine.sort(key=lambda r: r["compulsory MB"])
             label = f"{method}, from {'all tokens' if source == 'tokens' else 'read rows'}"
@@ -394,7 +395,7 @@ def plot(rows: list[dict[str, Any]], path: str, title: str) -> None:
                     [r["compulsory MB"] for r in mine],
                     [r[column] for r in mine],
                     style,
-                    color=colour,
+                    color=color,
                     marker=".",
                     label=label,
                 )
@@ -429,11 +430,11 @@ def verdict(rows: list[dict[str, Any]], key: tuple[int, int, int, int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few small cases, for a CPU: some minutes")
+    parser.add_argument("--quick", action="store_true", help="a few small cases, for a CPU (several minutes)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "float16", "bfloat16"],
-        help="of the states; default: bfloat16 on CUDA, else float32",
+        help="dtype of the states; default: bfloat16 on CUDA, else float32",
     )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,6 @@
-"""Initial weights of a benchmark's models, drawn where they are used: a billion normal numbers take a CPU 20 s, a GPU a
-few milliseconds. A function of (seed, name) on each kind of device, so that all contestants start from the same."""
+"""Initial weights of the benchmarks' models, drawn on the device: a billion normal numbers take a CPU 20 s, a GPU a few
+milliseconds. They depend on (seed, name) only for each kind of device, so all contestants start from the same weights.
+"""
 
 import math
 import zlib
@@ -13,7 +14,7 @@ from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
 
 
 def value(name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device) -> Tensor:
-    """On a CPU the trainer's own initial value; on a GPU one of the same distribution."""
+    """On a CPU the trainer's own initial value; on a GPU one from the same distribution."""
     if device.type == "cpu":
         return initial_value(name, shape, config, seed)
     if len(shape) == 1:
@@ -32,7 +33,7 @@ def weights(config: ModelConfig, seed: int, device: torch.device) -> Weights:
 
 @torch.no_grad()
 def network(config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype) -> LlamaRewardModel:
-    """A model of its own, trunk in ``dtype``, reward head in float32."""
+    """A separate model, trunk in ``dtype``, reward head in float32."""
     with torch.device("meta"):
         model = LlamaRewardModel(config)
     for name, parameter in model.named_parameters():

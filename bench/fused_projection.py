@@ -1,9 +1,9 @@
-"""An experiment that bench/contrastive_loss.py times on a GPU: projection fused into the forward of the sampled loss.
+"""An experiment that bench/contrastive_loss.py times on a GPU: the projection fused into the sampled loss's forward.
 
-The shipped way gathers (or takes all read rows), lets cuBLAS compute z = W h, and runs the loss on z. Here a program
-takes the positives or the negatives of a pair and accumulates S source and S goal projections [S, D] while it walks
-over H, so that neither gathered rows nor z are written. What it pays: W is read from the L2 cache by every program, and
-the products have 16 rows where cuBLAS has thousands. Only the forward can gain: the gradient of W sums over all pairs.
+The shipped code gathers (or takes all read rows), lets cuBLAS compute z = W h, and runs the loss on z. Here one program
+takes the positives or the negatives of a pair and accumulates S source and S goal projections [S, D] as it loops over
+H, so that neither the gathered rows nor z are written. The price: every program reads W from the L2 cache, and the
+products have 16 rows instead of cuBLAS's thousands. Only the forward can gain: the gradient of W sums over all pairs.
 """
 
 import torch

@@ -1,14 +1,13 @@
-"""Everything that a machine with a GPU can tell, the most valuable first: ``make gpu``.
+"""All measurements that need a GPU, the most valuable first: ``make gpu``.
 
     python bench/gpu.py [--out FOLDER] [--seconds 350] [--parts NAME ...] [--wheels FOLDER]
     python bench/gpu.py --docs      writes the tables of README.md and docs/performance.md from bench/results/
 
-Every result is a line of FOLDER/gpu-DEVICE-DATE.jsonl, on the disk before the next one is measured; the same file of an
-earlier call is continued. The parts are those of bench/gpu_parts.py, in a process of their own: parts for which no time
-is left are skipped by name, one that hangs or breaks the GPU's context is ended and the rest go on in a new process. It
-runs in the Python that starts it, whose torch must satisfy pyproject.toml; nothing is downloaded. Packages that cannot
-be imported are named, or taken from the wheels in a folder. Without CUDA it says so in one line and exits with 2; if a
-part failed it exits with 1.
+Each result is a line of FOLDER/gpu-DEVICE-DATE.jsonl and on disk before the next is measured; a file of the same day is
+appended to. The parts of bench/gpu_parts.py run in a separate process: parts that no longer fit in the time are skipped
+by name, and after one that hangs or breaks the GPU's context a new process runs the rest. Everything runs in the Python
+that starts it; that Python's torch must satisfy pyproject.toml, and nothing is downloaded. Packages that cannot be
+imported are listed, or taken from a folder of wheels. Exit code 2 if CUDA is missing, 1 if a part failed.
 """
 
 import argparse
@@ -31,10 +30,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-# Seconds: for a process to begin its first part; that a part may take beyond twice its time; between looks at it; and
-# without which no process is started.
+# Seconds: until a process must begin its first part; that a part may take beyond twice its time; between checks; the
+# minimum left for which a process is started.
 START, GRACE, LOOK, LEAST = 120.0, 30.0, 0.5, 10.0
-MARK = "GCRM_GPU_PROCESS"  # in the environment of the measuring process and of whatever it starts
+MARK = "GCRM_GPU_PROCESS"  # in the environment of the measuring process and its children
 # Names of packages' modules where they differ.
 MODULES = {"scikit-learn": "sklearn", "protobuf": "google.protobuf", "pytest-xdist": "xdist"}
 TOOLS = ("pytest", "hypothesis", "pytest-xdist")
@@ -43,12 +42,12 @@ TOOLS = ("pytest", "hypothesis", "pytest-xdist")
 
 
 def not_importable(packages: Sequence[str]) -> list[str]:
-    """Those that cannot be imported here, with the reason: a package is of no use without what it imports itself."""
+    """The packages that cannot be imported here, each with the reason: its own imports must work too."""
     missing = []
     for package in packages:
         try:
             importlib.import_module(MODULES.get(package, package.replace("-", "_")))
-        except Exception as error:  # whatever a half-installed package raises
+        except Exception as error:  # anything: a broken installation
             missing.append(f"{package} ({error})")
     return missing
 
@@ -71,13 +70,13 @@ def not_ready(wheels: Path | None, target: Path) -> str:
     try:
         found = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        return f"make gpu uses this Python's own torch, and there is none: it needs {torch}"
+        return f"make gpu uses this Python's own torch, but none is installed: install {torch}"
     if not torch.specifier.contains(found, prereleases=True):  # also 2.13.0+cu130
         return f"make gpu uses this Python's own torch, which must satisfy pyproject.toml: {torch}, found {found}"
     from torch import cuda
 
     if not cuda.is_available():
-        return "make gpu needs a CUDA device, and torch sees none here: `make test` and `make bench` run on a CPU"
+        return "make gpu needs a CUDA device, but torch finds none: use `make test` and `make bench` on a CPU"
     if missing := not_importable([*(requirement.name for requirement in requirements), *TOOLS]):
         return (
             f"cannot be imported: {', '.join(missing)}: install them, or name a folder of their wheels: "
@@ -90,7 +89,7 @@ def not_ready(wheels: Path | None, target: Path) -> str:
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    """The results so far; a last line that is not whole is left to whoever writes it."""
+    """The results so far, without a last line that is still being written."""
     if not path.exists():
         return []
     *whole, _ = path.read_text(encoding="utf-8").split("\n")
@@ -98,7 +97,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def environment(packages: Path) -> dict[str, str]:
-    """Of the measuring process: one GPU, no network, fragments of memory that can grow, output at once."""
+    """Environment of the measuring process: one GPU, no network, expandable memory segments, unbuffered output."""
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), str(packages), os.environ.get("PYTHONPATH", "")]
     defaults = {
         "CUDA_VISIBLE_DEVICES": "0",
@@ -113,13 +112,13 @@ def environment(packages: Path) -> dict[str, str]:
 
 
 def note(path: Path, part: str, what: str, **about: Any) -> None:
-    """A line of our own about the measuring, when nobody else writes."""
+    """Appends a line about the measuring itself, while no process writes."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"part": part, "what": what, **about}) + "\n")
 
 
 def repair(path: Path) -> None:
-    """Ends a last line that was being written when its process ended; one that is not whole is kept as text."""
+    """Ends a last line that its process did not finish; an incomplete one is kept as text."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole, end, rest = text.rpartition("\n")
     if rest:
@@ -133,7 +132,7 @@ def repair(path: Path) -> None:
 def measure_parts(
     parts: Sequence[str], path: Path, seconds: float, env: dict[str, str], more: Sequence[str] = ()
 ) -> None:
-    """Runs the parts (all without any) in processes, a new one after each that broke, until the time is over."""
+    """Runs the parts (all if none are named) in a process, a new one after each failure, until the time is up."""
     end = time.monotonic() + seconds
     waiting = list(parts)
     repair(path)
@@ -156,15 +155,15 @@ def measure_parts(
             note(path, part, "failed", why=ended)
         wanted = next((row["parts"] for row in rows if row["what"] == "begin"), waiting)
         waiting = [name for name in wanted if name not in settled]
-        if not waiting or not settled:  # a process that did not come so far would not do so again
+        if not waiting or not settled:  # a process that never began a part would fail again
             break
     for part in waiting:
         note(path, part, "skipped", why="never begun")
 
 
 def watch(child: subprocess.Popen[bytes], path: Path, seen: int, end: float) -> str:
-    """Waits for the process until ``end``, or until a part takes far too long; what was wrong with its end. ``seen``:
-    lines that were there before it."""
+    """Waits for the process until ``end``, or until a part takes far too long; returns what went wrong, or an
+    empty string. ``seen``: number of lines before it started."""
     since, limit = time.monotonic(), START
     while child.poll() is None:
         if time.monotonic() > min(end, since + limit):
@@ -179,11 +178,11 @@ def watch(child: subprocess.Popen[bytes], path: Path, seen: int, end: float) -> 
 
 
 def kill(child: subprocess.Popen[bytes], mark: str) -> None:
-    """Ends the process and all that it started, in sessions of their own too: the next one needs the whole GPU."""
+    """Kills the process and everything it started, in other sessions too: the next process needs the whole GPU."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
-    for _ in range(500):  # one may start another meanwhile; 5 seconds, for the driver may hold one
+    for _ in range(500):  # they may start others; 5 seconds, as the driver can delay an exit
         marked = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_marked(pid, mark)]
         if not marked:
             break
@@ -196,7 +195,7 @@ def kill(child: subprocess.Popen[bytes], mark: str) -> None:
 def is_marked(pid: int, mark: str) -> bool:
     try:
         return f"{MARK}={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:  # of somebody else, or gone
+    except OSError:  # another user's, or gone
         return False
 
 
@@ -205,12 +204,12 @@ def is_marked(pid: int, mark: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results, default: bench/results")
-    parser.add_argument("--seconds", type=float, default=350, help="for everything, default: 350")
-    parser.add_argument("--parts", nargs="+", help="only these, in this order; default: all")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results; default: bench/results")
+    parser.add_argument("--seconds", type=float, default=350, help="time limit for all parts; default: 350")
+    parser.add_argument("--parts", nargs="+", help="run only these parts, in this order; default: all")
     parser.add_argument("--wheels", type=Path, help="folder of wheels for packages that cannot be imported")
     parser.add_argument(
-        "--docs", action="store_true", help="only write the tables of README.md and docs/performance.md"
+        "--docs", action="store_true", help="only rewrite the tables of README.md and docs/performance.md"
     )
     options = parser.parse_args()
     started = time.monotonic()

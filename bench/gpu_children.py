@@ -1,4 +1,4 @@
-"""Programs that bench/gpu.py runs on the GPU: the tests that it changes, and training that is stopped and resumed."""
+"""Programs that bench/gpu.py runs on the GPU: tests that depend on the device, and a training run that resumes."""
 
 import contextlib
 import json
@@ -21,13 +21,13 @@ Result = tuple[str, dict[str, Any]]  # what it is, and its values
 
 
 def kill(child: subprocess.Popen[Any]) -> None:
-    """Ends the process and all of its session."""
+    """Kills the process and its session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
 
 
 def run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
-    """(exit code, or None after ``seconds``; what it printed); whatever it started ends with it."""
+    """(exit code, or None after ``seconds``; what it printed); its children are killed with it."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
         child = subprocess.Popen(
@@ -42,7 +42,7 @@ def run(command: Sequence[str], seconds: float) -> tuple[int | None, str]:
 
 
 def tests() -> Iterator[Result]:
-    """Spread over the machine's cores."""
+    """pytest on all cores."""
     files = [f"tests/{name}" for name in TESTS]
     spread = ["-n", str(min(12, os.cpu_count() or 1))]
     options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark", *spread]
@@ -55,7 +55,7 @@ def tests() -> Iterator[Result]:
 
 
 def training() -> Iterator[Result]:
-    """The default run for 200 steps with four checkpoints, and the same stopped and resumed: the same bits?"""
+    """The default run for 200 steps with four checkpoints, and the same run stopped and resumed: are the bits equal?"""
     often = ["--steps", "200", "--save-every", "50", "--log-every", "10", "--train-pairs", "14000", "--deterministic"]
     with tempfile.TemporaryDirectory() as folder:
         start = [sys.executable, "-u", "gcrm_fast/train.py", *often, "--output"]

@@ -1,10 +1,10 @@
-"""What bench/gpu.py measures, part by part: the most valuable numbers first. It starts this file as a process.
+"""What bench/gpu.py measures, part by part, the most valuable numbers first. bench/gpu.py runs this file.
 
     python bench/gpu_parts.py --out FILE --deadline SECONDS --parts NAME ... [--model 1b] [--pairs 64]
 
-Each result is a line of FILE that is on the disk before the next measurement begins, so that nothing is lost when the
-time or the GPU is. A part that fails leaves a line with the reason; after an error that breaks the GPU's context the
-process ends with 3, and bench/gpu.py starts another one for the parts that are left.
+Each result is a line of FILE, on disk before the next measurement begins, so that losing the machine loses nothing. A
+part that fails leaves a line with the reason; after an error that breaks the GPU's context the process exits with 3,
+and bench/gpu.py starts another one for the remaining parts.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from step_costs import profiled
 
 SHAPES = ((100, 225), (250, 80))  # tokens of a prompt and of each completion: GSM8K's, and HH's
 PACK, LARGE_PACK = 16_384, 36_864  # tokens
-KINDS = {  # of a profile's kernels, by a part of their name; the first that fits
+KINDS = {  # kinds of kernels in a profile, by a part of their name; the first match counts
     "matrix products": ("gemm", "nvjet", "cutlass", "sm90_x", "cublas"),
     "attention": ("flash",),
     "our kernels": ("_rms_norm", "_swiglu", "_add_rows", "_contrastive", "_rotary"),
@@ -62,7 +62,7 @@ KINDS = {  # of a profile's kernels, by a part of their name; the first that fit
 
 
 class Part(NamedTuple):
-    """``seconds``: what it takes on an H100; without that much time left it is skipped."""
+    """``seconds``: its duration on an H100; it is skipped if less time is left."""
 
     name: str
     seconds: int
@@ -87,7 +87,7 @@ class Lab:
         return self.device.type == "cuda"
 
     def put(self, what: str, **row: Any) -> None:
-        """One result: a line of the file and of the output."""
+        """Writes one result: a line in the file and on stdout."""
         line = {"t": round(time.monotonic() - self.started, 1), "part": self.part, "what": what, **row}
         with self.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -98,7 +98,7 @@ class Lab:
         print("  ".join(f"{key} {value}" for key, value in shown.items())[:400], flush=True)
 
     def timed(self, function: Callable[[], object], count: int = 5, warm: int = 2) -> tuple[float, float]:
-        """(seconds of a call, seconds that the host spends in it)."""
+        """(seconds per call, seconds of host time in it)."""
         count, warm = (count, warm) if self.cuda else (1, 0)  # elsewhere only a dry run
         for _ in range(warm):
             function()
@@ -119,7 +119,7 @@ class Lab:
         return self.ours
 
     def release(self) -> None:
-        """Gives the model's memory back."""
+        """Frees the model's memory."""
         self.ours = None
         gc.collect()
         if self.cuda:
@@ -136,8 +136,8 @@ class Lab:
     def step(
         self, what: str, packs: list[Pack], without: str = "", count: int = 5, given: Mapping[str, Any] | None = None
     ) -> None:
-        """Times optimizer steps on ``packs``, recomputing what the trainer would; beside them the memory that
-        accounting.py predicts."""
+        """Times optimizer steps on ``packs``, recomputing what the trainer would; reports the memory that
+        accounting.py predicts too."""
         ours, shape = self.model(), memory_shape(self.config, packs)
         n_pairs = sum(pack.n_pairs for pack in packs)
         recompute = RECOMPUTING.get(without, "none")
@@ -174,7 +174,7 @@ def equal_pairs(prompt: int, completion: int, count: int, per_prompt: int = 1) -
 
 
 def memory_shape(config: ModelConfig, packs: Sequence[Pack]) -> MemoryShape:
-    """Of a step on ``packs`` in bfloat16 on one process."""
+    """The shape of a step on ``packs`` in bfloat16 on one process."""
     largest = max(packs, key=lambda pack: len(pack.input_ids_T))
     tokens, keys, rows = (len(x) for x in (largest.input_ids_T, largest.kv_index_K, largest.read_rows_R))
     return MemoryShape(config, tokens, keys, rows, "adamw", 2, True, world_size=1, several_packs=len(packs) > 1)
@@ -186,11 +186,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float(difference.norm() / expected.detach().float().norm().clamp_min(1e-30))
 
 
-# ------------------------------------------------------------------------------------------------- right before fast
+# ------------------------------------------------------------------------------------------------- correct before fast
 
 
 def rates(lab: Lab) -> None:
-    """What this card does at best, and on the step's own shapes."""
+    """The peak rates of this card, and its rates on the step's own shapes."""
     n = 8192 if lab.cuda else 512
     a, b = torch.randn(2, n, n, device=lab.device).bfloat16()
     lab.put("matrix product", n=n, tflops=2 * n**3 / lab.timed(lambda: a @ b, 10)[0] / 1e12)
@@ -267,7 +267,7 @@ def step(lab: Lab) -> None:
 
 
 def no_waiting(lab: Lab) -> None:
-    """Where the host waits for the GPU in a step: nowhere, if all is well."""
+    """Where the host waits for the GPU in a step; expected: nowhere."""
     ours, packs = lab.model(), lab.packs(lab.batch(*SHAPES[0]))
     ours.step(packs, lab.pairs)
     measure.now(lab.device)
@@ -297,7 +297,7 @@ def profile(lab: Lab) -> None:
 
 
 def variants(lab: Lab) -> None:
-    """Each lever out, what saves memory, and weights gathered for every pack."""
+    """Each lever removed, each way to save memory, and weights gathered for every pack."""
     packs = lab.packs(lab.batch(*SHAPES[0]))
     ours = lab.model()
     lab.step("variant: as it is", packs)
@@ -368,7 +368,7 @@ def compiled(lab: Lab) -> None:
     lab.release()
 
 
-# ------------------------------------------------------------------------------------------------- parts of it, alone
+# ------------------------------------------------------------------------------------------------- single operators
 
 
 def contrastive(lab: Lab) -> None:
@@ -392,7 +392,7 @@ def contrastive(lab: Lab) -> None:
 
 
 def tuning(lab: Lab) -> None:
-    """The launch configurations that GCRM_AUTOTUNE=1 would choose from, and a few besides."""
+    """The launch configurations that GCRM_AUTOTUNE=1 chooses from, and a few more."""
     if not lab.cuda:
         lab.put("tuning", note="needs a GPU")
         return
@@ -446,7 +446,7 @@ def scored(lab: Lab) -> None:
 
 
 def tests(lab: Lab) -> None:
-    """The tests that a GPU changes."""
+    """The tests that depend on the device."""
     lab.release()
     for what, row in gpu_children.tests():
         lab.put(what, **row)
@@ -482,7 +482,7 @@ PARTS = [
 def laboratory(options: argparse.Namespace) -> Iterator[Lab]:
     with parallel.process_group() as (mesh, device):
         config = MODELS[options.model]
-        if device.type != "cuda":  # a dry run: as small as can be
+        if device.type != "cuda":  # a dry run: as small as possible
             config = replace(
                 config,
                 hidden_size=64,
@@ -496,11 +496,11 @@ def laboratory(options: argparse.Namespace) -> Iterator[Lab]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="file that the results are appended to")
-    parser.add_argument("--deadline", type=float, default=350, help="seconds from now, default: 350")
+    parser.add_argument("--out", type=Path, required=True, help="file to append the results to")
+    parser.add_argument("--deadline", type=float, default=350, help="seconds from now; default: 350")
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in PARTS], default=[p.name for p in PARTS])
     parser.add_argument("--model", choices=MODELS, default="1b")
-    parser.add_argument("--pairs", type=int, default=64, help="pairs per step, default: 64")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs per step; default: 64")
     options = parser.parse_args()
     end = time.monotonic() + options.deadline
     with laboratory(options) as lab:
@@ -523,7 +523,7 @@ def main() -> int:
                 try:
                     lab.release()
                     measure.now(lab.device)
-                except RuntimeError:  # of a GPU whose context is lost
+                except RuntimeError:  # the GPU's context is lost
                     os._exit(3)
     return 0
 

@@ -1,6 +1,6 @@
-"""Tables of what bench/gpu.py measured: all of it for docs/performance.md, a few lines for README.md.
+"""Tables of what bench/gpu.py measured: everything for docs/performance.md, a few lines for README.md.
 
-A file can hold several calls: of what was measured again, the latest numbers count.
+A file can hold several calls: where something was measured twice, the latest numbers count.
 """
 
 import json
@@ -11,9 +11,9 @@ from typing import Any
 
 BEGIN, END = "<!-- gpu:begin (written by python bench/gpu.py --docs) -->", "<!-- gpu:end -->"
 NOT_MEASURED = "Not yet measured on a GPU."
-HIDDEN = ("t", "part", "what", "trace", "config", "parts", "right", "where", "begin")  # of a line, in the table
-NOTES = ("began", "done", "begin")  # lines that say how the measuring went
-# What a line was measured on: with part and name, what it has in common with the same measurement of another call.
+HIDDEN = ("t", "part", "what", "trace", "config", "parts", "right", "where", "begin")  # fields that the table omits
+NOTES = ("began", "done", "begin")  # lines about the measuring itself
+# Together with part and name these identify a measurement across calls.
 SETTINGS = (
     *("shape", "tokens per pack", "tokens", "n", "N", "states", "dtype", "heads", "kv heads", "head size"),
     *("pairs per batch", "checkpointing", "as shipped", "batch", "block", "num_warps", "num_stages"),
@@ -30,7 +30,7 @@ def cell(value: Any) -> str:
 
 
 def result(row: Mapping[str, Any]) -> str:
-    """The numbers of a line as words."""
+    """The numbers of a line as text."""
     shown = [f"{name} {cell(value)}" for name, value in row.items() if name not in HIDDEN]
     return ("" if row.get("right") is not False else "WRONG: ") + ", ".join(shown)
 
@@ -51,9 +51,9 @@ def newest(results: Path) -> tuple[Path, list[dict[str, Any]]] | None:
 
 
 def current(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each measurement the lines of the latest call that has it, part by part, each with its call's first line.
+    """The lines of the latest call for each measurement, part by part, each with its call's first line.
 
-    That a part was skipped does not count once it is done in any call, that it failed once it is done in a later one.
+    A skipped part is listed unless some call finished it, a failed one unless a later call did.
     """
     kept: dict[tuple, list[dict[str, Any]]] = {}
     begin: Mapping[str, Any] = {}
@@ -76,8 +76,8 @@ def current(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def with_prediction(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Beside the milliseconds of a step that recomputes nothing those of bench/step_model.py, from the rates that the
-    same file has."""
+    """Adds to each step that recomputes nothing the milliseconds that bench/step_model.py predicts from the rates in
+    the same file."""
     product, copy = latest(rows, "matrix product", n=8192), latest(rows, "copy")
     if not product or not copy:
         return [dict(row) for row in rows]
@@ -90,7 +90,7 @@ def with_prediction(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def predicted(row: Mapping[str, Any], tflops: float, tbps: float) -> float:
-    import step_model  # it takes torch and seconds
+    import step_model  # imports torch, which takes seconds
 
     begin = row["begin"]
     wide = replace(step_model.MODELS["8b"], num_hidden_layers=8)
@@ -101,7 +101,7 @@ def predicted(row: Mapping[str, Any], tflops: float, tbps: float) -> float:
 
 
 def write(root: Path, results: Path) -> None:
-    """Replaces what stands between the markers of README.md and docs/performance.md."""
+    """Replaces the text between the markers of README.md and docs/performance.md."""
     found = newest(results)
     for path, part in ((root / "README.md", short), (root / "docs" / "performance.md", full)):
         text = path.read_text(encoding="utf-8")

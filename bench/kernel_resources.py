@@ -1,10 +1,10 @@
-"""Compiles every Triton kernel ahead of time and prints what it needs: no GPU is used.
+"""Compiles every Triton kernel ahead of time and prints the resources it needs: no GPU is used.
 
     python bench/kernel_resources.py [--targets sm_80 sm_90] [--dtypes bf16 fp16 fp32] [--samples 16 32 64] [--json]
 
-A row is one kernel in one specialization for one target: registers a thread, stack bytes a thread (a spill shows here),
-shared memory a program, warps, and how many instructions of each kind its machine code holds. sm_100 and gfx942 are
-compiled as far as their assembler goes. Needs triton without TRITON_INTERPRET.
+A row is one kernel in one specialization for one target: registers per thread, stack bytes per thread (a spill shows
+here), shared memory per program, warps, and the number of instructions of each kind. For sm_100 and gfx942 compilation
+stops after the assembler. Needs triton without TRITON_INTERPRET.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 if os.environ.get("TRITON_INTERPRET"):
-    sys.exit("TRITON_INTERPRET is set: unset it, an interpreted kernel cannot be compiled")
+    sys.exit("TRITON_INTERPRET is set: unset it, since interpreted kernels cannot be compiled")
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -43,7 +43,12 @@ from gcrm_kernels.launch import LaunchConfig
 TARGETS = {name: GPUTarget("cuda", int(name[3:]), 32) for name in ("sm_80", "sm_90", "sm_100")} | {
     "gfx942": GPUTarget("hip", "gfx942", 64)
 }
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}  # bytes a program
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+}  # bytes per program
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 INSTRUCTIONS = {
     "tensor": r"\b(?:HMMA|HGMMA|UTCHMMA|QGMMA)",
@@ -54,14 +59,14 @@ INSTRUCTIONS = {
     "wide": r"\.128\b",
     "atomic": r"\b(?:ATOM|RED)\b",
 }
-# Numbers that are divisible by 16 for the usual shapes
+# Arguments that are divisible by 16 for the usual shapes
 DIVISIBLE = ("width", "row_stride", "columns", "count", "q_stride", "k_stride", "v_stride")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Specialization:
-    """A kernel with everything that its compilation depends on."""
+    """A kernel and everything that its compilation depends on."""
 
     name: str
     kernel: Any
@@ -73,7 +78,7 @@ class Specialization:
 
 @dataclass
 class Resources:
-    """What one compiled specialization needs."""
+    """The resources of one compiled specialization."""
 
     kernel: str
     target: str
@@ -86,7 +91,7 @@ class Resources:
 
 
 def specializations(dtype: str, samples: list[int], target: str) -> Iterator[Specialization]:
-    """Every kernel as it is launched for states of ``dtype`` on ``target``."""
+    """Every kernel as launched for states of ``dtype`` on ``target``."""
     itemsize = ITEMSIZE[dtype]
     rows = dict.fromkeys(("rows_ptr", "starts_ptr", "offsets_ptr", "units_ptr"), "*i64")
     types = {**rows, "hidden_ptr": "*" + dtype, "out_ptr": "*" + dtype, "has_positive_ptr": "*i1"}
@@ -266,7 +271,7 @@ def elementwise_specializations(dtype: str, lanes: int) -> Iterator[Specializati
 
 
 def rotary_specializations(dtype: str, lanes: int) -> Iterator[Specialization]:
-    """Of the heads of a 1B, an 8B and a 405B Llama, of as many key as query heads, and of one head with an odd half."""
+    """The heads of a 1B, an 8B and a 405B Llama, equally many key and query heads, and one head with an odd half."""
     floats = ("q", "k", "v", "cos", "sin", "out_q", "out_k", "out_v", "grad_q", "grad_k", "grad_v", "dq", "dk", "dv")
     types = {f"{name}_ptr": "*" + dtype for name in floats}
     types |= dict.fromkeys(("index_ptr", "order_ptr", "offsets_ptr"), "*i64")
@@ -312,7 +317,7 @@ def compile_one(given: Specialization, target: str) -> Resources:
             machine_code = tool("nvdisasm", file.name)
         row.registers, row.stack = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
         row.instructions = {what: len(re.findall(pattern, machine_code)) for what, pattern in INSTRUCTIONS.items()}
-    elif "amdgcn" in compiled.asm:  # the assembler's own count stands in its text
+    elif "amdgcn" in compiled.asm:  # the assembler writes its count into the text
         row.registers, row.stack = (
             int(re.findall(rf"\.{what}:\s*(\d+)", compiled.asm["amdgcn"])[0])
             for what in ("vgpr_count", "private_segment_fixed_size")
@@ -351,7 +356,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["sm_80", "sm_90"])
     parser.add_argument("--dtypes", nargs="+", choices=ITEMSIZE, default=list(ITEMSIZE))
     parser.add_argument("--samples", nargs="+", type=int, default=[16, 32, 64], help="S, 1 to 64")
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a row")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object per row")
     options = parser.parse_args()
     jobs = [
         (dtype, options.samples, target, index)

@@ -25,7 +25,7 @@ if HAS_TRITON:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KERNELS = RESULTS.parents[1] / "kernels" / "gcrm_kernels"
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no line of the profiler's own for every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints no line for every start and stop
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -44,10 +44,10 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """What GCRM_COMMIT says, for copies without a repository; else git, or "unknown"."""
+    """The value of GCRM_COMMIT (for copies without a repository), else what git says, or "unknown"."""
     described = os.environ.get("GCRM_COMMIT", "")
     if not described:
-        with contextlib.suppress(OSError):  # no git here
+        with contextlib.suppress(OSError):  # git is not installed
             described = subprocess.run(
                 ["git", "describe", "--always", "--dirty"],
                 cwd=RESULTS.parent,
@@ -59,7 +59,7 @@ def _commit() -> str:
 
 
 def kernel_hash() -> str:
-    """Names and sources of gcrm_kernels, 12 hexadecimal digits: which kernels a number belongs to."""
+    """Names and sources of gcrm_kernels, 12 hexadecimal digits: identifies the kernels behind a number."""
     digest = hashlib.sha256()
     for path in sorted(KERNELS.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -86,7 +86,7 @@ def times(
     """[median, 10 %, 90 %] milliseconds of each function.
 
     CUDA: ``triton.testing.do_bench``, which empties the L2 cache before every call. CPU: the functions take turns, so
-    that what else the machine does falls on all of them; at least five calls each after one to warm up.
+    that other load on the machine affects all of them; at least five calls each after a warm-up call.
     """
     if device.type == "cuda":
         return {
@@ -112,15 +112,15 @@ def graph_time(function: Callable[[], object]) -> float:
 
 @dataclass
 class Peak:
-    """Bytes allocated at the worst moment beyond what was allocated at the start."""
+    """Peak bytes allocated beyond those allocated at the start."""
 
     bytes: int = 0
 
 
 @contextlib.contextmanager
 def recorded_peak(device: torch.device) -> Iterator[Peak]:
-    """Fills in the peak of its block at the end. CPU: of tensors, from the profiler's record of every allocation, since
-    the resident size of a process also counts what the allocator keeps. CUDA: of the caching allocator."""
+    """Fills in the peak when its block ends. CPU: tensors only, from the profiler's record of every allocation, since
+    the resident size of a process includes what the allocator keeps. CUDA: the caching allocator's peak."""
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -142,7 +142,7 @@ def recorded_peak(device: torch.device) -> Iterator[Peak]:
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes allocated at the worst moment of a call, after one to warm up, beyond what was allocated before it."""
+    """Peak bytes allocated during a call, after a warm-up call, beyond those allocated before it."""
     function()
     with recorded_peak(device) as peak:
         function()
@@ -159,7 +159,7 @@ def launches(function: Callable[[], object]) -> int:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read plus written, of a copy that no cache holds."""
+    """Bytes per second, read plus written, of a copy too large for any cache."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     milliseconds = times({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"][0]

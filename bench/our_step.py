@@ -64,9 +64,9 @@ MODELS = {
 }
 LEVERS: tuple[str, ...] = ("packing", "sharing", "read rows", "fused loss")
 LEVERS += ("fused RoPE", "Triton") if torch.cuda.is_available() else ()
-RECOMPUTING = {f"recomputing {part}": part for part in ("product", "mlp", "block")}  # --recompute: they save memory
+RECOMPUTING = {f"recomputing {part}": part for part in ("product", "mlp", "block")}  # --recompute: each saves memory
 
-Groups = list[list[TokenizedPair]]  # one global batch: pairs of one prompt that are computed together
+Groups = list[list[TokenizedPair]]  # one global batch: groups of pairs with the same prompt
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def flat(groups: Groups) -> list[TokenizedPair]:
 
 
 def naive_loss(z_RD: Tensor, pairs: PairRows, objective: objectives.Objective) -> tuple:
-    """In the place of objectives.contrastive_loss: the naive loss on the same states, similarities not measured."""
+    """Replaces objectives.contrastive_loss: the naive loss on the same states, without statistics."""
     unmeasured = z_RD.new_zeros(len(pairs.has_positive_N))
     loss_N = padded.naive_contrastive(z_RD, pairs.samples_4NS, pairs.has_positive_N)
     return loss_N, ContrastiveStatistics(unmeasured, unmeasured)
@@ -106,7 +106,7 @@ def plain_rms_norm(
 
 
 def reading_all_rows(pack: Pack) -> Pack:
-    """The pack with every token a read row: a full last layer and final norm, losses on the same states."""
+    """The pack with every token as a read row: a full last layer and final norm, losses on the same states."""
     rows, tokens = pack.read_rows_R, len(pack.input_ids_T)
     every = np.arange(tokens)
     samples_4NS = rows[pack.pairs.samples_4NS]
@@ -138,7 +138,7 @@ class Ours:
         self.device = device
 
     def packs(self, batch: Groups, without: str = "") -> list[Pack]:
-        """The trainer's packs of a global batch, or those without a lever of LEVERS that decides over them."""
+        """The trainer's packs of a global batch, or its packs without one of LEVERS."""
         unshared = mock.patch.object(packing, "common_prefix", return_value=0)
         with unshared if without == "sharing" else contextlib.nullcontext():
             plan = [[group] for group in batch] if without == "packing" else plan_packs(batch, self.budget, 1)
@@ -157,7 +157,7 @@ class Ours:
                 module = importlib.import_module(f"gcrm_kernels.{operator}")
                 removed.enter_context(mock.patch.object(module, "use_triton", new=never))
             if without == "Triton":
-                # Plain PyTorch, which torch.compile can fuse, unlike an operator of ours.
+                # Plain PyTorch, which torch.compile can fuse; our operators it cannot.
                 removed.enter_context(mock.patch.object(llama, "rms_norm", new=plain_rms_norm))
                 removed.enter_context(mock.patch.object(llama, "swiglu", new=reference.swiglu))
             return train.accumulate(self.model, packs, n_pairs, self.objective, self.device)

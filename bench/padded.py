@@ -31,7 +31,7 @@ from gcrm_fast.training.objectives import Objective, ranking_loss
 from gcrm_fast.training.optimizer import Updater
 from records import BOS, EOS, PAD
 
-SCHEDULE_STEPS = 1_000_000  # so many that the learning rate does not change
+SCHEDULE_STEPS = 1_000_000  # enough to keep the learning rate constant
 
 
 def naive_contrastive(z_RD: Tensor, rows_4NS: Tensor, has_positive_N: Tensor) -> Tensor:
@@ -54,8 +54,7 @@ def longest(pair: TokenizedPair) -> int:
 
 @contextlib.contextmanager
 def renamed_options() -> Iterator[None]:
-    """Without the warnings that gradient checkpointing has another name in transformers 5: 4.57 and TRL have only this
-    one."""
+    """Silences warnings about the old name of gradient checkpointing: transformers 4.57 and TRL know no other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -64,7 +63,7 @@ def renamed_options() -> Iterator[None]:
 def classifier(
     config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[LlamaForSequenceClassification, str]:
-    """transformers' model with the initial weights of ours, float32, and the attention that it takes for ``dtype``."""
+    """transformers' model with the initial weights of ours, float32, and its attention for ``dtype``."""
     flash = device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn") is not None
     attention = "flash_attention_2" if flash else "sdpa"
     fields: dict[str, Any] = {
@@ -163,16 +162,16 @@ class Padded:
 def trl_missing() -> str:
     """Why TRL cannot run here, or an empty string."""
     try:
-        importlib.import_module("trl").RewardTrainer  # noqa: B018  # by itself trl imports none of what it needs
+        importlib.import_module("trl").RewardTrainer  # noqa: B018  # trl imports its dependencies lazily
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed: pip install '.[bench]'"
-    except Exception as error:  # whatever half an installation raises
+    except Exception as error:  # anything: a broken installation
         return f"TRL cannot be imported ({one_line(error)})"
     return ""
 
 
 class _Clock(TrainerCallback):
-    """Seconds and peak bytes of each optimizer step: from the end of the one before, so with fetching its batches."""
+    """Seconds and peak bytes of each optimizer step, from the end of the previous one (includes fetching batches)."""
 
     def __init__(self, device: torch.device, with_memory: bool) -> None:
         self.device, self.with_memory = device, with_memory
@@ -201,7 +200,7 @@ class _Clock(TrainerCallback):
 def trl_trainer(
     padded: Padded, batches: Sequence[Sequence[TokenizedPair]], size: int, as_shipped: bool, clock: TrainerCallback
 ) -> Iterator[Any]:
-    """TRL's RewardTrainer over ``batches`` in order, ``size`` pairs a micro-batch, with the model and optimizer of
+    """TRL's RewardTrainer over ``batches`` in order, ``size`` pairs per micro-batch, with the model and optimizer of
     ``padded``; ``as_shipped`` leaves gradient checkpointing as TRL sets it."""
     import datasets
     from transformers import logging
@@ -209,7 +208,7 @@ def trl_trainer(
     from trl import RewardConfig, RewardTrainer
 
     datasets.disable_progress_bars()
-    logging.set_verbosity_error()  # transformers: that a process group of one is there, which is ours
+    logging.set_verbosity_error()  # transformers warns about our process group of one
     pairs = [pair for batch in batches for pair in batch]
     rows = [{"chosen_ids": p.chosen_ids.tolist(), "rejected_ids": p.rejected_ids.tolist()} for p in pairs]
     padded.checkpointing(False)
@@ -247,7 +246,7 @@ def trl_trainer(
             with mock.patch.object(trainer, "_get_train_sampler", return_value=in_order):
                 yield trainer
         finally:
-            # Accelerate replaces the model's forward by one under autocast, and notes that it need not do so again.
+            # Accelerate replaced the model's forward by one under autocast, and would not do so again.
             for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
                 vars(padded.model).pop(name, None)
             padded.checkpointing(False)
@@ -256,7 +255,7 @@ def trl_trainer(
 def trl_steps(
     padded: Padded, batches: Sequence[Sequence[TokenizedPair]], size: int, as_shipped: bool, with_memory: bool = False
 ) -> _Clock:
-    """Runs ``trainer.train()`` for one optimizer step a batch; start-up, logging and saving are not timed."""
+    """Runs ``trainer.train()`` for one optimizer step per batch; start-up, logging and saving are not timed."""
     clock = _Clock(padded.device, with_memory)
     with trl_trainer(padded, batches, size, as_shipped, clock) as trainer:
         trainer.train()

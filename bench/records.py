@@ -1,8 +1,8 @@
-"""The records that training and scoring are timed on: real text where GCRM_DATA names it, else a sample of its lengths.
+"""The records that training and scoring are timed on: real text if GCRM_DATA is set, else random tokens of its lengths.
 
-Lengths are those of a byte-level BPE of 32,000 tokens. With GCRM_DATA it is trained on pairs of both files, and the
-records are real text, shared starts of completions included. Without, lengths are drawn from LENGTHS, measured that
-way, and tokens at random, so that nothing but the prompt is shared.
+Lengths are those under a byte-level BPE of 32,000 tokens. With GCRM_DATA the tokenizer is trained on pairs of both
+files, and the records are real text, including the shared starts of completions. Without it, lengths come from LENGTHS,
+which was measured that way, and tokens are random, so only the prompt is shared.
 """
 
 import functools
@@ -18,11 +18,11 @@ from gcrm_fast.data.tokenization import train_tokenizer
 
 VOCABULARY = 32_000
 TOKENIZER_PAIRS = 2000  # of each file
-MAX_LENGTH = 1024  # TRL's default; longer pairs are left out for everybody
-BOS, EOS, PAD, FIRST = 0, 1, 2, 3  # as train_tokenizer numbers them; text starts at FIRST
+MAX_LENGTH = 1024  # TRL's default; longer pairs are skipped for all contestants
+BOS, EOS, PAD, FIRST = 0, 1, 2, 3  # as numbered by train_tokenizer; text starts at FIRST
 
 DATA = ("gsm8k_pairs", "hh_pairs_train")
-SAMPLES = "gsm8k_completions_test"  # about 80 completions of a question
+SAMPLES = "gsm8k_completions_test"  # about 80 completions per question
 
 # (prompt, chosen, rejected) tokens of 32 pairs, evenly spaced in the order of their sum.
 LENGTHS = {
@@ -99,18 +99,18 @@ PAIRS_A_PROMPT = {"gsm8k_pairs": 12, "hh_pairs_train": 1}
 
 
 def records(name: str, count: int, seed: int = 0) -> list[TokenizedPair]:
-    """``count`` pairs of ``name``: all pairs of one random prompt after another, in random order."""
+    """``count`` pairs of ``name``: all pairs of randomly chosen prompts, in random order."""
     folder = os.environ.get("GCRM_DATA")
     return real(name, count, seed, Path(folder)) if folder else sampled(name, count, seed)
 
 
 def source() -> str:
-    """Where ``records`` come from, for people."""
+    """Where ``records`` come from, as text."""
     return "real text from GCRM_DATA" if os.environ.get("GCRM_DATA") else "built-in lengths, random tokens"
 
 
 def sampled(name: str, count: int, seed: int) -> list[TokenizedPair]:
-    """Random tokens with lengths from LENGTHS. Pairs of one prompt take its length and completions of their own."""
+    """Random tokens with lengths from LENGTHS. Pairs of one prompt share its length but not their completions."""
     rng = np.random.default_rng(seed)
     lengths, group = LENGTHS[name], PAIRS_A_PROMPT[name]
     order = rng.permutation(count) % len(lengths)
@@ -123,7 +123,7 @@ def sampled(name: str, count: int, seed: int) -> list[TokenizedPair]:
 
 def completions(name: str, prompts: int, each: int, seed: int = 0) -> list[Completion]:
     """``each`` completions of each of ``prompts`` random prompts of ``name``, all in random order: answers to GSM8K
-    questions where GCRM_DATA has them; else, and for HH, which has two a prompt, lengths from LENGTHS."""
+    questions if GCRM_DATA has them; else, and for HH (two per prompt), lengths from LENGTHS."""
     rng = np.random.default_rng(seed)
     folder = os.environ.get("GCRM_DATA")
     if folder and name == "gsm8k_pairs":
@@ -182,7 +182,7 @@ def real(name: str, count: int, seed: int, folder: Path) -> list[TokenizedPair]:
     chosen: list[Pair] = []
     for i in rng.permutation(len(prompts)):
         chosen += by_prompt[prompts[i]]
-        if len(chosen) >= 2 * count:  # room for those that are too long
+        if len(chosen) >= 2 * count:  # some will be too long
             break
     pairs = tokenize_pairs(tokenizer, chosen, MAX_LENGTH)[0][:count]
     return [pairs[i] for i in rng.permutation(len(pairs))]

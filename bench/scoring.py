@@ -2,16 +2,15 @@
 
     python bench/scoring.py [--model tiny|1b|8b] [--dtype float32|bfloat16] [--quick]
 
-    padded          batches in the order of the records, at the batch size that is fastest here
-    padded, sorted  the same with all completions sorted by length first, longest batch first, at its best batch size
-    ours            RewardModel.judge: packs without padding, each prompt once, the last layer's tail at end rows only
+padded          batches in the order of the records, at the batch size that is fastest here
+padded, sorted  all completions sorted by length first, longest batch first, at its best batch size
+ours            RewardModel.judge: packs without padding, each prompt once, the last layer's tail at end rows only
 
-for 1, 8 and 50 completions a prompt, in random order, of the lengths of GSM8K answers (real text with GCRM_DATA) and of
-HH dialogues. The same token ids, weights and dtype for all; tokenization is left out for all, packing and padding are
-not. Rewards are compared first, in float32 and in the dtype that is timed: where they differ, nothing is timed.
-Contestants take turns. completions/s is of the median time, with the 10th and 90th percentile beside it; "least work"
-is how much faster counting tokens alone would make ours than a padded model without any padding; peak memory is beyond
-the weights.
+Each scores 1, 8 and 50 completions per prompt, in random order, with the lengths of GSM8K answers (real text with
+GCRM_DATA) and of HH dialogues. Token ids, weights and dtype are the same for all; packing and padding are timed,
+tokenization is not. Rewards are compared first, in float32 and in the timed dtype; if they differ, nothing is timed.
+Contestants take turns. completions/s is that of the median time, with its 10th and 90th percentile; "least work" is how
+much faster ours would be than a model without any padding if only tokens counted; peak memory is beyond the weights.
 """
 
 import argparse
@@ -40,12 +39,12 @@ from our_step import MODELS
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-EACH = (1, 8, 50)  # completions a prompt
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # of which the padded ones may choose their best
+EACH = (1, 8, 50)  # completions per prompt
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # the padded contestants take the fastest
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the rewards, in their standard deviations
 COLUMNS = (
     "data",
-    "a prompt",
+    "per prompt",
     "method",
     "batch",
     "completions/s",
@@ -82,7 +81,7 @@ def padded_rewards(
         )
         ids_BL = ids_BL.to(model.device)
         pending.append((part, model(ids_BL, attention_mask=ids_BL != records.PAD).logits[:, 0]))
-    for part, rewards_B in pending:  # read only now, like ours: nothing waits for the device before
+    for part, rewards_B in pending:  # read last, like ours: nothing waits for the device earlier
         rewards[part] = rewards_B.float().cpu().numpy()
     return rewards
 
@@ -102,14 +101,14 @@ def our_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, tok
 
 
 def computed_tokens(encoded: Sequence[Completion], size: int, is_sorted: bool) -> int:
-    """Tokens that go through the padded model."""
+    """Tokens that the padded model computes."""
     lengths = [len(completion.ids) for completion in encoded]
     lengths = sorted(lengths, reverse=True) if is_sorted else lengths
     return sum(max(lengths[a : a + size]) * len(lengths[a : a + size]) for a in range(0, len(lengths), size))
 
 
 def our_tokens(model: RewardModel, encoded: Sequence[Completion]) -> int:
-    """Tokens that go through ours."""
+    """Tokens that ours computes."""
     return sum(len(pack.input_ids_T) for pack in model.packs(encoded, per_token=False))
 
 
@@ -129,7 +128,7 @@ def same_rewards(
 def best_batch(
     model: LlamaForSequenceClassification, encoded: Sequence[Completion], is_sorted: bool, device: torch.device
 ) -> int:
-    """The fastest of BATCHES, each run once, up to the first that is a fifth slower than the best or does not fit."""
+    """The fastest of BATCHES, each run once, stopping at the first that is 20% slower than the best or does not fit."""
     taken: dict[int, float] = {}
     for size in BATCHES:
         start = measure.now(device)
@@ -182,7 +181,7 @@ def race(
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
     return "; ".join(
-        f"{row['data']}, {row['a prompt']} a prompt: {row['completions/s']:.1f} completions/s, "
+        f"{row['data']}, {row['per prompt']} per prompt: {row['completions/s']:.1f} completions/s, "
         f"{row['x padded']:.1f} times padded, {row['x sorted']:.1f} times padded and sorted"
         for row in rows
         if row["method"] == OURS
@@ -190,9 +189,9 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str, title: str) -> None:
-    """Bars of completions/s, a group for each data set and number of completions a prompt."""
+    """Bars of completions/s, grouped by data set and number of completions per prompt."""
     figure, axes = plt.subplots(figsize=(11, 4), layout="constrained")
-    groups = list(dict.fromkeys(f"{row['data']}\n{row['a prompt']} a prompt" for row in rows))
+    groups = list(dict.fromkeys(f"{row['data']}\n{row['per prompt']} per prompt" for row in rows))
     for i, method in enumerate((PADDED, SORTED, OURS)):
         values = [row["completions/s"] for row in rows if row["method"] == method]
         bars = axes.bar([k + 0.27 * (i - 1) for k in range(len(groups))], values, 0.25, label=method)
@@ -210,10 +209,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, help="default: 1b on CUDA, else tiny")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--data", nargs="+", choices=records.DATA, default=records.DATA, help="default: both")
-    parser.add_argument("--completions", type=int, help="about how many are scored; default: 200, 4000 on CUDA")
-    parser.add_argument("--tokens-per-batch", type=int, default=16384, help="of ours, default: RewardModel's")
-    parser.add_argument("--seconds", type=float, help="for each contestant; default: 20")
-    parser.add_argument("--quick", action="store_true", help="48 completions (2000 on CUDA), as few runs as count")
+    parser.add_argument("--completions", type=int, help="about how many to score; default: 200, 4000 on CUDA")
+    parser.add_argument(
+        "--tokens-per-batch", type=int, default=16384, help="pack size of ours; default: that of RewardModel"
+    )
+    parser.add_argument("--seconds", type=float, help="seconds per contestant; default: 20")
+    parser.add_argument(
+        "--quick", action="store_true", help="48 completions (2000 on CUDA), the minimum number of runs"
+    )
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     options.model = options.model or ("1b" if cuda else "tiny")
@@ -235,7 +238,7 @@ def main() -> None:
         "model": options.model,
         "dtype": options.dtype,
         "records": records.source(),
-        "tokens a pack": options.tokens_per_batch,
+        "tokens per pack": options.tokens_per_batch,
     }
     print(", ".join(f"{k} {v}" for k, v in {**where, **about}.items()), flush=True)
     encoded = {
@@ -247,11 +250,11 @@ def main() -> None:
         theirs = padded_model(config, kind, device)
         ours = our_model(config, kind, device, options.tokens_per_batch)
         if not all(same_rewards(theirs, ours, some[:24], kind) for some in encoded.values()):
-            print("the rewards differ: nothing is timed", file=sys.stderr)
+            print("error: the rewards differ (see above), so nothing is timed", file=sys.stderr)
             sys.exit(1)
     rows = []
     for (name, each), some in encoded.items():
-        rows += [{"data": name, "a prompt": each} | row for row in race(theirs, ours, some, device, options.seconds)]
+        rows += [{"data": name, "per prompt": each} | row for row in race(theirs, ours, some, device, options.seconds)]
         print(measure.table(rows[-3:], COLUMNS), flush=True)
     stem = measure.record(f"scoring-{options.model}-{options.dtype}", [{**row, **about} for row in rows], where)
     plot(rows, f"{stem}.png", f"{options.model}, {options.dtype}, {where['device']}, {where['date']}")

@@ -17,7 +17,7 @@ from our_step import Groups, Ours, flat, packed_work
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-RANGES = ("FSDP::", "Optimizer.step")  # spans of a profile that cover kernels, which are listed themselves
+RANGES = ("FSDP::", "Optimizer.step")  # spans that cover kernels listed separately
 SCALING_COLUMNS = ("what", "n", "tokens", "ms", "us/token", "pairs/s", "GFLOP/s", "peak MB")
 
 
@@ -30,7 +30,7 @@ def scaling(ours: Ours, seconds: float, largest: int) -> list[dict[str, Any]]:
     for thousands in (1, 2, 4, 8, 16, 32):
         if thousands <= largest:
             count = int(np.searchsorted(np.cumsum(sizes), 1000 * thousands))
-            cases.append(("tokens a pack (thousands)", thousands, [[pair] for pair in pool[:count]]))
+            cases.append(("tokens per pack (thousands)", thousands, [[pair] for pair in pool[:count]]))
     for prompt, completion in ((100, 225), (250, 80)):
         for n in (1, 2, 4, 8, 16):
             pairs = [records.random_pair(i, i // n, prompt, completion, completion) for i in range(16)]
@@ -66,7 +66,7 @@ def scaling(ours: Ours, seconds: float, largest: int) -> list[dict[str, Any]]:
 
 
 def profiled(ours: Ours, batch: Groups) -> list[dict[str, Any]]:
-    """The operators (CPU) or kernels (CUDA) of one step of ours, by the time that is their own, largest first."""
+    """The operators (CPU) or kernels (CUDA) of one step of ours, sorted by self time."""
     cuda = ours.device.type == "cuda"
     ours.step(ours.packs(batch), len(flat(batch)))
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as recorded:
@@ -95,13 +95,13 @@ FUSED_KERNELS = (
 
 
 def missing_kernels(rows: list[dict[str, Any]]) -> list[str]:
-    """Our kernels that a profile on a GPU does not show."""
+    """Our kernels that are missing from a GPU profile."""
     names = {row["kernel"] for row in rows}
     return [kernel for kernel in FUSED_KERNELS if kernel not in names]
 
 
 def plot_scaling(rows: list[dict[str, Any]], path: str, title: str) -> None:
-    """Time of a token against tokens a pack, pairs/s against pairs a prompt."""
+    """Time per token by tokens per pack, pairs/s by pairs per prompt."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for what in dict.fromkeys(row["what"] for row in rows):
         mine = [row for row in rows if row["what"] == what]
@@ -110,7 +110,7 @@ def plot_scaling(rows: list[dict[str, Any]], path: str, title: str) -> None:
         axis.plot([row["n"] for row in mine], [row[column] for row in mine], "o-", label=what)
         axis.set(xscale="log", xlabel=what if by_size else "pairs sharing a prompt", ylabel=column)
     for axis in axes:
-        axis.set_ylim(bottom=0)  # of all lines: it fixes the top as well
+        axis.set_ylim(bottom=0)  # last: it also fixes the upper limit
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(title)

@@ -1,15 +1,15 @@
-"""What a training step must compute and move, and what the rates of a GPU would then allow: a model, not a measurement.
+"""What a training step must compute and move, and the speed that a GPU would then allow: a model, not a measurement.
 
     python bench/step_model.py [--model 1b 8b] [--tokens-per-batch 16384] [--gather step|block] [--tflops 800]
                                [--bandwidth 3.0]
 
-The trainer's model runs forward and backward on packs of equal pairs, on tensors without content, in bfloat16 and as on
-a GPU: our kernels are one operator each. Every operator counts the bytes of the tensors that it reads and writes, views
-none; matrix products count 2 m k n, attention the products that its mask leaves (accounting.py). Each operator takes
+Runs the trainer's model forward and backward on packs of equal pairs, on tensors without content, in bfloat16 and as on
+a GPU: each of our kernels is one operator. Every operator counts the bytes of the tensors that it reads and writes,
+views none; matrix products count 2 m k n, attention the products inside its mask (accounting.py). Each operator takes
 the longer of computing at --tflops and moving at --bandwidth, one after the other; the defaults are what one H100
-measured (bench/results), a product of 8192 x 8192 matrices and a copy. Once for --global-batch pairs, the optimizer
-moves its 28 bytes a parameter (float32 AdamW: weight, gradient and moments read, all but the gradient written); FSDP's
-copies are those of one process. Left out: the losses, the clipping of gradients, communication, launches.
+measured (bench/results): a product of 8192 x 8192 matrices and a copy. Per --global-batch pairs the optimizer moves 28
+bytes per parameter (float32 AdamW: weight, gradient and moments read, all but the gradient written); FSDP's copies are
+those of one process. Not counted: the losses, gradient clipping, communication, launches.
 """
 
 import argparse
@@ -41,9 +41,9 @@ TOKENS = 16384  # of a pack
 TFLOPS, TBPS = 800.0, 3.0  # of one H100 SXM: bfloat16 product of 8192 x 8192 matrices, copy
 MATMUL, ATTENTION, KERNELS, REST, OPTIMIZER = "matrix products", "attention", "our kernels", "RoPE and others", "AdamW"
 FSDP = "FSDP's copies"
-# Bytes a parameter that FSDP2 moves on one process: bfloat16 weights and gradients, float32 shards and reduction.
+# Bytes per parameter that FSDP2 moves on one process: bfloat16 weights and gradients, float32 shards and reduction.
 GATHER = 6 + 4  # the shard cast to bfloat16, and copied to the whole weight: alone it has no all-gather to copy in for
-CAST = 2 + 4  # the first pack's gradient, which the others are added to
+CAST = 2 + 4  # the first pack's gradient, to which the others are added
 ADD = 2 + 4 + 4  # a later pack's gradient: read, and the sum read and written
 REDUCE = 4 + 4 + 8  # the sum copied into the buffer of the reduction, and from there to the shard
 REDUCE_ONE = 2 + 4 + 8  # likewise the only pack's gradient, in bfloat16
@@ -51,7 +51,7 @@ COLUMNS = ("model", "prompt/completion", "part", "TFLOP/pair", "GB/pair", "ms/pa
 
 
 class Counter(TorchDispatchMode):
-    """Operations, bytes and seconds of the operators that run under it, by part."""
+    """Counts operations, bytes and seconds of the operators inside its block, by part."""
 
     def __init__(self, flops: float, bandwidth: float, attention: float) -> None:
         """``attention``: operations of one layer's attention forward."""
@@ -61,7 +61,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]  # what ``out=`` names is only written
+        inputs = [x for x in tree_leaves(args) if isinstance(x, Tensor)]  # ``out=`` is only written
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if not func.is_view and func.namespace != "prim":
             part, work = self._part(func, inputs)
@@ -87,7 +87,7 @@ class Counter(TorchDispatchMode):
 
 
 def packs_of(config: ModelConfig, prompt: int, completion: int, pairs: int, tokens: int) -> list[Pack]:
-    """The trainer's packs of so many pairs with prompts of their own."""
+    """The trainer's packs of this many pairs, each with its own prompt."""
     batch = [[records.random_pair(i, i, prompt, completion, completion)] for i in range(pairs)]
     return [build_pack(groups, Sampling(), 0) for groups in plan_packs(batch, Budget(tokens, config.hidden_size), 1)]
 
@@ -110,8 +110,8 @@ def count(config: ModelConfig, pack: Pack, flops: float, bandwidth: float) -> Co
 
 
 def fsdp_bytes(config: ModelConfig, packs: int, gather: str) -> float:
-    """Of a step. Weights are gathered once, or with ``gather`` ``block`` for each pack: a block's for its forward and
-    for its backward, the root's (here the embedding) for both together."""
+    """Bytes that FSDP moves in a step. Weights are gathered once, or with ``gather`` ``block`` for each pack: a
+    block's for its forward and for its backward, the root's (here the embedding) for both together."""
     embedding = config.vocab_size * config.hidden_size
     blocks = config.parameters() - embedding
     gathered = embedding + blocks if gather == "step" else packs * (embedding + 2 * blocks)
@@ -168,12 +168,16 @@ def rows_of(name: str, prompt: int, completion: int, options: argparse.Namespace
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["1b", "8b"], help="default: 1b 8b")
-    parser.add_argument("--tokens-per-batch", type=int, default=TOKENS, help=f"of a pack, default: {TOKENS}")
-    parser.add_argument("--global-batch", type=int, default=64, help="pairs an optimizer step, default: 64")
-    gather = "when weights are gathered: once a step, or for every pack; default: step"
+    parser.add_argument("--tokens-per-batch", type=int, default=TOKENS, help=f"tokens per pack; default: {TOKENS}")
+    parser.add_argument("--global-batch", type=int, default=64, help="pairs per optimizer step; default: 64")
+    gather = "gather weights once per step, or for every pack; default: step"
     parser.add_argument("--gather", choices=("step", "block"), default="step", help=gather)
-    parser.add_argument("--tflops", type=float, default=TFLOPS, help=f"of matrix products, default: H100's {TFLOPS:g}")
-    parser.add_argument("--bandwidth", type=float, default=TBPS, help=f"of memory in TB/s, default: H100's {TBPS:g}")
+    parser.add_argument(
+        "--tflops", type=float, default=TFLOPS, help=f"rate of matrix products; default: an H100's {TFLOPS:g}"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, default=TBPS, help=f"memory bandwidth in TB/s; default: an H100's {TBPS:g}"
+    )
     options = parser.parse_args()
     rows = [row for name in options.model for shape in SHAPES for row in rows_of(name, *shape, options)]
     print(measure.table(rows, COLUMNS))

@@ -1,25 +1,25 @@
-"""The whole training step, side by side in one process: how fast is it, against what people run, and why?
+"""The whole training step against what people run, in one process: how fast is it, and why?
 
     python bench/train_step.py [--model tiny|1b|8b] [--dtype float32|bfloat16] [--quick] [--scaling] [--profile]
 
-    naive    transformers' LlamaForSequenceClassification on padded batches, two sequences a pair, ranking loss and a
-             naive contrastive loss; 8 pairs a micro-batch with gradient checkpointing off and on, and sorted by length
-             within the global batch at its best micro-batch
-    TRL      the real RewardTrainer (ranking loss only), 8 pairs a micro-batch, as shipped and without checkpointing
-    ours     what gcrm_fast.train runs: packs, shared prefixes, read rows, fused contrastive loss, on a GPU Triton
-             kernels; then with each of them removed, one at a time, with --recompute mlp and block, and with more
-             pairs of one prompt in a step
+naive    transformers' LlamaForSequenceClassification on padded batches, two sequences per pair, ranking loss and a
+         naive contrastive loss; 8 pairs per micro-batch with gradient checkpointing off and on, and sorted by length
+         within the global batch at its best micro-batch
+TRL      its RewardTrainer (ranking loss only), 8 pairs per micro-batch, as shipped and without checkpointing
+ours     what gcrm_fast.train runs: packs, shared prefixes, read rows, fused contrastive loss, on a GPU Triton
+         kernels; then with each of them removed, one at a time, with --recompute mlp and block, and with more
+         pairs of one prompt in a step
 
-The same records, weights, global batches, AdamW and dtype for all; TRL and naive share one model, ours is another.
-bfloat16 is compute in bfloat16 over float32 weights (autocast there, FSDP's mixed precision here). Before any timing,
-loss and gradients of naive and of every form of ours are compared, in float32 and in the dtype that is timed; if they
-differ in float32, nothing is timed, and if they differ in 16 bits every row says so. Contestants take
-turns, so that what else the machine does falls on all. pairs/s: all pairs over the sum of each step's median time;
-p10 and p90 are of single steps. "sequence tokens/s" counts both sequences of a pair without padding, the same for all;
-"computed/pair" is what went through the layers, padding included. FLOPs are the model's for those tokens, with half
-of causal attention; recomputation is not counted. "% matmul" is of the rate of a large matrix product measured in the
-same run. Peak memory is that of a step beyond weights and optimizer: gradients, activations, temporaries. All
-contestants run with freed memory kept by glibc, as the trainer sets it, which helps the padded ones too.
+Records, weights, global batches, AdamW and dtype are the same for all; TRL and naive share one model, ours is another.
+bfloat16 means compute in bfloat16 over float32 weights (autocast there, FSDP's mixed precision here). First, loss and
+gradients of naive and of every form of ours are compared, in float32 and in the timed dtype; if they differ in float32,
+nothing is timed, and if they differ in 16 bits every row says so. Contestants take turns, so that other load on the
+machine affects all of them. pairs/s: all pairs over the sum of each step's median time; p10 and p90 are of single
+steps. "sequence tokens/s" counts both sequences of a pair without padding, the same for all; "computed/pair" is the
+tokens that went through the layers, including padding. FLOPs are the model's for those tokens, with half
+of causal attention and without recomputation. "% matmul" is relative to a large matrix product measured in the same
+run. Peak memory is that of a step beyond weights and optimizer: gradients, activations, temporaries. All contestants
+run with freed memory kept by glibc, as the trainer sets it, which helps the padded ones too.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def race(contestants: list[Contestant], rounds: int, device: torch.device, dtype
 
 
 def summary(c: Contestant, seconds: np.ndarray, matmul: float, device: torch.device) -> dict[str, Any]:
-    """Speed from seconds [rounds, steps]."""
+    """The speeds of a contestant, from seconds [rounds, steps]."""
     pairs = np.array([len(flat(batch)) for batch in c.batches])
     total = float(np.median(seconds, axis=0).sum())
     rates = np.percentile(pairs / seconds, [10, 90])
@@ -145,13 +145,13 @@ def compare(
     mesh: DeviceMesh,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """All contestants on the records of each name. Exits with 1, timing nothing, where they do not compute the same."""
+    """Rows for all contestants on the records of each name. Exits with 1 before any timing if they disagree."""
     batches: dict[str, dict[int, list[Groups]]] = {}
     for name in names:
         pairs = records.records(name, steps * options.global_batch_pairs)
         batches[name] = {size: global_batches(pairs, options, size) for size in group_sizes(pairs)}
     checked = [[pair] for pair in flat(batches[names[0]][1][0])[:CHECKED_PAIRS]]
-    if dtype != torch.float32:  # where rounding hides nothing
+    if dtype != torch.float32:  # where rounding cannot hide an error
         equal_to_padded(config, options, checked, torch.float32, mesh, device)
         release(device)
     ours, alike = equal_to_padded(config, options, checked, dtype, mesh, device)
@@ -162,7 +162,7 @@ def compare(
             people = list(padded_contestants(model, config, of[1]))
             rows[name] = race([*people, *our_contestants(ours, of)], rounds, device, dtype)
     else:
-        print("two models do not fit: ours and the padded ones run one after the other", flush=True)
+        print("two models do not fit in memory: ours and the padded ones run one after the other", flush=True)
         for name, of in batches.items():
             rows[name] = race(list(our_contestants(ours, of)), rounds, device, dtype)
         del ours
@@ -182,13 +182,13 @@ def padded_model(config: ModelConfig, options: TrainConfig, dtype: torch.dtype, 
 def equal_to_padded(
     config: ModelConfig, options: TrainConfig, batch: Groups, dtype: torch.dtype, mesh: DeviceMesh, device: torch.device
 ) -> tuple[Ours, bool]:
-    """Ours, and whether it gave the loss and gradients of the padded reference; one of the two is in memory at a time.
+    """Ours, and whether its loss and gradients equal the padded reference's; one of the two is in memory at a time.
 
-    In float32, where nothing can hide, a difference ends the program; in 16 bits it marks every row.
+    In float32 a difference ends the program; in 16 bits it marks every row.
     """
     expected = references(padded_model(config, options, dtype, device), flat(batch))
     release(device)
-    # Checked with float32 weights: bfloat16 ones start elsewhere.
+    # Checked with float32 weights: bfloat16 weights start from other values.
     ours = Ours(config, replace(options, optimizer="adamw"), dtype, mesh, device)
     alike = check(ours, expected, batch, TOLERANCE[dtype])
     if not alike and dtype == torch.float32:
@@ -207,13 +207,13 @@ def global_batches(pairs: list[TokenizedPair], options: TrainConfig, group_promp
 
 
 def group_sizes(pairs: list[TokenizedPair]) -> list[int]:
-    """1, and 4 and 16 where prompts have more than one pair."""
+    """1, and also 4 and 16 if prompts have more than one pair."""
     repeated = len({pair.prompt_key for pair in pairs}) < len(pairs)
     return [1, 4, 16] if repeated else [1]
 
 
 def fits_together(model: torch.nn.Module, device: torch.device) -> bool:
-    """Whether weights, gradients and moments of two models leave half of the memory for activations."""
+    """Whether two models with gradients and moments leave half of the memory for activations."""
     parameters = sum(p.numel() for p in model.parameters())
     return device.type == "cpu" or 2 * 16 * parameters < torch.cuda.get_device_properties(device).total_memory / 2
 
@@ -262,7 +262,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: str, title: str) -> None:
-    """Bars of pairs/s and of peak memory, a colour for each data set."""
+    """Bars of pairs/s and of peak memory, one color per data set."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     names = list(dict.fromkeys(row["data"] for row in rows))
     figure, axes = plt.subplots(1, 2, figsize=(13, 0.45 * len(methods) + 1.5), layout="constrained", sharey=True)
@@ -286,23 +286,27 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--data", nargs="+", choices=records.DATA, default=records.DATA, help="default: both")
     parser.add_argument(
-        "--global-batch", type=int, help=f"pairs a step, a multiple of {PAIRS}; default: 32, 64 on CUDA"
+        "--global-batch", type=int, help=f"pairs per step, a multiple of {PAIRS}; default: 32, 64 on CUDA"
     )
     parser.add_argument(
         "--tokens-per-batch",
         type=int,
         default=TrainConfig().tokens_per_batch,
-        help="most tokens of a pack, default: the trainer's",
+        help="maximum tokens per pack; default: the trainer's",
     )
-    parser.add_argument("--steps", type=int, help="different global batches; default: 3, 8 on CUDA")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each contestant does them")
+    parser.add_argument("--steps", type=int, help="number of global batches; default: 3, 8 on CUDA")
+    parser.add_argument("--rounds", type=int, default=3, help="number of times each contestant runs them; default: 3")
     parser.add_argument("--optimizer", choices=accounting.OPTIMIZER_BYTES, default="adamw", help="of ours")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
     parser.add_argument(
         "--quick", action="store_true", help=f"one round; on a CPU one global batch of {PAIRS} pairs of each data set"
     )
-    parser.add_argument("--scaling", action="store_true", help="only how ours scales with packs and shared prompts")
-    parser.add_argument("--profile", action="store_true", help="only the costliest operators or kernels of a step")
+    parser.add_argument(
+        "--scaling", action="store_true", help="only measure how ours scales with packs and shared prompts"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="only list the most expensive operators or kernels of a step"
+    )
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     options.model = options.model or ("1b" if cuda else "tiny")
@@ -338,7 +342,7 @@ def main() -> None:
             "compiled": options.compile,
             "records": records.source(),
             "global batch": options.global_batch,
-            "tokens a pack": options.tokens_per_batch,
+            "tokens per pack": options.tokens_per_batch,
             **{f"matmul {d} GFLOP/s": r / 1e9 for d, r in rates.items()},
         }
         print(", ".join(f"{k} {v}" for k, v in about.items() if not k.startswith("matmul")), flush=True)
@@ -361,7 +365,7 @@ def main() -> None:
                 sys.exit(1)
         else:
             if padded.trl_missing():
-                print(f"TRL is left out: {padded.trl_missing()}")
+                print(f"TRL is skipped: {padded.trl_missing()}")
             rows = compare(options.data, config, settings, options.steps, options.rounds, dtype, mesh, device)
             print(measure.table(rows, COLUMNS))
             for row in rows:

@@ -1,7 +1,7 @@
-"""Does it work? The whole chain on the default model, whose data say where each error is: `make evaluate`.
+"""Does it work? The whole chain on the default model, whose data records where each error is: `make evaluate`.
 
-gcrm train (where the models are not there yet), samples, goals, evaluate, vote; then whether Q drops at the error,
-beside three controls: contrastive weight 0, a shuffled goal, position alone. Writes arithmetic.md and .json beside
+gcrm train (unless the models exist), samples, goals, evaluate, vote; then whether Q drops at the error, compared with
+three controls: contrastive weight 0, a shuffled goal, position alone. Writes arithmetic.md and arithmetic.json next to
 this file.
 """
 
@@ -43,19 +43,19 @@ class Options:
     """Runs the chain on the default model; see the top of the script."""
 
     runs: Path = Path("runs")
-    """Folder of the models: that of gcrm train."""
+    """Folder of the models, as for gcrm train."""
     problems: int = 500
-    """Held-out problems, and as many others for the goals."""
+    """Number of held-out problems, and of others for the goals."""
     samples: int = 16
-    """Solutions of each."""
+    """Solutions per problem."""
     report: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = HERE / "arithmetic"
-    """Path of the report, without its .md and .json."""
+    """Path of the report, without the suffixes .md and .json."""
 
 
 def done(command: Callable[[list[str]], int], *arguments: object) -> None:
-    """Runs a command of the gcrm program. Raises UserError where it ends with an error, which it has printed."""
+    """Runs a gcrm command. Raises UserError if it fails, after it printed its own error."""
     if command([str(argument) for argument in arguments]):
-        raise UserError(f"{command.__module__} {' '.join(map(str, arguments))}: ended with the error above")
+        raise UserError(f"{command.__module__} {' '.join(map(str, arguments))}: failed with the error above")
 
 
 # ----------------------------------------------------------------------------------------------------- localization
@@ -132,7 +132,7 @@ class Wrong(NamedTuple):
 
 
 def wrong_solutions(model: RewardModel, candidates: Sequence[Candidate], encoded: Sequence[Completion]) -> list[Wrong]:
-    """All but those of problems without a right solution."""
+    """All wrong solutions of problems that also have a right one."""
     numbers: dict[str, int] = {}
     right: dict[str, int] = {}
     for i, candidate in enumerate(candidates):
@@ -147,18 +147,18 @@ def wrong_solutions(model: RewardModel, candidates: Sequence[Candidate], encoded
 
 
 def position_only(candidates: Sequence[Candidate], values: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Each value replaced by the mean of right solutions at the same token number."""
+    """Each value replaced by the mean over right solutions at the same token number."""
     right = [own for c, own in zip(candidates, values, strict=True) if c.fields["is_correct"]]
     positions = np.concatenate([np.arange(len(own)) for own in right])
     mean = np.bincount(positions, np.concatenate(right)) / np.bincount(positions)
-    return [mean[: len(own)] for own in values]  # wrong solutions are no longer than right ones
+    return [mean[: len(own)] for own in values]  # wrong solutions are not longer than right ones
 
 
 Measures = dict[str, tuple[float, float, float]]
 
 
 def located_cases(models: Mapping[str, Path], goals: Mapping[str, Path], file: Path) -> dict[str, list[Measures]]:
-    """Measures of Q and of the running reward, of every model and control; several where goals were shuffled."""
+    """Measures of Q and of the running reward for every model and control; several for shuffled goals."""
     cases: dict[str, list[Measures]] = {}
     for name, folder in models.items():
         model = RewardModel.from_pretrained(folder)
@@ -193,13 +193,13 @@ Rows = dict[tuple[str, str], tuple[float | None, float | None, float | None]]  #
 
 
 def read_rows(folder: Path) -> Rows:
-    """results.json of gcrm evaluate and gcrm vote."""
+    """The rows of a results.json of gcrm evaluate or gcrm vote."""
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     return {(row["group"], row["measure"]): (row["value"], row["low"], row["high"]) for row in rows}
 
 
 def text(value: Sequence[float | None]) -> str:
-    """0.883 [0.871, 0.894], or the value alone."""
+    """Such as '0.883 [0.871, 0.894]', or the value alone."""
     first, low, high = value
     if first is None or first != first:
         return "-"
@@ -207,7 +207,7 @@ def text(value: Sequence[float | None]) -> str:
 
 
 def spread(measures: Sequence[Measures], name: str) -> str:
-    """One measure; of several shuffles their mean, and the least and greatest."""
+    """One measure; for several shuffles their mean and range."""
     values = [found[name][0] for found in measures]
     if len(values) == 1:
         return text(measures[0][name])
@@ -281,29 +281,30 @@ def report(
     evaluations: Mapping[tuple[str, str], Rows],
     votes: Mapping[tuple[str, str, str], Rows],
 ) -> str:
-    """The whole of arithmetic.md; every number in it is of this run."""
+    """The text of arithmetic.md; every number in it is of this run."""
     return f"""# Does it work? The default model on problems whose errors are known
 
 Written by `python experiments/arithmetic_chain.py --problems {options.problems} --samples {options.samples}` \
 (`make evaluate`). {machine()}.
 
 The default model (`gcrm train`) and the same trained without the contrastive loss judge {options.samples} solutions of
-each of {options.problems} problems that are never trained on. A quarter of the solutions is right; each other has one
-wrong step and goes on from it, so it has the tokens of a right one up to its error. The goal is the mean end state of
-right solutions of other problems (`gcrm goals`). One model each: how early such a model learns to add hangs on chance.
+each of {options.problems} problems that are never trained on. A quarter of the solutions are right; each of the others
+has one wrong step and continues from it, so up to its error it has the tokens of a right one. The goal is the mean end
+state of right solutions of other problems (`gcrm goals`). One model each: how early such a model learns to add is a
+matter of chance.
 
 ## Does Q drop at the error?
 
 {localization_table(cases)}
 
-First column: the chance that in a wrong solution a token before its error has a higher value than one at or after it;
-second: the same at the same place of a right solution of the problem, where nothing is wrong. The others compare the
-two solutions token by token: the share of tokens at which the right one is higher, 0.5 being chance. Intervals of 95 %
-draw problems; of goals with shuffled coordinates the mean of {PERMUTATIONS} and their range. By position alone the two
-solutions are equal.
+First column: the probability that in a wrong solution a token before its error has a higher value than one at or after
+it. Second: the same at the same place of a right solution of the problem, where nothing is wrong. The other columns
+compare the two solutions token by token: the share of tokens at which the right one is higher (chance: 0.5). The 95%
+intervals draw problems; for goals with shuffled coordinates the mean of {PERMUTATIONS} and their range are given. By
+position alone the two solutions are equal.
 
-Share of wrong solutions that the right one is above, by distance from the error's own token (before it both have the
-same tokens, hence 0.5):
+Share of wrong solutions below the right one, by distance from the error's token (before it both have the same tokens,
+hence 0.5):
 
 {offset_table(cases)}
 
@@ -313,8 +314,8 @@ same tokens, hence 0.5):
 
 ## Votes and what filtering saves
 
-A solution is dropped once its Q falls below the threshold; saved are the tokens after that. Threshold auto is the best
-on one half of the problems, and the other half is what is shown.
+A solution is dropped once its Q falls below the threshold, and the tokens after that are saved. Threshold auto is the
+best on one half of the problems; the numbers are those of the other half.
 
 {vote_table(votes)}
 """
@@ -360,11 +361,11 @@ def run(options: Options) -> None:
     }
     write_aside(options.report.with_suffix(".json"), to_json(numbers))
     write_aside(options.report.with_suffix(".md"), report(options, cases, evaluations, votes))
-    print(f"{options.report}.md and .json are written")
+    print(f"wrote {options.report}.md and {options.report}.json")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
+    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
     arguments = sys.argv[1:] if argv is None else argv
     return exit_code("arithmetic_chain.py", lambda: run(parse_options(Options, arguments, "arithmetic_chain.py")))
 

@@ -1,9 +1,9 @@
 """Trains a small model from scratch with every objective and several seeds on the same budget, and compares them on
-real completions: held-out GSM8K pairs, labelled solutions of six sets, votes.
+real completions: held-out GSM8K pairs, labeled solutions of six sets, votes.
 
     GCRM_DATA=... python experiments/objectives.py
 
-Models and what they scored stay under --runs, one folder each: what is there already is not made again. Writes
+Models and their scores are kept under --runs, one folder each; a second call reuses them. Writes
 experiments/objectives.md (tables) and objectives.json (every number).
 """
 
@@ -47,7 +47,7 @@ SETS = {
     "SimulEq": "simuleq_completions.jsonl.gz",
 }
 GROUPS = ("family", "model")
-SMALLEST_CLASS = 10  # right and wrong completions that a group needs for an AUROC of its own
+SMALLEST_CLASS = 10  # minimum of right and of wrong completions for a separate AUROC
 MAX_LENGTH = 512
 PAPER_THRESHOLD = 0.0
 TOP = 3
@@ -59,20 +59,20 @@ class Options:
     """Compares the objectives on real data; see the top of the script."""
 
     data: str = ""
-    """Folder of the data; by default that of GCRM_DATA."""
+    """Folder of the data; default: GCRM_DATA."""
     runs: Path = Path("runs/objectives")
     """Folder of the models."""
     seeds: int = 3
-    """Models of each objective."""
+    """Models per objective."""
     steps: int = 300
     """Optimizer steps of 16 pairs."""
     completions: int = 1000
-    """Labelled completions of each set: whole questions in a fixed random order until there are as many. Those with
-    more tokens than are trained on are then left out."""
+    """Labeled completions per set: whole questions in a fixed random order until there are this many. Those longer than
+    the training maximum are then skipped."""
     voted: int = 40
-    """Questions that are voted on, each with four models' samples."""
+    """Number of questions to vote on, each with four models' samples."""
     report: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = HERE / "objectives"
-    """Path of the report, without its .md and .json."""
+    """Path of the report, without the suffixes .md and .json."""
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -106,7 +106,7 @@ class Completions:
     encoded: list[Completion]
 
     def no_longer_than(self, tokens: int) -> "Completions":
-        """Without what has more tokens; of a pair both sides stay or go."""
+        """Without longer completions; a pair is kept or dropped as a whole."""
         fits = [len(ids) <= tokens for ids, _, _ in self.encoded]
         if self.pairs:
             fits = [ok for a, b in zip(fits[::2], fits[1::2], strict=True) for ok in (a and b, a and b)]
@@ -129,7 +129,7 @@ class Completions:
 
 
 def read(path: Path, completions: int, questions: int) -> list[Candidate]:
-    """Whole questions in a fixed random order until there are that many completions, or questions; 0 is no limit."""
+    """Whole questions in a fixed random order until there are this many completions or questions; 0: no limit."""
     by_question: dict[str, list[Candidate]] = {}
     for candidate in read_completions([str(path)], fields=("*",)):
         by_question.setdefault(candidate.prompt, []).append(candidate)
@@ -143,16 +143,16 @@ def read(path: Path, completions: int, questions: int) -> list[Candidate]:
 
 
 class Data:
-    """The files, read when first asked for, and tokenized once: models trained on the same text have one tokenizer."""
+    """The files, each read on first use and tokenized once: models trained on the same text share their tokenizer."""
 
     def __init__(self, folder: Path, options: Options) -> None:
         self.folder, self.options = folder, options
         self._drawn: dict[str, tuple[str, Completions, float]] = {}
 
     def drawn(self, file: str, model: RewardModel) -> tuple[Completions, float]:
-        """The completions drawn that are no longer than what was trained on, and which share of all drawn they are.
+        """The completions that are not longer than the training maximum, and their share of all that were drawn.
 
-        All samples that are voted on take part, whatever their length.
+        Samples for votes are kept whatever their length.
         """
         tokenizer = model.tokenizer.backend_tokenizer.to_str()
         if file not in self._drawn or self._drawn[file][0] != tokenizer:
@@ -178,7 +178,7 @@ def by_group(right_N: np.ndarray, score_N: np.ndarray, group_N: np.ndarray) -> d
     return found
 
 
-def labelled(completions: Completions, judged: Sequence[Judged]) -> Labelled:
+def labeled(completions: Completions, judged: Sequence[Judged]) -> Labelled:
     prompts = [c.prompt for c in completions.candidates]
     return Labelled(
         right_N=completions.right_N,
@@ -192,10 +192,10 @@ def labelled(completions: Completions, judged: Sequence[Judged]) -> Labelled:
 
 
 def measured(completions: Completions, judged: Sequence[Judged]) -> dict[str, float]:
-    """Numbers of one set. ``..._within_family`` and ``..._within_model`` are mean AUROC within such groups, which
-    nothing that is only the group's can raise, and ``..._auroc:model=NAME`` is that of one group; ``length`` takes the
+    """Numbers of one set. ``..._within_family`` and ``..._within_model`` are mean AUROCs within such groups, which
+    knowing the group cannot raise, and ``..._auroc:model=NAME`` is that of one group; ``length`` takes the
     better sign of the two on the set itself."""
-    of = labelled(completions, judged)
+    of = labeled(completions, judged)
     right_N, sign = of.right_N, 1 if auroc(of.right_N, of.lengths_N) >= 0.5 else -1
     scores = {"reward": of.reward_NP[:, 0], "q": np.array([q[-1] for q in of.q_N]), "length": sign * of.lengths_N}
     found = {"completions": float(len(right_N)), "right": float(right_N.mean())}
@@ -251,7 +251,7 @@ def vote(completions: Completions, judged: Sequence[Judged]) -> dict[str, float]
 
 
 def evaluated(model_folder: Path, data: Data) -> dict[str, dict[str, float]]:
-    """Numbers of a model on every set and on the votes; kept beside it, and made again for other weights or sizes."""
+    """Numbers of a model on every set and on the votes; kept next to the model, redone for other weights or sizes."""
     model = RewardModel.from_pretrained(model_folder)
     key = {"fingerprint": model.fingerprint, "completions": data.options.completions, "voted": data.options.voted}
     path = model_folder.parent / "evaluation.json"
@@ -275,12 +275,12 @@ Found = dict[str, list[dict[str, dict[str, float]]]]  # by variant, of each seed
 
 
 def values(found: Found, variant: str, name: str, measure: str) -> list[float]:
-    """One measure of each seed, NaN where it is not defined."""
+    """One measure per seed, NaN where it is undefined."""
     return [float("nan") if (v := of_seed[name][measure]) is None else v for of_seed in found[variant]]
 
 
 def with_mean(columns: Sequence[Sequence[float]]) -> list[list[float]]:
-    """The columns, and their mean seed by seed, without the first: pairs of the kind that was trained on."""
+    """The columns, and the mean per seed of all but the first, which holds pairs of the training distribution."""
     return [*map(list, columns), np.nanmean(np.array(columns[1:]), axis=0).tolist()]
 
 
@@ -310,7 +310,7 @@ def group_table(found: Found, field: str) -> str:
 
 
 def differences(found: Found, measure: str) -> tuple[str, list[str]]:
-    """Each objective minus plain ranking with the same seed, and those whose interval leaves out 0."""
+    """Each objective minus plain ranking with the same seed, and those whose interval excludes 0."""
     lines, apart = [], []
     names = [*SETS, "the mean of the six"]
     for variant in list(found)[1:]:
@@ -351,7 +351,7 @@ def vote_table(found: Found) -> str:
 
 
 def report(found: Found, options: Options) -> str:
-    """The whole of objectives.md; every number and every claim in it comes from ``found``."""
+    """The text of objectives.md; every number and claim in it comes from ``found``."""
     first = found["ranking"][0]
     sizes = [
         [name, f"{of['completions']:.0f}", f"{100 * of['right']:.0f} %", f"{100 * (1 - of['kept']):.0f} %"]
@@ -376,24 +376,24 @@ Written by `GCRM_DATA=... python experiments/objectives.py --steps {options.step
 --completions {options.completions} --voted {options.voted}`; numbers and claims are those of this run. {machine()}.
 
 A model from scratch (width 64, two layers, 1024 tokens) is trained on `gsm8k_pairs` with each objective and
-{options.seeds} seeds: {options.steps} steps of 16 pairs of at most {MAX_LENGTH} tokens, learning rate 2e-3. All else is
-equal, and models of one seed start from the same weights and see the same pairs in the same order. ± is half of the
-{COVERAGE:.0%} t-interval over seeds: it holds the chance of training, not that of which questions were drawn, which are
-the same for all models. Completions of more than {MAX_LENGTH} tokens with their question are left out, as in training.
+{options.seeds} seeds: {options.steps} steps of 16 pairs of at most {MAX_LENGTH} tokens, learning rate 2e-3. Nothing
+else differs; models of one seed start from the same weights and see the same pairs in the same order. ± is half of the
+{COVERAGE:.0%} t-interval over seeds: it reflects the randomness of training, not of the questions, which are the same
+for all models. Completions of more than {MAX_LENGTH} tokens including their question are skipped, as in training.
 
-{markdown(["set", "completions", "right", "left out: too long"], sizes)}
+{markdown(["set", "completions", "right", "skipped: too long"], sizes)}
 
 ## AUROC of the reward, all completions
 
 {all_table}
 
-Length has the sign that suits each set. Family and model have the share of right answers on the other half of the
-questions; of pairs each side has its own model. A reward model that knows no more than who wrote a completion reaches
-the last row, so the next table is the one that counts.
+The sign of length is the better one for each set. Family and model are scored by their share of right answers on the
+other half of the questions; the two sides of a pair can be of different models. A reward model that only knows who
+wrote a completion reaches the last row, so the next table is the one that counts.
 
 ## Mean AUROC of the reward within one model's completions
 
-Groups with at least {SMALLEST_CLASS} right and as many wrong completions; what only tells models apart is at 0.5.
+Groups with at least {SMALLEST_CLASS} right and {SMALLEST_CLASS} wrong completions. Knowing only the model gives 0.5.
 
 {within_model}
 
@@ -423,7 +423,7 @@ Within models:
 
 {within[0]}
 
-Of these {intervals} intervals {len(apart)} leave out 0; by chance alone about {(1 - COVERAGE) * intervals:.0f} would.
+Of these {intervals} intervals {len(apart)} exclude 0; chance alone would give about {(1 - COVERAGE) * intervals:.0f}.
 
 {chr(10).join(apart)}
 
@@ -433,8 +433,8 @@ Pair accuracy on held-out GSM8K pairs: {accuracy}.
 
 {votes["questions"]:.0f} votes of one model's samples on a GSM8K question, {votes["samples"] / votes["questions"]:.1f} \
 samples each; the other half of the questions
-chose the threshold. Samples are one answer under each of 13 sub-question policies, so they are no independent draws.
-Saved is the share of all completion tokens.
+chose the threshold. The samples are one answer for each of 13 sub-question policies, so they are not independent.
+Tokens saved are a share of all completion tokens.
 
 {vote_table(found)}
 """
@@ -447,7 +447,7 @@ def run(options: Options) -> None:
             raise UserError(f"--{name} {getattr(options, name)}: must be at least {least}")
     for file in (TRAIN_FILE, VOTE_FILE, *SETS.values()):
         if not (folder / file).is_file():
-            raise UserError(f"{folder / file}: no such file: --data or GCRM_DATA must name the folder that holds it")
+            raise UserError(f"{folder / file}: no such file: set --data or GCRM_DATA to the folder that holds it")
     models = {
         (v, seed): trained(options.runs / f"{v}-seed{seed}", train_arguments(v, seed, folder, options.steps))
         for seed in range(options.seeds)
@@ -458,11 +458,11 @@ def run(options: Options) -> None:
     about = {name: value for name, value in asdict(options).items() if isinstance(value, int)}
     write_aside(options.report.with_suffix(".json"), to_json({"machine": machine(), **about, "found": found}))
     write_aside(options.report.with_suffix(".md"), report(found, options))
-    print(f"{options.report}.md and .json are written")
+    print(f"wrote {options.report}.md and {options.report}.json")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
+    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
     arguments = sys.argv[1:] if argv is None else argv
     return exit_code("objectives.py", lambda: run(parse_options(Options, arguments, "objectives.py")))
 

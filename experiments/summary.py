@@ -1,4 +1,4 @@
-"""What the experiments share: means with intervals, Markdown tables, where and with what the numbers were measured."""
+"""Shared by the experiments: means with intervals, Markdown tables, and the machine and versions of the numbers."""
 
 import dataclasses
 import json
@@ -23,24 +23,24 @@ COVERAGE = 0.95
 
 
 def data_folder(named: str) -> Path:
-    """The folder of real data: ``named``, or that of GCRM_DATA. Raises UserError where there is none."""
+    """The folder of real data: ``named``, else GCRM_DATA. Raises UserError if neither names a folder."""
     folder = named or os.environ.get("GCRM_DATA", "")
     if not folder:
-        raise UserError("no data: set GCRM_DATA to the folder with gsm8k_pairs.jsonl.gz, or name it with --data")
+        raise UserError("no data: set GCRM_DATA or --data to the folder with gsm8k_pairs.jsonl.gz")
     if not Path(folder).is_dir():
-        raise UserError(f"{'--data' if named else 'GCRM_DATA'} {folder}: is not a folder")
+        raise UserError(f"{'--data' if named else 'GCRM_DATA'} {folder}: not a folder")
     return Path(folder)
 
 
 def trained(folder: Path, arguments: Sequence[str]) -> Path:
-    """The model of the run in ``folder``, made where there is none. Raises UserError where it is another run's."""
+    """The model of the run in ``folder``, trained if there is none. Raises UserError for another run's folder."""
     arguments = [*arguments, "--output", str(folder)]
     if not (folder / "model").is_dir():
         if train.main(arguments):
-            raise UserError(f"{folder}: training ended with the error above")
+            raise UserError(f"{folder}: training failed with the error above")
         return folder / "model"
     found, wanted = TrainConfig(**read_toml(folder / "config.toml")), parse(arguments)
-    if wanted.dtype == "auto":  # a run's config.toml says what that meant
+    if wanted.dtype == "auto":  # config.toml has the dtype that was chosen
         wanted = dataclasses.replace(wanted, dtype=found.dtype)
     other = [
         field.name
@@ -49,7 +49,7 @@ def trained(folder: Path, arguments: Sequence[str]) -> Path:
     ]
     if other:
         raise UserError(
-            f"{folder}: holds a model of another run (in its config.toml: {', '.join(other)}): choose another --runs"
+            f"{folder}: holds another run's model (config.toml differs in: {', '.join(other)}): choose another --runs"
         )
     return folder / "model"
 
@@ -64,7 +64,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def cell(values: Sequence[float], sign: str = "") -> str:
-    """'0.613 ± 0.021' of values over seeds; ``sign`` '+' shows that of a difference."""
+    """Such as '0.613 ± 0.021', from values over seeds; ``sign`` '+' shows the sign, for differences."""
     mean, half = mean_interval(values)
     if math.isnan(mean):
         return "-"
@@ -76,7 +76,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def machine() -> str:
-    """The device, threads and versions of this process, for the head of a report."""
+    """Device, threads and versions of this process, for the head of a report."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
@@ -88,13 +88,13 @@ def machine() -> str:
 
 
 def write_aside(path: Path, text: str) -> None:
-    """The file is complete or as before."""
+    """Replaces the file as a whole, or leaves it as it was."""
     with written_aside(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def to_json(value: Mapping[str, Any]) -> str:
-    """Readable and diffable; what is not a number is null."""
+    """Readable and diffable; NaN and infinity become null."""
 
     def plain(item: Any) -> Any:
         if isinstance(item, Mapping):

@@ -93,7 +93,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.fixture
 def fake_parts(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The script in the place of bench/gpu_parts.py."""
+    """Replaces bench/gpu_parts.py."""
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "GRACE", 2.0)
     monkeypatch.setattr(gpu, "LOOK", 0.02)

@@ -25,7 +25,7 @@ def test_every_number_of_the_gpu_tables_has_its_file(gpu_report: ModuleType, nam
     written = text.partition(gpu_report.BEGIN)[2].partition(gpu_report.END)[0].strip()
     # The model of a step counts the operators of this torch.
     said, right = (re.split(r"(?<=predicted ms )([0-9.]+)", part) for part in (written, expected))
-    assert said[::2] == right[::2], "write it anew: python bench/gpu.py --docs"
+    assert said[::2] == right[::2], "update it: python bench/gpu.py --docs"
     assert [float(n) for n in said[1::2]] == pytest.approx([float(n) for n in right[1::2]], rel=0.02)
 
 

@@ -29,7 +29,7 @@ def test_scoring_is_raced_and_recorded(scoring: ModuleType, tmp_path: Path, caps
     scoring.main()
     [path] = tmp_path.glob("*.json")
     rows = json.loads(path.read_text())
-    assert [(r["a prompt"], r["method"]) for r in rows] == [
+    assert [(r["per prompt"], r["method"]) for r in rows] == [
         (each, method) for each in scoring.EACH for method in (scoring.PADDED, scoring.SORTED, scoring.OURS)
     ]
     assert all(0 < r["p10"] <= r["completions/s"] <= r["p90"] and r["peak MB"] > 0 for r in rows)
@@ -38,7 +38,7 @@ def test_scoring_is_raced_and_recorded(scoring: ModuleType, tmp_path: Path, caps
     assert by_method[scoring.OURS]["computed/completion"] < by_method[scoring.SORTED]["computed/completion"]
     assert by_method[scoring.OURS]["least work"] > 1.2
     assert path.with_suffix(".png").exists()
-    assert "6 a prompt" in capsys.readouterr().out
+    assert "6 per prompt" in capsys.readouterr().out
 
 
 def test_scoring_that_differs_is_not_timed(

@@ -78,9 +78,9 @@ class Moved(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("gather", ["step", "block"])
-@pytest.mark.parametrize("pairs_a_pack", [1, 3])
+@pytest.mark.parametrize("pairs_per_pack", [1, 3])
 def test_fsdp_copies_what_the_model_of_a_step_says(
-    step_model: ModuleType, our_step: ModuleType, monkeypatch: pytest.MonkeyPatch, gather: str, pairs_a_pack: int
+    step_model: ModuleType, our_step: ModuleType, monkeypatch: pytest.MonkeyPatch, gather: str, pairs_per_pack: int
 ) -> None:
     moved = Moved()
     for name in ("wait_for_unshard", "post_backward"):
@@ -92,8 +92,8 @@ def test_fsdp_copies_what_the_model_of_a_step_says(
 
         monkeypatch.setattr(FSDPParamGroup, name, counted)
     config = small_config(vocab_size=32_000, intermediate_size=8192)  # most weights are the blocks'
-    packs = step_model.packs_of(config, 20, 30, 3, 80 * pairs_a_pack + 10)
-    assert [pack.n_pairs for pack in packs] == 3 // pairs_a_pack * [pairs_a_pack]
+    packs = step_model.packs_of(config, 20, 30, 3, 80 * pairs_per_pack + 10)
+    assert [pack.n_pairs for pack in packs] == 3 // pairs_per_pack * [pairs_per_pack]
     with parallel.process_group() as (mesh, device):
         ours = our_step.Ours(config, TrainConfig(gather=gather), torch.bfloat16, mesh, device)
         ours.accumulate(packs, 3)

@@ -28,7 +28,7 @@ OPTIONS = TrainConfig(global_batch_pairs=8)
 def padded_and_batch(
     step: ModuleType, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> tuple[Any, list[Any]]:
-    """(the padded reference, a global batch of 8 pairs, one a group)"""
+    """(the padded reference, a global batch of 8 pairs, one per group)"""
     pairs = step.records.records("gsm8k_pairs", 8)
     model = step.padded.Padded(CONFIG, OPTIONS, objectives.Objective(), Sampling(), dtype, device)
     return model, [[pair] for pair in pairs]
@@ -65,7 +65,7 @@ def test_padded_and_ours_agree_with_every_lever(
         ours = our_step.Ours(CONFIG, OPTIONS, torch.float32, mesh, device)
         expected = contestants.references(model, step.flat(batch))
         assert contestants.check(ours, expected, batch, 1e-4)
-        # Each lever removed costs what it should, and only that.
+        # Removing a lever costs what it should, and nothing else.
         work = {without: our_step.packed_work(CONFIG, ours.packs(batch, without)) for without in ("", *our_step.LEVERS)}
         assert len(ours.packs(batch)) == 1
         assert len(ours.packs(batch, "packing")) == 8
@@ -149,7 +149,7 @@ def test_trl_that_cannot_be_imported_is_skipped_with_the_reason(
 
 
 def skip_without_trl(step: ModuleType) -> None:
-    """`make test` installs it; who only trains has no need of it."""
+    """`make test` installs it; training does not need it."""
     if missing := step.padded.trl_missing():
         pytest.skip(missing)
 

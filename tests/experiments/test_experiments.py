@@ -1,4 +1,4 @@
-"""The experiments: measures known by hand, both scripts end to end on little data, and again without new work."""
+"""The experiments: measures known by hand, both scripts end to end on little data, then again without new work."""
 
 import gzip
 import importlib
@@ -24,7 +24,7 @@ SMALL = ("--hidden-size", "16", "--intermediate-size", "16", "--layers", "1", "-
 
 @pytest.fixture
 def experiments(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The scripts of experiments/, which are no package."""
+    """The scripts of experiments/, which is not a package."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
     for name in MODULES:
@@ -126,7 +126,7 @@ def test_a_pair_stays_or_goes_as_a_whole(objectives: ModuleType) -> None:
 
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Arguments of every training that a script starts."""
+    """Arguments of every training run that a script starts."""
     started: list[list[str]] = []
     real = train.main
 
@@ -174,11 +174,11 @@ def data(objectives: ModuleType, tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     rng = np.random.default_rng(0)
-    labelled, pairs = [], []
+    labeled, pairs = [], []
     for q in range(24):
         for i in range(4):
             right, model = bool(rng.random() < 0.5), f"model{i % 2}"
-            labelled.append(
+            labeled.append(
                 {
                     "question": f"{q}+{i}?",
                     "completion": f" is {q + i + (not right)}",
@@ -200,8 +200,8 @@ def data(objectives: ModuleType, tmp_path: Path) -> Path:
             }
         )
     for file in objectives.SETS.values():
-        lines(folder / file, pairs if "pairs" in file else labelled)
-    lines(folder / objectives.VOTE_FILE, labelled)
+        lines(folder / file, pairs if "pairs" in file else labeled)
+    lines(folder / objectives.VOTE_FILE, labeled)
     lines(folder / objectives.TRAIN_FILE, [{**pair, "prompt": "How much is " + pair["prompt"]} for pair in pairs])
     return folder
 
@@ -234,13 +234,13 @@ def test_objectives_from_nothing_and_again(
     assert (tmp_path / "report.md").read_text() == text
     capsys.readouterr()
     assert objectives.main([*common, "2"]) == 2
-    assert "holds a model of another run (in its config.toml: steps)" in capsys.readouterr().err
+    assert "holds another run's model (config.toml differs in: steps)" in capsys.readouterr().err
     assert len(trainings) == 4
 
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [("", "no data: set GCRM_DATA"), ("nowhere", "GCRM_DATA nowhere: is not a folder"), (".", "gsm8k_pairs.jsonl.gz")],
+    [("", "no data: set GCRM_DATA"), ("nowhere", "GCRM_DATA nowhere: not a folder"), (".", "gsm8k_pairs.jsonl.gz")],
 )
 def test_objectives_without_data_say_so_in_one_line(
     objectives: ModuleType,

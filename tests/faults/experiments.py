@@ -37,7 +37,7 @@ FAULTS = {
         "own = group_N >= 0",
         "tests/experiments/test_experiments.py -k blind",
     ),
-    "pairs: one side left out": (
+    "pairs: one side dropped": (
         "experiments/objectives.py",
         "for ok in (a and b, a and b)]",
         "for ok in (a, b)]",
