@@ -2,12 +2,12 @@
 
     prompt    a=3,b=4,c=0,d=2:b+d+a?
     chosen    4+2=1;1+3=4;
-    rejected  4+2=3;3+3=1;        one step is wrong, and the solution goes on from it
+    rejected  4+2=3;3+3=1;        one step is wrong, and the solution continues from it
 
-Whether a step is right can be known only by doing it: both sides have the same length, and each digit is as likely in a
-wrong solution as in a right one. The named values make thousands of problems of a few sums.
+Only doing a step shows whether it is right: both sides have the same length, and each digit is as likely in a wrong
+solution as in a right one. The named values turn a few sums into thousands of problems.
 
-``samples`` are labelled solutions of a problem, as if drawn from a model, with the place of the error.
+``samples`` are labeled solutions of a problem, as if drawn from a model, with the place of the error.
 """
 
 import random
@@ -20,11 +20,11 @@ from gcrm_fast.data.records import Pair
 MODULUS = 5
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 HELD_OUT_SHARE = 10  # one problem in this many, by a hash of its text, is never trained on
-PATIENCE = 100_000  # draws without a new held-out problem after which there are taken to be no more
+PATIENCE = 100_000  # draws without a new held-out problem, after which no more are expected
 
 
 def _solution(values: list[int], wrong_step: int, offset: int) -> str:
-    """The steps that add up ``values``; the result of ``wrong_step`` (1-based, 0 for none) is off by ``offset``."""
+    """The steps that sum ``values``; the result of ``wrong_step`` (1-based, 0 for none) is off by ``offset``."""
     total, text = values[0], ""
     for number, value in enumerate(values[1:], start=1):
         result = (total + value + (offset if number == wrong_step else 0)) % MODULUS
@@ -34,12 +34,12 @@ def _solution(values: list[int], wrong_step: int, offset: int) -> str:
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a problem belongs to the held-out side: a property of its text alone."""
+    """Whether a problem is held out: a property of its text alone."""
     return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
 
 
 def _values(prompt: str) -> list[int]:
-    """The values that a problem adds up, in order."""
+    """The values that a problem sums, in order."""
     given, question = prompt.removesuffix("?").split(":")
     value_of = {name: int(value) for name, value in (item.split("=") for item in given.split(","))}
     return [value_of[name] for name in question.split("+")]
@@ -54,8 +54,8 @@ def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[li
     """(training pairs, held-out pairs) over disjoint problems of 1 to ``max_steps`` steps, n steps with weight 1 / n.
 
     A problem names max_steps + 1 values. Fields of a pair: ``steps`` and ``error_step`` (1-based). Training problems
-    may come again with another error; held-out problems are distinct, so there are fewer than ``eval_pairs`` if no
-    more exist.
+    may repeat with another error; held-out problems are distinct, so there are fewer than ``eval_pairs`` where no more
+    exist.
     """
     rng = random.Random(seed)
     lengths = range(1, max_steps + 1)
@@ -76,10 +76,11 @@ def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[li
         if is_held_out(prompt):
             if len(held_out) < eval_pairs and prompt not in held_out:
                 where = f"arithmetic:held-out:{len(held_out) + 1}"
-                held_out[prompt] = Pair(prompt, chosen, rejected, 0.0, where, fields)
+                held_out[prompt] = Pair(prompt, chosen, rejected, where=where, fields=fields)
                 fruitless = 0
         elif len(train) < pairs:
-            train.append(Pair(prompt, chosen, rejected, 0.0, f"arithmetic:train:{len(train) + 1}", fields))
+            where = f"arithmetic:train:{len(train) + 1}"
+            train.append(Pair(prompt, chosen, rejected, where=where, fields=fields))
     return train, list(held_out.values())
 
 
@@ -89,7 +90,7 @@ def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[li
 def samples(prompts: Sequence[str], per_problem: int, right: float, seed: int) -> Iterator[dict[str, Any]]:
     """Records of ``per_problem`` solutions of each problem, right with probability ``right``.
 
-    Fields beside those of labelled completions: ``steps``; ``error_step`` (1-based) and ``error_char``, the place of
+    Fields next to those of labeled completions: ``steps``; ``error_step`` (1-based) and ``error_char``, the place of
     the first wrong digit among the characters of the completion (0-based); 0 and -1 in a right solution.
     """
     rng = random.Random(seed)

@@ -21,7 +21,7 @@ class Budget:
         return 2 * self.tokens
 
     def cost(self, size: GroupSize) -> float:
-        """Relative time: a query-key product costs 4H operations a layer where a token costs about 24 H^2."""
+        """Relative time: a query-key product costs 4H operations per layer, a token about 24 H^2."""
         return size.tokens + size.products / (6 * self.hidden_size)
 
 
@@ -67,14 +67,14 @@ def split_to_budget(group: list[M], budget: Budget) -> list[list[M]]:
     if len(group) == 1:
         raise UserError(
             f"{group[0].name} needs {size.tokens} tokens, more than --tokens-per-batch {budget.tokens}: "
-            f"raise --tokens-per-batch or leave out what is so long"
+            f"raise --tokens-per-batch or skip the records that are so long"
         )
     half = len(group) // 2
     return split_to_budget(group[:half], budget) + split_to_budget(group[half:], budget)
 
 
 def plan_packs(groups: Sequence[list[M]], budget: Budget, world_size: int) -> list[list[list[M]]]:
-    """Cuts groups into packs of balanced cost; the number of packs is a multiple of ``world_size``.
+    """Splits groups into packs of balanced cost; the number of packs is a multiple of ``world_size``.
 
     Pack i belongs to rank i % world_size. With fewer groups than packs some are empty (dummies).
     Longest-processing-time rule: the costliest group first, into the cheapest pack that has room.

@@ -6,8 +6,8 @@ reward is read. Only a completion that a length limit cut has none: it is read a
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,16 +18,17 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.chat import end_tokens
 from gcrm_fast.data.records import Pair
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.token_cache import TokenCache
 
-CHUNK = 512  # pairs a tokenizer call
+CHUNK = 512  # pairs per tokenizer call
 TOKENS_VERSION = "1"  # goes into the cache's keys: raise it when other tokens come from the same text
 OWN_END, ADDED_END, CUT = range(3)  # how a completion ends
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizedPair:
     """Token ids (int32) of prompt + completion for both sides, and the index of the first completion token.
 
@@ -40,9 +41,9 @@ class TokenizedPair:
     rejected_ids: np.ndarray
     chosen_start: int
     rejected_start: int
-    margin: float
-    prompt_key: int
-    fields: dict[str, Any]
+    margin: float = 0.0
+    prompt_key: int = 0
+    fields: dict[str, Any] = field(default_factory=dict)
     chosen_cut: bool = False
     where: str = ""  # 'source:line'
 
@@ -55,60 +56,43 @@ class TokenizedPair:
         return self.chosen_ids, self.rejected_ids
 
 
-@dataclass(frozen=True)
-class TokenReport:
-    """Lengths and ends of the completions kept, and what became of pairs over the length limit."""
-
-    key: str  # of the text and the tokenizer, see cache_key
-
-    dropped: int
-    shortened: int  # prompts cut at the left
-    own_end: int  # completions that bring their end token
-    added_end: int  # completions that got eos appended
-    cut: int  # completions without an end token
-    prompt_lengths: np.ndarray
-    completion_lengths: np.ndarray
-
-    def prompt_summary(self) -> str:
-        return _summary(self.prompt_lengths)
-
-    def completion_summary(self) -> str:
-        return _summary(self.completion_lengths)
-
-
-def _summary(lengths: np.ndarray) -> str:
-    low, median, high, top = np.percentile(lengths, [0, 50, 95, 100]).astype(int)
-    return f"min {low}, median {median}, 95% {high}, max {top}"
-
-
-# ------------------------------------------------------------------------------------------------- one completion
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end a completion: eos, and what the chat template, if there is one, writes after an answer."""
-    ends = {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
-        answer = "answer"
-        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-        try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-            tail = text[text.rindex(answer) + len(answer) :]
-        except Exception:  # a template that wants other messages than these; a record will say so
-            return frozenset(ends)
-        added = tokenizer.added_tokens_decoder
-        ends.update([i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in added][:1])
-    return frozenset(ends)
-
-
 class Completion(NamedTuple):
     """Prompt and completion: ids int32, index of the first completion token, OWN_END, ADDED_END or CUT.
 
-    Only of a cut completion there may be no token at all: then ``start`` is the number of ids.
+    Only a cut completion may have no token at all: then ``start`` is the number of ids.
     """
 
     ids: np.ndarray
     start: int
     ending: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenReport:
+    """The completions that were kept, and what became of pairs over the length limit."""
+
+    key: str  # of the text and the tokenizer, see cache_key
+    dropped: int
+    shortened: int  # pairs whose prompt was cut at the left
+    completions: list[Completion]  # chosen and rejected in turn
+
+    def ending_summary(self) -> str:
+        own, added, cut = np.bincount([completion.ending for completion in self.completions], minlength=3)
+        return f"{own} of their own, {added} with eos added, {cut} cut"
+
+    def prompt_summary(self) -> str:
+        return _summary([completion.start for completion in self.completions])
+
+    def completion_summary(self) -> str:
+        return _summary([len(completion.ids) - completion.start for completion in self.completions])
+
+
+def _summary(lengths: list[int]) -> str:
+    low, median, high, top = np.percentile(lengths, [0, 50, 95, 100]).astype(int)
+    return f"min {low}, median {median}, 95% {high}, max {top}"
+
+
+# ------------------------------------------------------------------------------------------------- one completion
 
 
 def encode_completions(
@@ -117,11 +101,11 @@ def encode_completions(
     completions: Sequence[str],
     cuts: Sequence[bool] | None = None,
 ) -> list[Completion]:
-    """Each prompt + completion, tokenized as one string; ``cuts`` tells completions that a length limit cut.
+    """Each prompt + completion, tokenized as one string; ``cuts`` marks completions that a length limit cut.
 
-    BOS occurs once also where the text brings its own. The sequence ends with an end token (see end_tokens): what only
-    pads it (white space) is dropped, and eos is appended where there is none. A cut completion ends without: an end
-    token that a chat template put after it is dropped.
+    BOS occurs once even where the text has its own. The sequence ends with an end token (see chat.end_tokens): white
+    space after it is dropped, and eos is appended where there is none. A cut completion has no end token: one that a
+    chat template put after it is dropped.
     """
     ends = end_tokens(tokenizer)
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -142,16 +126,16 @@ def _completion(
     cut: bool,
 ) -> Completion:
     ids, bos = encoding.ids, tokenizer.bos_token_id
-    # An eos that the tokenizer adds has an empty span. Without it, one rule serves all: only the text's own end counts.
+    # An eos that the tokenizer adds has an empty span. It is removed, so that only the text's own end counts.
     if ids and ids[-1] == tokenizer.eos_token_id and _span(encoding, len(ids) - 1) == (0, 0):
         ids = ids[:-1]
     start = _first_after(encoding, prompt_length, len(text), len(ids))
-    # Most completions hold no end token, and a set is quicker to ask than every token.
-    found = [] if ends.isdisjoint(ids) else [k for k in range(start, len(ids)) if ids[k] in ends]
+    # Most completions contain no end token, which a set shows faster than a look at every token.
+    at_ends = [] if ends.isdisjoint(ids) else [k for k in range(start, len(ids)) if ids[k] in ends]
     # Text after the last end token is never dropped.
-    own = bool(found) and not text[_span(encoding, found[-1])[1] :].strip()
+    own = bool(at_ends) and not text[_span(encoding, at_ends[-1])[1] :].strip()
     if own:
-        ids = ids[: found[-1] + (not cut)]
+        ids = ids[: at_ends[-1] + (not cut)]
     elif not cut:
         ids = [*ids, tokenizer.eos_token_id]
     if bos is not None and ids[:2] == [bos, bos]:
@@ -161,23 +145,23 @@ def _completion(
 
 
 def _span(encoding: Encoding, token: int) -> tuple[int, int]:
-    """Characters of a token; (0, 0) where it stands for none."""
+    """First and last character of a token + 1; (0, 0) for a token without text."""
     return encoding.token_to_chars(token) or (0, 0)
 
 
 def _first_after(encoding: Encoding, position: int, length: int, tokens: int) -> int:
     """Index of the first token that ends after character ``position``; ``tokens`` if there is none."""
-    found = encoding.char_to_token(position) if position < length else None
-    if found is None:  # at the end of the text, or a character that the tokenizer leaves out
+    token = encoding.char_to_token(position) if position < length else None
+    if token is None:  # at the end of the text, or a character that the tokenizer skips
         return next((k for k, (_, end) in enumerate(encoding.offsets[:tokens]) if end > position), tokens)
-    return found
+    return token
 
 
 # ----------------------------------------------------------------------------------------------------------- pairs
 
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> str:
-    """SHA-256 of all that the tokens of ``pairs`` depend on: their text, the tokenizer, the versions of the code."""
+    """SHA-256 of what the tokens of ``pairs`` depend on: their text, the tokenizer, the versions of the code."""
     digest = hashlib.sha256()
 
     def add(text: str) -> None:
@@ -224,19 +208,34 @@ def encode_pairs(
     }
 
 
-def _shortened(
-    ids: tuple[np.ndarray, np.ndarray], starts: tuple[int, int], max_length: int, bos: int | None
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Both sequences without the same number of prompt tokens after bos, so that they share what they shared.
+def _sides(encoded: dict[str, np.ndarray]) -> Iterator[tuple[Completion, Completion]]:
+    """Chosen and rejected of each pair, as views of the one axis of tokens."""
+    ids = np.split(encoded["ids"], np.cumsum(encoded["lengths"])[:-1])
+    each = map(Completion, ids, encoded["starts"].tolist(), encoded["endings"].tolist())
+    return zip(each, each, strict=True)
+
+
+def _unusable(chosen: Completion, rejected: Completion) -> str:
+    """What is wrong with the tokens of a pair, or ""."""
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if side.start == len(side.ids):
+            return f"field '{name}' is cut and has no token: remove the record"
+    if np.array_equal(chosen.ids, rejected.ids):
+        return "fields 'chosen' and 'rejected' have the same tokens: a pair needs a difference"
+    return ""
+
+
+def _shortened(sides: tuple[Completion, Completion], excess: int, bos: int | None) -> tuple[Completion, ...] | None:
+    """Both sequences with ``excess`` fewer prompt tokens after bos, so that they share what they shared.
 
     None where a completion does not fit even without a prompt.
     """
-    excess = max(map(len, ids)) - max_length
-    kept = int(ids[0][0] == bos)
-    if kept + excess > min(starts):
+    kept = int(sides[0].ids[0] == bos)
+    if kept + excess > min(side.start for side in sides):
         return None
-    chosen, rejected = (np.concatenate([side[:kept], side[kept + excess :]]) for side in ids)
-    return chosen, rejected
+    return tuple(
+        side._replace(ids=np.delete(side.ids, slice(kept, kept + excess)), start=side.start - excess) for side in sides
+    )
 
 
 def tokenize_pairs(
@@ -248,66 +247,59 @@ def tokenize_pairs(
     bad: BadRecords | None = None,
     cache: TokenCache | None = None,
 ) -> tuple[list[TokenizedPair], TokenReport]:
-    """Pairs whose two sequences have at most ``max_length`` tokens, and a report of the rest.
+    """Pairs whose two sequences have a maximum of ``max_length`` tokens, and a report of the rest.
 
     ``overlong`` says what becomes of longer pairs: dropped; shortened by prompt tokens at the left, after bos, and
-    dropped where that is not enough; or an error. The arrays of a pair are views of one axis of tokens.
+    dropped where that is not enough; or an error.
 
     Raises:
         UserError: no pair is left, or a pair is too long for ``overlong='error'``; unless ``bad`` skips them, a pair
             whose two sides have the same tokens, or one of them none.
     """
-    bad = bad or BadRecords()
-    cache = cache or TokenCache(None)
-    first_process = processes.local_rank() == 0
-    cache_name = cache_key(tokenizer, pairs)
-    encoded = cache.get(
-        cache_name,
-        lambda: encode_pairs(tokenizer, pairs, progress=cache.holds_lock or first_process),
-    )
-    sequences = np.split(encoded["ids"], np.cumsum(encoded["lengths"])[:-1])
+    bad, cache = bad or BadRecords(), cache or TokenCache(None)
+    key = cache_key(tokenizer, pairs)
+    show = processes.local_rank() == 0
+    encoded = cache.get(key, lambda: encode_pairs(tokenizer, pairs, progress=cache.holds_lock or show))
     prompt_keys: dict[str, int] = {}
     kept: list[TokenizedPair] = []
+    completions: list[Completion] = []
     dropped = shortened = 0
-    endings: list[int] = []
-    for i, pair in enumerate(pairs):
-        ids = sequences[2 * i], sequences[2 * i + 1]
-        starts = int(encoded["starts"][2 * i]), int(encoded["starts"][2 * i + 1])
-        empty = [name for k, name in enumerate(("chosen", "rejected")) if starts[k] == len(ids[k])]
-        what = f"field '{empty[0]}' is cut and has no token: leave the record out" if empty else ""
-        if np.array_equal(*ids):
-            what = "fields 'chosen' and 'rejected' have the same tokens: a pair needs a difference"
-        if what:
-            bad.add(UserError(f"{pair.where}: {what}"))
+    for i, (pair, sides) in enumerate(zip(pairs, _sides(encoded), strict=True)):
+        if problem := _unusable(*sides):
+            bad.add(UserError(f"{pair.where}: {problem}"))
             continue
-        longest = max(map(len, ids))
+        fitting: tuple[Completion, ...] | None = sides
+        longest = max(len(side.ids) for side in sides)
         if longest > max_length:
             if overlong == "error":
                 raise UserError(
-                    f"{pair.where}: has {longest} tokens, more than --max-length {max_length}: raise it, or let "
+                    f"{pair.where}: has {longest} tokens, more than --max-length {max_length}: raise it, or use "
                     "--overlong drop or truncate-prompt"
                 )
-            shorter = _shortened(ids, starts, max_length, tokenizer.bos_token_id) if overlong != "drop" else None
-            if shorter is None:
-                dropped += 1
-                continue
-            shortened += 1
-            ids, starts = shorter, (starts[0] - longest + max_length, starts[1] - longest + max_length)
-        key = prompt_keys.setdefault(pair.prompt, len(prompt_keys))
-        kept.append(TokenizedPair(i, *ids, *starts, pair.margin, key, pair.fields, pair.chosen_cut, pair.where))
-        endings += encoded["endings"][2 * i : 2 * i + 2].tolist()
+            excess = longest - max_length
+            fitting = _shortened(sides, excess, tokenizer.bos_token_id) if overlong != "drop" else None
+            dropped, shortened = dropped + (fitting is None), shortened + (fitting is not None)
+        if fitting is not None:
+            prompt_key = prompt_keys.setdefault(pair.prompt, len(prompt_keys))
+            kept.append(_tokenized(i, pair, *fitting, prompt_key=prompt_key))
+            completions += fitting
     if not kept and dropped:
         raise UserError(f"all {dropped} pairs are longer than --max-length {max_length} tokens: raise it")
     if not kept:
         raise UserError(f"every pair is bad; the first: {bad.skipped[-len(pairs)]}")
-    sides = [(p.chosen_ids, p.chosen_start) for p in kept] + [(p.rejected_ids, p.rejected_start) for p in kept]
-    return kept, TokenReport(
-        key=cache_name,
-        dropped=dropped,
-        shortened=shortened,
-        own_end=endings.count(OWN_END),
-        added_end=endings.count(ADDED_END),
-        cut=endings.count(CUT),
-        prompt_lengths=np.array([start for _, start in sides]),
-        completion_lengths=np.array([len(ids) - start for ids, start in sides]),
+    return kept, TokenReport(key=key, dropped=dropped, shortened=shortened, completions=completions)
+
+
+def _tokenized(i: int, pair: Pair, chosen: Completion, rejected: Completion, *, prompt_key: int) -> TokenizedPair:
+    return TokenizedPair(
+        pair_id=i,
+        chosen_ids=chosen.ids,
+        rejected_ids=rejected.ids,
+        chosen_start=chosen.start,
+        rejected_start=rejected.start,
+        margin=pair.margin,
+        prompt_key=prompt_key,
+        fields=pair.fields,
+        chosen_cut=pair.chosen_cut,
+        where=pair.where,
     )

@@ -1,16 +1,16 @@
 """From tokens to packs: one flat token axis, shared prefixes stored once, the rows that a loss or a score reads.
 
-Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples a pair.
+Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples per pair.
 
 A group is a set of sequences with a common token prefix P, laid out as [P C1, C2, C3, ...]. Queries are cut into
 segments [P C1], [C2], [C3], ...; keys are gathered so that each segment sees its own whole path: [P C1 | P C2 | ...].
-Positions are explicit, each completion going on from |P|. See attention.py for the mask.
+Positions are explicit, each completion continuing from |P|. See attention.py for the mask.
 
 Everything here is NumPy on the host and a pure function of (seed, epoch, step): neither the number of ranks nor the
 cut into packs changes which pairs meet in a step or which positions are sampled.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -29,7 +29,7 @@ class Member(Protocol):
 
     @property
     def name(self) -> str:
-        """How an error calls it."""
+        """Its name in errors."""
 
     @property
     def sequences(self) -> tuple[np.ndarray, ...]: ...
@@ -84,21 +84,21 @@ class _Layout:
         self.q_lens: list[int] = []
         self.tokens = 0
 
-    def add(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def add(self, sequences: Mapping[bytes, np.ndarray]) -> dict[bytes, np.ndarray]:
         """Places a group; returns for each sequence the flat row of each of its tokens."""
-        prefix = common_prefix(sequences)
+        prefix = common_prefix(list(sequences.values()))
         prefix_rows = self.tokens + np.arange(prefix)
-        rows = []
-        for i, sequence in enumerate(sequences):
+        rows_of: dict[bytes, np.ndarray] = {}
+        for i, (key, sequence) in enumerate(sequences.items()):
             start = 0 if i == 0 else prefix
             own = self.tokens + np.arange(len(sequence) - start)
-            rows.append(own if i == 0 else np.concatenate([prefix_rows, own]))
+            rows_of[key] = own if i == 0 else np.concatenate([prefix_rows, own])
             self.ids.append(sequence[start:])
             self.positions.append(np.arange(start, len(sequence)))
             self.q_lens.append(len(own))
             self.tokens += len(own)
-        self.kv.extend(rows)
-        return rows
+        self.kv.extend(rows_of.values())
+        return rows_of
 
     def axis(self, read_rows: np.ndarray, *, backward: bool) -> TokenAxis:
         """The axis so far; with ``backward`` with the inverse indices that gradients need."""
@@ -150,15 +150,14 @@ def build_pack(
     layout = _Layout()
     pairs, wanted = [], []
     for group in groups:
-        distinct = distinct_sequences(group)
-        rows_of = dict(zip(distinct, layout.add(list(distinct.values())), strict=True))
+        rows_of = layout.add(distinct_sequences(group))
         for pair in group:
             chosen = rows_of[pair.chosen_ids.tobytes()][pair.chosen_start :]
             rejected = rows_of[pair.rejected_ids.tobytes()][pair.rejected_start :]
             pairs.append(pair)
             wanted.append(_wanted_rows(pair, chosen, rejected, sampling, epoch, quantiles))
     if not groups:
-        layout.add([np.zeros(1, dtype=np.int32)])
+        layout.add({b"": np.zeros(1, dtype=np.int32)})
     read_rows, pair_rows = _read_rows(pairs, wanted, sampling)
     return Pack(**vars(layout.axis(read_rows, backward=True)), pairs=pair_rows)
 
@@ -170,8 +169,7 @@ def build_score_pack(groups: Sequence[Sequence[Item]], *, per_token: bool) -> Sc
     items: list[Item] = []
     wanted: list[np.ndarray] = []
     for group in groups:
-        distinct = distinct_sequences(group)
-        rows_of = dict(zip(distinct, layout.add(list(distinct.values())), strict=True))
+        rows_of = layout.add(distinct_sequences(group))
         items += group
         wanted += [rows_of[item.ids.tobytes()][item.start if per_token else -1 :] for item in group]
     read_rows, index = np.unique(np.concatenate(wanted), return_inverse=True)
@@ -182,7 +180,7 @@ def build_score_pack(groups: Sequence[Sequence[Item]], *, per_token: bool) -> Sc
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _WantedRows:
     """Flat rows of one pair's tokens that a loss or a metric reads."""
 

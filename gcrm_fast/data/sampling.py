@@ -1,6 +1,6 @@
 """Which positions of a pair's completions are compared: drawn, or all; and at which a completion is looked at.
 
-Pure functions of (seed, epoch, pair). Letters: S samples a pair.
+Pure functions of (seed, epoch, pair). Letters: S samples per pair.
 """
 
 from dataclasses import dataclass

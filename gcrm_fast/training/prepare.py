@@ -19,8 +19,10 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.tables import table
 from gcrm_fast.data import arithmetic
 from gcrm_fast.data.batches import Budget, batches_per_epoch, split_to_budget
-from gcrm_fast.data.encoding import TokenizedPair, TokenReport, end_tokens, tokenize_pairs
-from gcrm_fast.data.records import Overlap, Pair, overlap, parse_columns, read_pairs
+from gcrm_fast.data.chat import end_tokens
+from gcrm_fast.data.encoding import TokenizedPair, TokenReport, tokenize_pairs
+from gcrm_fast.data.overlap import Overlap, overlap
+from gcrm_fast.data.records import Pair, parse_columns, read_pairs
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.token_cache import TokenCache, cache_folder
@@ -276,7 +278,7 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
         ("training pairs", count(prepared.train, report)),
         ("held-out pairs", count(prepared.held_out, held_out_report) if held_out_report else "0"),
         ("held out and trained on", f"{shared.prompts} prompts, {shared.completions} completions"),
-        ("completion ends", f"{report.own_end} of their own, {report.added_end} with eos added, {report.cut} cut"),
+        ("completion ends", report.ending_summary()),
     ]
     if prepared.bad.skipped:
         rows.append(("bad records", f"{len(prepared.bad.skipped)} skipped; the first: {prepared.bad.skipped[0]}"))
