@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gcrm_fast.checkpoints.weights import Weights
 from gcrm_fast.model.llama import ModelConfig
-from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
+from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value, load
 
 
 def value(name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device) -> Tensor:
@@ -31,16 +31,9 @@ def weights(config: ModelConfig, seed: int, device: torch.device) -> Weights:
     return Weights(lambda name, shape, rows: value(name, shape, config, seed, device)[rows])
 
 
-@torch.no_grad()
 def network(config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype) -> LlamaRewardModel:
     """A separate model, trunk in ``dtype``, reward head in float32."""
     with torch.device("meta"):
-        model = LlamaRewardModel(config)
-    for name, parameter in model.named_parameters():
-        if not name.startswith("score."):
-            parameter.data = parameter.data.to(dtype)
-    model.to_empty(device=device)
-    model.model.reset_inv_freq()
-    for name, parameter in model.named_parameters():
-        parameter.copy_(value(name, parameter.shape, config, seed, device))
+        model = LlamaRewardModel(config).cast(dtype)
+    load(model, device, weights(config, seed, device).rows)
     return model

@@ -178,7 +178,15 @@ async def hang_up(port: int, bodies: Sequence[bytes], rng: random.Random) -> Non
 def random_model(folder: Path) -> Path:
     """Width 256, six layers: the size at which the training step is measured too."""
     tokenizer = train_tokenizer([" ".join(WORDS)] * 50, 400)
-    config = ModelConfig(len(tokenizer), 256, 704, 6, 4, 4, 64)
+    config = ModelConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaRewardModel(config).named_parameters()}
     state = {name: initial_value(name, shape, config, 0) for name, shape in shapes.items()}

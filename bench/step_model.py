@@ -21,12 +21,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import measure
 import records
+from gcrm_fast.common.torch_compat import FakeTensorMode, TorchDispatchMode, tree_leaves
 from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling

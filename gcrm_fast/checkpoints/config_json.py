@@ -1,4 +1,4 @@
-"""config.json of the FAMILIES: read in the words of transformers 4 and of 5, written for both."""
+"""config.json of the FAMILIES: read as transformers 4 or 5 writes it, written for both."""
 
 import json
 from collections.abc import Mapping
@@ -19,13 +19,17 @@ ROPE_FIELDS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
+SAME_FIELDS = (  # of ModelConfig and of config.json
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings"),
+)
+
 
 def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig:
     """The shape of the model in ``folder``, from a config.json of transformers 4 or 5.
 
     Raises:
-        UserError: no such file, a family that is not supported, a quantised model or an adapter, a field of the wrong
-            type or value, a RoPE type that is not supported, or a sliding window in some of the layers.
+        UserError: no such file, an adapter, or a model or field that is not supported.
     """
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder}: holds an adapter (adapter_config.json): merge it into its base model first")
@@ -37,19 +41,18 @@ def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig
     family = FAMILIES[model_type]
     raw = {**family.defaults, **raw}
     if raw.get("quantization_config"):
-        raise UserError(f"{path}: field 'quantization_config': a quantised model cannot be trained: use the original")
+        raise UserError(f"{path}: field 'quantization_config': a quantized model cannot be trained: use the original")
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"{path}: field 'hidden_act' is {raw['hidden_act']!r}: only 'silu' is supported")
     hidden, n_heads = (_field(raw, path, name, int) for name in ("hidden_size", "num_attention_heads"))
     if raw.get("head_dim") is None and hidden % n_heads:
         raise UserError(f"{path}: field 'hidden_size' is {hidden}, not a multiple of the {n_heads} attention heads")
-    theta, scaling = _rope(raw, path)
     positions = _field(raw, path, "max_position_embeddings", int, family.defaults["max_position_embeddings"])
+    theta, scaling = _rope(raw, path)
     config = ModelConfig(
-        vocab_size=_field(raw, path, "vocab_size", int),
+        **{name: _field(raw, path, name, int) for name in ("vocab_size", "intermediate_size", "num_hidden_layers")},
+        **{name: _field(raw, path, name, bool, False) for name in family.bias_fields},
         hidden_size=hidden,
-        intermediate_size=_field(raw, path, "intermediate_size", int),
-        num_hidden_layers=_field(raw, path, "num_hidden_layers", int),
         num_attention_heads=n_heads,
         num_key_value_heads=_field(raw, path, "num_key_value_heads", int, n_heads),
         head_dim=_field(raw, path, "head_dim", int, hidden // n_heads),
@@ -61,7 +64,6 @@ def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig
         projection_size=projection_size,
         model_type=model_type,
         sliding_window=_sliding_window(raw, path, family, positions),
-        **{name: _field(raw, path, name, bool, False) for name in family.bias_fields},
     )
     if n_heads % config.num_key_value_heads:
         raise UserError(f"{path}: field 'num_key_value_heads' is {config.num_key_value_heads}: must divide {n_heads}")
@@ -71,10 +73,7 @@ def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig
 
 
 def _field(raw: Mapping[str, Any], path: Path, name: str, kind: type, default: Any = None) -> Any:
-    """``raw[name]``: a boolean, or a positive finite number. Absent and null are ``default``, or an error without one.
-
-    ``kind`` is bool, int or float.
-    """
+    """``raw[name]`` of ``kind`` bool, or int or float: a positive number. Absent and null are ``default``."""
     value = raw.get(name)
     if value is None:
         if default is None:
@@ -92,7 +91,7 @@ def _field(raw: Mapping[str, Any], path: Path, name: str, kind: type, default: A
 
 
 def _sliding_window(raw: Mapping[str, Any], path: Path, family: Family, positions: int) -> int | None:
-    """How many tokens a token attends to, itself included; None for all that come before it."""
+    """Number of tokens that a token attends to, itself included; None for no limit."""
     if family.sliding_window == "never" or raw["sliding_window"] is None:
         return None
     if family.sliding_window == "some layers" and not _field(raw, path, "use_sliding_window", bool, False):
@@ -101,17 +100,15 @@ def _sliding_window(raw: Mapping[str, Any], path: Path, family: Family, position
     if family.sliding_window == "all layers":
         return window
     if window < positions:
-        raise UserError(
-            f"{path}: field 'use_sliding_window' is true, with a window of {window} tokens: only attention to all "
-            f"earlier tokens is supported"
-        )
+        what = f"field 'use_sliding_window' is true, with a window of {window} tokens"
+        raise UserError(f"{path}: {what}: only attention to all earlier tokens is supported")
     return None
 
 
 def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | None]:
     """(theta, scaling or None) from ``rope_parameters`` (transformers 5) or ``rope_theta``/``rope_scaling`` (4)."""
     if raw.get("rope_parameters") and raw.get("rope_scaling") not in (None, {}, raw["rope_parameters"]):
-        raise UserError(f"{path}: fields 'rope_parameters' and 'rope_scaling' differ: keep the one that holds")
+        raise UserError(f"{path}: fields 'rope_parameters' and 'rope_scaling' differ: keep the right one")
     name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     parameters = raw.get(name) or {}
     if not isinstance(parameters, dict):
@@ -121,9 +118,7 @@ def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | N
     theta = float(_field({"rope_theta": 10000.0, **raw, **parameters}, path, "rope_theta", float))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
-        raise UserError(
-            f"{path}: field {name!r} asks for RoPE of type {kind!r}: supported are {', '.join(ROPE_FIELDS)}"
-        )
+        raise UserError(f"{path}: field {name!r} names a RoPE of type {kind!r}: supported are {', '.join(ROPE_FIELDS)}")
     part = _field({**raw, **parameters}, path, "partial_rotary_factor", float, 1.0)
     if part != 1:
         raise UserError(f"{path}: field 'partial_rotary_factor' is {part}: only RoPE on whole heads is supported")
@@ -151,9 +146,8 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
 def huggingface_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> dict[str, Any]:
     """config.json that transformers 4 and 5 read alike.
 
-    ``problem_type: regression`` keeps servers from putting the reward through a sigmoid. A folder with a head
-    that transformers lacks names the bare trunk as its architecture, so that nobody loads it with a random linear head
-    by accident.
+    ``problem_type: regression`` keeps servers from applying a sigmoid to the reward. With a head that transformers
+    lacks, the architecture is the bare trunk, so that nobody loads it with a random linear head by accident.
     """
     family = config.family
     windows: dict[str, dict[str, Any]] = {
@@ -161,31 +155,18 @@ def huggingface_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, 
         "all layers": {"sliding_window": config.sliding_window},
         "some layers": {"use_sliding_window": False},
     }
-    rope = config.rope_scaling or {"rope_type": "default"}
     name = str(dtype).removeprefix("torch.")
     in_transformers = heads.KINDS[config.head].in_transformers
     return {
         "architectures": [family.class_name("ForSequenceClassification" if in_transformers else "Model")],
-        "model_type": config.model_type,
         "num_labels": 1,
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
         "problem_type": "regression",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": config.rope_scaling,
-        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
-        **{field: getattr(config, field) for field in family.bias_fields},
+        **{field: getattr(config, field) for field in (*SAME_FIELDS, *family.bias_fields)},
+        "rope_parameters": {**(config.rope_scaling or {"rope_type": "default"}), "rope_theta": config.rope_theta},
         **windows[family.sliding_window],
-        "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": False,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

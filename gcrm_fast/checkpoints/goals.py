@@ -26,31 +26,12 @@ def write_goals(path: Path, goals: Mapping[str, Tensor], counts: Mapping[str, in
     save_file({name: goal.float().contiguous() for name, goal in goals.items()}, path, metadata=metadata)
 
 
-def read_goals(path: Path, fingerprint: str) -> dict[str, Tensor]:
-    """Goal states [D] float32 by name, the default one first, on the CPU.
+def read_goals(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """(goal states [D] float32 on the CPU, numbers of completions), by name, the default goal first.
 
     Raises:
-        UserError: no readable goal file, or one of a model with another fingerprint or end-token policy.
+        UserError: not a readable goal file, or one of a model with another fingerprint or end-token policy.
     """
-    return _read(path, fingerprint)[0]
-
-
-def named_goal(name: str, fingerprint: str) -> Tensor:
-    """The goal state [D] that FILE[:NAME] names; without NAME the default one. Raises UserError, see read_goals."""
-    file, _, goal = (name, "", "") if os.path.exists(name) else name.rpartition(":")
-    goals = read_goals(Path(file or name), fingerprint)
-    goal = goal or next(iter(goals))
-    if goal not in goals:
-        raise UserError(f"{file}: holds no goal {goal!r}: it has {', '.join(goals)}")
-    return goals[goal]
-
-
-def read_counts(path: Path, fingerprint: str) -> dict[str, int]:
-    """How many completions each goal of the file is the mean of. Raises UserError, see read_goals."""
-    return json.loads(_read(path, fingerprint)[1].get("counts", "{}"))
-
-
-def _read(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -63,4 +44,15 @@ def _read(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, st
         raise UserError(f"{path}: its goals are of another model's weights: make them with gcrm goals for this one")
     if metadata.get("end_policy") != END_POLICY:
         raise UserError(f"{path}: its goals are of completions that end otherwise: make them again with gcrm goals")
-    return dict(sorted(goals.items(), key=lambda item: item[0] != DEFAULT)), metadata
+    goals = dict(sorted(goals.items(), key=lambda item: item[0] != DEFAULT))
+    return goals, json.loads(metadata.get("counts", "{}"))
+
+
+def named_goal(name: str, fingerprint: str) -> Tensor:
+    """The goal state [D] that FILE[:NAME] names; without NAME the default one. Raises UserError, see read_goals."""
+    file, _, goal = (name, "", "") if os.path.exists(name) else name.rpartition(":")
+    goals, _ = read_goals(Path(file or name), fingerprint)
+    goal = goal or next(iter(goals))
+    if goal not in goals:
+        raise UserError(f"{file}: holds no goal {goal!r}: it has {', '.join(goals)}")
+    return goals[goal]

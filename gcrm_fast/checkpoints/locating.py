@@ -11,13 +11,8 @@ from gcrm_fast.common.errors import UserError, one_line
 HEAD_FILE = "gcrm.json"
 COMPANION = "gcrm.safetensors"
 TOKENIZER_FILES = [
-    "config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.json",
-    "merges.txt",
+    *("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("vocab.json", "merges.txt"),
 ]
 # Of the weights, in subfolders or in the format of Mistral itself: not fetched.
 OTHER_COPIES = ["*/*", "consolidated*.safetensors"]
@@ -31,7 +26,7 @@ def locate(name: str, flag: str, files: list[str]) -> Path:
     Any number of processes may call it at once: the hub's own file locks let one of them download each file.
 
     Raises:
-        UserError: neither a folder that may be read nor a repository that can be had.
+        UserError: neither a readable folder nor an available repository.
     """
     # os.path answers False where pathlib raises: names too long, or folders that may not be entered.
     if os.path.isdir(name):
@@ -48,5 +43,5 @@ def locate(name: str, flag: str, files: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=OTHER_COPIES))
     except Exception as error:  # the hub lets through errors of its HTTP library, which depends on its version
         raise UserError(
-            f"{flag} {name}: no such folder, and not to be had from the Hugging Face hub ({one_line(error)})"
+            f"{flag} {name}: no such folder, and not available from the Hugging Face hub ({one_line(error)})"
         ) from None

@@ -11,7 +11,7 @@ with one label, plus
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,17 @@ from gcrm_fast.data.tokenization import save_tokenizer
 from gcrm_fast.model.llama import ModelConfig
 
 
-def fingerprint(state: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, shapes and bytes of all tensors, which come in the order of their names."""
+def add_tensor(update: Callable[[Any], None], name: str, tensor: Tensor) -> None:
+    """Adds name, shape, dtype and bytes of a tensor on the CPU to a fingerprint, whose ``update`` is given."""
+    update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+    update(tensor.contiguous().view(torch.uint8).numpy().data)
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """sha256 of whole tensors on the CPU, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in state:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    for name, tensor in sorted(state.items()):
+        add_tensor(digest.update, name, tensor)
     return digest.hexdigest()
 
 
@@ -62,9 +67,8 @@ def write_model(
 ) -> str:
     """Writes weights, configuration and tokenizer; returns the fingerprint of the weights.
 
-    For what other programs read (see commands/export.py): ``bias`` [1] of the reward head, which has none here;
-    ``fields`` of config.json besides or instead of those of a sequence classifier; ``about``, fields of gcrm.json
-    besides its own.
+    For other programs (see commands/export.py): ``bias`` [1] of the reward head, which has none here; ``fields`` and
+    ``about``, further fields of config.json and of gcrm.json.
     """
     folder.mkdir(parents=True)
     held = {k: v for k, v in state.items() if k.startswith("model.") or k == "score.weight"}
@@ -73,14 +77,9 @@ def write_model(
     save_torch_state_dict(held if bias is None else held | {"score.bias": bias}, folder, max_shard_size="5GB")
     if companion:
         save_file(companion, folder / COMPANION, metadata={"format": "pt"})
-    weights = fingerprint(sorted(state.items()))
-    gcrm = {
-        "head": config.head,
-        "projection_size": config.projection_size,
-        "end_policy": END_POLICY,
-        "fingerprint": weights,
-        **(about or {}),
-    }
+    weights = fingerprint(state)
+    own = {"head": config.head, "projection_size": config.projection_size, "end_policy": END_POLICY}
+    gcrm = {**own, "fingerprint": weights, **(about or {})}
     (folder / HEAD_FILE).write_text(json.dumps(gcrm, indent=2) + "\n")
     raw = {**huggingface_config(config, tokenizer, dtype), **(fields or {})}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")

@@ -1,6 +1,6 @@
-"""The weights of a Hugging Face model: found in its safetensors files, checked, and read row by row."""
+"""The weights of a Hugging Face model: located in its safetensors files, checked, and read row by row."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -9,12 +9,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gcrm_fast.checkpoints.config_json import read_json
+from gcrm_fast.checkpoints.config_json import read_config, read_json
 from gcrm_fast.checkpoints.locating import COMPANION, HEAD_FILE
 from gcrm_fast.common.errors import UserError, one_line
 from gcrm_fast.model import heads
 from gcrm_fast.model.llama import ModelConfig
-from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
+from gcrm_fast.model.reward_model import LlamaRewardModel, RowReader, initial_value
 
 BESIDE = (COMPANION, "value_head.safetensors")  # files read beside the shards; the second is LLaMA-Factory's
 # Where reward models keep one linear layer from H to 1, as NAME.weight and, in some, NAME.bias.
@@ -28,20 +28,18 @@ HEADS = (
     "regression_head",  # UltraRM
     "scalar_head",  # the TL;DR reproduction of Huang et al.
 )
-LEFT_OUT = {  # tensors that are left out knowingly: a pattern of their names, with a dot before; and why
+SKIPPED = {  # tensors without a use here: a pattern of their names, after a dot; and why
     "*.lm_head.weight": "a reward model has no use for it",
     "*.rotary_emb.inv_freq": "computed from config.json",
     ".normalizer.*": "it moves and scales all rewards alike",  # safe-rlhf
 }
-BIAS_LEFT_OUT = "it moves all rewards alike, so that no comparison changes"
+BIAS_SKIPPED = "it moves all rewards alike, so that no comparison changes"
 FIRST_TENSOR = "layers.0.input_layernorm.weight"  # what stands before it is the trunk's prefix
 FLOATS = ("BF16", "F16", "F32", "F64")
 
-RowReader = Callable[[str, torch.Size, slice], Tensor]  # (parameter name, its full shape, rows) -> those rows
-
 
 class Weights(NamedTuple):
-    """Where a model's values come from, and what its user should know about it (a line each)."""
+    """Where a model's values come from, and lines for its user about what was skipped or is new."""
 
     rows: RowReader
     notes: tuple[str, ...] = ()
@@ -55,9 +53,15 @@ class Stored(NamedTuple):
     dtype: str
 
 
+def open_reward_model(folder: Path) -> tuple[ModelConfig, Weights]:
+    """Shape and weights of a trained reward model. Raises UserError, see read_heads, read_config and open_weights."""
+    head, projection_size = read_heads(folder)
+    config = read_config(folder, head=head, projection_size=projection_size)
+    return config, open_weights(folder, config, seed=None)
+
+
 def read_heads(folder: Path) -> tuple[str, int]:
-    """Kind of the reward head and size of the projection as ``gcrm.json`` has them; a linear head and no projection
-    for a folder that this program did not write.
+    """Kind of the reward head and width of the projection (0 for none), from gcrm.json; without one, a linear head.
 
     Raises:
         UserError: a damaged gcrm.json.
@@ -74,23 +78,25 @@ def read_heads(folder: Path) -> tuple[str, int]:
     return head, size
 
 
-def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights:
-    """A reader of parameter rows for ``parallel.materialize``; all names, shapes and dtypes are checked before it
-    returns, and every tensor of the folder is used, known to be of no use (LEFT_OUT, with a note), or an error.
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Of the whole network, by name."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in LlamaRewardModel(config).named_parameters()}
 
-    Tensors are read from safetensors, one at a time and only the rows asked for. The trunk may stand behind any one
-    prefix (none, ``model.``, ``pretrained_model.model.`` ...). The linear reward head may have any name of HEADS; its
-    bias, if any, is left out with a note, since it moves every reward alike. A head or projection of which the folder
-    has no tensor starts from ``initial_value``, with a note; without a ``seed`` it is an error.
+
+def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights:
+    """A reader of the rows of each parameter. Every tensor of the folder is used, known to be of no use, or an error.
+
+    Only the rows asked for are read. The trunk may have any one prefix (none, ``model.``, ``pretrained_model.model.``
+    ...), a linear reward head any name of HEADS. A head or projection that the folder lacks starts from
+    ``initial_value`` with a note; without a ``seed`` it is an error.
 
     Raises:
-        UserError: no safetensors, a missing shard, an unreadable file, tensors missing, left over, in two files, or of
-            the wrong shape or dtype, a head that is not the one that ``config`` asks for.
+        UserError: files missing or unreadable; tensors missing, unknown, in two files, or of the wrong shape or dtype;
+            a head of another kind than ``config`` has.
     """
     stored = _scan(_weight_files(folder))
-    with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in LlamaRewardModel(config).named_parameters()}
-    source, notes = _match(stored, wanted, folder, config, seed)
+    source, notes = _match(stored, parameter_shapes(config), folder, config, seed)
 
     def rows(name: str, shape: torch.Size, rows: slice) -> Tensor:
         if seed is not None and name not in source:
@@ -114,8 +120,8 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in sorted(names):
         if not (folder / name).is_file():
             pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-            found = f" ({pickles[0]} is a pickle: convert it)" if pickles else ""
-            raise UserError(f"{folder / name}: missing: weights are read from safetensors files only{found}")
+            pickle = f" ({pickles[0]} is a pickle: convert it)" if pickles else ""
+            raise UserError(f"{folder / name}: missing: weights are read from safetensors files only{pickle}")
     if (folder / "value_head.bin").is_file() and not (folder / "value_head.safetensors").is_file():
         raise UserError(f"{folder / 'value_head.bin'}: a reward head in a pickle: convert it to value_head.safetensors")
     return [folder / name for name in (*sorted(names), *BESIDE) if (folder / name).is_file()]
@@ -138,20 +144,15 @@ def _scan(files: Iterable[Path]) -> dict[str, Stored]:
 
 
 def _match(
-    stored: Mapping[str, Stored],
-    wanted: Mapping[str, tuple[int, ...]],
-    folder: Path,
-    config: ModelConfig,
-    seed: int | None,
+    stored: Mapping[str, Stored], wanted: Mapping[str, torch.Size], folder: Path, config: ModelConfig, seed: int | None
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """(stored name of each parameter that is not to be started anew, notes). Raises UserError, see open_weights."""
-    source, left_out, notes = _match_trunk(stored, wanted, folder), dict(LEFT_OUT), []
-    head = _linear_head(stored, folder, config)
-    if head:
+    """(stored name of each parameter that the folder holds, notes). Raises UserError, see open_weights."""
+    source, skipped, notes = _match_trunk(stored, wanted, folder), dict(SKIPPED), []
+    if head := _linear_head(stored, folder, config):
         source["score.weight"] = f"{head}.weight"
-        left_out[f".{head}.bias"] = BIAS_LEFT_OUT
+        skipped[f".{head}.bias"] = BIAS_SKIPPED
         if f"{head}.bias" in stored:
-            _check(f"{head}.bias", stored[f"{head}.bias"], (1,))
+            _check(f"{head}.bias", stored[f"{head}.bias"], torch.Size([1]))
     for part, what in (("score", "reward head"), ("projection", "projection")):
         own = {name: name for name in wanted if name.startswith(f"{part}.") and name not in source}
         if own.keys() & stored.keys():
@@ -159,29 +160,27 @@ def _match(
         elif own and seed is None:
             raise UserError(f"{folder}: holds no {what}: train one with gcrm train --model {folder}")
         elif own:
-            notes.append(f"holds no {what}: a new one is started")
-    missing = [key for key in source.values() if key not in stored]
-    if missing:
+            notes.append(f"holds no {what}: a new one is initialized")
+    if missing := [key for key in source.values() if key not in stored]:
         raise UserError(f"{folder}: {_some(missing)} missing from its safetensors files: download it again")
     for name, key in source.items():
         _check(key, stored[key], wanted[name])
     rest = stored.keys() - source.values()
-    for pattern, why in left_out.items():
-        known = {key for key in rest if fnmatchcase(f".{key}", pattern)}
-        if known:
-            notes.append(f"{_some(known)} left out: {why}")
+    for pattern, why in skipped.items():
+        if known := {key for key in rest if fnmatchcase(f".{key}", pattern)}:
+            notes.append(f"{_some(known)} skipped: {why}")
         rest -= known
     if rest:
         raise UserError(f"{folder}: {_some(rest)} without a place in this model: {_hint(rest, stored)}")
     return source, tuple(f"{folder}: {note}" for note in notes)
 
 
-def _match_trunk(stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, str]:
-    """Stored names of the trunk's parameters, whether they are there or not."""
+def _match_trunk(stored: Mapping[str, Stored], wanted: Mapping[str, torch.Size], folder: Path) -> dict[str, str]:
+    """Names that the trunk's parameters have in this folder's files, if they are there."""
     anchors = [key for key in stored if f".{key}".endswith(f".{FIRST_TENSOR}")]
     if len(anchors) != 1:
-        found = _some(anchors) if anchors else f"no tensor {FIRST_TENSOR!r}"
-        raise UserError(f"{folder}: {found} in its safetensors files: one model is expected there")
+        held = _some(anchors) if anchors else f"no tensor {FIRST_TENSOR!r}"
+        raise UserError(f"{folder}: {held} in its safetensors files: one model is expected there")
     prefix = anchors[0].removesuffix(FIRST_TENSOR)
     source = {name: prefix + name.removeprefix("model.") for name in wanted if name.startswith("model.")}
     # Of two tied tensors safetensors' save_model keeps the first by name.
@@ -193,45 +192,39 @@ def _match_trunk(stored: Mapping[str, Stored], wanted: Mapping[str, tuple[int, .
 
 def _linear_head(stored: Mapping[str, Stored], folder: Path, config: ModelConfig) -> str:
     """Which of HEADS the files hold; empty for none."""
-    found = [head for head in HEADS if f"{head}.weight" in stored]
-    if len(found) > 1:
-        raise UserError(f"{folder}: holds {len(found)} reward heads ({', '.join(found)}): remove all but one")
+    present = [head for head in HEADS if f"{head}.weight" in stored]
+    if len(present) > 1:
+        raise UserError(f"{folder}: holds {len(present)} reward heads ({', '.join(present)}): remove all but one")
     one_layer = heads.KINDS[config.head].in_transformers
-    if found and not one_layer:
+    if present and not one_layer:
+        what = f"its reward head '{present[0]}.weight' is linear"
+        raise UserError(f"{folder}: {what}: omit --head {config.head}, or start from the language model")
+    if not present and one_layer and "Classification" in str(_stated(folder, "architectures")):
         raise UserError(
-            f"{folder}: its reward head '{found[0]}.weight' is linear: leave out --head {config.head}, or start from "
-            f"the language model"
+            f"{folder}: tensor 'score.weight' missing from its safetensors files, but config.json, field "
+            f"'architectures', names a classifier: download it again, or for a new head write "
+            f"{config.family.class_name('ForCausalLM')} there"
         )
-    if not found and one_layer and "Classification" in str(_stated(folder, "architectures")):
-        raise UserError(
-            f"{folder}: tensor 'score.weight' missing from its safetensors files, though config.json, field "
-            f"'architectures', speaks of a head: download it again, or write "
-            f"{config.family.class_name('ForCausalLM')} there for a new head"
-        )
-    return found[0] if found else ""
+    return present[0] if present else ""
 
 
 def _stated(folder: Path, field: str) -> object:
     return read_json(folder / "config.json", "download it again").get(field)
 
 
-def _check(key: str, tensor: Stored, shape: tuple[int, ...]) -> None:
-    """Raises UserError for a tensor of another shape or a dtype that is no plain float."""
-    if tensor.shape != shape:
+def _check(key: str, tensor: Stored, shape: torch.Size) -> None:
+    """Raises UserError for a tensor of another shape or a dtype that is not a plain float."""
+    if tensor.shape != tuple(shape):
         cause = "a reward head has one output" if shape[0] == 1 else "see config.json and --projection-size"
-        raise UserError(f"{tensor.path}: tensor {key!r} has shape {tensor.shape}, not {shape}: {cause}")
+        raise UserError(f"{tensor.path}: tensor {key!r} has shape {tensor.shape}, not {tuple(shape)}: {cause}")
     if tensor.dtype not in FLOATS:
-        raise UserError(
-            f"{tensor.path}: tensor {key!r} has dtype {tensor.dtype}, not one of {', '.join(FLOATS)}: "
-            f"use a checkpoint that is not quantised"
-        )
+        what = f"tensor {key!r} has dtype {tensor.dtype}, not one of {', '.join(FLOATS)}"
+        raise UserError(f"{tensor.path}: {what}: use a checkpoint that is not quantized")
 
 
 def _hint(rest: Collection[str], stored: Mapping[str, Stored]) -> str:
-    """What to do about tensors without a place, which would be lost in silence."""
-    options = []  # of a model that this program saved
-    if "score.0.weight" in rest:
-        options.append("--head mlp")
+    """What to do about tensors without a place; a model that this program saved needs its options."""
+    options = ["--head mlp"] if "score.0.weight" in rest else []
     if "projection.weight" in rest:
         options.append(f"--projection-size {stored['projection.weight'].shape[0]}")
     if options:

@@ -5,9 +5,8 @@
     openrlhf               the same, and in config.json value_head_prefix, mean and std as OpenRLHF reads them
     token-classification   its family's LlamaForTokenClassification: a reward at every token, from a head with a bias
 
-All of them load here again with the same rewards. The first takes a head of several layers too, in a file beside it
-that is read here alone. MODEL may have any head that README lists,
-so this also turns other projects' reward models into these.
+All of them load here again with the same rewards. The first also takes a head of several layers, in a file next to it
+that only this project reads. MODEL may have any head that the README lists: other projects' models become these too.
 """
 
 import sys
@@ -18,14 +17,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
-from torch import Tensor
 from tyro.conf import Positional
 
-from gcrm_fast.checkpoints.config_json import read_config
-from gcrm_fast.checkpoints.goals import GOAL_FILE, read_counts, read_goals, write_goals
+from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals, write_goals
 from gcrm_fast.checkpoints.locating import COMPANION, MODEL_FILES, locate
 from gcrm_fast.checkpoints.saving import fingerprint, write_model
-from gcrm_fast.checkpoints.weights import open_weights, read_heads
+from gcrm_fast.checkpoints.weights import open_reward_model, parameter_shapes
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.options import exit_code, parse_options
@@ -36,7 +33,6 @@ from gcrm_fast.inference.candidates import encoded
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.model import heads
 from gcrm_fast.model.llama import ModelConfig
-from gcrm_fast.model.reward_model import LlamaRewardModel
 
 CARD = "README.md"
 
@@ -53,10 +49,10 @@ class ExportOptions:
     """Who reads it: AutoModelForSequenceClassification (and vLLM, SGLang, rewardbench), OpenRLHF, or
     AutoModelForTokenClassification."""
     standardize: tuple[str, ...] = ()
-    """Sources of completions (see gcrm score) over which rewards shall have mean 0 and deviation 1. The scale goes into
-    score.weight; the shift, for which that head has no place, into what the format has for it, and into gcrm.json."""
+    """Sources of completions (see gcrm score) over which rewards get mean 0 and standard deviation 1. The scale goes
+    into score.weight; the shift, for which that head has no place, into the format's field for it and gcrm.json."""
     columns: str = ""
-    """Names that these records use for this project's fields: prompt=instruction,completion=answer."""
+    """Names of this project's fields in these records, such as prompt=instruction,completion=answer."""
 
 
 class Scale(NamedTuple):
@@ -68,12 +64,12 @@ class Scale(NamedTuple):
 
     @property
     def shift(self) -> float:
-        """What a reward over ``std`` lacks."""
+        """What to add to a reward after the division by ``std``."""
         return -self.mean / self.std
 
 
 def measure(options: ExportOptions) -> Scale:
-    """The scale of rewards over the completions of --standardize. Raises UserError where they are all alike."""
+    """The scale of rewards over the completions of --standardize. Raises UserError if all are equal."""
     model = RewardModel.from_pretrained(options.model)
     candidates = read_completions(
         options.standardize, columns=parse_columns(options.columns, COMPLETION_FORMATS), tokenizer=model.tokenizer
@@ -85,22 +81,6 @@ def measure(options: ExportOptions) -> Scale:
     if scale.std <= 1e-12 * np.abs(rewards).max():
         raise UserError(f"--standardize {' '.join(options.standardize)}: all {len(rewards)} rewards are equal")
     return scale
-
-
-def read_state(folder: Path, options: ExportOptions) -> tuple[dict[str, Tensor], ModelConfig, tuple[str, ...]]:
-    """(tensors as the folder has them, shape, what was left out). Raises UserError."""
-    head, projection_size = read_heads(folder)
-    if head != "linear" and (options.format != "transformers" or options.standardize):
-        asked = "--standardize scales" if options.standardize else f"--format {options.format} holds"
-        raise UserError(
-            f"{options.model}: its reward head has several layers, {asked} one: use it with gcrm_fast, or train with "
-            "--head linear"
-        )
-    config = read_config(folder, head=head, projection_size=projection_size)
-    weights = open_weights(folder, config, seed=None)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in LlamaRewardModel(config).named_parameters()}
-    return {name: weights.rows(name, shape, slice(None)) for name, shape in shapes.items()}, config, weights.notes
 
 
 def config_fields(options: ExportOptions, config: ModelConfig, scale: Scale | None) -> dict[str, Any]:
@@ -118,14 +98,18 @@ def export(options: ExportOptions) -> None:
     if output.exists():
         raise UserError(f"--output {output}: exists: choose another")
     folder = locate(options.model, "MODEL", MODEL_FILES)
-    state, config, notes = read_state(folder, options)
+    config, weights = open_reward_model(folder)
+    if config.head != "linear" and (options.format != "transformers" or options.standardize):
+        asked = "--standardize scales" if options.standardize else f"--format {options.format} holds"
+        raise UserError(
+            f"{options.model}: its reward head has several layers, {asked} one: use it with gcrm_fast, or train with "
+            "--head linear"
+        )
+    state = {name: weights.rows(name, shape, slice(None)) for name, shape in parameter_shapes(config).items()}
     tokenizer = load_tokenizer(folder)
     choose_pad(tokenizer, config.vocab_size, options.model, config.family)
-    goal_file = folder / GOAL_FILE
-    goals, counts = {}, {}
-    if goal_file.is_file():
-        weights = fingerprint(sorted(state.items()))
-        goals, counts = read_goals(goal_file, weights), read_counts(goal_file, weights)
+    goal_file, before = folder / GOAL_FILE, fingerprint(state)
+    goals, counts = read_goals(goal_file, before) if goal_file.is_file() else ({}, {})
     scale = measure(options) if options.standardize else None
     bias = torch.zeros(1, dtype=state["score.weight"].dtype) if options.format == "token-classification" else None
     about: dict[str, Any] = {}
@@ -137,43 +121,34 @@ def export(options: ExportOptions) -> None:
 
     rows = _summary(options, config, scale)
     with written_aside(output) as partial:
-        weights = write_model(
-            partial, state, config, tokenizer, bias=bias, fields=config_fields(options, config, scale), about=about
-        )
+        fields = config_fields(options, config, scale)
+        after = write_model(partial, state, config, tokenizer, bias=bias, fields=fields, about=about)
         if goals:  # states do not depend on the head, but the fingerprint does
-            write_goals(partial / GOAL_FILE, goals, counts, weights)
+            write_goals(partial / GOAL_FILE, goals, counts, after)
         if (folder / CARD).is_file():
             card = (folder / CARD).read_text(encoding="utf-8")
             lines = "".join(f"- {name}: {value}\n" for name, value in rows)
             (partial / CARD).write_text(f"{card}\n## Export\n\n{lines}", encoding="utf-8")
-    print(*notes, table([*rows, ("saved", str(output))]), sep="\n", flush=True)
+    print(*weights.notes, table([*rows, ("saved", str(output))]), sep="\n", flush=True)
 
 
 def _summary(options: ExportOptions, config: ModelConfig, scale: Scale | None) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = [("format", options.format)]
     if scale:
-        place = {"openrlhf": "config.json (mean) and gcrm.json", "token-classification": "score.bias and gcrm.json"}
+        places = {"openrlhf": "config.json (mean) and gcrm.json", "token-classification": "score.bias and gcrm.json"}
+        place = places.get(options.format, "gcrm.json")
         rows += [
             ("rewards were", f"mean {scale.mean:.6g}, deviation {scale.std:.6g}, {scale.completions} completions"),
-            (
-                "rewards are",
-                f"divided by the deviation; still to be added: {scale.shift:.6g}, in "
-                f"{place.get(options.format, 'gcrm.json')}",
-            ),
+            ("rewards are", f"divided by the deviation; still to be added: {scale.shift:.6g}, in {place}"),
         ]
     if not heads.KINDS[config.head].in_transformers:
-        rows.append(
-            (
-                "reward head",
-                f"in {COMPANION}, for gcrm_fast alone: it has several layers, and transformers would start another one",
-            )
-        )
+        rows.append(("reward head", f"in {COMPANION}, for gcrm_fast only: transformers has no head of several layers"))
     if config.projection_size:
         rows.append(("projection", f"in {COMPANION}, for Q-values here: the format has no place for it"))
     return rows
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
+    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
     arguments = sys.argv[1:] if argv is None else argv
     return exit_code("gcrm export", lambda: export(parse_options(ExportOptions, arguments, "gcrm export")))

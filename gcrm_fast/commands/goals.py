@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from gcrm_fast.checkpoints.goals import DEFAULT, read_counts, read_goals, write_goals
+from gcrm_fast.checkpoints.goals import DEFAULT, read_goals, write_goals
 from gcrm_fast.commands.shared import ModelOptions
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
@@ -122,9 +122,7 @@ def run(options: GoalOptions) -> None:
         raise UserError(f"--limit {options.limit}: must be 0 or more")
     path = output_file(options.output, options.data)
     model = RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch)
-    goals, counts = {}, {}
-    if path.exists():
-        goals, counts = read_goals(path, model.fingerprint), read_counts(path, model.fingerprint)
+    goals, counts = read_goals(path, model.fingerprint) if path.exists() else ({}, {})
     if options.name in goals:
         raise UserError(f"{path}: holds a goal {options.name!r} already: choose another --name, or remove the file")
     bad = BadRecords(skip=options.on_bad_record == "skip")

@@ -3,6 +3,7 @@
 Letters: N completions, n tokens of a completion, R read rows of a pack, G goals, D width of the compared states.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -14,27 +15,26 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.checkpoints.config_json import read_config
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals
 from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
-from gcrm_fast.checkpoints.saving import fingerprint
-from gcrm_fast.checkpoints.weights import Weights, open_weights, read_heads
-from gcrm_fast.common.devices import default_device
+from gcrm_fast.checkpoints.saving import add_tensor
+from gcrm_fast.checkpoints.weights import open_reward_model
+from gcrm_fast.common.devices import compute_dtype, default_device
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import CHUNK, Completion, encode_completions
 from gcrm_fast.data.packing import Item, ScorePack, build_score_pack
 from gcrm_fast.data.tokenization import check_vocabulary, load_tokenizer
-from gcrm_fast.model.llama import ModelConfig
-from gcrm_fast.model.reward_model import LlamaRewardModel
+from gcrm_fast.model.reward_model import LlamaRewardModel, goal_state, load
 from gcrm_kernels import q_values
 
+NOT_FINITE_REMEDY = "fix the model's weights, or use float32"
 PLANNED_GROUPS = 1024  # prompts whose packs are planned together
 
 
 class Judged(NamedTuple):
-    """Of one completion of n tokens: the reward at its end; rewards [n] and Q-values [G, n] at every token, float32,
-    where they were asked for."""
+    """Of one completion of n tokens: the reward at its end; where requested, rewards [n] and Q-values [G, n] at every
+    token, float32."""
 
     reward: float
     rewards_n: np.ndarray | None
@@ -71,27 +71,34 @@ class RewardModel:
         tokens_per_batch: int = 16384,
         attention: str = "auto",
     ) -> Self:
-        """Loads a folder or a hub repository: what ``gcrm train`` saved, or any reward model that README lists.
+        """Loads a folder or a hub repository, which ``gcrm train`` saved or the README lists, in evaluation mode.
 
         Args:
             device: by default this process's GPU, or the CPU where there is none.
-            dtype: of the trunk; ``auto`` is bfloat16 on a GPU, else float32. The reward head is float32 in any case.
-            tokens_per_batch: tokens that are computed at a time; memory grows with it.
+            dtype: of the trunk; ``auto`` is bfloat16 on a GPU, else float32. The reward head is always float32.
+            tokens_per_batch: maximum tokens per forward; memory grows with it.
             attention: see attention.py.
 
         Raises:
             UserError: no such model, a language model without a reward head, or goals of other weights.
         """
         folder = locate(str(path_or_hub), "MODEL", MODEL_FILES)
-        head, projection_size = read_heads(folder)
-        config = read_config(folder, head=head, projection_size=projection_size)
-        weights = open_weights(folder, config, seed=None)
+        config, weights = open_reward_model(folder)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size, str(folder))
         place = default_device() if device is None else torch.device(device)
-        network, fingerprint = load_network(config, weights, place, _compute_dtype(dtype, place), attention)
-        goal_file = folder / GOAL_FILE
-        goals = read_goals(goal_file, fingerprint) if goal_file.is_file() else {}
+        with torch.device("meta"):
+            network = LlamaRewardModel(config, attention).cast(compute_dtype(dtype, place))
+        digest = hashlib.sha256()
+
+        def value(name: str, shape: torch.Size, rows: slice) -> Tensor:
+            stored = weights.rows(name, shape, rows)
+            add_tensor(digest.update, name, stored)
+            return stored
+
+        load(network.eval().requires_grad_(False), place, value)
+        goal_file, fingerprint = folder / GOAL_FILE, digest.hexdigest()
+        goals = read_goals(goal_file, fingerprint)[0] if goal_file.is_file() else {}
         return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch)
 
     # ------------------------------------------------------------------------------------------------------- texts
@@ -101,39 +108,38 @@ class RewardModel:
     ) -> list[Completion]:
         """The tokens that are scored: as in training, jointly tokenized and with an end token (see encoding.py).
 
-        ``cuts`` tells completions that a length limit cut: they have no end, and are scored at their last token.
+        ``cuts`` marks completions that a length limit cut: they have no end, and are scored at their last token.
 
         Raises:
-            ValueError: ``prompts``, ``completions`` and ``cuts`` are not of one length.
+            ValueError: ``prompts``, ``completions`` and ``cuts`` differ in length.
         """
-        if not len(prompts) == len(completions) == len(completions if cuts is None else cuts):
+        cuts = [False] * len(completions) if cuts is None else cuts
+        if not len(prompts) == len(completions) == len(cuts):
             raise ValueError(
-                f"{len(prompts)} prompts, {len(completions)} completions, "
-                f"{len(completions if cuts is None else cuts)} cuts: one of each is wanted"
+                f"{len(prompts)} prompts, {len(completions)} completions, {len(cuts)} cuts: must be equally many"
             )
         encoded: list[Completion] = []
         for a in range(0, len(prompts), CHUNK):
             part = slice(a, a + CHUNK)
-            cut = cuts[part] if cuts is not None else None
-            encoded += encode_completions(self.tokenizer, prompts[part], completions[part], cut)
+            encoded += encode_completions(self.tokenizer, prompts[part], completions[part], cuts[part])
         return encoded
 
     def unfit(self, completion: Completion) -> str:
         """Why the completion cannot be scored; "" where it can."""
         if completion.start == len(completion.ids):
-            return "is cut and has no token: leave it out"
+            return "is cut and has no token: omit it"
         if len(completion.ids) > self.budget.tokens:
             limit = f"--tokens-per-batch {self.budget.tokens}"
-            return f"needs {len(completion.ids)} tokens, more than {limit}: raise that or leave it out"
+            return f"needs {len(completion.ids)} tokens, more than {limit}: raise that or omit it"
         window = self.config.sliding_window
         if window and len(completion.ids) > window:
-            return f"has {len(completion.ids)} tokens, more than the model's sliding window of {window}: leave it out"
+            return f"has {len(completion.ids)} tokens, more than the model's sliding window of {window}: omit it"
         return ""
 
     def texts(self, completion: Completion) -> list[str]:
-        """The text of each completion token, special ones included; a character of several tokens comes with its last.
+        """The text of each completion token, special ones included; the completion when joined.
 
-        Together they are the completion as the tokenizer writes it.
+        A character of several tokens is in the text of its last.
         """
         stream, backend = DecodeStream(skip_special_tokens=False), self.tokenizer.backend_tokenizer
         pieces = [stream.step(backend, int(token)) or "" for token in completion.ids]
@@ -146,9 +152,9 @@ class RewardModel:
     def q_values(
         self, prompts: Sequence[str], completions: Sequence[str], goal: Tensor | str | None = None
     ) -> list[np.ndarray]:
-        """Q-values of every completion token, [n] float32 a completion: cosines to a goal state [D].
+        """Q-values of every completion token, [n] float32 for each completion: cosines to a goal state [D].
 
-        ``goal``: a state, or the name of one of ``goals``; by default their first, which is the model's default.
+        ``goal``: a state, or the name of one of ``goals``; by default the first.
         """
         state = goal if isinstance(goal, Tensor) else self.goal(goal)
         judged = self.judge(self.encode(prompts, completions), goals_GD=state[None])
@@ -176,10 +182,10 @@ class RewardModel:
         names: Sequence[str] | None = None,
         progress: bool = False,
     ) -> list[Judged]:
-        """Rewards, and where asked for rewards and Q-values at every token, in the order of ``encoded``.
+        """Rewards of completions, with ``goals_GD`` [G, D] also Q-values, with ``per_token`` rewards at every token.
 
-        One causal forward a completion, the shared start of a prompt's completions once. States stay on the device.
-        ``names`` is what errors call the completions.
+        Completions of one prompt share the computation of their common start. States stay on the device. ``names`` of
+        the completions are for error messages.
 
         Raises:
             UserError: a completion that is ``unfit``, or whose reward or Q-values are not finite.
@@ -199,19 +205,14 @@ class RewardModel:
                     reward_R[rows] if per_token else None,
                     q_GR[:, rows] if q_GR is not None else None,
                 )
-        wrong = [
-            i
-            for i, j in judged.items()
-            if not (np.isfinite(j.reward) and (j.q_Gn is None or np.isfinite(j.q_Gn).all()))
-        ]
-        if wrong:
-            what = "has a reward or Q-value that is not finite: mend the model's weights, or take float32"
-            raise UserError(f"{_name(min(wrong), names)} {what}")
+        for i, (reward, _, q_Gn) in sorted(judged.items()):
+            if not (np.isfinite(reward) and (q_Gn is None or np.isfinite(q_Gn).all())):
+                raise UserError(f"{_name(i, names)} has a reward or Q-value that is not finite: {NOT_FINITE_REMEDY}")
         return [judged[i] for i in range(len(encoded))]
 
     @torch.inference_mode()
     def representations(self, prompts: Sequence[str], completions: Sequence[str]) -> list[np.ndarray]:
-        """States z of every completion token as goals are compared with them, [n, D] float32 a completion."""
+        """States z of every completion token, which goals are compared with, [n, D] float32 for each completion."""
         encoded = self.encode(prompts, completions)
         states: dict[int, np.ndarray] = {}
         for pack, hidden_RH in self._states(encoded, True):
@@ -219,7 +220,6 @@ class RewardModel:
             states.update({i: z_RD[rows] for i, rows in zip(pack.indices, pack.rows_of, strict=True)})
         return [states[i] for i in range(len(encoded))]
 
-    @torch.inference_mode()
     def goal_state(
         self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
     ) -> Tensor:
@@ -228,18 +228,16 @@ class RewardModel:
         Raises:
             UserError: a completion that is ``unfit``, or a state that is not finite.
         """
-        total = torch.zeros(self.config.projection_size or self.config.hidden_size, dtype=torch.float64)
-        for pack, hidden_RH in self._states(encoded, False, names, progress):
-            rows = torch.from_numpy(np.concatenate(pack.rows_of)).to(self.device)
-            total += self.network.compared(hidden_RH).index_select(0, rows).double().sum(0).cpu()
-        if not total.isfinite().all():
-            raise UserError("the goal state is not finite: mend the model's weights, or take float32")
-        return (total / len(encoded)).float()
+        end_states = (
+            self.network.compared(hidden_RH)[torch.from_numpy(np.concatenate(pack.rows_of)).to(self.device)]
+            for pack, hidden_RH in self._states(encoded, False, names, progress)
+        )
+        return goal_state(end_states, len(encoded), remedy=NOT_FINITE_REMEDY).cpu()
 
     def packs(
         self, encoded: Sequence[Completion], *, per_token: bool, names: Sequence[str] | None = None
     ) -> Iterator[ScorePack]:
-        """All completions, in packs of ``tokens_per_batch``; those of one prompt side by side."""
+        """All completions, in packs of ``tokens_per_batch``; those of one prompt are adjacent."""
         by_prompt: dict[bytes, list[Item]] = {}
         for i, completion in enumerate(encoded):
             if unfit := self.unfit(completion):
@@ -264,31 +262,3 @@ class RewardModel:
 
 def _name(index: int, names: Sequence[str] | None) -> str:
     return names[index] if names is not None else f"completion {index}"
-
-
-def _compute_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    return getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-@torch.no_grad()
-def load_network(
-    config: ModelConfig, weights: Weights, device: torch.device, dtype: torch.dtype, attention: str
-) -> tuple[LlamaRewardModel, str]:
-    """The network with its weights, one tensor at a time, and their fingerprint."""
-    with torch.device("meta"):
-        network = LlamaRewardModel(config, attention).eval().requires_grad_(False)
-    for name, parameter in network.named_parameters():
-        if not name.startswith("score."):
-            parameter.data = parameter.data.to(dtype)  # not buffers: RoPE's frequencies stay float32
-    network.to_empty(device=device)
-    network.model.reset_inv_freq()
-
-    def loaded() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in sorted(network.named_parameters()):
-            value = weights.rows(name, parameter.shape, slice(None))
-            parameter.copy_(value)
-            yield name, value
-
-    return network, fingerprint(loaded())

@@ -8,13 +8,11 @@ gathered as [P C1 | P C2 | ...] that makes one call compute a shared prefix once
 """
 
 import importlib.util
-import inspect
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
+from gcrm_fast.common.torch_compat import varlen_attention
 from gcrm_fast.model.segment_attention import segment_attention
 
 BACKENDS = ("auto", "flash_attn", "torch_varlen", "eager")
@@ -28,12 +26,6 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "eager"
     return "flash_attn" if importlib.util.find_spec("flash_attn") else "torch_varlen"
-
-
-# torch 2.11 takes fewer key/value heads as they come; 2.12 and later must be told.
-_VARLEN_OPTIONS: dict[str, Any] = {"window_size": (-1, 0)}  # causal
-if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-    _VARLEN_OPTIONS["enable_gqa"] = True
 
 
 def packed_attention(
@@ -53,31 +45,10 @@ def packed_attention(
         max_seqlen_q, max_seqlen_k: longest segment, in rows.
         backend: one of ``BACKENDS`` except ``auto``.
     """
+    inputs = q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     if backend == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(
-            q_TND,
-            k_KGD,
-            v_KGD,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            causal=True,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )
-    if backend == "torch_varlen":
-        out = varlen_attn(
-            q_TND,
-            k_KGD,
-            v_KGD,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            **_VARLEN_OPTIONS,
-        )
-        assert isinstance(out, Tensor)
-        return out
-    return segment_attention(q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_varlen_func(*inputs, causal=True, deterministic=deterministic)
+    return varlen_attention(*inputs) if backend == "torch_varlen" else segment_attention(*inputs[:5])

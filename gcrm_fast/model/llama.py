@@ -10,10 +10,11 @@ values for all tokens, but its output projection, second norm, MLP and the final
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,7 +24,7 @@ from gcrm_fast.model.inputs import TokenAxis
 from gcrm_kernels import gather_rows, rms_norm, rotate_and_gather, swiglu
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of the trunk and its heads. Field names are those of a Hugging Face ``config.json``."""
 
@@ -54,11 +55,8 @@ class ModelConfig:
         return 2 * h * q + 2 * h * kv + 3 * h * self.intermediate_size + 2 * h
 
     def parameters(self) -> int:
-        """Of the trunk, biases left out."""
+        """Of the trunk, without biases."""
         return self.vocab_size * self.hidden_size + self.num_hidden_layers * self.parameters_per_layer()
-
-
-# ------------------------------------------------------------------------------------------------ rotary embedding
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -74,12 +72,8 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
         return inv_freq / factor
     context = float(scaling["original_max_position_embeddings"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    wavelength = 2 * math.pi / inv_freq
-    keep = (context / wavelength - low) / (high - low)
-    smooth = (1 - keep) * inv_freq / factor + keep * inv_freq
-    scaled = torch.where(wavelength > context / low, inv_freq / factor, inv_freq)
-    between = (wavelength <= context / low) & (wavelength >= context / high)
-    return torch.where(between, smooth, scaled)
+    keep = ((context * inv_freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * inv_freq / factor + keep * inv_freq
 
 
 # The first cosine of a process, computed by several threads of a CPU, may be wrong by 1e-4 in all but one thread's part
@@ -87,7 +81,12 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 torch.zeros(1, device="cpu").cos(), torch.zeros(1, device="cpu").sin()
 
 
-# ---------------------------------------------------------------------------------------------------------- modules
+class Shared(NamedTuple):
+    """What all layers read: the packed tokens, (cos, sin) [T, D] of their rotary angles, the attention backend."""
+
+    axis: TokenAxis
+    rope: tuple[Tensor, Tensor]
+    backend: str
 
 
 class Attention(nn.Module):
@@ -104,32 +103,31 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(d, config.rms_norm_eps) if family.qk_norm else None
         self.k_norm = nn.RMSNorm(d, config.rms_norm_eps) if family.qk_norm else None
 
-    def forward(self, x_TH: Tensor, rope: tuple[Tensor, Tensor], axis: TokenAxis, backend: str) -> Tensor:
+    def forward(self, x_TH: Tensor, shared: Shared) -> Tensor:
         """Attention output before o_proj, [T, N * D]."""
-        q_TND, k_TGD, v_TGD = (
-            x.unflatten(-1, (-1, self.head_dim)) for x in linears(x_TH, self.q_proj, self.k_proj, self.v_proj)
-        )
+        axis = shared.axis
+        projected = linears(x_TH, self.q_proj, self.k_proj, self.v_proj)
+        q_TND, k_TGD, v_TGD = (rearrange(x, "t (n d) -> t n d", d=self.head_dim) for x in projected)
         q_TND, k_TGD = self._normed(q_TND, self.q_norm), self._normed(k_TGD, self.k_norm)
-        q_TND, k_KGD, v_KGD = rotate_and_gather(q_TND, k_TGD, v_TGD, *rope, axis.kv_index_K, axis.kv_inverse)
-        out_TND = packed_attention(
-            q_TND, k_KGD, v_KGD, axis.cu_seqlens_q, axis.cu_seqlens_k, axis.max_seqlen_q, axis.max_seqlen_k, backend
-        )
-        return out_TND.flatten(1)
+        q_TND, k_KGD, v_KGD = rotate_and_gather(q_TND, k_TGD, v_TGD, *shared.rope, axis.kv_index_K, axis.kv_inverse)
+        segments = axis.cu_seqlens_q, axis.cu_seqlens_k, axis.max_seqlen_q, axis.max_seqlen_k
+        out_TND = packed_attention(q_TND, k_KGD, v_KGD, *segments, shared.backend)
+        return rearrange(out_TND, "t n d -> t (n d)")
 
     def _normed(self, x_TND: Tensor, norm: nn.RMSNorm | None) -> Tensor:
-        """Every head by itself, with one weight [D] for all; as it is where there is no norm, which holds the weight
-        only."""
+        """RMSNorm of each head, with one weight [D] for all; unchanged without a norm."""
         if norm is None:
             return x_TND
-        return rms_norm(x_TND.flatten(0, 1), norm.weight, self.eps).view_as(x_TND)
+        normed = rms_norm(rearrange(x_TND, "t n d -> (t n) d"), norm.weight, self.eps)
+        return rearrange(normed, "(t n) d -> t n d", n=x_TND.shape[1])
 
 
 def maybe_recomputed(again: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``; with ``again`` it keeps only its arguments, and the backward computes the rest again except
-    for its last product."""
+    """``function(*args)``; with ``again`` the backward computes it a second time, from its arguments and the random
+    state that it started from, instead of keeping what lies between."""
     if not again or not torch.is_grad_enabled():
         return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=True)
 
 
 class _LinearsOfOneInput(torch.autograd.Function):
@@ -192,38 +190,22 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x_TH: Tensor,
-        branch_TH: Tensor | None,
-        rope: tuple[Tensor, Tensor],
-        axis: TokenAxis,
-        backend: str,
-        prune: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """(x, branch) whose sum are the block's states, [T, H] each, or [R, H] at the read rows with ``prune``.
+    def forward(self, x_TH: Tensor, branch_TH: Tensor | None, shared: Shared, prune: bool) -> tuple[Tensor, Tensor]:
+        """(x, branch), which sum to the block's states: [T, H] each, or with ``prune`` [R, H] at the read rows.
 
         ``branch_TH`` is the MLP's output of the block before, still to be added to its x; None in the first block.
         """
         again = self.recompute == "block"
         if again and branch_TH is not None:  # one tensor to keep instead of two
             x_TH, branch_TH = x_TH + branch_TH, None
-        return maybe_recomputed(again, self._forward, x_TH, branch_TH, rope, axis, backend, prune)
+        return maybe_recomputed(again, self._forward, x_TH, branch_TH, shared, prune)
 
-    def _forward(
-        self,
-        x_TH: Tensor,
-        branch_TH: Tensor | None,
-        rope: tuple[Tensor, Tensor],
-        axis: TokenAxis,
-        backend: str,
-        prune: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, x_TH: Tensor, branch_TH: Tensor | None, shared: Shared, prune: bool) -> tuple[Tensor, Tensor]:
         if branch_TH is None:
             normed_TH = rms_norm(x_TH, self.input_layernorm.weight, self.eps)
         else:
             normed_TH, x_TH = rms_norm(branch_TH, self.input_layernorm.weight, self.eps, residual_TH=x_TH)
-        attended = self.self_attn(normed_TH, rope, axis, backend)
+        attended, axis = self.self_attn(normed_TH, shared), shared.axis
         if prune:
             attended, x_TH = (gather_rows(x, axis.read_rows_R, axis.read_inverse) for x in (attended, x_TH))
         normed_TH, x_TH = rms_norm(
@@ -250,11 +232,10 @@ class Llama(nn.Module):
         """Hidden states after the final norm at the read rows, [R, H]."""
         x = self.embed_tokens(axis.input_ids_T)
         backend = resolve_backend(attention_backend, x.device, x.dtype)
-        angles = axis.position_ids_T.float().unsqueeze(1) * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        angles = repeat(torch.outer(axis.position_ids_T.float(), self.inv_freq), "t d -> t (two d)", two=2)
+        shared = Shared(axis, (angles.cos().to(x.dtype), angles.sin().to(x.dtype)), backend)
         branch: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            x, branch = layer(x, branch, rope, axis, backend, prune=i == len(self.layers) - 1)
+            x, branch = layer(x, branch, shared, prune=i == len(self.layers) - 1)
         assert branch is not None  # there is at least one layer
         return rms_norm(branch, self.norm.weight, self.config.rms_norm_eps, residual_TH=x)[0]

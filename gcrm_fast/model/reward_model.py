@@ -6,14 +6,21 @@ Letters: R read rows, H hidden size, D width of the projection. Parameters carry
 
 import math
 import zlib
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.torch_compat import set_recompile_limit
 from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import Llama, ModelConfig
+
+RowReader = Callable[[str, torch.Size, slice], Tensor]  # (parameter name, its full shape, rows) -> those rows
 
 
 class Output(NamedTuple):
@@ -44,10 +51,17 @@ class LlamaRewardModel(nn.Module):
         self.score = heads.KINDS[config.head](h)
         self.projection = nn.Linear(h, config.projection_size, bias=False) if config.projection_size else None
 
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Stores all parameters but the reward head's in ``dtype``; RoPE's frequencies stay float32."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("score."):
+                parameter.data = parameter.data.to(dtype)
+        return self
+
     def compile_blocks(self) -> None:
         """Compiles the forward of every block, and with it the backward; sizes of packs stay symbols."""
         # Whole and pruned blocks, with and without gradient, of one token or row: more kinds than the default of 8.
-        torch._dynamo.config.recompile_limit = 32
+        set_recompile_limit(32)
         for layer in self.model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
@@ -67,12 +81,50 @@ class LlamaRewardModel(nn.Module):
         return hidden_RH if self.projection is None else self.projection(hidden_RH)
 
 
-def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """Initial value of one parameter, float32 on the CPU: a function of (seed, name) alone, so that any number of ranks
-    starts from the same weights.
+@torch.no_grad()
+def load(
+    network: LlamaRewardModel,
+    device: torch.device,
+    value: RowReader,
+    local_rows: Callable[[int], slice] = lambda rows: slice(0, rows),
+) -> None:
+    """Gives a network on the meta device its memory and its values, which are read in the order of their names.
 
-    Norm weights are 1 and biases 0; embeddings have variance 1, linear layers variance 1 / fan-in; the reward head says
-    for itself.
+    ``local_rows(n)``: which rows of a parameter of n rows a sharded network holds on this rank.
+    """
+    network.to_empty(device=device)
+    network.model.reset_inv_freq()
+    for name, parameter in sorted(network.named_parameters()):
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local.copy_(value(name, parameter.shape, local_rows(parameter.shape[0])))
+
+
+@torch.no_grad()
+def goal_state(end_states: Iterable[Tensor], completions: int, *, remedy: str, all_ranks: bool = False) -> Tensor:
+    """A goal state: the mean [D] of z at the last token of preferred completions, float32 (GCRM, section 4.2).
+
+    Args:
+        end_states: z [n, D] at the last tokens, a pack at a time.
+        completions: how many there are; with ``all_ranks`` those of every rank, whose states are added.
+        remedy: end of the error message.
+
+    Raises:
+        UserError: a state is not finite.
+    """
+    total = sum(z_ND.double().sum(0) for z_ND in end_states)
+    assert isinstance(total, Tensor)
+    if all_ranks:
+        dist.all_reduce(total)
+    if not total.isfinite().all():
+        raise UserError(f"hidden states are not finite: {remedy}")
+    return (total / completions).float()
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """Initial value of one parameter, float32 on the CPU: a function of (seed, name) alone, equal on all ranks.
+
+    Norm weights are 1 and biases 0; embeddings have variance 1, linear layers variance 1 / fan-in; for the reward head
+    see heads.py.
     """
     if name.endswith("norm.weight"):
         return torch.ones(shape)

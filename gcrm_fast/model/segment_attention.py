@@ -11,10 +11,13 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-PADDING = 16  # rows to which the eager backend pads short segments, so that many of them share one matrix product
-ALONE = 64  # queries from which a segment has a product of its own, on views instead of copies
+from gcrm_fast.common.torch_compat import cpu_flash_attention, cpu_flash_attention_backward
+
+PADDING = 16  # short segments are padded to a multiple of this, so that many of them share one matrix product
+ALONE = 64  # a segment of this many queries or more has its own product, on views instead of copies
 
 
 class _One(NamedTuple):
@@ -50,11 +53,11 @@ class _Many(NamedTuple):
 
     def take(self, x_T: Tensor) -> Tensor:
         """[T, ...] -> [b, n, ...]"""
-        return x_T.index_select(0, self.rows).unflatten(0, self.real.shape[:2])
+        return rearrange(x_T.index_select(0, self.rows), "(b n) ... -> b n ...", b=len(self.real))
 
     def put(self, x_T: Tensor, values: Tensor) -> None:
         """Writes the real ones of values [b, n, ...]."""
-        real = values.flatten(0, 1).index_select(0, self.places)
+        real = rearrange(values, "b n ... -> (b n) ...").index_select(0, self.places)
         x_T.index_copy_(0, self.rows.index_select(0, self.places), real.to(x_T.dtype))
 
     def unpadded(self, values: Tensor) -> Tensor:
@@ -69,8 +72,8 @@ def _rows(starts: Sequence[int], lengths: Sequence[int], device: torch.device) -
 
 
 class _Bucket(NamedTuple):
-    """Segments padded to one shape, and what their causal mask adds to the scores, [b, 1, q, k]: 0, or -inf at the keys
-    that a query must not see. None where the kernel masks by itself and leaves out what it need not compute."""
+    """Segments padded to one shape, and what their causal mask adds to the scores, [b, 1, q, k]: 0, or -inf for hidden
+    keys. None where the kernel applies the mask and skips what it hides."""
 
     queries: _One | _Many
     keys: _One | _Many
@@ -81,8 +84,8 @@ class _Bucket(NamedTuple):
 def _buckets(
     q_bounds: tuple[int, ...], k_bounds: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> list[_Bucket]:
-    """All segments: long ones alone, short ones of equal lengths after rounding up to ``PADDING`` side by side, square
-    ones by themselves."""
+    """All segments: long ones alone, short ones together where queries and keys have the same length, rounded up to
+    ``PADDING``; those with as many keys as queries by themselves."""
     members: dict[tuple[int, int, bool, int], list[tuple[int, int, int, int]]] = defaultdict(list)
     for (q_start, q_end), (k_start, k_end) in zip(pairwise(q_bounds), pairwise(k_bounds), strict=True):
         q_len, k_len = q_end - q_start, k_end - k_start
@@ -92,19 +95,22 @@ def _buckets(
     buckets = []
     for (_, _, square, _), segments in members.items():
         q_starts, k_starts, q_lens, k_lens = zip(*segments, strict=True)
-        bias = None
-        if not (square and device.type == "cpu"):
-            q, k = torch.arange(max(q_lens), device=device), torch.arange(max(k_lens), device=device)
-            earlier = torch.tensor(k_lens, device=device) - torch.tensor(q_lens, device=device)
-            # Bottom-right causal; this also hides the padded keys from every real query.
-            hidden = k > q.unsqueeze(-1) + earlier[:, None, None]
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf).unsqueeze(1)
+        masked = not (square and device.type == "cpu")
+        bias = _causal_bias(q_lens, k_lens, device, dtype) if masked else None
         buckets.append(_Bucket(_rows(q_starts, q_lens, device), _rows(k_starts, k_lens, device), bias))
     return buckets
 
 
+def _causal_bias(q_lens: Sequence[int], k_lens: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[b, 1, q, k]. Aligned bottom-right, which also hides the padded keys from every real query."""
+    q, k = torch.arange(max(q_lens), device=device), torch.arange(max(k_lens), device=device)
+    earlier = torch.tensor(k_lens, device=device) - torch.tensor(q_lens, device=device)
+    hidden = rearrange(k > q[:, None] + earlier[:, None, None], "b q k -> b 1 q k")
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+
+
 def _cut(q_TND: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> list[_Bucket]:
-    """The pack's buckets, their masks in the dtype of what they are added to."""
+    """The pack's buckets, with masks in the dtype of the scores."""
     dtype = torch.promote_types(q_TND.dtype, torch.float32) if not q_TND.is_cpu else q_TND.dtype
     return _buckets(tuple(cu_seqlens_q.tolist()), tuple(cu_seqlens_k.tolist()), q_TND.device, dtype)
 
@@ -116,15 +122,9 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Output [b, N, q, D] and logsumexp of the scores [b, N, q], for q [b, N, q, D], k and v [b, N, k, D].
-
-    On a CPU PyTorch's flash kernel, called below autograd, where scaled_dot_product_attention itself would have no
-    backward; elsewhere written out.
-    """
+    """Output [b, N, q, D] and logsumexp of the scores [b, N, q], for q [b, N, q, D], k and v [b, N, k, D]."""
     if q.is_cpu:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, is_causal=bias is None, attn_mask=bias
-        )
+        return cpu_flash_attention(q, k, v, is_causal=bias is None, attn_mask=bias)
     scores = _scores(q, k, bias)
     return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
 
@@ -134,18 +134,21 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q [b, N, q, D], k and v [b, N, k, D]."""
     if q.is_cpu:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, bias is None, attn_mask=bias
-        )
+        return cpu_flash_attention_backward(grad, q, k, v, out, lse, 0.0, bias is None, attn_mask=bias)
     p = (_scores(q, k, bias) - lse.unsqueeze(-1)).exp()
     ds = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
     ds, p = ds.to(q.dtype), p.to(q.dtype)
     return ds @ k, ds.mT @ q, p.mT @ grad
 
 
+def _heads_first(x: Tensor) -> Tensor:
+    """[b, n, N, ...] -> [b, N, n, ...], and back."""
+    return rearrange(x, "b n h ... -> b h n ...")
+
+
 def _for_heads(x_KGD: Tensor, heads: int) -> Tensor:
     """[K, G, D] -> [K, N, D]: each key/value head once for every query head that reads it."""
-    return x_KGD.repeat_interleave(heads // x_KGD.shape[1], 1)
+    return repeat(x_KGD, "k g d -> k (g r) d", r=heads // x_KGD.shape[1])
 
 
 @torch.library.custom_op("gcrm::segment_attention", mutates_args=())
@@ -156,10 +159,10 @@ def _segment_attention(
     out_TND, lse_TN = _empty_results(q_TND)
     k_KND, v_KND = (_for_heads(x, q_TND.shape[1]) for x in (k_KGD, v_KGD))
     for queries, keys, bias in _cut(q_TND, cu_seqlens_q, cu_seqlens_k):
-        q, k, v = (rows.take(x).transpose(1, 2) for rows, x in ((queries, q_TND), (keys, k_KND), (keys, v_KND)))
+        q, k, v = (_heads_first(rows.take(x)) for rows, x in ((queries, q_TND), (keys, k_KND), (keys, v_KND)))
         out, lse = _attend(q, k, v, bias)
-        queries.put(out_TND, out.transpose(1, 2))
-        queries.put(lse_TN, lse.transpose(1, 2))
+        queries.put(out_TND, _heads_first(out))
+        queries.put(lse_TN, _heads_first(lse))
     return out_TND, lse_TN
 
 
@@ -169,7 +172,7 @@ def _empty_results(q_TND: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_segment_attention.register_fake
-def _(q_TND: Tensor, k_KGD: Tensor, v_KGD: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> tuple[Tensor, Tensor]:
+def _(q_TND: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_results(q_TND)
 
 
@@ -189,29 +192,20 @@ def _segment_attention_backward(
     dq_TND, dk_KND, dv_KND = (torch.empty_like(x) for x in (q_TND, k_KND, v_KND))
     for queries, keys, bias in _cut(q_TND, cu_seqlens_q, cu_seqlens_k):
         # Padding repeats a real query, which must not count again.
-        grad = queries.unpadded(queries.take(grad_TND)).transpose(1, 2)
-        out, lse, q = (queries.take(x).transpose(1, 2) for x in (out_TND, lse_TN, q_TND))
-        k, v = (keys.take(x).transpose(1, 2) for x in (k_KND, v_KND))
+        grad = _heads_first(queries.unpadded(queries.take(grad_TND)))
+        out, lse, q = (_heads_first(queries.take(x)) for x in (out_TND, lse_TN, q_TND))
+        k, v = (_heads_first(keys.take(x)) for x in (k_KND, v_KND))
         dq, dk, dv = _attend_backward(grad, out, lse, q, k, v, bias)
-        queries.put(dq_TND, dq.transpose(1, 2))
-        keys.put(dk_KND, dk.transpose(1, 2))
-        keys.put(dv_KND, dv.transpose(1, 2))
-    dk_KGD, dv_KGD = (x.unflatten(1, (k_KGD.shape[1], -1)).sum(2) for x in (dk_KND, dv_KND))
+        queries.put(dq_TND, _heads_first(dq))
+        keys.put(dk_KND, _heads_first(dk))
+        keys.put(dv_KND, _heads_first(dv))
+    dk_KGD, dv_KGD = (reduce(x, "k (g r) d -> k g d", "sum", g=k_KGD.shape[1]) for x in (dk_KND, dv_KND))
     return dq_TND, dk_KGD, dv_KGD
 
 
 @_segment_attention_backward.register_fake
-def _(
-    grad_TND: Tensor,
-    out_TND: Tensor,
-    lse_TN: Tensor,
-    q_TND: Tensor,
-    k_KGD: Tensor,
-    v_KGD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq_TND, dk_KGD, dv_KGD = (x.new_empty(x.shape) for x in (q_TND, k_KGD, v_KGD))
+def _(grad_TND: Tensor, out_TND: Tensor, lse_TN: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq_TND, dk_KGD, dv_KGD = (x.new_empty(x.shape) for x in inputs[:3])
     return dq_TND, dk_KGD, dv_KGD
 
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from gcrm_fast.common.torch_compat import end_workers
 from gcrm_fast.data.batches import Budget, batches_per_epoch, epoch_batches, plan_packs
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
@@ -96,8 +96,7 @@ def load(steps: Steps, first: int, end: int, workers: int, device: torch.device)
     finally:
         # An error's traceback holds the iterator, which ends its workers when it is deleted; as they ignore SIGTERM,
         # the program would wait for them without end.
-        if isinstance(found, _MultiProcessingDataLoaderIter):
-            found._shutdown_workers()
+        end_workers(found)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:

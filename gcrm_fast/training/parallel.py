@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from gcrm_fast.common import processes
 from gcrm_fast.common.devices import default_device
-from gcrm_fast.model.reward_model import LlamaRewardModel
+from gcrm_fast.model.reward_model import LlamaRewardModel, RowReader, load
 
 
 @contextmanager
@@ -98,19 +98,9 @@ def local_rows(rows: int, mesh: DeviceMesh) -> slice:
     return slice(start, min(start + chunk, rows))
 
 
-@torch.no_grad()
-def materialize(
-    model: LlamaRewardModel, mesh: DeviceMesh, device: torch.device, value: Callable[[str, torch.Size, slice], Tensor]
-) -> None:
-    """Gives a sharded model on the meta device its memory and values.
-
-    ``value(name, shape, rows)`` returns the rows of the parameter of that name and full shape, on the CPU.
-    """
-    model.to_empty(device=device)
-    model.model.reset_inv_freq()
-    for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local.copy_(value(name, parameter.shape, local_rows(parameter.shape[0], mesh)))
+def materialize(model: LlamaRewardModel, mesh: DeviceMesh, device: torch.device, value: RowReader) -> None:
+    """Gives a sharded model on the meta device its memory and this rank's values, see ``reward_model.load``."""
+    load(model, device, value, lambda rows: local_rows(rows, mesh))
 
 
 @torch.no_grad()

@@ -190,7 +190,7 @@ def _forward(
     mean_then_log: bool,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [N], similarity [2, N], weights, own); the tiles are only handed on to the backward."""
+    """(loss [N], similarity [2, N], weights, own); the tiles are only for the backward."""
     run = triton_contrastive.forward if use_triton(hidden) else _analytic_forward
     return run(hidden, rows, has_positive, grid, mean_then_log, temperature)
 

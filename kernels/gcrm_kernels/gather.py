@@ -44,7 +44,7 @@ class InverseIndex(NamedTuple):
 
 @torch.library.custom_op("gcrm::gather_rows", mutates_args=())
 def _gather(x: Tensor, index: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """The inverse index is only handed on to the backward."""
+    """The inverse index is only for the backward."""
     return x.index_select(0, index)
 
 

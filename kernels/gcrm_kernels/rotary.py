@@ -39,7 +39,7 @@ def _forward(
     order: Tensor | None,
     offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse index is only handed on to the backward. Inputs of one dtype, one of the kernels'."""
+    """The inverse index is only for the backward. Inputs of one dtype, one of the kernels'."""
     return triton_rotary.forward(q, k, v, cos, sin, index)
 
 

@@ -152,7 +152,7 @@ def _inverse_norms(states_MD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cosine_config(itemsize: int) -> LaunchConfig:
-    """Two operands of TILE rows and 128 bytes a step."""
+    """Two operands of TILE rows, 128 bytes of each per step."""
     return LaunchConfig(128 // itemsize, 8, 3)
 
 

@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForSequenceClassification
 
 from gcrm_fast.checkpoints.config_json import read_config
@@ -72,12 +71,12 @@ def test_reward_heads_of_other_projects(prefix: str, head: str, bias: float | No
     notes = (
         []
         if bias is None
-        else [f"1 tensor ('{head}.bias') left out: it moves all rewards alike, so that no comparison changes"]
+        else [f"1 tensor ('{head}.bias') skipped: it moves all rewards alike, so that no comparison changes"]
     )
     if head == "score_head":  # safe-rlhf keeps statistics of rewards
         stored |= {f"normalizer.{name}": torch.zeros(1) for name in ("mean", "var")}
         notes.insert(
-            0, "2 tensors ('normalizer.mean', 'normalizer.var') left out: it moves and scales all rewards alike"
+            0, "2 tensors ('normalizer.mean', 'normalizer.var') skipped: it moves and scales all rewards alike"
         )
     model, weights, _ = load(llama(tmp_path, stored))
     assert_trunk(model)
@@ -104,10 +103,10 @@ def test_without_a_head_a_new_one_starts_and_says_so(prefix: str, more: dict[str
     assert_trunk(model)
     assert 0 < model.score.weight.std() < 3 / (H + 1)  # normal with standard deviation 1 / (H + 1)
     notes = [
-        "holds no reward head: a new one is started",
-        "holds no projection: a new one is started",
-        *(f"1 tensor ('{name}') left out: a reward model has no use for it" for name in more),
-        f"1 tensor ('{next(iter(tables))}') left out: computed from config.json",
+        "holds no reward head: a new one is initialized",
+        "holds no projection: a new one is initialized",
+        *(f"1 tensor ('{name}') skipped: a reward model has no use for it" for name in more),
+        f"1 tensor ('{next(iter(tables))}') skipped: computed from config.json",
     ]
     assert list(weights.notes) == [f"{tmp_path}: {note}" for note in notes]
 
@@ -116,7 +115,7 @@ def test_notes_are_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[st
     llama(tmp_path / "m")
     (tmp_path / "pairs.jsonl").write_text(PAIR)
     assert main(["--data", str(tmp_path / "pairs.jsonl"), "--model", str(tmp_path / "m"), "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("('lm_head.weight') left out") == 1
+    assert capsys.readouterr().out.count("('lm_head.weight') skipped") == 1
 
 
 # ------------------------------------------------------------------------------------------------- shards and ranks
@@ -136,7 +135,7 @@ def shard(folder: Path, n: int) -> None:
 @contextmanager
 def rank_of(rank: int, world_size: int) -> Iterator[None]:
     """A process group in which this process is one rank and nobody else is there."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    dist.init_process_group("fake", rank=rank, world_size=world_size)
     try:
         yield
     finally:

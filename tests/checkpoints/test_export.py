@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from gcrm_fast import RewardModel
-from gcrm_fast.checkpoints.goals import GOAL_FILE, read_counts, write_goals
+from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals, write_goals
 from gcrm_fast.checkpoints.saving import save_model, write_model
 from gcrm_fast.commands.export import main
 from gcrm_fast.data.encoding import ADDED_END, CUT, OWN_END, Completion, TokenizedPair, encode_completions
@@ -195,7 +195,7 @@ def test_exported_folders_give_the_same_rewards(
     np.testing.assert_array_equal(again.score(PROMPTS, COMPLETIONS), rewards)
     for ours, theirs in zip(q, again.q_values(PROMPTS, COMPLETIONS, "short"), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert read_counts(out / GOAL_FILE, again.fingerprint) == {"default": 7, "short": 3}
+    assert read_goals(out / GOAL_FILE, again.fingerprint)[1] == {"default": 7, "short": 3}
     if format_ == "token-classification":
         encoded = before.encode(PROMPTS, COMPLETIONS)
         for found, c, judged in zip(per_token(out), encoded, before.judge(encoded, per_token=True), strict=True):
@@ -267,7 +267,7 @@ def mlp(tmp_path: Path) -> Path:
 
 def test_a_head_of_several_layers_goes_beside(mlp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(mlp), "-o", str(tmp_path / "out")]) == 0
-    assert "in gcrm.safetensors, for gcrm_fast alone" in capsys.readouterr().out
+    assert "in gcrm.safetensors, for gcrm_fast only" in capsys.readouterr().out
     rewards = [RewardModel.from_pretrained(folder).score(PROMPTS, COMPLETIONS) for folder in (mlp, tmp_path / "out")]
     np.testing.assert_array_equal(*rewards)
 

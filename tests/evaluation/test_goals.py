@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gcrm_fast.checkpoints.goals import END_POLICY, read_counts, read_goals, write_goals
+from gcrm_fast.checkpoints.goals import END_POLICY, read_goals, write_goals
 from gcrm_fast.commands.goals import Condition, is_preferred
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.records import Candidate
@@ -59,10 +59,10 @@ def test_files_keep_several_goals_and_say_whose_they_are(tmp_path: Path) -> None
     path = tmp_path / "g.safetensors"
     few, default = torch.randn(2, 5)
     write_goals(path, {"a few": few, "default": default}, {"a few": 20, "default": 7}, "abc")
-    goals = read_goals(path, "abc")
+    goals, counts = read_goals(path, "abc")
     assert list(goals) == ["default", "a few"]
     assert torch.equal(goals["a few"], few)
-    assert read_counts(path, "abc") == {"a few": 20, "default": 7}
+    assert counts == {"a few": 20, "default": 7}
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["end_policy"] == END_POLICY
     with pytest.raises(UserError, match="its goals are of another model's weights: make them"):
@@ -107,11 +107,11 @@ def test_goals_are_means_of_preferred_ends(gcrm: Gcrm, model: RewardModel, tmp_p
     expected["list"] = end_mean(model, ("one", "three"))
     assert gcrm(lists, "-o", out, "--name", "chosen of list", "--where", "help < 4", "k==1").returncode == 0
     expected["chosen of list"] = end_mean(model, ("one", "two"))
-    goals = read_goals(out, model.fingerprint)
+    goals, counts = read_goals(out, model.fingerprint)
     assert goals.keys() == expected.keys()
     for name, goal in expected.items():
         np.testing.assert_allclose(goals[name].numpy(), goal, rtol=0, atol=1e-5)
-    assert read_counts(out, model.fingerprint) == {
+    assert counts == {
         "default": 2,
         "right": 2,
         "helpful": 2,

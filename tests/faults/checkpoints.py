@@ -3,8 +3,8 @@
 FAULTS = {
     "norm epsilon of another model": (
         "gcrm_fast/checkpoints/config_json.py",
-        '"rms_norm_eps": config.rms_norm_eps',
-        '"rms_norm_eps": 0.1',
+        "**windows[family.sliding_window],",
+        '**windows[family.sliding_window],\n        "rms_norm_eps": 0.1,',
         "tests/model/test_parity.py",
     ),
     "reward scaled by a sigmoid in servers": (
@@ -13,13 +13,13 @@ FAULTS = {
         "",
         "tests/model/test_parity.py",
     ),
-    "missing trunk tensor re-initialised": (
+    "missing trunk tensor initialized again": (
         "gcrm_fast/checkpoints/weights.py",
-        "    missing = [key for key in source.values() if key not in stored]\n",
-        ("    missing = []\n    source = {name: key for name, key in source.items() if key in stored}\n"),
+        "    if missing := [key for key in source.values() if key not in stored]:\n",
+        "    source = {name: key for name, key in source.items() if key in stored}\n    if missing := []:\n",
         "tests/data/test_bad_input.py -k missing",
     ),
-    "lost head of a classifier re-initialised": (
+    "lost head of a classifier initialized again": (
         "gcrm_fast/checkpoints/weights.py",
         '"Classification" in',
         '"Never" in',
@@ -33,7 +33,7 @@ FAULTS = {
     ),
     "shape of a tensor not checked": (
         "gcrm_fast/checkpoints/weights.py",
-        "if tensor.shape != shape:",
+        "if tensor.shape != tuple(shape):",
         "if False:",
         "tests/data/test_bad_input.py -k shape",
     ),

@@ -87,8 +87,8 @@ FAULTS = {
     ),
     "export: goals under the fingerprint of the old weights": (
         "gcrm_fast/commands/export.py",
-        "    weights = write_model(",
-        "    write_model(",
+        "        after = write_model(",
+        "        after = before\n        write_model(",
         "tests/checkpoints/test_export.py -k standardized",
     ),
     "export: a token classifier without its bias": (
@@ -99,7 +99,7 @@ FAULTS = {
     ),
     "export: an MLP head dropped": (
         "gcrm_fast/commands/export.py",
-        'if head != "linear" and (',
+        'if config.head != "linear" and (',
         "if False and (",
         "tests/checkpoints/test_export.py -k one_line",
     ),

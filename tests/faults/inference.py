@@ -14,15 +14,15 @@ FAULTS = {
         "tests/inference/test_scoring.py -k computed_once",
     ),
     "a new reward head scores in silence": (
-        "gcrm_fast/inference/scoring.py",
+        "gcrm_fast/checkpoints/weights.py",
         "open_weights(folder, config, seed=None)",
         "open_weights(folder, config, seed=0)",
         "tests/inference/test_scoring.py -k must_not_score",
     ),
     "a reward that is not finite is returned": (
         "gcrm_fast/inference/scoring.py",
-        "if not (np.isfinite(j.reward) and",
-        "if not (j.reward is not None and",
+        "if not (np.isfinite(reward) and",
+        "if not (reward is not None and",
         "tests/inference/test_scoring.py -k must_not_score",
     ),
     "scoring: lists of other lengths are cut to the shortest chunk": (
@@ -38,9 +38,9 @@ FAULTS = {
         "tests/inference/test_scoring.py -k skipped_where",
     ),
     "scoring: a goal that is not finite": (
-        "gcrm_fast/inference/scoring.py",
+        "gcrm_fast/model/reward_model.py",
         "if not total.isfinite().all():",
-        "if not len(encoded):",
+        "if not completions:",
         "tests/inference/test_scoring.py -k must_not",
     ),
     "server: a large request outlives its client": (

@@ -109,7 +109,7 @@ FAULTS = {
         "* has_term",
         "tests/kernels/test_kernels.py -k (triton-5-64 or triton-16-200 or triton-33 or eps) and not pytorch",
     ),
-    "kernel: the last part of the columns left out": (
+    "kernel: the last part of the columns skipped": (
         "kernels/gcrm_kernels/triton_contrastive.py",
         "tl.static_range(PARTS)",
         "tl.static_range(PARTS - 1)",
@@ -223,7 +223,7 @@ FAULTS = {
         ),
         "tests/kernels/test_elementwise.py -k test_rms_norm and triton and not any_shape",
     ),
-    "norm kernel: the last row of the last part left out": (
+    "norm kernel: the last row of the last part skipped": (
         "kernels/gcrm_kernels/triton_rms_norm.py",
         "(part + 1) * rows, tokens)",
         "(part + 1) * rows, tokens - 1)",
@@ -253,7 +253,7 @@ FAULTS = {
         "",
         "tests/kernels/test_elementwise.py -k test_swiglu and triton and not any_shape",
     ),
-    "SwiGLU kernel: the last element left out": (
+    "SwiGLU kernel: the last element skipped": (
         "kernels/gcrm_kernels/triton_swiglu.py",
         "gate, up, out, count, BLOCK",
         "gate, up, out, count - 1, BLOCK",

@@ -165,8 +165,8 @@ FAULTS = {
     ),
     "run: processes that build packs stay": (
         "gcrm_fast/training/loader.py",
-        "            found._shutdown_workers()",
-        "            pass",
+        "        end_workers(found)",
+        "        pass",
         "tests/training/test_step.py -k worker_fails",
     ),
     "run: log not cut back": (

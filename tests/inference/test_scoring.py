@@ -198,7 +198,7 @@ def test_prompts_completions_and_cuts_go_together(model: RewardModel) -> None:
     """Lists of the length of a chunk too, which a chunk by chunk comparison would take for whole."""
     many = ["one"] * 1024
     for arguments in ((many[:512], many), (many, many[:512]), (many, many, [True] * 512), (["one"], [])):
-        with pytest.raises(ValueError, match="one of each is wanted"):
+        with pytest.raises(ValueError, match="must be equally many"):
             model.encode(*arguments)
 
 
@@ -216,10 +216,10 @@ def test_models_that_must_not_score(tmp_path: Path) -> None:
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, tmp_path / "nan" / "model.safetensors")
     (tmp_path / "nan" / "goal.safetensors").unlink()
-    with pytest.raises(UserError, match=r"completion 0 has a reward or Q-value that is not finite: mend"):
+    with pytest.raises(UserError, match=r"completion 0 has a reward or Q-value that is not finite: fix"):
         RewardModel.from_pretrained(tmp_path / "nan", device="cpu").score(["one"], ["two"])
     broken = RewardModel.from_pretrained(tmp_path / "nan", device="cpu")
-    with pytest.raises(UserError, match="the goal state is not finite"):
+    with pytest.raises(UserError, match="hidden states are not finite: fix"):
         broken.goal_state(broken.encode(["one"], ["two"]))
     models.save(tmp_path / "cut", projection_size=4)
     (tmp_path / "cut" / "gcrm.safetensors").unlink()
@@ -377,7 +377,7 @@ def test_a_partial_output_of_something_else_is_not_continued(gcrm: Gcrm, tmp_pat
     data = interrupted("a")
     write(data, many(20))
     assert gcrm(data, "-o", fresh).returncode == 0
-    result = gcrm(data, "-o", tmp_path / "out")  # the bad record is mended: nothing else has changed
+    result = gcrm(data, "-o", tmp_path / "out")  # the bad record is fixed: nothing else has changed
     assert "going on after 14 records" in result.stderr
     assert (tmp_path / "out").read_bytes() == fresh.read_bytes()
 

@@ -1,6 +1,6 @@
 """RMSNorm and SwiGLU against their float64 references, in PyTorch and in Triton: compiled on a GPU, else interpreted.
 
-Uninitialised memory is NaN in all of these tests, so that an element that a kernel does not write shows.
+Uninitialized memory is NaN in all of these tests, so that an element that a kernel does not write shows.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """Every op against its float64 reference, in PyTorch and in Triton: compiled on a GPU, else in Triton's interpreter.
 
-Uninitialised memory is NaN in all of these tests, so that an element that a kernel does not write shows.
+Uninitialized memory is NaN in all of these tests, so that an element that a kernel does not write shows.
 """
 
 import importlib
@@ -444,10 +444,10 @@ def test_dense_loss_of_clamped_norms_and_strided_inputs(path: str) -> None:
     grad = torch.tensor([1.0, -2.0], dtype=torch.float64, device=DEVICE)
     exact = with_gradient(lambda z: reference.dense_contrastive_loss(z, cuts), z.double(), grad)
     # Terms of a row's gradient are as large as 1 / norm and cancel: what float32 leaves of them depends on the device.
-    cancelled = 2**-21 / z.double().norm(dim=1, keepdim=True).clamp_min(1e-8)
+    canceled = 2**-21 / z.double().norm(dim=1, keepdim=True).clamp_min(1e-8)
     for states in (z, z.T.contiguous().T):
         found = with_gradient(lambda z: dense_contrastive_loss(z, cuts, 9), states, grad)
-        for f, e, floor in zip(found, exact, (0.0, 0.0, cancelled), strict=True):
+        for f, e, floor in zip(found, exact, (0.0, 0.0, canceled), strict=True):
             assert ((f - e).abs() <= 1e-5 * (1 + e.abs()) + floor).all()
 
 

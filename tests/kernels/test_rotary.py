@@ -1,7 +1,7 @@
 """The rotary embedding with its gather against its float64 reference, in PyTorch and in Triton: compiled on a GPU, else
 interpreted.
 
-Uninitialised memory is NaN in all of these tests, so that an element that a kernel does not write shows.
+Uninitialized memory is NaN in all of these tests, so that an element that a kernel does not write shows.
 """
 
 import importlib

@@ -219,7 +219,7 @@ def test_tied_embeddings(model: str, kept: str, tmp_path: Path) -> None:
     if kept == "lm_head":
         save_by_safetensors(theirs, str(tmp_path / "model.safetensors"))
     ours, weights, _ = load(tmp_path)
-    assert weights.notes == (f"{tmp_path}: holds no reward head: a new one is started",)
+    assert weights.notes == (f"{tmp_path}: holds no reward head: a new one is initialized",)
     for name, tensor in theirs.model.state_dict().items():
         assert torch.equal(ours.model.get_parameter(name), tensor)
 

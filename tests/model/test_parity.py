@@ -60,7 +60,7 @@ def save(folder: Path, config: ModelConfig) -> tuple[LlamaRewardModel, dict[str,
 
 
 def theirs_of(config: ModelConfig, kind: type = LlamaForSequenceClassification, **more: object) -> PreTrainedModel:
-    """transformers' model with random weights (std 0.1), in the words of whichever version is installed."""
+    """transformers' model with random weights (std 0.1), configured as the installed version does it."""
     raw = asdict(config) | {"num_labels": 1, "pad_token_id": 2} | more
     raw["rope_parameters"] = (config.rope_scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}
     theirs = kind(LlamaConfig(**raw)).eval()
@@ -69,7 +69,7 @@ def theirs_of(config: ModelConfig, kind: type = LlamaForSequenceClassification, 
 
 
 def write_config(folder: Path, config: ModelConfig, dialect: str) -> None:
-    """Puts RoPE into config.json in the words of one version of transformers."""
+    """Writes RoPE to config.json as one version of transformers does."""
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     for name in ("rope_parameters", "rope_scaling", "rope_theta", "torch_dtype", "dtype"):
@@ -134,7 +134,7 @@ def test_tied_embeddings(kept: str, tmp_path: Path) -> None:
     embeddings = {name for name in load_file(tmp_path / "model.safetensors") if "embed" in name or "lm_head" in name}
     assert embeddings == {"model.embed_tokens.weight" if kept == "embed_tokens" else "lm_head.weight"}
     model, weights, _ = load(tmp_path)
-    assert weights.notes == (f"{tmp_path}: holds no reward head: a new one is started",)
+    assert weights.notes == (f"{tmp_path}: holds no reward head: a new one is initialized",)
     for name, tensor in theirs.model.state_dict().items():
         assert torch.equal(dict(model.model.named_parameters())[name], tensor)
 
@@ -148,7 +148,7 @@ def test_round_trip_is_bitwise(changes: dict[str, Any], tmp_path: Path) -> None:
     for name, parameter in again.named_parameters():
         assert torch.equal(parameter, state[name]), name
     meta = json.loads((tmp_path / "m" / "gcrm.json").read_text())
-    assert meta["fingerprint"] == fingerprint(sorted(state.items()))
+    assert meta["fingerprint"] == fingerprint(state)
     assert load_file(tmp_path / "m" / "goal.safetensors")["default"].shape == (config.projection_size or 32,)
     assert ("score.weight" in load_file(tmp_path / "m" / "model.safetensors")) == (config.head == "linear")
 

@@ -248,14 +248,14 @@ CASES = [
     config("epsilon not a number", r"field 'rms_norm_eps' is nan: must be a positive", rms_norm_eps=float("nan")),
     config("bias not a boolean", r"field 'attention_bias' is 'no': must be true or false", attention_bias="no"),
     config("other activation", r"field 'hidden_act' is 'gelu'", hidden_act="gelu"),
-    config("quantised", r"field 'quantization_config': a quantised", quantization_config={"quant_method": "gptq"}),
+    config("quantized", r"field 'quantization_config': a quantized", quantization_config={"quant_method": "gptq"}),
     config(
         "RoPE of another type",
-        r"field 'rope_scaling' asks for RoPE of type 'yarn'",
+        r"field 'rope_scaling' names a RoPE of type 'yarn'",
         rope_scaling={"rope_type": "yarn", "factor": 2.0},
     ),
     config("RoPE not an object", r"field 'rope_parameters' is list", rope_parameters=["linear"]),
-    config("RoPE type not text", r"asks for RoPE of type \['linear'\]", rope_scaling={"type": ["linear"]}),
+    config("RoPE type not text", r"names a RoPE of type \['linear'\]", rope_scaling={"type": ["linear"]}),
     config("RoPE without a factor", r"field 'factor' is missing", rope_scaling={"type": "linear"}),
     config(
         "RoPE on part of a head",
@@ -402,7 +402,7 @@ CASES = [
     ),
     tensors(
         "linear head where an MLP is asked for",
-        r"m: its reward head 'score\.weight' is linear: leave out --head",
+        r"m: its reward head 'score\.weight' is linear: omit --head",
         {"score.weight": torch.ones(1, H)},
         "--head",
         "mlp",

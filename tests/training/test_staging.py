@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
+from gcrm_fast.common.torch_compat import tree_leaves
 from gcrm_fast.training import parallel, snapshots
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.objectives import STATISTICS

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from gcrm_fast import train
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.torch_compat import TorchDispatchMode
 from gcrm_fast.data.batches import Budget
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
@@ -232,16 +232,19 @@ def test_the_fastest_plan_that_fits_is_chosen() -> None:
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
+@pytest.mark.parametrize("backend", ["graphs", "aot_eager"])
 def test_compiled_blocks_equal_eager_ones_and_compile_once(
-    pairs: list[TokenizedPair], monkeypatch: pytest.MonkeyPatch
+    pairs: list[TokenizedPair], monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    graphs = []
+    graphs: list[torch.fx.GraphModule] = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    def kept(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
         graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return graph
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend=kept if backend == "graphs" else backend)
+    )
     config = small_config(num_hidden_layers=4)
     eager, compiled = small_model(config), small_model(config)
     compiled.load_state_dict(eager.state_dict())
@@ -254,7 +257,7 @@ def test_compiled_blocks_equal_eager_ones_and_compile_once(
         compiled_so_far.append(len(graphs))
     # The first block, those between and the pruned one; one of them can be handed over twice, when a number in it turns
     # out to be constant.
-    assert 3 <= compiled_so_far[0] <= 4
+    assert backend != "graphs" or 3 <= compiled_so_far[0] <= 4
     assert compiled_so_far == compiled_so_far[:1] * 4, "other sizes and layers compile nothing"
 
 
@@ -262,7 +265,7 @@ class _NoWaiting(TorchDispatchMode):
     """Refuses what would make the host wait for a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func._opname not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), func
+        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), func
         return func(*args, **(kwargs or {}))
 
 
@@ -282,21 +285,14 @@ def test_a_step_never_waits_for_the_device(pairs: list[TokenizedPair], variant: 
             updater.update(1, sums["loss"])
 
 
-def test_weights_gathered_once_per_step_train_the_same(
-    pairs: list[TokenizedPair], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_gathered_once_per_step_train_the_same(pairs: list[TokenizedPair]) -> None:
     """Several packs per step and several steps: the same bits as with weights gathered for every pass, and each unit is
     gathered once per step."""
     gathered: list[int] = []
-    unshard = torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup.wait_for_unshard
 
-    def counted(group: Any) -> None:
-        gathered[-1] += group._all_gather_result is not None
-        unshard(group)
+    def count(unit: torch.nn.Module, inputs: Any) -> None:
+        gathered[-1] += isinstance(next(unit.parameters()), DTensor)
 
-    monkeypatch.setattr(
-        torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup, "wait_for_unshard", counted
-    )
     packs = [build_pack([[pair]], Sampling(samples=4), 0) for pair in pairs[:3]]
     initial = small_model(small_config(), torch.float32).state_dict()
     found = []
@@ -306,18 +302,21 @@ def test_weights_gathered_once_per_step_train_the_same(
             model = small_model(small_config(), torch.float32)
             model.load_state_dict(initial)
             parallel.shard(model, mesh, torch.bfloat16, gather=gather)
+            for unit in (*model.model.layers, model.score, model):
+                unit.register_forward_pre_hook(count, prepend=True)  # before FSDP's own, which gathers
             updater = Updater(model, TrainConfig(lr=1e-2, warmup=0.0), 4, device)
             for step in range(2):
                 updater.update(step, train.accumulate(model, packs, 3, Objective(), device)["loss"])
             found.append(parallel.full_state(model, torch.float32))
             with torch.no_grad():
                 model(packs[0].to(device))
+            assert isinstance(model.score.weight, DTensor) == (gather == "block")
             parallel.reshard(model)
             assert all(isinstance(p, DTensor) for p in model.parameters())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     units = small_config().num_hidden_layers + 2  # blocks, head, root
     assert gathered[1] == 3 * units  # two steps and the forward without a backward
-    assert gathered[0] > 2 * gathered[1]
+    assert gathered[0] == 7 * units  # every forward; the backward gathers again
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-bf16", pytest.param("adamw-8bit", marks=pytest.mark.slow)])
