@@ -350,7 +350,16 @@ def share_of_step(device: torch.device, dtype: torch.dtype, seconds: float) -> l
     pairs = []
     for i in range(32 if device.type == "cuda" else 8):
         prompt, chosen, rejected = (rng.integers(3, 32000, size=k).astype(np.int32) for k in (100, 200, 180))
-        pairs.append(TokenizedPair(i, np.r_[prompt, chosen], np.r_[prompt, rejected], 100, 100, 0.0, i, {}))
+        pairs.append(
+            TokenizedPair(
+                pair_id=i,
+                chosen_ids=np.r_[prompt, chosen],
+                rejected_ids=np.r_[prompt, rejected],
+                chosen_start=100,
+                rejected_start=100,
+                prompt_key=i,
+            )
+        )
     pack = build_pack([[pair] for pair in pairs], Sampling(variant="repo"), 0).to(device)
     model = drawn.network(config, 0, device, dtype)
     z_RD = model(pack).z_RD.detach()

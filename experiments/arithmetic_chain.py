@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import tyro
 
+from gcrm_fast import cli
 from gcrm_fast.checkpoints.goals import named_goal
-from gcrm_fast.commands import evaluate, goals, samples, vote
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import Options as CommandOptions
 from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.common.statistics import ratio
 from gcrm_fast.data.encoding import Completion
@@ -38,8 +39,8 @@ OFFSETS = range(-2, 9)  # tokens after the error's own
 HERE = Path(__file__).resolve().parent
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
     """Runs the chain on the default model; see the top of the script."""
 
     runs: Path = Path("runs")
@@ -52,10 +53,10 @@ class Options:
     """Path of the report, without the suffixes .md and .json."""
 
 
-def done(command: Callable[[list[str]], int], *arguments: object) -> None:
+def done(command: str, *arguments: object) -> None:
     """Runs a gcrm command. Raises UserError if it fails, after it printed its own error."""
-    if command([str(argument) for argument in arguments]):
-        raise UserError(f"{command.__module__} {' '.join(map(str, arguments))}: failed with the error above")
+    if cli.run(command, [str(argument) for argument in arguments]):
+        raise UserError(f"gcrm {command} {' '.join(map(str, arguments))}: failed with the error above")
 
 
 # ----------------------------------------------------------------------------------------------------- localization
@@ -333,21 +334,21 @@ def run(options: Options) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     held_out, other = folder / "held_out.jsonl", folder / "train.jsonl"
     sizes = ("--problems", options.problems, "--samples", options.samples)
-    done(samples.main, "-o", held_out, *sizes)
-    done(samples.main, "-o", other, *sizes, "--side", "train", "--right", 0.5)
+    done("samples", "-o", held_out, *sizes)
+    done("samples", "-o", other, *sizes, "--side", "train", "--right", 0.5)
     goal_files = {name: folder / f"goals-{number}.safetensors" for number, name in enumerate(models)}
     for name, model in models.items():
         goal_files[name].unlink(missing_ok=True)
         for goal, condition in GOALS.items():
-            done(goals.main, model, other, "-o", goal_files[name], "--name", goal, "--where", condition)
+            done("goals", model, other, "-o", goal_files[name], "--name", goal, "--where", condition)
     evaluations, votes = {}, {}
     for number, (name, goal) in enumerate(CASES):
         common = (models[name], held_out, "--goal", f"{goal_files[name]}:{goal}", "--overwrite")
-        done(evaluate.main, *common, "-o", folder / f"evaluate-{number}", "--by", "steps")
+        done("evaluate", *common, "-o", folder / f"evaluate-{number}", "--by", "steps")
         evaluations[name, goal] = read_rows(folder / f"evaluate-{number}")
         for threshold in ("0", "auto"):
             output = folder / f"vote-{number}-{threshold}"
-            done(vote.main, *common, "-o", output, "--threshold", threshold)
+            done("vote", *common, "-o", output, "--threshold", threshold)
             votes[name, goal, threshold] = read_rows(output)
     cases = located_cases(models, goal_files, held_out)
     numbers = {

@@ -20,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import Options as CommandOptions
 from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.common.statistics import auroc
 from gcrm_fast.data.encoding import Completion
@@ -54,8 +55,8 @@ TOP = 3
 HERE = Path(__file__).resolve().parent
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
     """Compares the objectives on real data; see the top of the script."""
 
     data: str = ""

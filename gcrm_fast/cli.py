@@ -1,23 +1,75 @@
-"""The ``gcrm`` console program: one subcommand a task."""
+"""The ``gcrm`` console program: its commands, one entry each."""
 
 import argparse
 import importlib
 import sys
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from gcrm_fast import __version__
 
-COMMANDS = {  # name: (module with a main(argv), what it does)
-    "train": ("gcrm_fast.train", "train a reward model on preference pairs"),
-    "score": ("gcrm_fast.commands.score", "rewards of completions, and Q-values of their tokens"),
-    "goals": ("gcrm_fast.commands.goals", "a goal state from preferred completions"),
-    "evaluate": ("gcrm_fast.commands.evaluate", "AUROC over completions known to be right or wrong, beside shortcuts"),
-    "vote": ("gcrm_fast.commands.vote", "answers by many samples of a question, filtered and weighed"),
-    "inspect": ("gcrm_fast.commands.inspect", "a web page of a record, its tokens coloured by Q and reward"),
-    "export": ("gcrm_fast.commands.export", "write a model as other programs read it"),
-    "serve": ("gcrm_fast.commands.serve", "rewards and Q-values over HTTP"),
-    "samples": ("gcrm_fast.commands.samples", "labelled solutions of generated problems, with the place of the error"),
+
+class Command(NamedTuple):
+    """One command: ``function(options)`` runs it, with the dataclass ``options`` read from the command line.
+
+    Both are named as MODULE:NAME and imported when the command is called, so that ``gcrm --help`` needs no torch.
+    """
+
+    help: str
+    options: str
+    function: str
+
+
+COMMANDS = {
+    "train": Command("train a reward model on preference pairs", "training.config:TrainConfig", "train:run"),
+    "score": Command(
+        "score completions, and each of their tokens", "commands.options:ScoreOptions", "commands.score:score"
+    ),
+    "goals": Command(
+        "make a goal state from preferred completions", "commands.options:GoalOptions", "commands.goals:goals"
+    ),
+    "evaluate": Command(
+        "measure AUROC on completions labeled right or wrong, compared with shortcuts",
+        "commands.options:EvaluateOptions",
+        "commands.evaluate:evaluate",
+    ),
+    "vote": Command(
+        "answer questions by voting over many samples, filtered and weighted by rewards",
+        "commands.options:VoteOptions",
+        "commands.vote:vote",
+    ),
+    "inspect": Command(
+        "show a record as a web page, its tokens colored by Q-value and reward",
+        "commands.inspect:Options",
+        "commands.inspect:run",
+    ),
+    "export": Command(
+        "write a model in another program's format", "commands.export:ExportOptions", "commands.export:export"
+    ),
+    "serve": Command("serve rewards and Q-values over HTTP", "commands.serve:ServeOptions", "commands.serve:serve"),
+    "samples": Command(
+        "generate labeled solutions of arithmetic problems, with the place of the error",
+        "commands.samples:SampleOptions",
+        "commands.samples:run",
+    ),
 }
+
+
+def imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(f"gcrm_fast.{module}"), name)
+
+
+def run(name: str, argv: list[str]) -> int:
+    """Runs one command with its own arguments. Returns the exit code."""
+    from gcrm_fast.common.options import exit_code, parse_options  # here: `gcrm --help` needs none of it
+
+    command, prog = COMMANDS[name], f"gcrm {name}"
+
+    def work() -> None:
+        options = parse_options(imported(command.options), argv, prog)
+        imported(command.function)(options)
+
+    return exit_code(prog, work)
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -27,25 +79,25 @@ class _OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see gcrm --help)\n")
 
 
-def main() -> int:
-    """Runs ``gcrm COMMAND ...``; the command reads its own options (``gcrm train --help``). Returns the exit code."""
+def main(argv: list[str] | None = None) -> int:
+    """``gcrm COMMAND ...``, by default of this process's arguments. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
     width = max(map(len, COMMANDS))
     parser = _OneLineParser(
         prog="gcrm",
         usage="gcrm [--help | --version] COMMAND [OPTIONS]",
         description="Goal-conditioned reward models for Llama-family language models.",
-        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {line}" for name, (_, line) in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"gcrm {__version__}")
     parser.add_argument("command", metavar="COMMAND", help="one of those below; gcrm COMMAND --help lists its options")
-    # Only the first word is ours: everything after it belongs to the command, --help included.
-    command = parser.parse_args(sys.argv[1:2]).command
-    if command not in COMMANDS:
-        parser.error(f"unknown command '{command}'")
-    module = importlib.import_module(COMMANDS[command][0])  # here, so that --help and --version need no torch
-    return module.main(sys.argv[2:])
+    # Only the first word is read here: everything after it belongs to the command, --help included.
+    name = parser.parse_args(argv[:1]).command
+    if name not in COMMANDS:
+        parser.error(f"unknown command '{name}'")
+    return run(name, argv[1:])
 
 
 if __name__ == "__main__":

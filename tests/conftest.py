@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses work under ``poisoned``
 
-from gcrm_fast.cli import COMMANDS
+from gcrm_fast import cli
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_kernels import launch
 from support.small import SPECIAL, VOCAB
@@ -85,8 +85,7 @@ def gcrm(capsys: pytest.CaptureFixture[str]) -> Gcrm:
     """``gcrm COMMAND ARGUMENTS`` in this process."""
 
     def call(command: str, *arguments: object) -> Result:
-        main = importlib.import_module(COMMANDS[command][0]).main
-        return Result(main([*map(str, arguments)]), *capsys.readouterr())
+        return Result(cli.run(command, [*map(str, arguments)]), *capsys.readouterr())
 
     return call
 

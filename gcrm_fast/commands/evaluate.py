@@ -1,7 +1,6 @@
 """``gcrm evaluate``: how well a model's rewards and Q-values tell right completions from wrong ones, and how far
 shortcuts get on the same completions."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,10 +8,10 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from gcrm_fast.commands.shared import PAIRED, TableOptions, groups_of, limited, open_model, questions_of, records
+from gcrm_fast.commands.options import EvaluateOptions
+from gcrm_fast.commands.shared import PAIRED, groups_of, limited, open_model, questions_of, records
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
-from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.common.tables import columns, number
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.sampling import quantile_positions
@@ -21,18 +20,6 @@ from gcrm_fast.evaluation.plots import plot_histograms, plot_partial, plot_roc
 from gcrm_fast.evaluation.results import Row, check_folder, with_interval, write_rows
 from gcrm_fast.inference.candidates import judge
 from gcrm_fast.inference.scoring import RewardModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(TableOptions):
-    """AUROC of rewards and Q-values over completions known to be right or wrong, beside what shortcuts reach. The
-    records are labelled completions or preference pairs; each file is reported on its own.
-
-    Leaves results.json, results.csv, roc.png, partial.png and histograms.png in the output folder.
-    """
-
-    label: str = "is_correct"
-    """Field that says whether a completion is right: true or false. Of a pair the chosen one is."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +42,7 @@ def is_right(candidate: Candidate, label: str) -> bool:
     return bool(value)
 
 
-def read_source(source: str, model: RewardModel, options: Options) -> Source:
+def read_source(source: str, model: RewardModel, options: EvaluateOptions) -> Source:
     """Raises UserError for a record without label, question or group, and where all completions are of one class."""
     candidates = [candidate for of_record in records([source], model, options) for candidate in of_record]
     candidates = limited(candidates, [candidate.row for candidate in candidates], options.limit)
@@ -145,7 +132,7 @@ def table(rows: Sequence[Row]) -> str:
     return columns(head, cells)
 
 
-def run(options: Options) -> None:
+def evaluate(options: EvaluateOptions) -> None:
     """Reads and checks all files, then scores them. Raises UserError."""
     check_folder(options.output, options.overwrite)
     model, goal_D = open_model(options)
@@ -169,9 +156,3 @@ def run(options: Options) -> None:
         plot_partial(rows, folder / "partial.png")
         plot_histograms(scored, folder / "histograms.png")
     print(table(rows))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("gcrm evaluate", lambda: run(parse_options(Options, arguments, "gcrm evaluate")))

@@ -9,7 +9,6 @@ All of them load here again with the same rewards. The first also takes a head o
 that only this project reads. MODEL may have any head that the README lists: other projects' models become these too.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -25,7 +24,7 @@ from gcrm_fast.checkpoints.saving import fingerprint, write_model
 from gcrm_fast.checkpoints.weights import open_reward_model, parameter_shapes
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
-from gcrm_fast.common.options import exit_code, parse_options
+from gcrm_fast.common.options import Options
 from gcrm_fast.common.tables import table
 from gcrm_fast.data.records import COMPLETION_FORMATS, parse_columns, read_completions
 from gcrm_fast.data.tokenization import choose_pad, load_tokenizer
@@ -37,8 +36,8 @@ from gcrm_fast.model.llama import ModelConfig
 CARD = "README.md"
 
 
-@dataclass(frozen=True)
-class ExportOptions:
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
     """Writes a reward model as other programs read it."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -146,9 +145,3 @@ def _summary(options: ExportOptions, config: ModelConfig, scale: Scale | None) -
     if config.projection_size:
         rows.append(("projection", f"in {COMPANION}, for Q-values here: the format has no place for it"))
     return rows
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("gcrm export", lambda: export(parse_options(ExportOptions, arguments, "gcrm export")))

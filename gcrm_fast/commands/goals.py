@@ -3,18 +3,13 @@
 import json
 import operator
 import re
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import tyro
-
-from gcrm_fast.checkpoints.goals import DEFAULT, read_goals, write_goals
-from gcrm_fast.commands.shared import ModelOptions
+from gcrm_fast.checkpoints.goals import read_goals, write_goals
+from gcrm_fast.commands.options import GoalOptions
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
-from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.inference.candidates import fit
@@ -30,23 +25,6 @@ COMPARISONS = {
     "<": operator.lt,
 }
 CONDITION = re.compile(rf"\s*(.+?)\s*({'|'.join(COMPARISONS)})\s*(.+?)\s*")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GoalOptions(ModelOptions):
-    """Writes a goal state: the mean state at the end of preferred completions. These are the chosen ones of pairs, and
-    of labelled completions those whose field is_correct is true. Completions that a length limit cut have no end
-    state: they are left out and counted."""
-
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """Goal file. A goal is added to one of the same model that exists."""
-    name: str = DEFAULT
-    """Name of the goal in the file."""
-    where: tuple[str, ...] = ()
-    """Conditions on fields of the record, all of which must hold, in place of is_correct: 'helpfulness>=4'. One of >=,
-    <=, ==, !=, > and <; of a field that is a list, each completion has its own entry."""
-    limit: int = 0
-    """Take the first so many completions; 0 is all."""
 
 
 class Condition(NamedTuple):
@@ -116,7 +94,7 @@ def preferred(options: GoalOptions, model: RewardModel, bad: BadRecords) -> tupl
     return found, cut
 
 
-def run(options: GoalOptions) -> None:
+def goals(options: GoalOptions) -> None:
     """Reads the records, computes the goal and writes the file. Raises UserError."""
     if options.limit < 0:
         raise UserError(f"--limit {options.limit}: must be 0 or more")
@@ -138,9 +116,3 @@ def run(options: GoalOptions) -> None:
         f"{path}: goal {options.name!r} is the mean end state of {len(chosen)} completions; {cut} cut ones left out, "
         f"{len(bad.skipped)} bad records skipped"
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("gcrm goals", lambda: run(parse_options(GoalOptions, arguments, "gcrm goals")))

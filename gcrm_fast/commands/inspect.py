@@ -1,6 +1,5 @@
 """``gcrm inspect``: one web page of a record; see page.py for what it shows."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import Annotated, Literal
 import tyro
 from torch import Tensor
 
-from gcrm_fast.commands.shared import PAIRED, JudgingOptions, open_model, records
+from gcrm_fast.commands.options import JudgingOptions
+from gcrm_fast.commands.shared import PAIRED, open_model, records
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
-from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.evaluation.page import Column, first_difference, page, step_start
 from gcrm_fast.inference.candidates import judge
@@ -111,9 +110,3 @@ def run(options: Options) -> None:
     )
     with written_aside(output) as partial:
         partial.write_text(text, encoding="utf-8")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("gcrm inspect", lambda: run(parse_options(Options, arguments, "gcrm inspect")))

@@ -10,12 +10,12 @@ import tyro
 
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
-from gcrm_fast.common.options import exit_code, parse_options
+from gcrm_fast.common.options import Options
 from gcrm_fast.data.arithmetic import LETTERS, generate, samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions:
+class SampleOptions(Options):
     """Writes labelled solutions of generated problems as JSON lines, which the other commands read. A wrong solution
     has one wrong step, any with equal chance, and goes on from it."""
 
@@ -68,9 +68,3 @@ def run(options: SampleOptions) -> None:
     path = output_file(options.output, ())
     with written_aside(path) as partial:
         partial.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("gcrm samples", lambda: run(parse_options(SampleOptions, arguments, "gcrm samples")))

@@ -13,23 +13,20 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch.distributed as dist
-import tyro
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
 from gcrm_fast.checkpoints.goals import named_goal
-from gcrm_fast.commands.shared import ModelOptions
+from gcrm_fast.commands.options import ScoreOptions
 from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
-from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
 from gcrm_fast.data.sources import STDIN, BadRecords
@@ -39,19 +36,6 @@ from gcrm_fast.inference.scoring import Judged, RewardModel
 T = TypeVar("T")
 Window = list[list[Candidate]]  # the completions of each record
 WINDOW_RECORDS, WINDOW_CHARACTERS = 1024, 2**21  # a window ends with the record that reaches one of them
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreOptions(ModelOptions):
-    """Writes each record with the reward of its completions, as JSON lines in input order. The output appears when it
-    is whole; a run that was interrupted goes on where it stopped. Under torchrun all processes score."""
-
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """File of JSON lines, gzipped if its name ends in .gz; - for stdout."""
-    per_token: bool = False
-    """Also write the tokens of each completion with their rewards and Q-values."""
-    goal: str = ""
-    """Goal state of the Q-values: FILE[:NAME]. By default the model's own default goal."""
 
 
 class Progress(NamedTuple):
@@ -323,10 +307,8 @@ def score_files(
     return True
 
 
-def run(options: ScoreOptions) -> None:
+def score(options: ScoreOptions) -> None:
     """Checks the output, loads the model, scores. Raises UserError."""
-    if options.goal and not options.per_token:
-        raise UserError("--goal: Q-values are written with --per-token: add it, or leave the goal out")
     output = Stdout() if options.output == STDIN else Output(output_file(options.output, options.data))
     model = RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch)
     goal = goal_of(options, model)
@@ -348,9 +330,3 @@ def run(options: ScoreOptions) -> None:
         if not score_files(options, model, goal, output, done, rank, world_size):
             say(f"{options.output}: the partial output was made of other records: starting anew")
             score_files(options, model, goal, output, Progress(made_by), rank, world_size)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("gcrm score", lambda: run(parse_options(ScoreOptions, arguments, "gcrm score")))

@@ -14,15 +14,15 @@ import tyro
 from tyro.conf import Positional
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import exit_code, parse_options
+from gcrm_fast.common.options import Options
 from gcrm_fast.inference.scoring import RewardModel
 
 TOKEN_VARIABLE = "GCRM_TOKEN"
 CONNECTIONS = 4096  # open at a time; more are answered 503
 
 
-@dataclass(frozen=True)
-class ServeOptions:
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(Options):
     """Serves rewards and Q-values over HTTP: POST /get_reward as OpenRLHF asks, POST /score, GET /health."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -137,9 +137,3 @@ def serve(options: ServeOptions) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(program, "should_exit", True))
         program.run(sockets=[listener])
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("gcrm serve", lambda: serve(parse_options(ServeOptions, arguments, "gcrm serve")))

@@ -1,16 +1,15 @@
 """``gcrm vote``: answers questions by many samples of each, with and without a reward model, and what that gains."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from gcrm_fast.commands.shared import TableOptions, groups_of, limited, open_model, questions_of, records, text_of
+from gcrm_fast.commands.options import VoteOptions
+from gcrm_fast.commands.shared import groups_of, limited, open_model, questions_of, records, text_of
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
-from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.common.tables import columns, number
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.evaluation.measures import halves
@@ -18,27 +17,6 @@ from gcrm_fast.evaluation.plots import plot_savings
 from gcrm_fast.evaluation.results import Row, check_folder, write_rows
 from gcrm_fast.evaluation.voting import Question, Result, Saving, chosen_threshold, results, saving, thresholds
 from gcrm_fast.inference.candidates import Judgement, judge
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(TableOptions):
-    """Majority, Q-filtered and reward-weighted votes, best of n, and the majority of the top K, over many samples of
-    each question.
-
-    Leaves results.json, results.csv and savings.png (accuracy against tokens saved) in the output folder. --limit
-    counts questions; --by also holds a vote among the samples of each value alone.
-    """
-
-    answer: str = "predicted_answer"
-    """Field of a sample's answer; null or empty where it has none: such a sample takes part in no vote."""
-    expected: str = "expected_answer"
-    """Field of the right answer. Answers are compared as text, without the white space around them."""
-    threshold: float | Literal["auto"] = 0.0
-    """A sample is dropped once a Q-value falls below this. auto: what is best on one half of the questions, by a hash
-    of their text; the other half alone is then reported."""
-    top_k: int = 5
-    """Samples of greatest reward among which the re-ranked vote takes the majority."""
-
 
 # ------------------------------------------------------------------------------------------------------------ input
 
@@ -161,7 +139,7 @@ def table(elections: Sequence[Election]) -> str:
     )
 
 
-def run(options: Options) -> None:
+def vote(options: VoteOptions) -> None:
     """Reads and checks the file, then scores it. Raises UserError."""
     check_folder(options.output, options.overwrite)
     if options.top_k < 1:
@@ -202,9 +180,3 @@ def run(options: Options) -> None:
         }
         write_rows(folder, [row for election in elections for row in rows_of(", ".join(options.data), election)], about)
     print(table(elections))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can mend."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("gcrm vote", lambda: run(parse_options(Options, arguments, "gcrm vote")))

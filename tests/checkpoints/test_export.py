@@ -18,10 +18,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gcrm_fast import RewardModel
+from gcrm_fast import RewardModel, cli
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals, write_goals
 from gcrm_fast.checkpoints.saving import save_model, write_model
-from gcrm_fast.commands.export import main
 from gcrm_fast.data.encoding import ADDED_END, CUT, OWN_END, Completion, TokenizedPair, encode_completions
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
@@ -189,7 +188,7 @@ def test_exported_folders_give_the_same_rewards(
     before = RewardModel.from_pretrained(source / "model")
     rewards, q = before.score(PROMPTS, COMPLETIONS), before.q_values(PROMPTS, COMPLETIONS, "short")
     out = tmp_path / "out"
-    assert main([str(source / "model"), "-o", str(out), "--format", format_]) == 0
+    assert cli.run("export", [str(source / "model"), "-o", str(out), "--format", format_]) == 0
     assert "gcrm.safetensors" in capsys.readouterr().out  # the projection
     again = RewardModel.from_pretrained(out)
     np.testing.assert_array_equal(again.score(PROMPTS, COMPLETIONS), rewards)
@@ -214,7 +213,8 @@ def test_standardized_rewards(source: Path, tmp_path: Path, format_: str) -> Non
     expected = (rewards - rewards.mean()) / rewards.std()
     out = tmp_path / "out"
     assert (
-        main(
+        cli.run(
+            "export",
             [
                 str(source / "model"),
                 "-o",
@@ -223,7 +223,7 @@ def test_standardized_rewards(source: Path, tmp_path: Path, format_: str) -> Non
                 format_,
                 "--standardize",
                 str(source / "completions.jsonl"),
-            ]
+            ],
         )
         == 0
     )
@@ -246,7 +246,7 @@ def test_other_projects_heads_become_ours(tmp_path: Path, capsys: pytest.Capture
     tensors = {name: tensor.bfloat16() for name, tensor in trunk().items()}
     tensors |= {"v_head.summary.weight": torch.randn(1, 32).bfloat16(), "v_head.summary.bias": torch.ones(1).bfloat16()}
     llama(tmp_path / "in", tensors)
-    assert main([str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 0
+    assert cli.run("export", [str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 0
     assert "v_head.summary.bias" in capsys.readouterr().out
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert exported.keys() == trunk().keys() | {"score.weight"}
@@ -266,7 +266,7 @@ def mlp(tmp_path: Path) -> Path:
 
 
 def test_a_head_of_several_layers_goes_beside(mlp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(mlp), "-o", str(tmp_path / "out")]) == 0
+    assert cli.run("export", [str(mlp), "-o", str(tmp_path / "out")]) == 0
     assert "in gcrm.safetensors, for gcrm_fast only" in capsys.readouterr().out
     rewards = [RewardModel.from_pretrained(folder).score(PROMPTS, COMPLETIONS) for folder in (mlp, tmp_path / "out")]
     np.testing.assert_array_equal(*rewards)
@@ -288,7 +288,7 @@ def test_what_cannot_be_exported_is_one_line(
 ) -> None:
     (tmp_path / "equal").write_text('{"prompt": "a", "completions": ["b", "b"]}\n')
     places = {"mlp": mlp, "out": tmp_path / "out", "source": source / "model", "equal": tmp_path / "equal"}
-    assert main([argument.format(**places) for argument in arguments]) == 2
+    assert cli.run("export", [argument.format(**places) for argument in arguments]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line and "scoring:" not in line]  # a bar
     assert message in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["equal", "mlp"]

@@ -12,7 +12,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from gcrm_fast.commands import samples
+from gcrm_fast import cli
 from gcrm_fast.data import arithmetic
 from gcrm_fast.data.arithmetic import generate, is_correct, is_held_out
 from gcrm_fast.data.encoding import TokenizedPair, tokenize_pairs
@@ -139,7 +139,7 @@ def test_token_counts_tell_nothing(tokenized):
 def written(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """The records that ``gcrm samples`` writes."""
     path = folder / "samples.jsonl"
-    assert samples.main(["-o", str(path), *arguments]) == 0
+    assert cli.run("samples", ["-o", str(path), *arguments]) == 0
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -190,9 +190,9 @@ def test_sides_are_disjoint_and_the_held_out_one_is_never_trained_on(tmp_path):
 
 def test_samples_to_stdout_and_gzip(tmp_path, capsysbinary):
     records = written(tmp_path, "--problems", "5", "--samples", "2")
-    assert samples.main(["-o", "-", "--problems", "5", "--samples", "2"]) == 0
+    assert cli.run("samples", ["-o", "-", "--problems", "5", "--samples", "2"]) == 0
     assert [json.loads(line) for line in capsysbinary.readouterr().out.splitlines()] == records
-    assert samples.main(["-o", str(tmp_path / "s.jsonl.gz"), "--problems", "5", "--samples", "2"]) == 0
+    assert cli.run("samples", ["-o", str(tmp_path / "s.jsonl.gz"), "--problems", "5", "--samples", "2"]) == 0
     with gzip.open(tmp_path / "s.jsonl.gz", "rt") as file:
         assert [json.loads(line) for line in file] == records
 
@@ -207,7 +207,7 @@ def test_samples_to_stdout_and_gzip(tmp_path, capsysbinary):
     ],
 )
 def test_samples_that_cannot_be_made_are_one_line_and_no_file(tmp_path, capsys, arguments, said):
-    assert samples.main(["-o", str(tmp_path / "s.jsonl"), *arguments]) == 2
+    assert cli.run("samples", ["-o", str(tmp_path / "s.jsonl"), *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1

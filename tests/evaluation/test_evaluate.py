@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from gcrm_fast import cli
 from gcrm_fast.commands import evaluate, shared
+from gcrm_fast.commands.options import EvaluateOptions
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.evaluation import results
@@ -49,7 +51,7 @@ def test_evaluate_reports_labelled_completions_and_pairs(
     records = labelled()
     files = [str(write(tmp_path / "labelled.jsonl", records)), str(write(tmp_path / "pairs.jsonl", PAIRS))]
     out = tmp_path / "out"
-    assert evaluate.main([str(model), *files, "-o", str(out), "--by", "family,class"]) == 0
+    assert cli.run("evaluate", [str(model), *files, "-o", str(out), "--by", "family,class"]) == 0
     plots = ["histograms.png", "partial.png", "roc.png"]
     assert sorted(p.name for p in out.iterdir()) == sorted([*plots, "results.csv", "results.json"])
     with (out / "results.csv").open() as file:
@@ -109,7 +111,7 @@ def test_results_do_not_replace_what_is_there_unasked(tmp_path: Path) -> None:
 def test_lists_of_labels_go_with_lists_of_completions_and_whole_records(model: Path, tmp_path: Path) -> None:
     texts = ["one", "two", "three"]
     records = [{"prompt": "", "completions": texts, "is_correct": [True, 0, i == 0]} for i in (0, 1)]
-    options = evaluate.Options(model=str(model), data=("-",), output=tmp_path)
+    options = EvaluateOptions(model=str(model), data=("-",), output=tmp_path)
     loaded, _ = shared.open_model(options)
     source = evaluate.read_source(str(write(tmp_path / "lists.jsonl", records)), loaded, options)
     assert source.right_N.tolist() == [True, False, True, True, False, False]
@@ -127,7 +129,7 @@ def test_lists_of_labels_go_with_lists_of_completions_and_whole_records(model: P
         ({}, ["--by", "size"], r"bad\.jsonl:1: field 'size', named by --by, is missing"),
         ({}, ["--label", "right"], r"bad\.jsonl:1: field 'right', named by --label, is missing"),
         ({}, ["--limit", "1"], r"bad\.jsonl: all 1 completions are (right|wrong): there is nothing to tell apart"),
-        ({}, ["--limit", "-1"], r"--limit -1: must be 0 or more"),
+        ({}, ["--limit", "-1"], r"--limit -1: must be at least 0"),
         ({"completion": ""}, [], r"bad\.jsonl:3: field 'completion' is empty"),
         ({}, ["--goal", "none.safetensors"], r"none\.safetensors: not a readable goal file"),
         ({}, ["--tokens-per-batch", "4"], r"bad\.jsonl:1: field 'completion'"),
@@ -144,7 +146,7 @@ def test_bad_input_of_evaluate(
     records = samples()
     records[2] = {k: v for k, v in (records[2] | change).items() if v is not ...}
     file = write(tmp_path / "bad.jsonl", records)
-    assert evaluate.main([str(model), str(file), "-o", str(tmp_path / "out"), *arguments]) == 2
+    assert cli.run("evaluate", [str(model), str(file), "-o", str(tmp_path / "out"), *arguments]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"gcrm evaluate: .*", err), err
     assert re.search(message, err), err
@@ -160,6 +162,6 @@ def test_what_cannot_be_read_or_written_is_said_first(
         (["-o", str(tmp_path / "out")], "no records are named|required"),
         ([str(file), "-o", str(empty)], "empty.jsonl: is not a folder"),
     ):
-        assert evaluate.main([str(model), *arguments]) == 2
+        assert cli.run("evaluate", [str(model), *arguments]) == 2
         assert re.search(message, capsys.readouterr().err)
     assert sorted(tmp_path.iterdir()) == [empty, file]

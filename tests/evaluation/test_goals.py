@@ -185,7 +185,7 @@ def test_wrong_calls_write_nothing(gcrm: Gcrm, tmp_path: Path) -> None:
         ([pairs, "-o", tmp_path], "is a folder"),
         ([pairs, "-o", pairs], "is also an input"),
         ([pairs, "-o", tmp_path / "no" / "g"], "no folder"),
-        ([pairs, "-o", out, "--limit", "-1"], "--limit -1: must be 0 or more"),
+        ([pairs, "-o", out, "--limit", "-1"], "--limit -1: must be at least 0"),
         ([tmp_path / "missing", "-o", out], "missing: cannot be read"),
     ):
         result = gcrm(*arguments)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gcrm_fast import cli
 from gcrm_fast.commands import inspect
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
@@ -64,7 +65,7 @@ class Reader(HTMLParser):
 
 def test_a_page_marks_difference_and_error_and_keeps_all_text(model: Path, tmp_path: Path) -> None:
     file, out = write(tmp_path / "pairs.jsonl", [PAIR | {"error_step": 1}, PAIR]), tmp_path / "page.html"
-    assert inspect.main([str(model), str(file), "--row", "1", "-o", str(out)]) == 0
+    assert cli.run("inspect", [str(model), str(file), "--row", "1", "-o", str(out)]) == 0
     text = out.read_text()
     read = Reader(text)
     assert read.sections == [PAIR["chosen"] + "<|eos|>", str(PAIR["rejected"]) + "<|eos|>"]
@@ -98,7 +99,7 @@ def test_one_completion_stands_alone_and_lists_stand_together(model: Path, tmp_p
         ),  # the first two are the same
     ):
         file = write(tmp_path / "one.jsonl", [record])
-        assert inspect.main([str(model), str(file), "--row", "0", "-o", str(out)]) == 0
+        assert cli.run("inspect", [str(model), str(file), "--row", "0", "-o", str(out)]) == 0
         read = Reader(out.read_text())
         assert re.findall(r"<h2>([^<]+)</h2>", out.read_text()) == titles
         assert sorted(name for _, name, _ in read.marks) == marks
@@ -186,8 +187,8 @@ def test_bad_input_of_inspect(
     message: str,
 ) -> None:
     file = write(tmp_path / "bad.jsonl", [PAIR | change])
-    assert inspect.main([str(model), str(file), "-o", str(tmp_path / "page.html"), *arguments]) == 2
+    assert cli.run("inspect", [str(model), str(file), "-o", str(tmp_path / "page.html"), *arguments]) == 2
     err = capsys.readouterr().err
     assert re.search(message, err), err
-    assert inspect.main([str(model), str(file), "--row", "0", "-o", str(tmp_path)]) == 2
+    assert cli.run("inspect", [str(model), str(file), "--row", "0", "-o", str(tmp_path)]) == 2
     assert sorted(tmp_path.iterdir()) == [file]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gcrm_fast import cli
 from gcrm_fast.commands import vote
 from gcrm_fast.evaluation import voting
 from gcrm_fast.evaluation.voting import Question
@@ -140,7 +141,7 @@ def test_vote_reports_what_the_votes_give(model: Path, tmp_path: Path, capsys: p
     records = samples()
     file = write(tmp_path / "samples.jsonl", records)
     out = tmp_path / "out"
-    assert vote.main([str(model), str(file), "-o", str(out), "--by", "family", "--top-k", "3"]) == 0
+    assert cli.run("vote", [str(model), str(file), "-o", str(out), "--by", "family", "--top-k", "3"]) == 0
     assert sorted(p.name for p in out.iterdir()) == ["results.csv", "results.json", "savings.png"]
     found = rows(out)
     assert found["all", "questions"] == found["family=a", "questions"] == 6
@@ -187,7 +188,7 @@ def test_an_automatic_threshold_is_chosen_on_one_half_and_reported_on_the_other(
         ({}, ["--by", "size"], r"samples\.jsonl:1: field 'size', named by --by, is missing"),
         ({}, ["--question", "size"], r"samples\.jsonl:1: field 'size', named by --question, is missing"),
         ({}, ["--top-k", "0"], r"--top-k 0: must be at least 1"),
-        ({}, ["--limit", "-1"], r"--limit -1: must be 0 or more"),
+        ({}, ["--limit", "-1"], r"--limit -1: must be at least 0"),
         ({}, ["--threshold", "low"], r"--threshold"),
         ({}, ["--limit", "1", "--threshold", "auto"], r"--threshold auto: the questions of all are too few"),
         ({}, ["--goal", "none.safetensors"], r"none\.safetensors: not a readable goal file"),
@@ -204,7 +205,7 @@ def test_bad_input_of_vote(
     records = samples()
     records[2] = {k: v for k, v in (records[2] | change).items() if v is not ...}
     file = write(tmp_path / "samples.jsonl", records)
-    assert vote.main([str(model), str(file), "-o", str(tmp_path / "deep" / "out"), *arguments]) == 2
+    assert cli.run("vote", [str(model), str(file), "-o", str(tmp_path / "deep" / "out"), *arguments]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert re.search(message, err), err
     assert sorted(tmp_path.iterdir()) == [file]

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import gcrm_fast
-from gcrm_fast.commands import evaluate, goals, score, vote
+from gcrm_fast import cli
+from gcrm_fast.commands import score
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import CUT, Completion
@@ -315,7 +316,7 @@ def test_from_a_pipe_into_a_pipe(folder: Path, gcrm: Gcrm, tmp_path: Path, monke
         monkeypatch.setattr(sys, "stdin", source)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", target)
-            assert score.main([str(folder), "-", "-o", "-"]) == 0
+            assert cli.run("score", [str(folder), "-", "-o", "-"]) == 0
         assert target.buffer.getvalue() == (tmp_path / "out").read_bytes()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="several processes cannot read one stdin"):
@@ -324,6 +325,7 @@ def test_from_a_pipe_into_a_pipe(folder: Path, gcrm: Gcrm, tmp_path: Path, monke
 
 KILLED = """
 import os, signal
+from gcrm_fast import cli
 from gcrm_fast.commands import score
 score.WINDOW_RECORDS = 7
 whole, count = os.replace, 0
@@ -334,7 +336,7 @@ def replace(*paths):
         os.kill(os.getpid(), signal.SIGKILL)
     whole(*paths)
 os.replace = replace
-score.main({arguments!r})
+cli.run("score", {arguments!r})
 """
 
 
@@ -481,13 +483,13 @@ def test_records_that_cannot_be_scored_are_skipped_where_asked(
     too_long = {**records[1], "completion": " one" * 200}
     data = str(write(tmp_path / "a", [*records[:10], too_long, *records[10:]]))
     common = [str(folder), data, "--tokens-per-batch", str(longest), "-o", str(tmp_path / "out")]
-    for command in (score, goals, evaluate, vote):
-        assert command.main(common) == 2
+    for command in ("score", "goals", "evaluate", "vote"):
+        assert cli.run(command, common) == 2
         assert re.search(r"a:11: field 'completion' needs \d+ tokens", capsys.readouterr().err)
         assert not (tmp_path / "out").exists()
-        assert command.main([*common, "--on-bad-record", "skip"]) == 0
+        assert cli.run(command, [*common, "--on-bad-record", "skip"]) == 0
         assert "1 bad records" in "".join(capsys.readouterr())
-        if command is score:
+        if command == "score":
             assert [r["n"] for r in read(tmp_path / "out")] == list(range(20))
         (shutil.rmtree if (tmp_path / "out").is_dir() else os.remove)(tmp_path / "out")
 
@@ -505,11 +507,11 @@ def test_damaged_gzip_and_wrong_calls(gcrm: Gcrm, tmp_path: Path) -> None:
         ([tmp_path / "a", "-o", tmp_path / "a"], "--output .*a: is also an input"),
         ([tmp_path / "a", "-o", tmp_path], "--output .*: is a folder"),
         ([tmp_path / "a", "-o", tmp_path / "no" / "out"], "--output .*: no folder"),
-        ([tmp_path / "a", "-o", out, "--goal", "x"], "--goal: Q-values are written with --per-token"),
+        ([tmp_path / "a", "-o", out, "--goal", "x"], "--goal: only --per-token writes Q-values"),
         ([tmp_path / "a", "-o", out, "--goal", "x", "--per-token"], "x: not a readable goal file"),
         ([tmp_path / "a", "-o", out, "--tokens-per-batch", "9"], r"a:\d+: field 'completion' needs \d+ tokens, more"),
         ([tmp_path / "a", "-o", out, "--tokens-per-batch", "0"], "--tokens-per-batch 0: must be at least 1"),
-        (["-o", out], "no records are named"),
+        (["-o", out], "name at least one source of records"),
     ):
         result = gcrm(*arguments)
         assert result.returncode == 2

@@ -23,10 +23,10 @@ import pytest
 import torch
 import uvicorn
 
-from gcrm_fast import RewardModel
+from gcrm_fast import RewardModel, cli
 from gcrm_fast.checkpoints.goals import GOAL_FILE, write_goals
 from gcrm_fast.checkpoints.saving import write_model
-from gcrm_fast.commands.serve import ServeOptions, is_open, main, read_token
+from gcrm_fast.commands.serve import ServeOptions, is_open, read_token
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.tokenization import choose_pad
 from gcrm_fast.inference.batcher import Batcher
@@ -493,7 +493,7 @@ def test_what_cannot_be_served_is_one_line(
     (tmp_path / "empty").write_text("\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         places = {"folder": folder, "taken": taken.getsockname()[1], "empty": tmp_path / "empty"}
-        assert main([argument.format(**places) for argument in arguments]) == 2
+        assert cli.run("serve", [argument.format(**places) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
@@ -507,15 +507,15 @@ def test_addresses_that_others_can_reach() -> None:
 def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file before the variable; neither: none; an empty one is no token but a mistake."""
     (tmp_path / "token").write_text(" geheim\n")
-    options = ServeOptions("m", token_file=str(tmp_path / "token"))
+    options = ServeOptions(model="m", token_file=str(tmp_path / "token"))
     monkeypatch.delenv("GCRM_TOKEN", raising=False)
-    assert read_token(ServeOptions("m")) == ""
+    assert read_token(ServeOptions(model="m")) == ""
     monkeypatch.setenv("GCRM_TOKEN", "other")
-    assert (read_token(options), read_token(ServeOptions("m"))) == ("geheim", "other")
+    assert (read_token(options), read_token(ServeOptions(model="m"))) == ("geheim", "other")
     for wrong in ("", " ", "two words", "ü"):
         monkeypatch.setenv("GCRM_TOKEN", wrong)
         with pytest.raises(UserError, match="GCRM_TOKEN"):
-            read_token(ServeOptions("m"))
+            read_token(ServeOptions(model="m"))
 
 
 def test_the_program_warns_serves_and_ends_in_order(folder: Path) -> None:

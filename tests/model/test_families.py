@@ -21,10 +21,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from gcrm_fast import RewardModel
+from gcrm_fast import RewardModel, cli
 from gcrm_fast.checkpoints.config_json import read_config
 from gcrm_fast.checkpoints.saving import write_model
-from gcrm_fast.commands.export import main as export
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.encoding import TokenizedPair, encode_completions, tokenize_pairs
 from gcrm_fast.data.packing import Item, build_pack, build_score_pack
@@ -163,7 +162,7 @@ def test_gradients_are_those_of_transformers(
 def test_a_reward_model_goes_in_and_out(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers' folder -> here -> exported: the same tensors bit for bit, class and rewards in transformers."""
     saved(tmp_path / "in", model)
-    assert export([str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 0
+    assert cli.run("export", [str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 0
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -184,7 +183,9 @@ def test_a_reward_model_goes_in_and_out(model: str, tmp_path: Path, capsys: pyte
 def test_token_classifiers_have_their_familys_class(family: str, tmp_path: Path) -> None:
     model = next(name for name, (own, _) in MODELS.items() if own == family)
     saved(tmp_path / "in", model)
-    assert export([str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--format", "token-classification"]) == 0
+    assert (
+        cli.run("export", [str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--format", "token-classification"]) == 0
+    )
     assert named(tmp_path / "out")["architectures"] == [f"{FAMILY_CLASSES[family]}ForTokenClassification"]
     theirs = AutoModelForTokenClassification.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     ours = RewardModel.from_pretrained(tmp_path / "in")
