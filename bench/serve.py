@@ -1,13 +1,13 @@
-"""Throughput and behaviour of ``gcrm serve`` over real HTTP on this machine's loopback.
+"""Throughput and behavior of ``gcrm serve`` over real HTTP on this machine's loopback.
 
     python bench/serve.py [--quick] [--model FOLDER]
 
-Starts the server, and first asks for one completion at a time, waiting for each answer, of a server that waits for no
-company (--delay 0): what batching is compared with. Then many connections at once, every answer compared with the
-reward computed in this process; then malformed requests between good ones, and clients that hang up. Prints a table,
-writes bench/results/serve-*, and ends with exit code 1 if an answer was lost, another's, or late, if a malformed
-request was answered other than 4xx, or if the server did not survive. Without --model, a small random one: speed does
-not depend on the values of weights.
+The baseline asks for one completion at a time, waiting for each answer, from a server that does not wait for others to
+share a batch (--delay 0). Then many connections at once, with every answer compared with the reward computed in this
+process; then malformed requests between good ones, and clients that hang up. Prints a table, writes
+bench/results/serve-*, and ends with exit code 1 if an answer was lost, wrong, or refused, if a malformed request was
+answered other than 4xx, or if the server did not survive. Without --model, a small random one: speed does not depend
+on the values of weights.
 """
 
 import argparse
@@ -58,11 +58,11 @@ MALFORMED: tuple[bytes, ...] = (
 class Measured(NamedTuple):
     seconds: float
     latencies: np.ndarray  # seconds, in the order of the requests; nan where no answer came
-    wrong: int  # lost, another's, or not 200
+    wrong: int  # lost, of another request, or not 200
 
 
 class Connection:
-    """One kept-alive HTTP/1.1 connection: no more client than a benchmark of the server needs."""
+    """One kept-alive HTTP/1.1 connection: a minimal client, so that the server is what is measured."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -90,7 +90,7 @@ async def connected(port: int) -> AsyncIterator[Connection]:
 
 @asynccontextmanager
 async def served(folder: Path, *options: str) -> AsyncIterator[int]:
-    """The port of a running server, which must still be running at the end and then end in order."""
+    """The port of a running server, which must still run at the end and then stop with exit code 0."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -126,7 +126,7 @@ def body_of(prompt: str, completion: str) -> bytes:
 
 
 async def ask_all(port: int, bodies: Sequence[bytes], expected: np.ndarray, connections: int) -> Measured:
-    """Every request once, over ``connections`` at a time; an answer must be the reward of its own completion."""
+    """Sends every request once over ``connections``; each answer must be the reward of its completion."""
     latencies = np.full(len(bodies), np.nan)
     numbers = iter(range(len(bodies)))
     wrong = 0
@@ -176,7 +176,7 @@ async def hang_up(port: int, bodies: Sequence[bytes], rng: random.Random) -> Non
 
 
 def random_model(folder: Path) -> Path:
-    """Width 256, six layers: the size at which the training step is measured too."""
+    """Width 256, six layers: the size at which the training step is also measured."""
     tokenizer = train_tokenizer([" ".join(WORDS)] * 50, 400)
     config = ModelConfig(
         vocab_size=len(tokenizer),
@@ -195,8 +195,8 @@ def random_model(folder: Path) -> Path:
 
 
 def requests(count: int, per_prompt: int, rng: random.Random) -> tuple[list[str], list[str]]:
-    """Distinct completions of 5 to 40 words; ``per_prompt`` samples of each prompt of 60 words, one after another, as a
-    trainer asks for them."""
+    """Distinct completions of 5 to 40 words, ``per_prompt`` in a row for each prompt of 60 words, as a trainer sends
+    them."""
     prompts = [" ".join(rng.choices(WORDS, k=60)) for _ in range(-(-count // per_prompt))]
     completions = [f" {i} " + " ".join(rng.choices(WORDS, k=rng.randint(5, 40))) for i in range(count)]
     return [prompts[i // per_prompt] for i in range(count)], completions
@@ -260,7 +260,7 @@ def main() -> int:
         rows, faults = asyncio.run(run(arguments, folder))
     print(measure.table(rows, list(dict.fromkeys(key for row in rows for key in row))))
     print(
-        *faults or [f"every answer was its own; {len(MALFORMED)} malformed requests answered 4xx; alive at the end"],
+        *faults or [f"every answer was right; {len(MALFORMED)} malformed requests answered 4xx; alive at the end"],
         sep="\n",
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

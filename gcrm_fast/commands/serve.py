@@ -1,4 +1,4 @@
-"""``gcrm serve``: rewards and Q-values over HTTP; see server.py for what it answers, batcher.py for how it computes."""
+"""``gcrm serve``: rewards and Q-values over HTTP; inference/server.py answers, inference/batcher.py computes."""
 
 import importlib.util
 import ipaddress
@@ -23,70 +23,69 @@ CONNECTIONS = 4096  # open at a time; more are answered 503
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(Options):
-    """Serves rewards and Q-values over HTTP: POST /get_reward as OpenRLHF asks, POST /score, GET /health."""
+    """Serves rewards and Q-values over HTTP: POST /get_reward (OpenRLHF's protocol), POST /score, GET /health."""
 
     model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Reward model: a folder or a hub name."""
     host: str = "127.0.0.1"
     """Address to listen on; by default only programs on this machine can connect."""
     port: int = 8000
-    """Port to listen on; 0 takes a free one, which the first line tells."""
+    """Port to listen on; 0 picks a free one, which the first line of output names."""
     token_file: str = ""
-    """File with the token that requests must bear (Authorization: Bearer TOKEN); without it the environment variable
-    GCRM_TOKEN is that token, if set."""
+    """File with the token that requests must carry (Authorization: Bearer TOKEN); by default the token is read from the
+    environment variable GCRM_TOKEN, and without that none is required."""
     tokens_per_batch: int = 16384
-    """Tokens that are computed at a time, and most of one completion with its prompt."""
+    """Maximum tokens per forward, and of one completion with its prompt."""
     delay: float = 0.003
-    """Seconds that a request which finds the model idle waits for others to share its batch."""
+    """Seconds that a request to an idle model waits for others to share its batch."""
     queue: int = 4096
-    """Most completions that wait; beyond them requests are answered 429."""
+    """Maximum completions that wait; requests beyond that are answered 429."""
     max_body: int = 16 * 2**20
-    """Most bytes of a request; longer ones are answered 413."""
+    """Maximum bytes of a request's body; longer ones are answered 413."""
     timeout: float = 60.0
-    """Seconds for a request's body to come (else 408), and then for its answer (else 504); and for the requests at hand
-    to be answered when the server is told to end."""
+    """Maximum seconds for a request's body to arrive (else 408), for its answer (else 504), and to answer pending
+    requests when the server is stopped."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the trunk computes in; auto: bfloat16 on a GPU, else float32."""
+    """Dtype of the trunk; auto: bfloat16 on a GPU, else float32."""
 
 
 def check(options: ServeOptions) -> None:
-    """Raises UserError, naming the flag, for a value that makes no sense."""
+    """Raises UserError, naming the flag, for a value that is out of range."""
     for name, least in (("tokens_per_batch", 1), ("delay", 0), ("queue", 1), ("max_body", 1), ("timeout", 0.001)):
         value = getattr(options, name)
         if not least <= value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}, and finite")
     if not 0 <= options.port < 2**16:
-        raise UserError(f"--port {options.port}: must be below 65536")
-    for module in ("fastapi", "uvicorn"):
+        raise UserError(f"--port {options.port}: must be between 0 and 65535")
+    for module in ("starlette", "uvicorn"):
         if importlib.util.find_spec(module) is None:
             raise UserError(f"{module} is not installed: pip install 'gcrm-fast[serve]'")
 
 
 def read_token(options: ServeOptions) -> str:
     """The bearer token, "" for none. Never from the command line, which other users of the machine can read."""
-    source = options.token_file or f"environment variable {TOKEN_VARIABLE}"
     if options.token_file:
-        token = Path(options.token_file).read_text(encoding="utf-8", errors="replace").strip()
+        source, token = options.token_file, Path(options.token_file).read_text(encoding="utf-8", errors="replace")
     elif TOKEN_VARIABLE in os.environ:
-        token = os.environ[TOKEN_VARIABLE].strip()
+        source, token = f"environment variable {TOKEN_VARIABLE}", os.environ[TOKEN_VARIABLE]
     else:
         return ""
+    token = token.strip()
     if not token or not token.isascii() or any(c.isspace() for c in token):
         raise UserError(f"{source}: must hold one token of visible ASCII characters")
     return token
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket, not yet listening: until the model is loaded, connections are refused."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family)
+    """A bound socket that does not listen yet: until the model is loaded, connections are refused."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
     except OSError as error:
-        found.close()
+        listener.close()
         raise UserError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from None
-    return found
+    return listener
 
 
 def is_open(host: str) -> bool:
@@ -98,29 +97,24 @@ def is_open(host: str) -> bool:
 
 
 def serve(options: ServeOptions) -> None:
-    """Loads the model and serves until SIGTERM or SIGINT; requests at hand are then answered first."""
+    """Loads the model and serves until SIGTERM or SIGINT, then answers the pending requests and returns."""
     check(options)
     token = read_token(options)
     if is_open(options.host) and not token:
-        print(
-            f"gcrm serve: warning: {options.host} can be reached from other machines, and no token is asked for: "
-            f"set {TOKEN_VARIABLE} or --token-file",
-            file=sys.stderr,
-            flush=True,
-        )
+        warning = f"{options.host} can be reached from other machines, and no token is required"
+        remedy = f"set {TOKEN_VARIABLE} or --token-file"
+        print(f"gcrm serve: warning: {warning}: {remedy}", file=sys.stderr, flush=True)
     with bind(options.host, options.port) as listener:
-        import uvicorn  # an extra; check() has seen that it is there
+        import uvicorn  # in an extra; check() has made sure of it
 
         from gcrm_fast.inference.batcher import Batcher
         from gcrm_fast.inference.server import create_app
 
-        model = RewardModel.from_pretrained(
-            options.model, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch
-        )
-        batcher = Batcher(model, delay=options.delay, limit=options.queue)
-        app = create_app(batcher, token=token, max_body=options.max_body, timeout=options.timeout)
+        budget = options.tokens_per_batch
+        scorer = RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=budget)
+        batcher = Batcher(scorer, delay=options.delay, limit=options.queue)
         config = uvicorn.Config(
-            app,
+            create_app(batcher, token=token, max_body=options.max_body, timeout=options.timeout),
             access_log=False,
             log_level="warning",
             server_header=False,
@@ -130,10 +124,10 @@ def serve(options: ServeOptions) -> None:
             timeout_graceful_shutdown=int(options.timeout) + 1,
         )
         host, port = listener.getsockname()[:2]
-        goals = ", ".join(model.goals) or "none"
-        print(f"gcrm serve: http://{f'[{host}]' if ':' in host else host}:{port}, goals: {goals}", flush=True)
-        # uvicorn raises the signal that ended it once more, which would make the exit look like a crash.
-        program = uvicorn.Server(config)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"gcrm serve: {address}, goals: {', '.join(scorer.goals) or 'none'}", flush=True)
+        server = uvicorn.Server(config)
+        # uvicorn raises the signal again when it ends; by default that would look like a crash.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: setattr(program, "should_exit", True))
-        program.run(sockets=[listener])
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+        server.run(sockets=[listener])

@@ -49,7 +49,7 @@ FAULTS = {
         "                if job.refused:\n",
         "tests/inference/test_serve.py -k takes_turns",
     ),
-    "server: answers handed to others": (
+    "server: answers given to other clients": (
         "gcrm_fast/inference/batcher.py",
         "for job in jobs:\n            job.judged +=",
         "for job in reversed(jobs):\n            job.judged +=",
@@ -81,20 +81,20 @@ FAULTS = {
     ),
     "server: a body without a bound": (
         "gcrm_fast/inference/server.py",
-        "            if size > self.max_body:",
-        "            if False:",
+        "                    if len(body) > self.max_body:",
+        "                    if False:",
         "tests/inference/test_serve.py -k without_an_announced",
     ),
     "server: the start of a token is enough": (
         "gcrm_fast/inference/server.py",
-        "not hmac.compare_digest(given.strip(), self.token)",
-        "not self.token.startswith(given.strip())",
+        "hmac.compare_digest(given.strip().encode(), self.token)",
+        "self.token.startswith(given.strip().encode())",
         "tests/inference/test_serve.py -k token_is_asked",
     ),
     "server: OpenRLHF's samples without their prompt": (
-        "gcrm_fast/inference/server.py",
-        "if query.startswith(prompt) else",
-        "if not query else",
+        "gcrm_fast/inference/protocols.py",
+        "prompt if query.startswith(prompt) else",
+        "prompt if not query else",
         "tests/inference/test_serve.py -k compute_it_once",
     ),
     "server: Q-values of the default goal only": (

@@ -1,4 +1,4 @@
-"""gcrm serve over real connections: what it answers, what it refuses, and what it survives."""
+"""gcrm serve over real connections: answers, refusals, and what it survives."""
 
 import asyncio
 import contextlib
@@ -71,7 +71,7 @@ class Server(NamedTuple):
     program: uvicorn.Server
 
     def ask(self, path: str, body: Any = None, *, method: str = "POST", **headers: str) -> Answer:
-        """One request on a connection of its own; a body that is no bytes is sent as JSON."""
+        """One request on a new connection; the body is sent as JSON unless it is bytes."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         names = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -85,7 +85,7 @@ class Server(NamedTuple):
         return self.ask("/score", {"prompts": ["hello?"] * len(completions), "completions": completions})
 
     def idle(self) -> bool:
-        """Whether, within ten seconds, nothing waits any more."""
+        """Whether the queue is empty within ten seconds."""
         return eventually(lambda: self.batcher.waiting == 0)
 
 
@@ -125,12 +125,12 @@ def running(
 
 @pytest.fixture(scope="module")
 def server(model: RewardModel) -> Iterator[Server]:
-    with running(model) as found:
-        yield found
+    with running(model) as started:
+        yield started
 
 
 class Stopped:
-    """The model, held up before its forward until ``go`` is called."""
+    """Holds the model before its forward until ``go`` is called."""
 
     def __init__(self, model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self.released = threading.Event(), threading.Event()
@@ -151,7 +151,7 @@ class Stopped:
 
 
 def test_get_reward_as_openrlhf_asks(server: Server, model: RewardModel) -> None:
-    """Plain queries; with prompts; with labels that nobody reads; with padding that was left at the ends."""
+    """Queries alone; with prompts; with labels, which are ignored; with padding left at both ends."""
     rewards = model.score(PROMPTS, COMPLETIONS)
     ends = [q[-1] for q in model.q_values(PROMPTS, COMPLETIONS)]
     pad = model.tokenizer.pad_token
@@ -188,8 +188,8 @@ def test_score_gives_q_values_of_any_goal(server: Server, model: RewardModel) ->
         answer = server.ask("/score", body).body
         np.testing.assert_allclose(answer["rewards"], rewards, rtol=1e-5, atol=1e-5)
         assert answer["goal"] == (name or "default")
-        for found, expected in zip(answer["q_values"], model.q_values(PROMPTS, COMPLETIONS, name), strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        for q_n, expected_n in zip(answer["q_values"], model.q_values(PROMPTS, COMPLETIONS, name), strict=True):
+            np.testing.assert_allclose(q_n, expected_n, rtol=1e-5, atol=1e-5)
     empty = server.ask("/score", {"prompts": [], "completions": []})
     assert empty.body == {"rewards": [], "goal": "default", "q_values": []}
 
@@ -199,9 +199,9 @@ def test_score_of_cut_completions_and_of_messages(server: Server, model: RewardM
     judged = model.judge(model.encode(PROMPTS[:2], COMPLETIONS[:2], [True, False]))
     np.testing.assert_allclose(cut["rewards"], [j.reward for j in judged], rtol=1e-5, atol=1e-5)
     user, answer = [{"role": "user", "content": "hello?"}], [{"role": "assistant", "content": "yes"}]
-    found = server.ask("/score", {"prompts": [user], "completions": [answer]})
+    scored = server.ask("/score", {"prompts": [user], "completions": [answer]})
     prompt = "<|im_start|>user\nhello?<|im_end|>\n<|im_start|>assistant\n"
-    assert found.body["rewards"] == pytest.approx(model.score([prompt], ["yes<|im_end|>\n"]), abs=1e-5)
+    assert scored.body["rewards"] == pytest.approx(model.score([prompt], ["yes<|im_end|>\n"]), abs=1e-5)
 
 
 def test_many_clients_share_batches_and_each_gets_its_own(
@@ -223,15 +223,15 @@ def test_many_clients_share_batches_and_each_gets_its_own(
 
 
 def test_batches_keep_to_the_token_budget(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waited while the model was busy is answered in batches of at most tokens_per_batch, oldest first."""
+    """Requests that waited while the model was busy are answered in batches of tokens_per_batch, oldest first."""
     seen: list[list[int]] = []
     judge = model.judge
-    with running(model) as found, ThreadPoolExecutor(12) as pool:
+    with running(model) as server, ThreadPoolExecutor(12) as pool:
         stopped = Stopped(model, monkeypatch)
-        first = pool.submit(found.score, "first")
+        first = pool.submit(server.score, "first")
         assert stopped.entered.wait(10)
-        others = [pool.submit(found.score, "no " * 30) for _ in range(11)]
-        assert eventually(lambda: found.batcher.waiting == 12)
+        others = [pool.submit(server.score, "no " * 30) for _ in range(11)]
+        assert eventually(lambda: server.batcher.waiting == 12)
         monkeypatch.setattr(model, "judge", lambda e, **more: seen.append([len(c.ids) for c in e]) or judge(e, **more))
         stopped.go()
         assert all(f.result().status == 200 for f in (first, *others))
@@ -255,27 +255,27 @@ MALFORMED = {
     "text for a list": ({"prompts": "a", "completions": "b"}, "prompts"),
     "a number for a text": ({"prompts": ["a"], "completions": [1]}, "completions[0]"),
     "NaN": (b'{"prompts": ["a"], "completions": [NaN]}', "completions[0]"),
-    "other lengths": ({"prompts": ["a"], "completions": ["b", "c"]}, "1 entries for 2"),
+    "other lengths": ({"prompts": ["a"], "completions": ["b", "c"]}, "has 1 entries"),
     "other cuts": ({"prompts": ["a"], "completions": ["b"], "cuts": []}, "cuts"),
     "cut by a word": ({"prompts": ["a"], "completions": ["b"], "cuts": ["yes"]}, "cuts[0]"),
     "cut to nothing": ({"prompts": ["a"], "completions": [""], "cuts": [True]}, "no token"),
     "unknown goal": ({"prompts": ["a"], "completions": ["b"], "goal": "nix"}, "'nix'"),
     "unknown field": ({"prompts": ["a"], "completions": ["b"], "goals": "nix"}, "goals"),
-    "half a character": (b'{"prompts": ["a"], "completions": ["\\ud800"]}', "surrogate"),
-    "half a character in a name": (b'{"prompts": ["a"], "completions": ["b"], "\\ud800": 1}', "unicode"),
-    "half a character in a goal": (b'{"prompts": ["a"], "completions": ["b"], "goal": "\\ud800"}', "goal"),
+    "half a character": (b'{"prompts": ["a"], "completions": ["\\ud800"]}', "hex escape"),
+    "half a character in a name": (b'{"prompts": ["a"], "completions": ["b"], "\\ud800": 1}', "hex escape"),
+    "half a character in a goal": (b'{"prompts": ["a"], "completions": ["b"], "goal": "\\ud800"}', "hex escape"),
     "text and messages": ({"prompts": ["a"], "completions": [[{"role": "assistant", "content": "b"}]]}, "both"),
     "a message without content": ({"prompts": [[{"role": "user"}]], "completions": [[]]}, "prompts[0][0].content"),
     "no messages": ({"prompts": [[]], "completions": [[]]}, "completion 0"),
     "longer than a batch": ({"prompts": ["a"], "completions": ["b c " * 300]}, "more than --tokens-per-batch 256"),
-    "more than may wait": ({"prompts": ["a"] * 65, "completions": ["b"] * 65}, "at most 64"),
+    "more than may wait": ({"prompts": ["a"] * 65, "completions": ["b"] * 65}, "the maximum is 64"),
     "a longer body": ({"prompts": ["a"], "completions": ["b" * 10_000]}, "10000 bytes"),
 }
 
 
 @pytest.mark.parametrize(("body", "message"), MALFORMED.values(), ids=MALFORMED.keys())
 def test_malformed_requests(server: Server, body: Any, message: str) -> None:
-    """A clear line each, beside requests that are answered."""
+    """Each gets one clear line, and good requests are still answered."""
     answer = server.ask("/score", body)
     assert 400 <= answer.status < 500
     assert answer.body.keys() == {"error"}
@@ -284,7 +284,7 @@ def test_malformed_requests(server: Server, body: Any, message: str) -> None:
     assert server.score("yes").status == 200
 
 
-def test_malformed_requests_of_openrlhf_and_wrong_places(server: Server) -> None:
+def test_malformed_openrlhf_requests_and_wrong_paths(server: Server) -> None:
     for body in ({}, {"query": "a"}, {"query": [1]}, {"query": ["a"], "prompts": ["a", "b"]}, []):
         assert server.ask("/get_reward", body).status == 422
     assert server.ask("/nowhere", {}).status == 404
@@ -307,69 +307,69 @@ def test_a_body_without_an_announced_length(server: Server) -> None:
 
 
 def test_a_token_is_asked_for_before_anything_is_read(model: RewardModel) -> None:
-    with running(model, token="geheim") as found:
+    with running(model, token="secret") as server:
         body = {"prompts": ["a"], "completions": ["b"]}
-        for wrong in ({}, {"authorization": "Bearer wrong"}, {"authorization": "geheim"}, {"authorization": "Bearer"}):
-            answer = found.ask("/score", body, **wrong)
+        for wrong in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"authorization": "Bearer"}):
+            answer = server.ask("/score", body, **wrong)
             assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
-        assert found.ask("/score", b"x" * 20_000).status == 401
-        assert found.ask("/score", body, authorization="Bearer geheim").status == 200
-        assert found.ask("/get_reward", {"query": ["a"]}, authorization="bearer geheim").status == 200
-        assert found.idle()
-        assert found.ask("/health", method="GET").body == {"status": "ok", "waiting": 0}
+        assert server.ask("/score", b"x" * 20_000).status == 401
+        assert server.ask("/score", body, authorization="Bearer secret").status == 200
+        assert server.ask("/get_reward", {"query": ["a"]}, authorization="bearer secret").status == 200
+        assert server.idle()
+        assert server.ask("/health", method="GET").body == {"status": "ok", "waiting": 0}
 
 
 def test_a_full_queue(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = Stopped(model, monkeypatch)
-    with running(model, limit=3) as found, ThreadPoolExecutor(2) as pool:
-        held = [pool.submit(found.score, "a", "b"), pool.submit(found.score, "c")]
-        assert eventually(lambda: found.batcher.waiting == 3)
-        refused = found.score("d")
+    with running(model, limit=3) as server, ThreadPoolExecutor(2) as pool:
+        held = [pool.submit(server.score, "a", "b"), pool.submit(server.score, "c")]
+        assert eventually(lambda: server.batcher.waiting == 3)
+        refused = server.score("d")
         assert (refused.status, refused.headers["retry-after"]) == (429, "1")
-        assert found.ask("/health", method="GET").body["waiting"] == 3
+        assert server.ask("/health", method="GET").body["waiting"] == 3
         stopped.go()
         assert [len(f.result().body["rewards"]) for f in held] == [2, 1]
-        assert found.idle()
-        assert found.score("d").status == 200
+        assert server.idle()
+        assert server.score("d").status == 200
 
 
 def test_no_answer_in_time(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """504, the waiting job leaves the queue unread; a body that does not come: 408."""
-    with running(model, timeout=0.3) as found:
+    """504, and the waiting job leaves the queue unread; a body that does not arrive: 408."""
+    with running(model, timeout=0.3) as server:
         stopped = Stopped(model, monkeypatch)
-        assert found.score("a").status == 504
-        assert found.score("b").status == 504
+        assert server.score("a").status == 504
+        assert server.score("b").status == 504
         seen = []
         judge = model.judge
         monkeypatch.setattr(model, "judge", lambda encoded, **more: seen.append(encoded) or judge(encoded, **more))
         stopped.go()
-        assert found.idle()
+        assert server.idle()
         assert seen == []  # of "b"
-        assert found.score("c").status == 200
-        with socket.create_connection(("127.0.0.1", found.port), timeout=10) as raw:
+        assert server.score("c").status == 200
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
             raw.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
             assert raw.recv(1000).startswith(b"HTTP/1.1 408")
 
 
 def test_clients_that_hang_up(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the body is whole, while they wait, and while the model works for them."""
+    """Before the body is complete, while they wait, and while the model works for them."""
     body = json.dumps({"prompts": ["a"], "completions": ["b"]}).encode()
     head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(
         body
     )
-    with running(model) as found:
+    with running(model) as server:
         stopped = Stopped(model, monkeypatch)
-        lines = [socket.create_connection(("127.0.0.1", found.port), timeout=10) for _ in range(30)]
+        lines = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(30)]
         for i, raw in enumerate(lines):
             raw.sendall(head + (body if i % 3 else body[:9]))
-        assert eventually(lambda: found.batcher.waiting == 20)
-        assert stopped.entered.wait(30)  # the model is at work for one of them at least
+        assert eventually(lambda: server.batcher.waiting == 20)
+        assert stopped.entered.wait(30)  # the model works for at least one of them
         judged = []
         for raw in lines:
             raw.close()
         with ThreadPoolExecutor(1) as pool:
-            patient = pool.submit(found.score, "yes")
-            assert eventually(lambda: found.batcher.waiting == 21)
+            patient = pool.submit(server.score, "yes")
+            assert eventually(lambda: server.batcher.waiting == 21)
             time.sleep(0.2)  # for the server to see that they are gone
             judge = model.judge
             monkeypatch.setattr(
@@ -377,10 +377,10 @@ def test_clients_that_hang_up(model: RewardModel, monkeypatch: pytest.MonkeyPatc
             )
             stopped.go()
             assert patient.result().status == 200
-        assert found.idle()
-        assert [len(encoded) for encoded in judged] == [1]  # nobody's work is done after they have gone
-        assert eventually(lambda: not found.program.server_state.tasks)
-        assert found.score("yes").status == 200
+        assert server.idle()
+        assert [len(encoded) for encoded in judged] == [1]  # no work for clients that have left
+        assert eventually(lambda: not server.program.server_state.tasks)
+        assert server.score("yes").status == 200
 
 
 def test_a_large_request_takes_turns_and_ends_with_its_client(
@@ -395,23 +395,23 @@ def test_a_large_request_takes_turns_and_ends_with_its_client(
 
     monkeypatch.setattr(model, "judge", watched)
     expected = model.score(["hello?"] * 100, texts)
-    with running(model, limit=200) as found, ThreadPoolExecutor(2) as pool:
+    with running(model, limit=200) as server, ThreadPoolExecutor(2) as pool:
         assert sum(len(c.ids) for c in model.encode(["hello?"] * 100, texts)) > 4 * model.budget.tokens
         stopped = Stopped(model, monkeypatch)
-        large = pool.submit(found.score, *texts)
+        large = pool.submit(server.score, *texts)
         assert stopped.entered.wait(30)
-        small = pool.submit(found.score, "yes")
-        assert eventually(lambda: found.batcher.waiting == 101)
+        small = pool.submit(server.score, "yes")
+        assert eventually(lambda: server.batcher.waiting == 101)
         batches.clear()
         stopped.go()
         np.testing.assert_allclose(large.result().body["rewards"], expected, rtol=1e-5, atol=1e-5)
         assert small.result().status == 200
         assert len(batches) > 4
         assert sum(batches) == 101
-        assert found.idle()
-        # One that nobody waits for any more ends with the batch at hand.
+        assert server.idle()
+        # One that nobody waits for any more ends with the current batch.
         stopped = Stopped(model, monkeypatch)
-        line = http.client.HTTPConnection("127.0.0.1", found.port, timeout=10)
+        line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
         line.request(
             "POST",
             "/score",
@@ -420,10 +420,10 @@ def test_a_large_request_takes_turns_and_ends_with_its_client(
         )
         assert stopped.entered.wait(30)
         line.close()
-        assert eventually(lambda: not found.program.server_state.tasks)
+        assert eventually(lambda: not server.program.server_state.tasks)
         batches.clear()
         stopped.go()
-        assert found.idle()
+        assert server.idle()
         assert len(batches) == 1
 
 
@@ -437,18 +437,18 @@ def test_a_model_that_fails_for_one_answers_the_others(model: RewardModel, monke
         return judge(encoded, **more)
 
     monkeypatch.setattr(model, "judge", failing)
-    with running(model, delay=0.2) as found, ThreadPoolExecutor(3) as pool:
-        answers = [pool.submit(found.score, text) for text in ("yes", "poison", "no")]
+    with running(model, delay=0.2) as server, ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(server.score, text) for text in ("yes", "poison", "no")]
         assert [f.result().status for f in answers] == [200, 503, 200]
-        assert found.idle()
+        assert server.idle()
 
 
-def test_requests_at_hand_are_answered_before_the_end(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pending_requests_are_answered_before_the_end(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = Stopped(model, monkeypatch)
-    with running(model) as found, ThreadPoolExecutor(4) as pool:
-        held = [pool.submit(found.score, "yes") for _ in range(4)]
-        assert eventually(lambda: found.batcher.waiting == 4)
-        found.program.should_exit = True
+    with running(model) as server, ThreadPoolExecutor(4) as pool:
+        held = [pool.submit(server.score, "yes") for _ in range(4)]
+        assert eventually(lambda: server.batcher.waiting == 4)
+        server.program.should_exit = True
         time.sleep(0.3)
         stopped.go()
         assert [f.result().status for f in held] == [200] * 4
@@ -457,21 +457,21 @@ def test_requests_at_hand_are_answered_before_the_end(model: RewardModel, monkey
 # ------------------------------------------------------------------------------------- the benchmark and the command
 
 
-def test_the_benchmark_sees_answers_that_are_not_right(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_sees_wrong_answers(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     bench = importlib.import_module("serve")
     texts = [f" {i}" for i in range(40)]
     bodies = [bench.body_of("hello?", text) for text in texts]
     expected = model.score(["hello?"] * len(texts), texts)
-    with running(model, max_body=2**20) as found:
-        right = asyncio.run(bench.ask_all(found.port, bodies, expected, 8))
+    with running(model, max_body=2**20) as server:
+        right = asyncio.run(bench.ask_all(server.port, bodies, expected, 8))
         assert (right.wrong, np.isnan(right.latencies).sum()) == (0, 0)
-        assert asyncio.run(bench.ask_all(found.port, bodies, expected + 1, 8)).wrong == len(texts)
-        assert asyncio.run(bench.malformed(found.port)) == []
-        asyncio.run(bench.hang_up(found.port, bodies, random.Random(0)))
-        assert found.idle()
+        assert asyncio.run(bench.ask_all(server.port, bodies, expected + 1, 8)).wrong == len(texts)
+        assert asyncio.run(bench.malformed(server.port)) == []
+        asyncio.run(bench.hang_up(server.port, bodies, random.Random(0)))
+        assert server.idle()
         monkeypatch.setattr(bench, "MALFORMED", (bodies[0],))
-        assert len(asyncio.run(bench.malformed(found.port))) == 1
+        assert len(asyncio.run(bench.malformed(server.port))) == 1
     for name in ("serve", "measure"):
         sys.modules.pop(name)
 
@@ -505,13 +505,13 @@ def test_addresses_that_others_can_reach() -> None:
 
 
 def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file before the variable; neither: none; an empty one is no token but a mistake."""
-    (tmp_path / "token").write_text(" geheim\n")
+    """The file comes before the variable; without both there is none; an empty token is an error."""
+    (tmp_path / "token").write_text(" secret\n")
     options = ServeOptions(model="m", token_file=str(tmp_path / "token"))
     monkeypatch.delenv("GCRM_TOKEN", raising=False)
     assert read_token(ServeOptions(model="m")) == ""
     monkeypatch.setenv("GCRM_TOKEN", "other")
-    assert (read_token(options), read_token(ServeOptions(model="m"))) == ("geheim", "other")
+    assert (read_token(options), read_token(ServeOptions(model="m"))) == ("secret", "other")
     for wrong in ("", " ", "two words", "ü"):
         monkeypatch.setenv("GCRM_TOKEN", wrong)
         with pytest.raises(UserError, match="GCRM_TOKEN"):
@@ -519,7 +519,7 @@ def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_program_warns_serves_and_ends_in_order(folder: Path) -> None:
-    """On all addresses it warns, as there is no token; on SIGTERM it answers what waits and ends with code 0."""
+    """On all addresses without a token it warns; on SIGTERM it answers pending requests and ends with code 0."""
     command = [
         sys.executable,
         "-m",
