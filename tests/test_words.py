@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("*.py", "*.md", "*.toml", "*.html", "*.yml", "*.cff", "Makefile", ".ci/run")
+KINDS = ("*.py", "*.md", "*.toml", "*.html", "*.jinja", "*.yml", "*.cff", "Makefile", ".ci/run")
 THINGS = (
     "seconds|tokens?|pairs?|losses|loss|bytes|times|rows?|steps?|completions?|rewards?|lines?|votes?|requests?|GiB|MiB|"
     "processes|copies|copy|workers?|checkpoints?|samples?|updates|registers|numbers?"
