@@ -262,7 +262,7 @@ def vote_table(found: Mapping[tuple[str, str, str], Rows]) -> str:
     }
     lines = []
     for (model, goal, threshold), rows in found.items():
-        share = {name: f"{100 * (rows['all', name][0] or 0):.1f} %" for name in ("dropped", "tokens_saved")}
+        share = {name: f"{100 * (rows['all', name][0] or 0):.1f}%" for name in ("dropped", "tokens_saved")}
         lines.append(
             [
                 f"{model}, goal of {goal} solutions, threshold {threshold}",

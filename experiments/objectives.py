@@ -355,7 +355,7 @@ def report(found: Found, options: Options) -> str:
     """The text of objectives.md; every number and claim in it comes from ``found``."""
     first = found["ranking"][0]
     sizes = [
-        [name, f"{of['completions']:.0f}", f"{100 * of['right']:.0f} %", f"{100 * (1 - of['kept']):.0f} %"]
+        [name, f"{of['completions']:.0f}", f"{100 * of['right']:.0f}%", f"{100 * (1 - of['kept']):.0f}%"]
         for name, of in first.items()
         if name != "votes"
     ]

@@ -74,7 +74,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Uninitialised memory is NaN, so that an element that a kernel does not write shows."""
+    """Uninitialized memory is NaN, so that an element that a kernel does not write shows."""
     torch.use_deterministic_algorithms(True)  # which also fills empty tensors with NaN
     yield
     torch.use_deterministic_algorithms(False)
@@ -92,7 +92,7 @@ def gcrm(capsys: pytest.CaptureFixture[str]) -> Gcrm:
 
 @pytest.fixture(scope="session")
 def pair_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """21 pairs, two a prompt."""
+    """21 pairs, two per prompt."""
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl.gz")
 
 

@@ -50,7 +50,7 @@ def lines(*records: Any, options: tuple[str, ...] = ()) -> Build:
 
 
 def after(good: dict[str, Any], **changes: Any) -> Build:
-    """A good record, then the same with changes; a field changed to ``...`` is left out."""
+    """A good record, then the same with changes; a field changed to ``...`` is omitted."""
     return lines(good, {k: v for k, v in {**good, **changes}.items() if v is not ...})
 
 

@@ -1,6 +1,6 @@
 """gcrm train with a fault in one rank: torchrun tests/support/faulty.py KIND:RANK:STEP ARGUMENTS...
 
-KIND: nan (a loss that is not a number), hang, memory (no more to be had), bug (an error that nobody expects), kill; in
+KIND: nan (a loss that is not a number), hang, memory (none left), bug (an unexpected error), kill; in
 the given step.
 """
 

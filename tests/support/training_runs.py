@@ -106,7 +106,7 @@ def rows(output: Path) -> list[dict[str, float]]:
 
 
 def arguments(pair_file: Path, output: Path, *more: str) -> list[str]:
-    """Twelve steps over 21 pairs, two checkpoints an epoch, evaluated at steps 0, 6 and 12."""
+    """Twelve steps over 21 pairs, two checkpoints per epoch, evaluated at steps 0, 6 and 12."""
     return [
         "--data",
         str(pair_file),
