@@ -81,7 +81,7 @@ def run(given: argparse.Namespace, keep: int) -> list[dict[str, float]]:
         ]
         quiet = io.StringIO()
         with (
-            mock.patch.object(train, "Checkpoints", Watched),
+            mock.patch("gcrm_fast.training.run.Checkpoints", Watched),
             contextlib.redirect_stdout(quiet),
             contextlib.redirect_stderr(quiet),
         ):

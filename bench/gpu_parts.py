@@ -41,9 +41,9 @@ from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.attention import packed_attention, resolve_backend
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import ModelConfig
-from gcrm_fast.training import accounting, parallel, prepare
-from gcrm_fast.training.accounting import MemoryShape
+from gcrm_fast.training import accounting, memory, parallel, prepare
 from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.memory import MemoryShape
 from gcrm_kernels import goal_contrastive_loss, q_values
 from gcrm_kernels.launch import LaunchConfig
 from our_step import MODELS, RECOMPUTING, Groups, Ours, packed_work, sampling_of
@@ -137,7 +137,7 @@ class Lab:
         self, what: str, packs: list[Pack], without: str = "", count: int = 5, given: Mapping[str, Any] | None = None
     ) -> None:
         """Times optimizer steps on ``packs``, recomputing what the trainer would; reports the memory that
-        accounting.py predicts too."""
+        memory.py predicts too."""
         ours, shape = self.model(), memory_shape(self.config, packs)
         n_pairs = sum(pack.n_pairs for pack in packs)
         recompute = RECOMPUTING.get(without, "none")
@@ -145,11 +145,11 @@ class Lab:
             torch.cuda.reset_peak_memory_stats()
             if without not in RECOMPUTING:
                 total = torch.cuda.get_device_properties(self.device).total_memory
-                recompute = accounting.choose_plan(total, shape, gather=ours.model.gather)[0]
+                recompute = memory.choose_plan(total, shape, gather=ours.model.gather)[0]
                 without = without or ("" if recompute == "none" else f"recomputing {recompute}")
         about = {
             **(given or {}),
-            "predicted GB": accounting.predicted_memory(shape, recompute, ours.model.gather) / 1e9,
+            "predicted GB": memory.predicted_memory(shape, recompute, ours.model.gather) / 1e9,
         }
         try:
             seconds, host = self.timed(lambda: ours.step(packs, n_pairs, without), count)
@@ -177,7 +177,17 @@ def memory_shape(config: ModelConfig, packs: Sequence[Pack]) -> MemoryShape:
     """The shape of a step on ``packs`` in bfloat16 on one process."""
     largest = max(packs, key=lambda pack: len(pack.input_ids_T))
     tokens, keys, rows = (len(x) for x in (largest.input_ids_T, largest.kv_index_K, largest.read_rows_R))
-    return MemoryShape(config, tokens, keys, rows, "adamw", 2, True, world_size=1, several_packs=len(packs) > 1)
+    return MemoryShape(
+        config=config,
+        tokens=tokens,
+        keys=keys,
+        read_rows=rows,
+        optimizer="adamw",
+        width=2,
+        kernels=True,
+        world_size=1,
+        several_packs=len(packs) > 1,
+    )
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

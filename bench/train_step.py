@@ -57,7 +57,7 @@ from gcrm_fast import train
 from gcrm_fast.data.batches import epoch_batches
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.model.llama import ModelConfig
-from gcrm_fast.training import accounting, parallel, prepare
+from gcrm_fast.training import accounting, memory, parallel, prepare
 from gcrm_fast.training.config import TrainConfig
 from our_step import MODELS, Groups, Ours, flat, sampling_of
 from step_costs import SCALING_COLUMNS, missing_kernels, plot_scaling, profiled, scaling
@@ -296,7 +296,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help="number of global batches; default: 3, 8 on CUDA")
     parser.add_argument("--rounds", type=int, default=3, help="number of times each contestant runs them; default: 3")
-    parser.add_argument("--optimizer", choices=accounting.OPTIMIZER_BYTES, default="adamw", help="of ours")
+    parser.add_argument("--optimizer", choices=memory.OPTIMIZER_BYTES, default="adamw", help="of ours")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
     parser.add_argument(
         "--quick", action="store_true", help=f"one round; on a CPU one global batch of {PAIRS} pairs of each data set"

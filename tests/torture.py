@@ -1,4 +1,4 @@
-"""What takes too long for `make test`: many kills at random moments, small disks, faults on several ranks.
+"""Tests that take too long for `make test`: many kills at random moments, small disks, faults on several ranks.
 
 make torture        # pytest tests/torture.py; KILLS=50 by default
 """
@@ -17,14 +17,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from gcrm_fast.training.snapshots import checkpoints
+from gcrm_fast.training.manifest import checkpoints
 from support.training_runs import arguments, assert_same, rows, start, torchrun, wait_for, workers
 
 KILLS = int(os.environ.get("KILLS", "50"))
 
 
 def test_many_kills_at_random_moments_change_nothing(pair_file: Path, tmp_path: Path) -> None:
-    """Of one process, of all of them, or of torchrun, from its start to its last seconds."""
+    """One process, all of them, or torchrun is killed, from its start to its last seconds."""
     draw = random.Random(0)
     more = ("--steps", "300", "--log-every", "5", "--eval-every", "100", "--save-every", "3")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -57,7 +57,7 @@ def test_many_kills_at_random_moments_change_nothing(pair_file: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_a_loss_that_is_none_on_the_last_rank(pair_file: Path, tmp_path: Path, processes: int) -> None:
+def test_a_loss_that_is_not_finite_on_the_last_rank(pair_file: Path, tmp_path: Path, processes: int) -> None:
     result = torchrun(
         f"nan:{processes - 1}:5", *arguments(pair_file, tmp_path), processes=processes, script="tests/support/faulty.py"
     )
@@ -81,7 +81,7 @@ def test_four_restarts(pair_file: Path, tmp_path: Path) -> None:
     assert_same(whole, killed)
 
 
-def test_three_processes_go_on_from_two(pair_file: Path, tmp_path: Path) -> None:
+def test_three_processes_continue_from_two(pair_file: Path, tmp_path: Path) -> None:
     logs = []
     for processes in (2, 3):
         output = tmp_path / str(processes)
@@ -94,7 +94,7 @@ def test_three_processes_go_on_from_two(pair_file: Path, tmp_path: Path) -> None
 
 
 def tracebacks(stderr: str) -> int:
-    """How many there are, but for those of TensorBoard's thread, which tells of a full disk by itself."""
+    """How many there are, except those of TensorBoard's own thread on a full disk."""
     return stderr.count("Traceback (most recent call last)") - stderr.count("Exception in thread")
 
 
@@ -115,7 +115,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("size", ["100k", "400k", "600k"])  # a checkpoint of these runs has some 300 kB
+@pytest.mark.parametrize("size", ["100k", "400k", "600k"])  # a checkpoint of these runs has about 300 kB
 def test_a_full_disk(pair_file: Path, tmp_path: Path, size: str) -> None:
     output = tmp_path / "disk" / "out"
     with small_disk(tmp_path / "disk", size):

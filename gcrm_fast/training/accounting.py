@@ -1,29 +1,26 @@
-"""What a step costs: floating-point operations, the machine's peak, and the memory that training takes.
+"""What a step costs: floating-point operations, the machine's peak, the speed of training.
 
-Letters: T tokens of a pack, K gathered key rows, R read rows, H hidden size, F width of the MLP, L layers, Q and G
-width of all query heads and of all key/value heads.
+Letters: T tokens of a pack, R read rows, H hidden size, F width of the MLP, L layers, Q and G width of all query heads
+and of all key/value heads.
 """
 
 import contextlib
-import os
 import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from gcrm_fast.common import processes
 from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import ModelConfig
 
 T = TypeVar("T")
 
-# Dense bfloat16 operations a second, from the makers' data sheets; the longest name that fits counts.
+# Dense bfloat16 operations per second, from the data sheets; the longest matching name counts.
 DATA_SHEET = {
     "A100": 312e12,
     "H100": 989e12,
@@ -34,22 +31,6 @@ DATA_SHEET = {
     "B200": 2250e12,
     "MI300X": 1307e12,
 }
-
-# Bytes a parameter: weights, gradient, two moments.
-OPTIMIZER_BYTES = {"adamw": 16.0, "adamw-bf16": 8.0, "adamw-8bit": 10.1}
-GRADIENT_BYTES = {"adamw": 4.0, "adamw-bf16": 2.0, "adamw-8bit": 4.0}  # of these
-# (recomputation, when weights are gathered), fastest first: on one H100 at the 1b shape the product is some 2% of a
-# step, gathering for every pack 7%, the MLP 15%.
-PLANS = (
-    ("none", "step"),
-    ("product", "step"),
-    ("none", "block"),
-    ("product", "block"),
-    ("mlp", "step"),
-    ("mlp", "block"),
-    ("block", "step"),
-    ("block", "block"),
-)
 
 
 class Work(NamedTuple):
@@ -90,8 +71,8 @@ def work(pack: Pack, config: ModelConfig, recompute: str) -> Work:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Operations a second that MFU and HFU refer to, and where the number is from: the data sheet for bfloat16 on a
-    known GPU, else what a large matrix product reaches here and now."""
+    """Operations per second that MFU and HFU refer to, and their source: the data sheet for bfloat16 on a known GPU,
+    else the measured rate of a large matrix product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         known = [key for key in DATA_SHEET if all(word in name for word in key.split())]
@@ -101,9 +82,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the fastest of six large square matrix products."""
+    """Operations per second of the fastest of six large square matrix products."""
     n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device).to(dtype)  # a GPU is faster on numbers that are all alike
+    a, b = torch.randn(2, n, n, device=device).to(dtype)  # a GPU is faster on equal numbers
     best = float("inf")
     for _ in range(6):
         _synchronize(device)
@@ -120,19 +101,11 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that were in use so far: by tensors on a GPU, by the process on a CPU."""
+    """Maximum bytes in use so far: by tensors on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def memory_limit(device: torch.device) -> int:
-    """Bytes that this process may count on: free memory of the GPU, or its share of the machine's memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    local = processes.local_world_size()
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
 
 
 class Meter:
@@ -147,7 +120,7 @@ class Meter:
         self.done = Work(0, 0, 0, 0, 0)
 
     def fetch(self, steps: Iterator[T]) -> T:
-        """The next of ``steps``; the time until it is there counts as waiting for data."""
+        """The next of ``steps``; the time that this takes counts as waiting for data."""
         start = time.perf_counter()
         step = next(steps)
         self.waited += time.perf_counter() - start
@@ -160,7 +133,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out time that is not training; what the device still has to do is."""
+        """Skips time that is not training; work still queued on the device counts."""
         _synchronize(self.device)
         start = time.perf_counter()
         yield
@@ -184,71 +157,3 @@ class Meter:
         }
         self.restart()
         return row
-
-
-def kept_for_backward(
-    config: ModelConfig, tokens: int, keys: int, read_rows: int, recompute: str, width: int, kernels: bool
-) -> int:
-    """Bytes of activations that L layers keep until their backward, ``width`` bytes per element; the last one's MLP
-    runs at the read rows alone. ``kernels``: whether the Triton kernels run, without which SwiGLU keeps silu(gate)."""
-    h, f = config.hidden_size, config.intermediate_size
-    q, g = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # The block's input and its norm, queries, output; gathered keys and values.
-    attention = tokens * (2 * h + 2 * q) + keys * 2 * g
-    if config.family.qk_norm:  # queries and keys before it
-        attention += tokens * (q + g)
-    # Residual and its norm; gate, up and their product.
-    mlp = {"none": 2 * h + (3 if kernels else 4) * f, "product": 2 * h + 2 * f, "mlp": 2 * h}
-    layers = config.num_hidden_layers
-    if recompute == "block":
-        return layers * tokens * h * width
-    return (layers * attention + ((layers - 1) * tokens + read_rows) * mlp[recompute]) * width
-
-
-@dataclass(frozen=True)
-class MemoryShape:
-    """What the memory of one process depends on, beside what is recomputed."""
-
-    config: ModelConfig
-    tokens: int  # of the largest pack
-    keys: int
-    read_rows: int
-    optimizer: str
-    width: int  # bytes of an activation's element
-    kernels: bool  # Triton's
-    world_size: int
-    several_packs: bool  # a step
-
-
-def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
-    """Bytes of tensors of one process at its peak, in the backward of the largest pack.
-
-    Sharded weights and moments; weights whole, of the largest parts or with ``gather`` ``step`` of all; and either what
-    the layers keep and what the backward of one block holds at a time, a recomputed part included, or, later, the
-    sharded gradients, whichever is more. (One H100 at the 1b shape, 3 packs and 1 pack per step: 5% and 7% above what
-    was measured.)
-    """
-    config, tokens, keys, width = shape.config, shape.tokens, shape.keys, shape.width
-    h, f = config.hidden_size, config.intermediate_size
-    block, embedding = config.parameters_per_layer(), config.vocab_size * h
-    # What FSDP holds whole: weights in the compute dtype, and gradients of the root and of two blocks; and, until the
-    # last pack of a step, all gradients in float32.
-    largest = embedding + 2 * block
-    sharded = config.parameters() / shape.world_size
-    whole = (largest + (config.parameters() if gather == "step" else largest)) * width
-    whole += 4 * config.parameters() if shape.several_packs else 0
-    working = kept_for_backward(
-        replace(config, num_hidden_layers=1), tokens, keys, tokens, "none", width, shape.kernels
-    )
-    working += tokens * (2 * h + 3 * f) * width  # gradients on their way
-    kept = kept_for_backward(config, tokens, keys, shape.read_rows, recompute, width, shape.kernels)
-    held = int(sharded * (OPTIMIZER_BYTES[shape.optimizer] - GRADIENT_BYTES[shape.optimizer]))
-    return held + whole + max(kept + working, int(sharded * GRADIENT_BYTES[shape.optimizer]))
-
-
-def choose_plan(limit: int, shape: MemoryShape, recompute: str = "auto", gather: str = "auto") -> tuple[str, str]:
-    """The fastest of PLANS, with what is given instead of ``auto``, whose predicted memory stays within nine tenths of
-    ``limit``; else the one that takes the least."""
-    allowed = [plan for plan in PLANS if recompute in ("auto", plan[0]) and gather in ("auto", plan[1])]
-    fitting = [plan for plan in allowed if predicted_memory(shape, *plan) < 0.9 * limit]
-    return fitting[0] if fitting else allowed[-1]

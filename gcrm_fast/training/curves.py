@@ -1,6 +1,5 @@
 """curves.png of a run."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,60 +10,38 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+# Title of a panel -> name of a metric -> its label; the log has the held-out values under "eval/" and the name.
+PANELS = {
+    "Loss per pair (nats)": {"loss/ranking": "ranking", "loss/contrastive": "contrastive"},
+    "Pair accuracy and AUROC": {"accuracy": "pair accuracy", "auroc": "AUROC"},
+    "Mean cosine similarity": {"similarity/positive": "positive", "similarity/negative": "negative"},
+}
 
-def _plot(axes: Axes, rows: list[dict[str, Any]], names: Mapping[str, str], title: str) -> None:
+
+def _plot(axes: Axes, rows: list[dict[str, Any]], names: Mapping[str, str]) -> None:
     for name, label in names.items():
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            held_out = name.startswith("eval/")
-            axes.plot(*zip(*points, strict=True), "o--" if held_out else "-", label=label, markersize=3, linewidth=1.2)
-    axes.set(title=title, xlabel="optimizer step")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        for key, style, data in ((name, "-", "train"), (f"eval/{name}", "o--", "held out")):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=f"{label} ({data})", markersize=3, linewidth=1.2)
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Losses, accuracy and AUROC, similarities, and Q along the completion at the last evaluation."""
-    figure, ((losses, quality), (similarity, q)) = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    _plot(
-        losses,
-        rows,
-        {
-            "loss/ranking": "ranking (train)",
-            "eval/loss/ranking": "ranking (held out)",
-            "loss/contrastive": "contrastive (train)",
-            "eval/loss/contrastive": "contrastive (held out)",
-        },
-        "Loss a pair (nats)",
-    )
-    _plot(
-        quality,
-        rows,
-        {
-            "accuracy": "pair accuracy (train)",
-            "eval/accuracy": "pair accuracy (held out)",
-            "eval/auroc": "AUROC (held out)",
-        },
-        "Pair accuracy and AUROC",
-    )
-    quality.set_ylim(0.4, 1.01)
-    _plot(
-        similarity,
-        rows,
-        {
-            "similarity/positive": "positive (train)",
-            "similarity/negative": "negative (train)",
-            "eval/similarity/positive": "positive (held out)",
-            "eval/similarity/negative": "negative (held out)",
-        },
-        "Mean cosine similarity",
-    )
+    figure, grid = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    for axes, (title, names) in zip(grid.flat, PANELS.items(), strict=False):
+        _plot(axes, rows, names)
+        axes.set(title=title, xlabel="optimizer step")
+    grid[0, 1].set_ylim(0.4, 1.01)
     last = next((row for row in reversed(rows) if "eval/auroc" in row), None)
-    for side in ("chosen", "rejected"):
-        values = [(10 * i, last[f"eval/q_{side}/{10 * i}"]) for i in range(11)] if last else [(0, math.nan)]
-        q.plot(*zip(*values, strict=True), "o-", label=side, markersize=3)
-    q.set(title="Mean Q-value along held-out completions, last evaluation", xlabel="% of the completion")
-    q.grid(alpha=0.3)
-    q.legend(fontsize=8)
+    if last:
+        for side in ("chosen", "rejected"):
+            values = [last[f"eval/q_{side}/{percent}"] for percent in range(0, 101, 10)]
+            grid[1, 1].plot(range(0, 101, 10), values, "o-", label=side, markersize=3)
+    grid[1, 1].set(title="Mean Q-value along held-out completions, last evaluation", xlabel="% of the completion")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -3,7 +3,8 @@
 Letters: N pairs, Q quantiles of a completion (0, 10, ..., 100 %), D width of the compared states.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gcrm_fast.common import statistics
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.statistics import auroc as auroc_of
 from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.inputs import Pack
+from gcrm_fast.training import parallel
 from gcrm_fast.training.objectives import Objective, Statistics, losses
 from gcrm_kernels import q_values
 
@@ -25,7 +27,20 @@ EVALUATION_EPOCH = 2**32  # sampling counter that no training epoch reaches
 SHORTCUT_PAIRS = 4096  # training pairs that the bag-of-tokens classifier sees
 
 
-@dataclass(frozen=True)
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards the mode is as before and gathered weights are dropped."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        parallel.reshard(model)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scores:
     """Rewards [2, N] and Q-values [2, N, Q] of chosen [0] and rejected [1], in the order of ``pairs``."""
 
@@ -46,7 +61,6 @@ def _packs(
     ]
 
 
-@torch.no_grad()
 def goal_state(
     model: nn.Module, pairs: Sequence[TokenizedPair], budget: Budget, sampling: Sampling, device: torch.device
 ) -> Tensor:
@@ -56,17 +70,17 @@ def goal_state(
         UserError: it is not finite.
     """
     total: Tensor | None = None
-    for pack in _packs(pairs, budget, sampling, device, quantiles=False):
-        z_ND = model(pack).z_RD.index_select(0, pack.pairs.end_2N[0]).double()
-        total = z_ND.sum(0) if total is None else total + z_ND.sum(0)
+    with evaluating(model):
+        for pack in _packs(pairs, budget, sampling, device, quantiles=False):
+            z_ND = model(pack).z_RD.index_select(0, pack.pairs.end_2N[0]).double()
+            total = z_ND.sum(0) if total is None else total + z_ND.sum(0)
     assert total is not None
     dist.all_reduce(total)
     if not total.isfinite().all():
-        raise UserError("hidden states are not finite: lower --lr, or mend --model's weights")
+        raise UserError("hidden states are not finite: lower --lr, or fix --model's weights")
     return (total / len(pairs)).float()
 
 
-@torch.no_grad()
 def score_pairs(
     model: nn.Module,
     pairs: Sequence[TokenizedPair],
@@ -80,13 +94,14 @@ def score_pairs(
     ids: list[int] = []
     parts: list[np.ndarray] = []
     total: Statistics | None = None
-    for pack in _packs(pairs, budget, sampling, device, quantiles=True):
-        output = model(pack)
-        found = losses(output, pack.pairs, objective)[1]
-        total = found if total is None else total + found
-        q_2NQ = q_values(output.z_RD, goal_D[None])[:, 0][pack.pairs.quantiles_2NQ]
-        parts.append(torch.cat([output.reward_2N[..., None], q_2NQ], dim=-1).cpu().numpy())
-        ids += pack.pairs.pair_ids
+    with evaluating(model):
+        for pack in _packs(pairs, budget, sampling, device, quantiles=True):
+            output = model(pack)
+            statistics = losses(output, pack.pairs, objective)[1]
+            total = statistics if total is None else total + statistics
+            q_2NQ = q_values(output.z_RD, goal_D[None])[:, 0][pack.pairs.quantiles_2NQ]
+            parts.append(torch.cat([output.reward_2N[..., None], q_2NQ], dim=-1).cpu().numpy())
+            ids += pack.pairs.pair_ids
     assert total is not None  # every rank has a pack, if only an empty one
     dist.all_reduce(total.sums_K)
     gathered: list[tuple[list[int], np.ndarray]] = [([], np.empty(0))] * dist.get_world_size()
@@ -96,13 +111,13 @@ def score_pairs(
     back = np.argsort(np.argsort([pair.pair_id for pair in pairs]))  # from pair-id order to the order of `pairs`
     values = values[:, order][:, back]
     if not np.isfinite(values).all():
-        raise UserError("rewards or Q-values are not finite: lower --lr, or mend --model's weights")
-    return Scores(pairs, values[..., 0], values[..., 1:], total.means(len(pairs)))
+        raise UserError("rewards or Q-values are not finite: lower --lr, or fix --model's weights")
+    return Scores(pairs=pairs, reward_2N=values[..., 0], q_2NQ=values[..., 1:], statistics=total.means(len(pairs)))
 
 
 def auroc(score_2N: np.ndarray) -> float:
     """AUROC of all chosen against all rejected scores, [2, N]."""
-    return statistics.auroc(np.repeat([True, False], score_2N.shape[1]), score_2N.ravel())
+    return auroc_of(np.repeat([True, False], score_2N.shape[1]), score_2N.ravel())
 
 
 def metrics(scores: Scores) -> dict[str, float]:
@@ -116,21 +131,19 @@ def metrics(scores: Scores) -> dict[str, float]:
     return row
 
 
-def breakdown(scores: Scores, fields: Sequence[str]) -> dict[str, tuple[float, int]]:
-    """(AUROC, number of pairs) by value of each record field: {"steps=2": (0.97, 311), ...}."""
+def breakdown(scores: Scores, fields: Sequence[str]) -> dict[str, float]:
+    """AUROC by value of each record field: {"steps=2": 0.97, ...}."""
     table = {}
     for name in fields:
         values = np.array([str(pair.fields[name]) for pair in scores.pairs])
         for value in sorted(set(values), key=lambda v: (len(v), v)):
-            mask = values == value
-            table[f"{name}={value}"] = auroc(scores.reward_2N[:, mask]), int(mask.sum())
+            table[f"{name}={value}"] = auroc(scores.reward_2N[:, values == value])
     return table
 
 
 def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair], vocab_size: int) -> dict[str, float]:
     """Held-out AUROC of what needs no understanding: completion length (either sign), and logistic regression on the
     token counts of a completion, fitted on the first training pairs. A reward model should beat both."""
-
     from scipy.sparse import csr_matrix  # here, and sklearn: a fifth of the start of every process
     from sklearn.linear_model import LogisticRegression
 

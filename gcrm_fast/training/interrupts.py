@@ -1,7 +1,7 @@
 """Signals, and processes whose parent is gone.
 
-``torchrun`` starts every worker in a session of its own and hands on the signals that it is told to
-(``--signals-to-handle``); a worker whose torchrun was killed would go on by itself, hence ``end_with_the_parent``.
+``torchrun`` starts every worker in its own session and forwards the signals in ``--signals-to-handle``; workers of a
+killed torchrun would continue without it, hence ``end_with_parent``.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-# Of one occasion come several: to all processes of a service, and handed on by torchrun; from the shell and the kernel.
-REPEATED = 2.0
+# One stop can send several signals: to all processes of a service and forwarded by torchrun; from shell and kernel.
+REPEATED = 2.0  # seconds
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-class Wish(IntEnum):
-    """What a process wants of all of them; the greatest wins."""
+class Request(IntEnum):
+    """What one process asks of all processes; the greatest wins."""
 
     NONE = 0
     SAVE = 1
@@ -31,23 +31,22 @@ class Wish(IntEnum):
 
 
 class Interrupts:
-    """The wishes of signals, on which all ranks agree at the same step.
+    """Requests by signals, on which all ranks agree at the same step.
 
-    The first SIGTERM, SIGINT or SIGHUP asks to save and stop, one that comes ``REPEATED`` seconds later or more ends
-    the process at once; SIGUSR1 asks to save and go on. Signals that the process was started to ignore stay ignored.
+    The first SIGTERM, SIGINT or SIGHUP asks to save and stop, a later one (after ``REPEATED`` seconds or more) ends the
+    process at once; SIGUSR1 asks to save and continue. Signals that the process was started to ignore stay ignored.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         """``group``: of CPU tensors (gloo), used for nothing else at the same time."""
         self.group = group
-        self.signal_name = ""
-        self._own = Wish.NONE
-        self._told = 0.0
-        self._asked: tuple[torch.Tensor, dist.Work | None] | None = None
+        self._own = Request.NONE
+        self._stop_time = 0.0
+        self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Signals are wishes within; as before after it. Only the main thread may enter."""
+        """Turns signals into requests inside the context. Only the main thread may enter."""
         before = {
             number: signal.signal(number, self._stop)
             for number in STOPPING
@@ -60,45 +59,43 @@ class Interrupts:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def agree(self, own: Wish = Wish.NONE) -> Wish:
-        """The greatest wish of all ranks as of their previous call; every rank must call it once a step.
+    def agree(self, own: Request = Request.NONE) -> Request:
+        """The greatest request of all ranks as of their previous call; every rank must call it once per step.
 
         One step late, so that no rank waits for another, and the device for none.
         """
-        agreed = Wish.NONE
-        if self._asked:
-            wish, work = self._asked
+        agreed = Request.NONE
+        if self._pending:
+            request, work = self._pending
             if work:
                 work.wait()
-            agreed = Wish(int(wish))
-        wish = torch.tensor(max(own, self._own))
-        if self._own == Wish.SAVE:
-            self._own = Wish.NONE
-        self._asked = wish, dist.all_reduce(wish, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            agreed = Request(int(request))
+        request = torch.tensor(max(own, self._own))
+        if self._own == Request.SAVE:
+            self._own = Request.NONE
+        self._pending = request, dist.all_reduce(request, dist.ReduceOp.MAX, group=self.group, async_op=True)
         return agreed
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._own == Wish.STOP:
-            if now >= self._told + REPEATED:
-                os._exit(128 + number)
-            return
-        self._own, self._told = Wish.STOP, now
-        self.signal_name = signal.Signals(number).name
+        if self._own != Request.STOP:
+            self._own, self._stop_time = Request.STOP, now
+        elif now >= self._stop_time + REPEATED:
+            os._exit(128 + number)
 
     def _save(self, number: int, frame: FrameType | None) -> None:
-        self._own = max(self._own, Wish.SAVE)
+        self._own = max(self._own, Request.SAVE)
 
 
-def end_with_the_parent(parent: int) -> None:
-    """Ends this process, whatever it is doing, within a second or two of the end of ``parent``, its process id.
+def end_with_parent(parent: int) -> None:
+    """Ends this process, whatever it is doing, within a second or two of the end of its parent process.
 
-    To be taken as early as may be: of a process whose parent is gone the system names another.
+    ``parent``: its process id, to be read as early as possible: once the parent is gone the system gives another.
     """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(1)  # also where the process is blocked on a pipe that nobody reads, or in a collective
+        os._exit(1)  # also where the process is blocked by a pipe that nobody reads, or in a collective
 
     threading.Thread(target=watch, daemon=True).start()

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.inputs import Pack
-from gcrm_fast.training.interrupts import STOPPING, end_with_the_parent
+from gcrm_fast.training.interrupts import STOPPING, end_with_parent
 
 AHEAD = 4  # steps that a worker may be ahead of the training process
 
@@ -29,36 +30,25 @@ class Step(NamedTuple):
     packs: list[Pack]
 
 
+@dataclass(kw_only=True)
 class Steps(Dataset[Step]):
-    """``steps[i]``, i from 0: a pure function of (data, seed, i), whoever asks and in whatever order."""
+    """``steps[i]``, i from 0: a pure function of (data, seed, i), in any order and any process."""
 
-    def __init__(
-        self,
-        pairs: Sequence[TokenizedPair],
-        budget: Budget,
-        sampling: Sampling,
-        *,
-        global_batch_pairs: int,
-        group_prompts: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.pairs = pairs
-        self.budget = budget
-        self.sampling = sampling
-        self.global_batch_pairs = global_batch_pairs
-        self.group_prompts = group_prompts
-        self.rank, self.world_size = rank, world_size
-        self._prompt_keys = np.array([pair.prompt_key for pair in pairs])
+    pairs: Sequence[TokenizedPair]
+    budget: Budget
+    sampling: Sampling
+    global_batch_pairs: int
+    group_prompts: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        self._prompt_keys = np.array([pair.prompt_key for pair in self.pairs])
         self._epoch, self._batches = -1, list[list[list[int]]]()
-
-    @property
-    def per_epoch(self) -> int:
-        return batches_per_epoch(len(self.pairs), self.global_batch_pairs)
 
     def groups(self, step: int) -> tuple[int, list[list[TokenizedPair]]]:
         """Epoch and global batch of a step: groups of pairs of one prompt."""
-        epoch, position = divmod(step, self.per_epoch)
+        epoch, position = divmod(step, batches_per_epoch(len(self.pairs), self.global_batch_pairs))
         if epoch != self._epoch:
             batches = epoch_batches(
                 self._prompt_keys, self.global_batch_pairs, self.group_prompts, self.sampling.seed, epoch
@@ -76,7 +66,7 @@ class Steps(Dataset[Step]):
 def load(steps: Steps, first: int, end: int, workers: int, device: torch.device) -> Iterator[Iterator[Step]]:
     """Steps ``first`` to ``end`` - 1 in order, in pinned memory where the device is a GPU.
 
-    Within, ``workers`` processes build them ahead; with 0 the calling process builds each when it is asked for.
+    Inside the context, ``workers`` processes build them ahead; with 0 the calling process builds each on demand.
     """
     # Forked workers share the tokenized data; a spawned one would get a copy of it.
     fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
@@ -90,17 +80,17 @@ def load(steps: Steps, first: int, end: int, workers: int, device: torch.device)
         worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=device.type == "cuda",
     )
-    found = iter(loader)
+    iterator = iter(loader)
     try:
-        yield found
+        yield iterator
     finally:
-        # An error's traceback holds the iterator, which ends its workers when it is deleted; as they ignore SIGTERM,
-        # the program would wait for them without end.
-        end_workers(found)
+        # An error's traceback holds the iterator, which ends its workers when it is deleted; they ignore SIGTERM, so
+        # the program would wait for them forever.
+        end_workers(iterator)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """torchrun sends them to all processes of a rank; a parent that was killed takes its workers along."""
+    """torchrun sends signals to all processes of a rank; a worker ends when its parent does."""
     for number in (*STOPPING, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    end_with_the_parent(os.getppid())
+    end_with_parent(os.getppid())

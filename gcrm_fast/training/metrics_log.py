@@ -1,4 +1,4 @@
-"""What a run tells as it goes: metrics.jsonl and TensorBoard scalars."""
+"""What a run logs: metrics.jsonl and TensorBoard scalars."""
 
 import contextlib
 import json
@@ -15,21 +15,21 @@ from gcrm_fast.common.files import written_aside
 
 
 class MetricsLog:
-    """Rows of ``metrics.jsonl`` (one object a row, always with ``step``), and their numbers to TensorBoard.
+    """Rows of ``metrics.jsonl`` (one object per row, always with ``step``), and their numbers to TensorBoard.
 
     Attributes:
-        rows: what the file holds; values that are not finite are NaN here and null there, since JSON has no NaN.
+        rows: the content of the file; values that are not finite are NaN here and null there: JSON has no NaN.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        """Goes on after ``step``: rows of later steps, of a run that was ended, are removed; all of them for step 0.
+        """Continues after ``step``: later rows, of an interrupted run, are removed (all rows for step 0).
 
         Raises:
             UserError: a file cannot be written.
         """
         self.path = folder / "metrics.jsonl"
         lines = self.path.read_text(encoding="utf-8").splitlines() if step and self.path.exists() else []
-        # The last line of a run that was killed can be cut short; it is later than any checkpoint.
+        # A killed run can leave a partial last line, later than any checkpoint.
         whole = [line for line in lines if line.endswith("}")]
         self.rows: list[dict[str, Any]] = [
             {k: math.nan if v is None else v for k, v in row.items()}
@@ -52,7 +52,7 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
 
     def note(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds a row of any values, which TensorBoard does not show. Raises UserError where it cannot be written."""
+        """Adds a row of any values, without TensorBoard. Raises UserError where it cannot be written."""
         row = {"step": step, **values}
         self.rows.append(row)
         with self._writing():

@@ -19,7 +19,7 @@ from gcrm_fast import RewardModel
 
 model = RewardModel.from_pretrained("path/to/this/folder")
 rewards = model.score(["1+1="], ["2"])
-q_values = model.q_values(["1+1="], ["2"])  # one a token: the cosine to the goal state
+q_values = model.q_values(["1+1="], ["2"])  # one per token: the cosine to the goal state
 ```
 """
 IN_TRANSFORMERS = """\
@@ -36,8 +36,8 @@ reward = model(**tokenizer("1+1=" + "2" + tokenizer.eos_token, return_tensors="p
 def model_card(config: TrainConfig, data: Rows, results: Rows, metrics: Mapping[str, float], world_size: int) -> str:
     """The text of README.md.
 
-    ``data`` and ``results`` are shown as they are; of ``metrics``, the last evaluation's (empty without held-out
-    data), the header gets pair accuracy and AUROC.
+    ``data`` and ``results`` are shown as they are; the header gets pair accuracy and AUROC from ``metrics``, those of
+    the last evaluation (empty without held-out data).
     """
     linear = heads.KINDS[config.head].in_transformers
     sections = [
@@ -63,9 +63,9 @@ def model_card(config: TrainConfig, data: Rows, results: Rows, metrics: Mapping[
 def _ends(linear: bool) -> str:
     head = "" if linear else " Its reward head has several layers and is in `gcrm.safetensors`: load it with gcrm_fast."
     return (
-        "The reward is read at the last token. That is the tokenizer's eos token, or the token with which the chat "
-        "template ends a turn, and it belongs into the text (without the white space that some templates put after "
-        f"it); only a completion that a length limit cut goes without.{head}\n"
+        "The reward is read at the last token: the tokenizer's eos token, or the token with which the chat template "
+        "ends a turn. The text must contain it (without the white space that some templates put after it), unless a "
+        f"length limit cut the completion.{head}\n"
     )
 
 
@@ -100,7 +100,7 @@ def _header(config: TrainConfig, metrics: Mapping[str, float]) -> str:
 
 
 def _on_the_hub(name: str) -> bool:
-    """Whether a source that was read came from the Hub: what is no file or folder here did."""
+    """Whether a source came from the Hub: it is no file or folder here."""
     here = any(Path(part).exists() for part in (name, name.rpartition(":")[0]) if part)
     return bool(name) and name != ARITHMETIC and not here
 
@@ -111,7 +111,7 @@ def _table(rows: Rows) -> str:
 
 
 def command(config: TrainConfig, world_size: int) -> str:
-    """The call of the program that gives ``config``: every option that differs from its default or preset."""
+    """The command line that gives ``config``: every option that differs from its default or preset."""
     words = (
         ["gcrm", "train"]
         if world_size == 1
@@ -121,7 +121,7 @@ def command(config: TrainConfig, world_size: int) -> str:
     for field in dataclasses.fields(TrainConfig):
         value, flag = getattr(config, field.name), field.name.replace("_", "-")
         if field.name == "config" or value == getattr(default, field.name):
-            continue  # what a file said is among the values
+            continue  # the values include those from a file
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:

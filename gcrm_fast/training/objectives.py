@@ -15,7 +15,7 @@ from gcrm_fast.model.inputs import PairRows
 from gcrm_fast.model.reward_model import Output
 from gcrm_kernels import ContrastiveStatistics, dense_contrastive_loss, gather_rows, goal_contrastive_loss
 
-# What ``losses`` measures of every pair.
+# What ``losses`` measures for every pair.
 STATISTICS = (
     "loss",
     "loss/ranking",

@@ -1,4 +1,4 @@
-"""AdamW, its schedule, and updates that leave out what is not finite, all without waiting for the device."""
+"""AdamW, its schedule, and updates that are skipped if not finite, all without waiting for the device."""
 
 import math
 from typing import Any
@@ -33,12 +33,12 @@ def learning_rate(applied: Tensor, peak: float, warmup: int, steps: int) -> Tens
 class Updater:
     """Clipped AdamW updates (0.9, beta2) of a model.
 
-    An update whose loss or gradient is not finite is left out: weights stay as they are and the schedule does not
-    advance. (``adamw``: nor do the moments. torchao's optimizers have no such switch: their moments forget one step.)
+    An update with a loss or gradient that is not finite is skipped: weights stay as they are and the schedule does not
+    advance. (``adamw``: nor do the moments. torchao's optimizers have no such switch: their moments decay by one step.)
 
     Attributes:
         applied: number of updates made, 0-dimensional int64 on the device.
-        skipped_in_row: number of updates left out since the last one made, likewise.
+        skipped_in_row: number of updates skipped since the last one made, likewise.
     """
 
     def __init__(self, model: torch.nn.Module, config: TrainConfig, steps: int, device: torch.device) -> None:
@@ -50,7 +50,7 @@ class Updater:
         self.steps, self.warmup = steps, math.ceil(config.warmup * steps)
         self.applied = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_row = torch.zeros((), dtype=torch.int64, device=device)
-        # What a run that goes on takes from its configuration, not from the checkpoint.
+        # A resumed run takes these from its configuration, not from the checkpoint.
         self.settings = {"betas": (0.9, config.beta2), "weight_decay": config.weight_decay}
         values: dict[str, Any] = {"lr": torch.tensor(self.peak, device=device), **self.settings}
         self.optimizer: torch.optim.Optimizer
@@ -66,7 +66,7 @@ class Updater:
     def update(self, step: int, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(whether it was made [bool], gradient norm before clipping, learning rate), 0-dimensional, on the device.
 
-        ``loss``: this rank's, 0-dimensional; one that is not finite on any rank leaves the update out on all.
+        ``loss``: this rank's, 0-dimensional; one that is not finite on any rank skips the update on all.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -82,8 +82,8 @@ class Updater:
                     parameter.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         for group in self.optimizer.param_groups:
             group["lr"] = rate if self.can_skip else torch.where(bad > 0, 0.0, rate)
-        # Stochastic rounding draws numbers that a resumed run and other copies of the shard must draw again: no state
-        # but (seed, step, shard).
+        # Stochastic rounding must draw the same numbers in a resumed run and in other copies of the shard: they depend
+        # on (seed, step, shard) alone.
         torch.manual_seed(hash((self.seed, step, self.shard)) % 2**63)
         self.optimizer.step()
         self.optimizer.zero_grad()

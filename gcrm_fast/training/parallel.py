@@ -23,11 +23,11 @@ def process_group(*, replicas: int = 1, timeout: float = 600.0) -> Iterator[tupl
     """The default process group (nccl on CUDA, else gloo), as a mesh, and this rank's device.
 
     The mesh has one dimension, or with ``replicas`` two: copies of the model, and the processes that share a copy.
-    Works under torchrun, and by itself as a group of one. ``timeout``: of a collective, in seconds. On one Linux
-    machine the processes talk over ``lo``, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME say otherwise.
+    Works under torchrun, and without it as a group of one. ``timeout``: of a collective, in seconds. On one Linux
+    machine the processes use ``lo``, unless GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME say otherwise.
     """
     if sys.platform == "linux" and processes.world_size() == processes.local_world_size():
-        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # else they look up this machine's name
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # else they look up this host's name
             os.environ.setdefault(variable, "lo")
     device, backend = default_device(), "gloo"
     if device.type == "cuda":
@@ -37,7 +37,7 @@ def process_group(*, replicas: int = 1, timeout: float = 600.0) -> Iterator[tupl
     if processes.launched():
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's own outlives a restart of the workers: without a prefix they find the addresses of dead ones.
+            # torchrun's store survives a restart of the workers: without a prefix they find the addresses of dead ones.
             # (Each node counts its own restarts: on several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes a new store.)
             store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
@@ -51,6 +51,11 @@ def process_group(*, replicas: int = 1, timeout: float = 600.0) -> Iterator[tupl
         yield init_device_mesh(device.type, shape, mesh_dim_names=names), device
     finally:
         dist.destroy_process_group()
+
+
+def cpu_group(timeout: float) -> dist.ProcessGroup:
+    """A group of all ranks for CPU tensors and objects; ``timeout``: of a collective, in seconds."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
 
 def shard(model: LlamaRewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype, *, gather: str = "block") -> None:
@@ -84,7 +89,7 @@ def last_backward(model: LlamaRewardModel, last: bool) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drops gathered weights: after passes without a backward."""
+    """Drops gathered weights, after forward passes without a backward."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -105,7 +110,7 @@ def materialize(model: LlamaRewardModel, mesh: DeviceMesh, device: torch.device,
 
 @torch.no_grad()
 def full_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All parameters whole, on the CPU, in ``dtype``: on rank 0; other ranks help and get an empty dict."""
+    """All full parameters on the CPU in ``dtype``, on rank 0; other ranks must call it too and get an empty dict."""
     state = {}
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -1,4 +1,4 @@
-"""What is checked and known before training: data, tokenizer, weights, budgets, memory; and its description."""
+"""What is read and checked before training: data, tokenizer, weights, budgets."""
 
 import functools
 import hashlib
@@ -6,7 +6,6 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from gcrm_fast.checkpoints.config_json import read_config
 from gcrm_fast.checkpoints.locating import MODEL_FILES, TOKENIZER_FILES, locate
 from gcrm_fast.checkpoints.weights import Weights, fresh_weights, open_weights
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.tables import table
 from gcrm_fast.data import arithmetic
 from gcrm_fast.data.batches import Budget, batches_per_epoch, split_to_budget
 from gcrm_fast.data.chat import end_tokens
@@ -28,14 +26,12 @@ from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.token_cache import TokenCache, cache_folder
 from gcrm_fast.data.tokenization import choose_pad, load_tokenizer, train_tokenizer
 from gcrm_fast.model.llama import ModelConfig
-from gcrm_fast.training.accounting import MemoryShape, choose_plan, memory_limit, predicted_memory, work
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig
 from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.objectives import Objective
-from gcrm_kernels.launch import HAS_TRITON
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
     """Everything that is checked and known before training: the same on every rank."""
 
@@ -55,7 +51,7 @@ class Prepared:
 
     @functools.cached_property
     def data_key(self) -> str:
-        """Of all that the training data is: tokens and margins."""
+        """Fingerprint of the training data: tokens and margins."""
         margins = np.array([pair.margin for pair in self.train], dtype=np.float64)
         return hashlib.sha256(self.report.key.encode() + margins.tobytes()).hexdigest()
 
@@ -65,11 +61,12 @@ def load_pairs(
 ) -> tuple[list[Pair], list[Pair]]:
     """(training, held-out) pairs, read or generated."""
     if config.data == (ARITHMETIC,):
-        usual = PRESETS[ARITHMETIC]
-        n_train, n_eval = config.train_pairs or usual["train_pairs"], config.eval_pairs or usual["eval_pairs"]
+        preset = PRESETS[ARITHMETIC]
+        n_train, n_eval = config.train_pairs or preset["train_pairs"], config.eval_pairs or preset["eval_pairs"]
         return arithmetic.generate(n_train, n_eval, config.seed, config.arithmetic_steps)
-    train, held_out = (
-        read_pairs(
+
+    def read(sources: tuple[str, ...], fields: tuple[str, ...]) -> list[Pair]:
+        return read_pairs(
             sources,
             fields=fields,
             columns=parse_columns(config.columns),
@@ -77,8 +74,8 @@ def load_pairs(
             pairs_per_prompt=config.pairs_per_prompt,
             bad=bad,
         )
-        for sources, fields in ((config.data, ()), (config.eval_data, config.eval_by))
-    )
+
+    train, held_out = read(config.data, ()), read(config.eval_data, config.eval_by)
     if config.eval_pairs and len(held_out) > config.eval_pairs:
         chosen = np.random.default_rng(config.seed).permutation(len(held_out))[: config.eval_pairs]
         held_out = [held_out[i] for i in sorted(chosen)]
@@ -126,9 +123,20 @@ def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def check_unfinished(output: Path, config: TrainConfig) -> None:
-    """Raises UserError where a finished run would be replaced unasked."""
+    """Raises UserError where a finished run would be overwritten without --overwrite."""
     if (output / "model").exists() and not config.overwrite:
         raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
+
+
+def check_overlap(train: list[Pair], held_out: list[Pair], allowed: bool) -> Overlap:
+    """What training and held-out pairs share. Raises UserError for shared prompts unless they are ``allowed``."""
+    shared = overlap(train, held_out)
+    if shared.prompts and not allowed:
+        raise UserError(
+            f"{shared.example}: field 'prompt' is also in the training data, as in {shared.prompts} of {len(held_out)} "
+            "held-out pairs: use other held-out pairs, or pass --allow-overlap"
+        )
+    return shared
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -138,15 +146,10 @@ def prepare(config: TrainConfig) -> Prepared:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is not a folder")
     model = open_model(config) if config.model else None
-    tokenizer = open_tokenizer(config)  # before the records, some of which its chat template writes out
+    tokenizer = open_tokenizer(config)  # before the records: its chat template renders those that are messages
     bad = BadRecords(skip=config.on_bad_record == "skip")
     train, held_out = load_pairs(config, tokenizer, bad)
-    shared = overlap(train, held_out)
-    if shared.prompts and not config.allow_overlap:
-        raise UserError(
-            f"{shared.example}: field 'prompt' is also in the training data, as in {shared.prompts} of {len(held_out)} "
-            "held-out pairs: take others, or pass --allow-overlap"
-        )
+    shared = check_overlap(train, held_out, config.allow_overlap)
     if tokenizer is None:
         texts = (p.prompt + side for p in train for side in (p.chosen, p.rejected))
         tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -167,23 +170,21 @@ def prepare(config: TrainConfig) -> Prepared:
             raise UserError(f"--data {' '.join(config.data)}: every chosen completion is cut: none has an end state")
         for pair in tokenized + tokenized_held_out:
             split_to_budget([pair], budget)  # raises where a pair does not fit
-    sampling = Sampling(config.samples, config.objective_variant, config.negatives, config.seed)
     per_epoch = batches_per_epoch(len(tokenized), config.global_batch_pairs)
-    steps = config.steps or max(1, math.ceil(config.epochs * per_epoch))
     return Prepared(
-        tokenizer,
-        model_config,
-        tokenized,
-        tokenized_held_out,
-        report,
-        held_out_report,
-        shared,
-        bad,
-        weights,
-        budget,
-        sampling,
-        steps,
-        output,
+        tokenizer=tokenizer,
+        model_config=model_config,
+        train=tokenized,
+        held_out=tokenized_held_out,
+        report=report,
+        held_out_report=held_out_report,
+        overlap=shared,
+        bad=bad,
+        weights=weights,
+        budget=budget,
+        sampling=Sampling(config.samples, config.objective_variant, config.negatives, config.seed),
+        steps=config.steps or max(1, math.ceil(config.epochs * per_epoch)),
+        output=output,
     )
 
 
@@ -207,9 +208,9 @@ def objective_of(config: TrainConfig) -> Objective:
 
 def steps_of(prepared: Prepared, config: TrainConfig, rank: int, world_size: int) -> Steps:
     return Steps(
-        prepared.train,
-        prepared.budget,
-        prepared.sampling,
+        pairs=prepared.train,
+        budget=prepared.budget,
+        sampling=prepared.sampling,
         global_batch_pairs=config.global_batch_pairs,
         group_prompts=config.group_prompts,
         rank=rank,
@@ -227,97 +228,3 @@ def fastest_dtype(device: torch.device) -> str:
     if device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16"):
         return "bfloat16"
     return "float32"
-
-
-class MemoryPlan(NamedTuple):
-    """What is recomputed, when weights are gathered, and the predicted memory of one process in bytes, for the largest
-    pack that the budget allows."""
-
-    recompute: str
-    gather: str
-    predicted: int
-
-    def __str__(self) -> str:
-        return f"{self.predicted / 2**30:.2f} GiB per process, --recompute {self.recompute}, --gather {self.gather}"
-
-
-def memory_plan(
-    prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device, limit: int
-) -> MemoryPlan:
-    """The fastest plan that ``limit`` bytes allow, with what the configuration fixes. Every process must hand over the
-    same limit: all gather weights together."""
-    tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in prepared.train) / len(prepared.train)
-    pairs = prepared.budget.tokens / tokens  # in the largest pack
-    read_rows = prepared.budget.tokens if config.objective_variant == "dense" else int(pairs * (4 * config.samples + 2))
-    shape = MemoryShape(
-        config=prepared.model_config,
-        tokens=prepared.budget.tokens,
-        keys=prepared.budget.keys,
-        read_rows=min(read_rows, prepared.budget.tokens),
-        optimizer=config.optimizer,
-        width=compute_dtype(config, device).itemsize,
-        kernels=HAS_TRITON and device.type == "cuda",
-        world_size=world_size,
-        several_packs=tokens * config.global_batch_pairs > prepared.budget.tokens * world_size,
-    )
-    recompute, gather = choose_plan(limit, shape, config.recompute, config.gather)
-    return MemoryPlan(recompute, gather, predicted_memory(shape, recompute, gather))
-
-
-def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
-    """What became of the records: shown by --dry-run and at the start of a run."""
-
-    def count(pairs: list[TokenizedPair], report: TokenReport) -> str:
-        return (
-            f"{len(pairs)} ({report.dropped} dropped: longer than --max-length {config.max_length} tokens; "
-            f"{report.shortened} with a shortened prompt)"
-        )
-
-    report, held_out_report, shared = prepared.report, prepared.held_out_report, prepared.overlap
-    rows = [
-        ("training pairs", count(prepared.train, report)),
-        ("held-out pairs", count(prepared.held_out, held_out_report) if held_out_report else "0"),
-        ("held out and trained on", f"{shared.prompts} prompts, {shared.completions} completions"),
-        ("completion ends", report.ending_summary()),
-    ]
-    if prepared.bad.skipped:
-        rows.append(("bad records", f"{len(prepared.bad.skipped)} skipped; the first: {prepared.bad.skipped[0]}"))
-    if prepared.bad.tied:
-        rows.append(("records without a pair", f"{prepared.bad.tied}: all their completions tie"))
-    longest = max(len(ids) for pair in prepared.train for ids in (pair.chosen_ids, pair.rejected_ids))
-    if longest > prepared.model_config.max_position_embeddings:
-        rows.append(
-            (
-                "longer than the model knows",
-                f"up to {longest} tokens, its max_position_embeddings is "
-                f"{prepared.model_config.max_position_embeddings}",
-            )
-        )
-    return rows
-
-
-def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
-    """What --dry-run prints: lengths, drops, packs, steps, predicted memory."""
-    steps, sampled_steps = steps_of(prepared, config, 0, 1), min(8, prepared.steps)
-    packs = [pack for i in range(sampled_steps) for pack in steps[i].packs]
-    done = [work(pack, prepared.model_config, "none") for pack in packs]
-    tokens = [int(w.tokens) for w in done]
-    m = prepared.model_config
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plan = memory_plan(prepared, config, world_size, device, memory_limit(device))
-    return table(
-        [
-            *data_rows(prepared, config),
-            ("prompt tokens", prepared.report.prompt_summary()),
-            ("completion tokens", prepared.report.completion_summary()),
-            ("steps", f"{prepared.steps} of {config.global_batch_pairs} pairs"),
-            ("packs a step", f"{len(packs) / sampled_steps:.1f} over all processes (first {sampled_steps} steps)"),
-            ("pack fill", f"{100 * sum(tokens) / len(tokens) / config.tokens_per_batch:.0f}% of --tokens-per-batch"),
-            (
-                "padded / packed",
-                f"{sum(w.padded_tokens for w in done) / sum(tokens):.2f} times the tokens, were the packs padded",
-            ),
-            ("parameters", f"{m.parameters() / 1e6:.2f} M"),
-            ("predicted memory", str(plan)),
-        ]
-    )

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, and going on from one."""
+"""What a checkpoint of a run holds, and how a run resumes from one."""
 
 import dataclasses
 import math
@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.manifest import Checkpoint, checkpoints, damage, first_intact, read_manifest
 from gcrm_fast.training.objectives import Statistics
 from gcrm_fast.training.optimizer import Updater
-from gcrm_fast.training.snapshots import Found, checkpoints, damage, first_whole, load, read_manifest
 
 # Options that change neither what is trained nor the order of the data: free to differ in a resumed run.
 FREE = frozenset(
@@ -53,7 +54,7 @@ FREE = frozenset(
 
 
 class Window:
-    """What has gathered since the last log row, on the device: statistics, pairs, and updates that were skipped."""
+    """What has accumulated since the last log row, on the device: statistics, pairs, and updates that were skipped."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         """``names``: of the statistics."""
@@ -69,7 +70,7 @@ class Window:
         self.made.append((step, made))
 
     def skipped(self) -> list[int]:
-        """Steps whose update was left out. Waits for the device."""
+        """Steps with a skipped update. Waits for the device."""
         flags = torch.stack([made for _, made in self.made]).tolist() if self.made else []
         return [step for (step, _), made in zip(self.made, flags, strict=True) if not made]
 
@@ -85,7 +86,7 @@ class Window:
 
 @dataclasses.dataclass
 class RunState:
-    """Everything that a run's future depends on beside its configuration and data."""
+    """Everything that a run's future depends on, apart from its configuration and data."""
 
     model: LlamaRewardModel
     updater: Updater
@@ -102,16 +103,17 @@ class RunState:
             "window": {f"rank{dist.get_rank()}": self.window.sums},
         }
 
-    def load(self, found: Found, group: dist.ProcessGroup) -> None:
-        """Takes over a checkpoint's tensors, written by any number of ranks."""
+    def load(self, checkpoint: Checkpoint, group: dist.ProcessGroup) -> None:
+        """Loads the tensors of a checkpoint that any number of ranks wrote."""
         tensors = self.tensors()
-        wrote, rank = found.facts["world_size"], dist.get_rank()
+        wrote, rank = checkpoint.facts["world_size"], dist.get_rank()
         if wrote == dist.get_world_size():
             sums = {f"rank{rank}": torch.zeros_like(self.window.sums)}
         else:  # what counts is their sum over ranks
             sums = {f"rank{r}": torch.zeros_like(self.window.sums) for r in range(wrote)} if rank == 0 else {}
         tensors["window"] = sums
-        load(found, tensors, group)  # in place: counts, weights and moments are those of the run itself
+        # In place: counts, weights and moments are those of the run itself.
+        dcp.load(tensors, checkpoint_id=checkpoint.path, process_group=group)
         set_state_dict(
             self.model,
             self.updater.optimizer,
@@ -122,11 +124,11 @@ class RunState:
             parameters.update(self.updater.settings)
         self.window.sums.copy_(sum(sums.values(), torch.zeros_like(self.window.sums)))
         device = self.window.sums.device
-        self.window.made = [(step, torch.tensor(False, device=device)) for step in found.facts["skipped"]]
+        self.window.made = [(step, torch.tensor(False, device=device)) for step in checkpoint.facts["skipped"]]
 
 
 def facts(step: int, config: TrainConfig, data_key: str, window: Window, metrics: dict[str, float]) -> dict[str, Any]:
-    """What a checkpoint's manifest says; ``metrics``: of an evaluation at this very step, or none."""
+    """The facts of a checkpoint's manifest; ``metrics``: of an evaluation at this very step, or none."""
     return {
         "step": step,
         "world_size": dist.get_world_size(),
@@ -138,58 +140,62 @@ def facts(step: int, config: TrainConfig, data_key: str, window: Window, metrics
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
+    """The options as JSON gives them back."""
     values = dataclasses.asdict(config)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def differences(config: TrainConfig, data_key: str, found: Found) -> list[str]:
-    """What differs between a checkpoint and this run, of all that a run's future depends on."""
-    now, then = _plain(config), found.facts["config"]
-    if now["dtype"] == "auto":  # means that of the checkpoint
+def differences(config: TrainConfig, data_key: str, checkpoint: Checkpoint) -> list[str]:
+    """What a run's future depends on and what differs between a checkpoint and this run."""
+    now, then = _plain(config), checkpoint.facts["config"]
+    if now["dtype"] == "auto":  # which means that of the checkpoint
         now["dtype"] = then["dtype"]
     changed = [
         f"--{name.replace('_', '-')} was {then.get(name)!r} and is {now[name]!r}"
         for name in now
         if name not in FREE and now[name] != then.get(name)
     ]
-    if found.facts["data_key"] != data_key:
-        changed.append("the training data or its tokens are others")
+    if checkpoint.facts["data_key"] != data_key:
+        changed.append("the training data or its tokens have changed")
     return changed
 
 
-def with_dtype(config: TrainConfig, found: Found | None, own: str, group: dist.ProcessGroup) -> TrainConfig:
-    """The configuration with ``--dtype auto`` decided: as in the checkpoint, else as rank 0's ``own`` choice is;
-    processes may run on CPUs of different kinds."""
+def with_dtype(config: TrainConfig, checkpoint: Checkpoint | None, own: str, group: dist.ProcessGroup) -> TrainConfig:
+    """The configuration with ``--dtype auto`` resolved: as in the checkpoint, else rank 0's ``own`` choice, since
+    processes may run on different kinds of CPUs."""
     if config.dtype != "auto":
         return config
-    decided: list[Any] = [found.facts["config"]["dtype"] if found else own]
+    decided: list[Any] = [checkpoint.facts["config"]["dtype"] if checkpoint else own]
     dist.broadcast_object_list(decided, src=0, group=group)
     return dataclasses.replace(config, dtype=decided[0])
 
 
-def find(config: TrainConfig, output: Path, data_key: str, group: dist.ProcessGroup) -> tuple[Found | None, list[str]]:
-    """The checkpoint from which the run goes on, by ``--resume``, and lines about those that were skipped.
+def find_checkpoint(
+    config: TrainConfig, output: Path, data_key: str, group: dist.ProcessGroup
+) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to resume from by ``--resume``, and lines about those that were skipped.
 
     Raises:
-        UserError: a checkpoint that was asked for is damaged, or belongs to another configuration.
+        UserError: a checkpoint that ``--resume`` names is damaged, or it belongs to another configuration.
     """
+    notes: list[str] = []
     if config.resume == "never":
-        return None, []
+        return None, notes
     if config.resume == "auto":
-        found, notes = first_whole(checkpoints(output)[::-1], group)
+        checkpoint, notes = first_intact(checkpoints(output)[::-1], group)
+        if checkpoint is None:
+            return None, notes
     else:
         path = Path(config.resume)
         manifest = read_manifest(path)
-        found, notes = Found(path, manifest["facts"]), []
+        checkpoint = Checkpoint(path, manifest["facts"])
         wrong = damage(path, manifest, 0, 1)
         if wrong:
             raise UserError(f"--resume {path}: {wrong}: choose another checkpoint")
-    if found is None:
-        return None, notes
-    changed = differences(config, data_key, found)
+    changed = differences(config, data_key, checkpoint)
     if changed and not config.resume_force:
         raise UserError(
-            f"{found.path}: is of another run: {'; '.join(changed)}: undo the change, start anew with --resume never, "
-            "or go on all the same with --resume-force"
+            f"{checkpoint.path}: belongs to another run: {'; '.join(changed)}: undo the change, start over with "
+            "--resume never, or continue anyway with --resume-force"
         )
-    return found, notes
+    return checkpoint, notes

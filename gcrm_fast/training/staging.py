@@ -1,6 +1,6 @@
-"""Copies of a run's state on the CPU, in memory that is taken once, so that training goes on while they are written.
+"""Copies of a run's state on the CPU, in memory that is allocated once: training continues while they are written.
 
-torch's own stagers do not serve: that of 2.11 cannot be used a second time, and pins its memory anew at every use.
+torch's own stagers do not serve: that of 2.11 cannot be used twice and pins new memory every time.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Staging:
-    """Copies nested dicts and lists; the buffers belong to it, and the next ``copy`` overwrites them."""
+    """Copies nested dicts and lists into its own buffers, which the next ``copy`` overwrites."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[object, ...], Tensor] = {}
@@ -21,7 +21,7 @@ class Staging:
     def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """``state`` with every tensor on the CPU, sharded ones still sharded, and nothing shared with the original.
 
-        Whoever calls may change the original afterwards: all copies are finished.
+        The caller may change the original afterwards: all copies are finished.
         """
         staged: dict[str, Any] = self._copied(state, ())
         if torch.cuda.is_initialized():
@@ -29,7 +29,7 @@ class Staging:
         return staged
 
     def _copied(self, value: Any, place: tuple[object, ...]) -> Any:
-        """``place``: keys that lead from the state to the value."""
+        """``place``: the keys from the state to the value."""
         if isinstance(value, Tensor):
             return self._copied_tensor(value.detach(), place)
         if isinstance(value, Mapping):
@@ -40,8 +40,8 @@ class Staging:
 
     def _copied_tensor(self, tensor: Any, place: tuple[object, ...]) -> Tensor:
         if hasattr(tensor, "__tensor_flatten__"):
-            # A wrapper around tensors: a DTensor, or an 8-bit state of torchao's. By this protocol of torch.compile's
-            # it is rebuilt around CPU tensors as it is, where DTensor.from_local would move them to the mesh's device.
+            # A wrapper around tensors: a DTensor, or an 8-bit state of torchao's. This protocol of torch.compile's
+            # rebuilds it around CPU tensors, where DTensor.from_local would move them to the mesh's device.
             names, context = tensor.__tensor_flatten__()
             parts = {name: getattr(tensor, name) for name in names}
             copied = {

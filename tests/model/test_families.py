@@ -32,7 +32,7 @@ from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.data.tokenization import choose_pad, load_tokenizer
 from gcrm_fast.model.families import FAMILIES
 from gcrm_fast.train import main as train
-from gcrm_fast.training.accounting import kept_for_backward
+from gcrm_fast.training.memory import kept_for_backward
 from support.folders import VOCAB, load, tokenizer
 from support.training_runs import torchrun, write_pairs
 

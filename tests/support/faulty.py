@@ -1,7 +1,6 @@
 """gcrm train with a fault in one rank: torchrun tests/support/faulty.py KIND:RANK:STEP ARGUMENTS...
 
-KIND: nan (a loss that is not a number), hang, memory (none left), bug (an unexpected error), kill; in
-the given step.
+KIND: nan (a loss that is not a number), hang, memory (exhausted), bug (an unexpected error), kill; in the given step.
 """
 
 import os
@@ -20,7 +19,7 @@ from gcrm_fast.training.optimizer import Updater
 
 
 def plant(kind: str, rank: int, step: int) -> None:
-    """Replaces the loss of one rank, from the end of the step before on and for one step."""
+    """Replaces the loss of one rank in one step."""
     losses, update = train.losses, Updater.update
     now = [1]
 

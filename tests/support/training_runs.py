@@ -17,7 +17,7 @@ from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32", "--dtype", "float32"]
-# Metrics that are measured times and what follows from them.
+# Metrics that depend on the time measured.
 TIMES = {
     "pairs_per_s",
     "tokens_per_s",
@@ -81,8 +81,8 @@ def torchrun(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
 
 def workers(torchrun: subprocess.Popen[str]) -> list[int]:
     """Process ids of the ranks, in the order of their start."""
-    found = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True, check=False)
-    return sorted(map(int, found.stdout.split()))
+    children = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True, check=False)
+    return sorted(map(int, children.stdout.split()))
 
 
 def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300) -> None:
@@ -94,11 +94,9 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 300) -> 
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs: a dead one whose parent has not asked for it does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    """Whether the process runs; a zombie does not."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.startswith("Z")
 
 
 def rows(output: Path) -> list[dict[str, float]]:

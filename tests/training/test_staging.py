@@ -1,4 +1,4 @@
-"""The copies that a checkpoint is written from: of the moment it was asked for, apart from what training changes."""
+"""A checkpoint is written from copies that later training steps do not change."""
 
 import threading
 from copy import deepcopy
@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gcrm_fast.common.torch_compat import tree_leaves
 from gcrm_fast.training import parallel, snapshots
 from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.manifest import FOLDER, checkpoints
 from gcrm_fast.training.objectives import STATISTICS
 from gcrm_fast.training.optimizer import Updater
 from gcrm_fast.training.resume import RunState, Window
@@ -37,22 +39,22 @@ def pointers(state: Any) -> list[int]:
 
 
 class Held(snapshots.Checkpoints):
-    """Writes nothing until it is told to, and keeps what it is to write."""
+    """Waits for ``released`` before it writes, and keeps the states that it gets."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.told = threading.Event()
+        self.released = threading.Event()
         self.states: list[dict[str, Any]] = []
 
     def _write(self, name: str, state: dict[str, Any], facts: dict[str, Any]) -> None:
         self.states.append(state)
-        assert self.told.wait(60)
+        assert self.released.wait(60)
         super()._write(name, state, facts)
 
 
 def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path: Path) -> None:
-    """Three of them, each written after the state has changed, from the same memory."""
-    (tmp_path / snapshots.FOLDER).mkdir()
+    """Three checkpoints, each written after the state has changed, from the same memory."""
+    (tmp_path / FOLDER).mkdir()
     with parallel.process_group() as (mesh, device):
         model = small_model(small_config(), torch.float32).to(device)
         parallel.shard(model, mesh, torch.float32)
@@ -66,12 +68,12 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path: Path)
             state.window.sums += step
             live = state.tensors()
             expected.append(deepcopy(live))
-            saved.told.clear()
+            saved.released.clear()
             saved.save(step, live, {"step": step, "metrics": {}})
             with torch.no_grad():
                 for part in parts(live):
                     part.add_(1)
-            saved.told.set()
+            saved.released.set()
             saved.wait()
         saved.close()
         first = pointers(saved.states[0])
@@ -82,11 +84,11 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_asked_for(tmp_path: Path)
             original = live["model"][name]
             assert isinstance(copy, DTensor)
             assert (copy.device_mesh, copy.placements) == (original.device_mesh, original.placements)
-        for path, then in zip(snapshots.checkpoints(tmp_path), expected, strict=True):
+        for path, then in zip(checkpoints(tmp_path), expected, strict=True):
             found = deepcopy(then)
             for part in parts(found):
                 part.zero_()
-            snapshots.load(snapshots.Found(path, {}), found, group)
+            dcp.load(found, checkpoint_id=path, process_group=group)
             assert all(torch.equal(a, b) for a, b in zip(parts(found), parts(then), strict=True))
             assert found["optimizer"]["param_groups"] == then["optimizer"]["param_groups"]
 

@@ -1,0 +1,85 @@
+"""Runs in words: what became of the records, what --dry-run shows, the held-out results."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from gcrm_fast.common.tables import table
+from gcrm_fast.data.encoding import TokenizedPair, TokenReport
+from gcrm_fast.training.accounting import work
+from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.memory import memory_limit, memory_plan
+from gcrm_fast.training.metrics_log import MetricsLog
+from gcrm_fast.training.prepare import Prepared, steps_of
+
+HELD_OUT = {
+    "AUROC": "auroc",
+    "pair accuracy": "accuracy",
+    "ranking loss": "loss/ranking",
+    "contrastive loss": "loss/contrastive",
+}
+
+
+def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
+    """What became of the records: shown by --dry-run and at the start of a run."""
+
+    def count(pairs: list[TokenizedPair], report: TokenReport) -> str:
+        return (
+            f"{len(pairs)} ({report.dropped} dropped: longer than --max-length {config.max_length} tokens; "
+            f"{report.shortened} with a shortened prompt)"
+        )
+
+    report, held_out_report, shared = prepared.report, prepared.held_out_report, prepared.overlap
+    rows = [
+        ("training pairs", count(prepared.train, report)),
+        ("held-out pairs", count(prepared.held_out, held_out_report) if held_out_report else "0"),
+        ("held out and trained on", f"{shared.prompts} prompts, {shared.completions} completions"),
+        ("completion ends", report.ending_summary()),
+    ]
+    if prepared.bad.skipped:
+        rows.append(("bad records", f"{len(prepared.bad.skipped)} skipped; the first: {prepared.bad.skipped[0]}"))
+    if prepared.bad.tied:
+        rows.append(("records without a pair", f"{prepared.bad.tied}: all their completions tie"))
+    longest = max(len(ids) for pair in prepared.train for ids in (pair.chosen_ids, pair.rejected_ids))
+    positions = prepared.model_config.max_position_embeddings
+    if longest > positions:
+        rows.append(
+            ("longer than the model knows", f"up to {longest} tokens: its max_position_embeddings is {positions}")
+        )
+    return rows
+
+
+def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
+    """What --dry-run prints: lengths, drops, packs, steps, predicted memory."""
+    steps, sampled_steps = steps_of(prepared, config, 0, 1), min(8, prepared.steps)
+    packs = [pack for i in range(sampled_steps) for pack in steps[i].packs]
+    done = [work(pack, prepared.model_config, "none") for pack in packs]
+    tokens = sum(w.tokens for w in done)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return table(
+        [
+            *data_rows(prepared, config),
+            ("prompt tokens", prepared.report.prompt_summary()),
+            ("completion tokens", prepared.report.completion_summary()),
+            ("steps", f"{prepared.steps} of {config.global_batch_pairs} pairs"),
+            ("packs per step", f"{len(packs) / sampled_steps:.1f} over all processes (first {sampled_steps} steps)"),
+            ("pack fill", f"{100 * tokens / len(packs) / config.tokens_per_batch:.0f}% of --tokens-per-batch"),
+            ("padded / packed", f"{sum(w.padded_tokens for w in done) / tokens:.2f} times the tokens if padded"),
+            ("parameters", f"{prepared.model_config.parameters() / 1e6:.2f} M"),
+            ("predicted memory", str(memory_plan(prepared, config, world_size, device, memory_limit(device)))),
+        ]
+    )
+
+
+def held_out_rows(log: MetricsLog, evaluation: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Lines of a table: the first evaluation and this one; none without held-out data."""
+    if not evaluation:
+        return []
+    rows = [
+        (f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {evaluation.get(f'eval/{key}', math.nan):.3f}")
+        for name, key in HELD_OUT.items()
+    ]
+    prefix = "eval/auroc/"
+    groups = {key.removeprefix(prefix): value for key, value in evaluation.items() if key.startswith(prefix)}
+    return rows + [(f"  AUROC {name}", f"{value:.3f}") for name, value in groups.items()]

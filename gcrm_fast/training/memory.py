@@ -1,0 +1,142 @@
+"""The memory that training takes, predicted, and the fastest way of training that fits.
+
+Letters: T tokens of a pack, K gathered key rows, R read rows, H hidden size, F width of the MLP, L layers, Q and G
+width of all query heads and of all key/value heads.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from gcrm_fast.common import processes
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.prepare import Prepared, compute_dtype
+from gcrm_kernels.launch import HAS_TRITON
+
+# Bytes per parameter: weights, gradient, two moments.
+OPTIMIZER_BYTES = {"adamw": 16.0, "adamw-bf16": 8.0, "adamw-8bit": 10.1}
+GRADIENT_BYTES = {"adamw": 4.0, "adamw-bf16": 2.0, "adamw-8bit": 4.0}  # of these
+# (recomputation, when weights are gathered), fastest first: on one H100 at the 1b shape the product is about 2% of a
+# step, gathering for every pack 7%, the MLP 15%.
+PLANS = (
+    ("none", "step"),
+    ("product", "step"),
+    ("none", "block"),
+    ("product", "block"),
+    ("mlp", "step"),
+    ("mlp", "block"),
+    ("block", "step"),
+    ("block", "block"),
+)
+
+
+class MemoryPlan(NamedTuple):
+    """What is recomputed, when weights are gathered, and the predicted memory of one process in bytes, for the largest
+    pack that the budget allows."""
+
+    recompute: str
+    gather: str
+    predicted: int
+
+    def __str__(self) -> str:
+        return f"{self.predicted / 2**30:.2f} GiB per process, --recompute {self.recompute}, --gather {self.gather}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryShape:
+    """What the memory of one process depends on, apart from what is recomputed."""
+
+    config: ModelConfig
+    tokens: int  # of the largest pack
+    keys: int
+    read_rows: int
+    optimizer: str
+    width: int  # bytes per element of an activation
+    kernels: bool  # Triton's
+    world_size: int
+    several_packs: bool  # per step
+
+
+def kept_for_backward(
+    config: ModelConfig, tokens: int, keys: int, read_rows: int, recompute: str, width: int, kernels: bool
+) -> int:
+    """Bytes of activations that L layers keep until their backward, ``width`` bytes per element; the last one's MLP
+    runs at the read rows alone. ``kernels``: whether the Triton kernels run, without which SwiGLU keeps silu(gate)."""
+    h, f = config.hidden_size, config.intermediate_size
+    q, g = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    # The block's input and its norm, queries, output; gathered keys and values.
+    attention = tokens * (2 * h + 2 * q) + keys * 2 * g
+    if config.family.qk_norm:  # queries and keys before it
+        attention += tokens * (q + g)
+    # Residual and its norm; gate, up and their product.
+    mlp = {"none": 2 * h + (3 if kernels else 4) * f, "product": 2 * h + 2 * f, "mlp": 2 * h}
+    layers = config.num_hidden_layers
+    if recompute == "block":
+        return layers * tokens * h * width
+    return (layers * attention + ((layers - 1) * tokens + read_rows) * mlp[recompute]) * width
+
+
+def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
+    """Bytes of tensors of one process at its peak, in the backward of the largest pack.
+
+    Sharded weights and moments; weights whole, of the largest parts or with ``gather`` ``step`` of all; and either what
+    the layers keep and what the backward of one block holds at a time, a recomputed part included, or, later, the
+    sharded gradients, whichever is more. (One H100 at the 1b shape, 3 packs and 1 pack per step: 5% and 7% above what
+    was measured.)
+    """
+    config, tokens, keys, width = shape.config, shape.tokens, shape.keys, shape.width
+    h, f = config.hidden_size, config.intermediate_size
+    # What FSDP holds whole: weights in the compute dtype, and gradients of the root and of two blocks; and, until the
+    # last pack of a step, all gradients in float32.
+    largest = config.vocab_size * h + 2 * config.parameters_per_layer()
+    sharded = config.parameters() / shape.world_size
+    whole = (largest + (config.parameters() if gather == "step" else largest)) * width
+    whole += 4 * config.parameters() if shape.several_packs else 0
+    one_block = replace(config, num_hidden_layers=1)
+    working = kept_for_backward(one_block, tokens, keys, tokens, "none", width, shape.kernels)
+    working += tokens * (2 * h + 3 * f) * width  # gradients on their way
+    kept = kept_for_backward(config, tokens, keys, shape.read_rows, recompute, width, shape.kernels)
+    held = int(sharded * (OPTIMIZER_BYTES[shape.optimizer] - GRADIENT_BYTES[shape.optimizer]))
+    return held + whole + max(kept + working, int(sharded * GRADIENT_BYTES[shape.optimizer]))
+
+
+def choose_plan(limit: int, shape: MemoryShape, recompute: str = "auto", gather: str = "auto") -> MemoryPlan:
+    """The fastest of PLANS, with what is given instead of ``auto``, whose predicted memory stays within nine tenths of
+    ``limit``; else the one that takes the least."""
+    plans = [
+        MemoryPlan(*plan, predicted_memory(shape, *plan))
+        for plan in PLANS
+        if recompute in ("auto", plan[0]) and gather in ("auto", plan[1])
+    ]
+    return next((plan for plan in plans if plan.predicted < 0.9 * limit), plans[-1])
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes that this process may count on: free memory of the GPU, or its share of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes.local_world_size()
+
+
+def memory_plan(
+    prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device, limit: int
+) -> MemoryPlan:
+    """The fastest plan that ``limit`` bytes, the same on every rank, and the configuration allow."""
+    tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in prepared.train) / len(prepared.train)
+    pairs = prepared.budget.tokens / tokens  # in the largest pack
+    read_rows = prepared.budget.tokens if config.objective_variant == "dense" else int(pairs * (4 * config.samples + 2))
+    shape = MemoryShape(
+        config=prepared.model_config,
+        tokens=prepared.budget.tokens,
+        keys=prepared.budget.keys,
+        read_rows=min(read_rows, prepared.budget.tokens),
+        optimizer=config.optimizer,
+        width=compute_dtype(config, device).itemsize,
+        kernels=HAS_TRITON and device.type == "cuda",
+        world_size=world_size,
+        several_packs=tokens * config.global_batch_pairs > prepared.budget.tokens * world_size,
+    )
+    return choose_plan(limit, shape, config.recompute, config.gather)

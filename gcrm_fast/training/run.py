@@ -1,0 +1,252 @@
+"""One run: its set-up, what it does between steps, its end. ``gcrm_fast/train.py`` is its loop."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from gcrm_fast.checkpoints.saving import save_model
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.tables import table
+from gcrm_fast.model.reward_model import LlamaRewardModel
+from gcrm_fast.training import parallel
+from gcrm_fast.training.accounting import Meter, peak_flops, peak_memory
+from gcrm_fast.training.config import TrainConfig, to_toml
+from gcrm_fast.training.curves import plot_curves
+from gcrm_fast.training.describe import data_rows, held_out_rows
+from gcrm_fast.training.held_out import breakdown, goal_state, metrics, score_pairs, shortcuts
+from gcrm_fast.training.loader import Steps
+from gcrm_fast.training.manifest import checkpoints, first_intact
+from gcrm_fast.training.memory import memory_limit, memory_plan
+from gcrm_fast.training.metrics_log import MetricsLog
+from gcrm_fast.training.model_card import Rows, model_card
+from gcrm_fast.training.objectives import STATISTICS, Objective
+from gcrm_fast.training.optimizer import Updater, cast_weights
+from gcrm_fast.training.prepare import Prepared, compute_dtype, fastest_dtype, objective_of, steps_of
+from gcrm_fast.training.resume import RunState, Window, facts, find_checkpoint, with_dtype
+from gcrm_fast.training.snapshots import Checkpoints
+
+EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
+
+
+class FullModel(NamedTuple):
+    """A model to save: all weights on the CPU of rank 0 (none on other ranks), its goal state, and over how many pairs
+    that is the mean."""
+
+    weights: dict[str, Tensor]
+    goal: Tensor
+    goal_count: int
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run. Only rank 0 has a log."""
+
+    config: TrainConfig
+    prepared: Prepared
+    device: torch.device
+    objective: Objective
+    state: RunState
+    checkpoints: Checkpoints
+    steps: Steps
+    meter: Meter
+    log: MetricsLog | None
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what happens every ``every`` steps (0: eight times per run) happens after ``step``; never after the
+        last one, which ``finish`` follows."""
+        return step % (every or -(-self.prepared.steps // 8)) == 0 and step != self.prepared.steps
+
+    def goal(self, maximum: int | None = None) -> tuple[Tensor, int]:
+        """Goal state of the current model, and over how many training pairs (up to ``maximum``) it is the mean."""
+        uncut = [pair for pair in self.prepared.train if not pair.chosen_cut]
+        pairs = uncut[: self.config.goal_pairs or None][:maximum]
+        prepared = self.prepared
+        return goal_state(self.state.model, pairs, prepared.budget, prepared.sampling, self.device), len(pairs)
+
+    def evaluate(self, step: int, goal: Tensor | None = None) -> dict[str, float]:
+        """Logs the held-out metrics and returns them; empty without held-out pairs."""
+        prepared = self.prepared
+        if not prepared.held_out:
+            return {}
+        with self.meter.paused():
+            goal = self.goal(EVALUATION_GOAL_PAIRS)[0] if goal is None else goal
+            scores = score_pairs(
+                self.state.model,
+                prepared.held_out,
+                goal,
+                self.objective,
+                prepared.budget,
+                prepared.sampling,
+                self.device,
+            )
+        row = metrics(scores)
+        if step == prepared.steps:
+            row |= {f"eval/auroc/{k}": v for k, v in breakdown(scores, self.config.eval_by).items()}
+        if self.log:
+            self.log.write(step, row)
+        return row
+
+    def log_row(self, step: int, norm: Tensor, learning_rate: Tensor) -> dict[str, str]:
+        """Logs the means since the last row, over all ranks, and returns what the progress bar shows; the only place of
+        the loop that waits for the device.
+
+        Raises:
+            UserError: more than ``--max-skipped`` updates in a row were skipped, or more than a quarter of the run's.
+        """
+        row, skipped = self.state.window.read()
+        row |= {"grad_norm": norm.item(), "lr": learning_rate.item(), "skipped": len(skipped)} | self.meter.read()
+        if self.log:
+            for number in skipped:
+                pairs = [pair for group in self.steps.groups(number - 1)[1] for pair in group]
+                self.log.note(step, {"skipped_step": number, "records": [pair.where for pair in pairs]})
+            self.log.write(step, row)
+        in_a_row = int(self.state.updater.skipped_in_row)
+        if in_a_row > min(self.config.max_skipped, self.prepared.steps // 4):
+            self.checkpoints.wait()
+            raise UserError(
+                f"loss or gradient is not finite at {in_a_row} steps in a row, up to step {step}: lower --lr, or fix "
+                f"--model's weights or the records that metrics.jsonl names; {self.resume_hint()}"
+            )
+        shown = {"loss": f"{row['loss']:.3f}"}
+        if self.log and self.prepared.held_out:
+            shown["held-out AUROC"] = f"{self.log.series('eval/auroc')[-1]:.3f}"
+        return shown
+
+    def save(self, step: int, evaluation: dict[str, float]) -> None:
+        """Starts a checkpoint; ``evaluation``: metrics of this very step, if there are any."""
+        if self.config.keep:
+            about = facts(step, self.config, self.prepared.data_key, self.state.window, evaluation)
+            stall = self.checkpoints.save(step, self.state.tensors(), about)
+            if self.log:
+                self.log.write(step, {"checkpoint_stall_s": stall})
+
+    def resume_hint(self) -> str:
+        """How to continue from the newest checkpoint, if there is one."""
+        present = checkpoints(self.prepared.output)
+        if not present:
+            return "there is no checkpoint"
+        return f"the last checkpoint is {present[-1]}: the same command without --resume never continues from it"
+
+    def full_model(self) -> FullModel:
+        """The current model; every rank must call it."""
+        weights = parallel.full_state(self.state.model, compute_dtype(self.config, self.device))
+        return FullModel(weights, *self.goal())
+
+    def write_model(self, name: str, model: FullModel, rows: Rows, evaluation: Mapping[str, float]) -> None:
+        """Saves a model, with its card, to the output folder; on rank 0."""
+        prepared = self.prepared
+        card = model_card(self.config, data_rows(prepared, self.config), rows, evaluation, dist.get_world_size())
+        with written_aside(prepared.output / name) as partial:
+            save_model(
+                partial, model.weights, prepared.model_config, prepared.tokenizer, model.goal.cpu(), model.goal_count
+            )
+            (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: torch.device) -> tuple[Run, int]:
+    """The run, and the step after which it continues (0 for a new one)."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    group = parallel.cpu_group(config.timeout)
+    checkpoint, notes = find_checkpoint(config, prepared.output, prepared.data_key, group)
+    config = with_dtype(config, checkpoint, fastest_dtype(device), group)
+    dtype = compute_dtype(config, device)
+    start = checkpoint.facts["step"] if checkpoint else 0
+
+    limit = torch.tensor(memory_limit(device))
+    dist.all_reduce(limit, dist.ReduceOp.MIN, group=group)  # all gather weights together
+    plan = memory_plan(prepared, config, world_size, device, int(limit))
+    with torch.device("meta"):
+        model = LlamaRewardModel(prepared.model_config, config.attention, plan.recompute)
+    cast_weights(model, config.optimizer)
+    if config.compile:
+        model.compile_blocks()
+    parallel.shard(model, mesh, dtype, gather=plan.gather)
+    parallel.materialize(model, mesh, device, prepared.weights.rows)
+    state = RunState(model, Updater(model, config, prepared.steps, device), Window(STATISTICS, device))
+    if checkpoint:
+        state.load(checkpoint, group)
+        notes.append(f"resumed from {checkpoint.path} after step {start}")
+    saved = Checkpoints(prepared.output, config.keep, config.keep_best, group)
+    saved.start(after=start, remove=config.resume == "never")
+
+    peak, source = peak_flops(device, dtype)
+    if rank == 0:
+        list_skipped(prepared)
+        notes += [
+            table(data_rows(prepared, config)),
+            f"MFU and HFU refer to {peak / 1e12:.4g} TFLOP/s per process ({source})",
+            f"predicted memory {plan}",
+        ]
+        print(*notes, sep="\n", flush=True)
+    run = Run(
+        config=config,
+        prepared=prepared,
+        device=device,
+        objective=objective_of(config),
+        state=state,
+        checkpoints=saved,
+        steps=steps_of(prepared, config, rank, world_size),
+        meter=Meter(prepared.model_config, plan.recompute, device, peak),
+        log=MetricsLog(prepared.output, start) if rank == 0 else None,
+    )
+    return run, start
+
+
+def list_skipped(prepared: Prepared) -> None:
+    """Bad records, one line each, in skipped_records.txt; no such file where there are none."""
+    path = prepared.output / "skipped_records.txt"
+    path.unlink(missing_ok=True)
+    if prepared.bad.skipped:
+        lines = "".join(line + "\n" for line in prepared.bad.skipped)
+        path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # file names need not be UTF-8
+
+
+def finish(run: Run) -> None:
+    """Last evaluation, curves, models and summary. ``model``, which marks the run as finished, is written last, and
+    then the checkpoints are removed."""
+    prepared, log, output = run.prepared, run.log, run.prepared.output
+    last = run.full_model()
+    evaluation = run.evaluate(prepared.steps, last.goal)
+    rows = [("optimizer steps", f"{prepared.steps} of {run.config.global_batch_pairs} pairs")]
+    if log:
+        if evaluation:
+            baselines = shortcuts(prepared.train, prepared.held_out, prepared.model_config.vocab_size)
+            log.write(prepared.steps, baselines)
+            rows += [
+                ("shortcut: length only", f"{baselines['baseline/auroc_length']:.3f}"),
+                ("shortcut: bag of tokens", f"{baselines['baseline/auroc_bag_of_tokens']:.3f}"),
+            ]
+        plot_curves(log.rows, output / "curves.png")
+        (output / "config.toml").write_text(to_toml(run.config))
+    if run.config.keep_best:
+        rows.append(write_best(run, last, evaluation, rows))
+    if log:
+        rows += held_out_rows(log, evaluation)
+        run.write_model("model", last, rows, evaluation)
+        log.close()
+        run.checkpoints.remove_all()
+        memory = f"{peak_memory(run.device) / 2**30:.2f} GiB per process"
+        print(f"\n{table([*rows, ('peak memory', memory), ('saved', str(output / 'model'))])}", flush=True)
+    dist.barrier()
+
+
+def write_best(run: Run, last: FullModel, evaluation: dict[str, float], rows: Rows) -> tuple[str, str]:
+    """Saves the model that is best by ``--keep-best``, from its checkpoint or the last one; returns a summary row."""
+    metric = run.config.keep_best
+    best, notes = first_intact(run.checkpoints.ranked(evaluation[metric]), run.checkpoints.group)
+    model, step, of_best = last, run.prepared.steps, evaluation
+    if best:
+        run.state.load(best, run.checkpoints.group)
+        model, step, of_best = run.full_model(), best.facts["step"], best.facts["metrics"]
+    folder = run.prepared.output / "model_best"
+    row = (f"best {metric}", f"{of_best[metric]:.3f} at step {step}, saved {folder}")
+    if run.log:
+        print(*notes, sep="\n", end="\n" if notes else "", flush=True)
+        run.write_model(folder.name, model, [*rows, row, *held_out_rows(run.log, of_best)], of_best)
+    return row
