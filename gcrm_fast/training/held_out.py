@@ -24,6 +24,7 @@ from gcrm_fast.training.objectives import Objective, Statistics, losses
 from gcrm_kernels import q_values
 
 EVALUATION_EPOCH = 2**32  # sampling counter that no training epoch reaches
+NOT_FINITE_REMEDY = "lower --lr, or fix --model's weights"
 SHORTCUT_PAIRS = 4096  # training pairs that the bag-of-tokens classifier sees
 
 
@@ -61,24 +62,13 @@ def _packs(
     ]
 
 
-def goal_state(
+def end_states(
     model: nn.Module, pairs: Sequence[TokenizedPair], budget: Budget, sampling: Sampling, device: torch.device
-) -> Tensor:
-    """Mean of z at the last token of the preferred completions, [D] float32, on the device of the model (GCRM, 4.2).
-
-    Raises:
-        UserError: it is not finite.
-    """
-    total: Tensor | None = None
+) -> list[Tensor]:
+    """z [n, D] at the last token of the preferred completions, one tensor per pack of this rank, on ``device``."""
     with evaluating(model):
-        for pack in _packs(pairs, budget, sampling, device, quantiles=False):
-            z_ND = model(pack).z_RD.index_select(0, pack.pairs.end_2N[0]).double()
-            total = z_ND.sum(0) if total is None else total + z_ND.sum(0)
-    assert total is not None
-    dist.all_reduce(total)
-    if not total.isfinite().all():
-        raise UserError("hidden states are not finite: lower --lr, or fix --model's weights")
-    return (total / len(pairs)).float()
+        packs = _packs(pairs, budget, sampling, device, quantiles=False)
+        return [model(pack).z_RD.index_select(0, pack.pairs.end_2N[0]) for pack in packs]
 
 
 def score_pairs(
@@ -111,7 +101,7 @@ def score_pairs(
     back = np.argsort(np.argsort([pair.pair_id for pair in pairs]))  # from pair-id order to the order of `pairs`
     values = values[:, order][:, back]
     if not np.isfinite(values).all():
-        raise UserError("rewards or Q-values are not finite: lower --lr, or fix --model's weights")
+        raise UserError(f"rewards or Q-values are not finite: {NOT_FINITE_REMEDY}")
     return Scores(pairs=pairs, reward_2N=values[..., 0], q_2NQ=values[..., 1:], statistics=total.means(len(pairs)))
 
 

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 
 from gcrm_fast.common import processes
+from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.config import TrainConfig
-from gcrm_fast.training.prepare import Prepared, compute_dtype
+from gcrm_fast.training.prepare import Prepared
 from gcrm_kernels.launch import HAS_TRITON
 
 # Bytes per parameter: weights, gradient, two moments.
@@ -134,7 +135,7 @@ def memory_plan(
         keys=prepared.budget.keys,
         read_rows=min(read_rows, prepared.budget.tokens),
         optimizer=config.optimizer,
-        width=compute_dtype(config, device).itemsize,
+        width=compute_dtype(config.dtype, device, training=True).itemsize,
         kernels=HAS_TRITON and device.type == "cuda",
         world_size=world_size,
         several_packs=tokens * config.global_batch_pairs > prepared.budget.tokens * world_size,

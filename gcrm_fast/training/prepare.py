@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.checkpoints.config_json import read_config
@@ -216,15 +215,3 @@ def steps_of(prepared: Prepared, config: TrainConfig, rank: int, world_size: int
         rank=rank,
         world_size=world_size,
     )
-
-
-def compute_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    return getattr(torch, config.dtype if config.dtype != "auto" else fastest_dtype(device))
-
-
-def fastest_dtype(device: torch.device) -> str:
-    """bfloat16 where there are matrix units for it: on a GPU, and on a CPU with AMX (950 against 150 GFLOP/s of float32
-    on two cores of one)."""
-    if device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16"):
-        return "bfloat16"
-    return "float32"

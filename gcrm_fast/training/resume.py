@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training.config import TrainConfig
@@ -160,11 +161,14 @@ def differences(config: TrainConfig, data_key: str, checkpoint: Checkpoint) -> l
     return changed
 
 
-def with_dtype(config: TrainConfig, checkpoint: Checkpoint | None, own: str, group: dist.ProcessGroup) -> TrainConfig:
-    """The configuration with ``--dtype auto`` resolved: as in the checkpoint, else rank 0's ``own`` choice, since
+def with_dtype(
+    config: TrainConfig, checkpoint: Checkpoint | None, device: torch.device, group: dist.ProcessGroup
+) -> TrainConfig:
+    """The configuration with ``--dtype auto`` resolved: as in the checkpoint, else for the device of rank 0, since
     processes may run on different kinds of CPUs."""
     if config.dtype != "auto":
         return config
+    own = str(compute_dtype("auto", device, training=True)).removeprefix("torch.")
     decided: list[Any] = [checkpoint.facts["config"]["dtype"] if checkpoint else own]
     dist.broadcast_object_list(decided, src=0, group=group)
     return dataclasses.replace(config, dtype=decided[0])

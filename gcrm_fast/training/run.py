@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from gcrm_fast.checkpoints.saving import save_model
+from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import table
-from gcrm_fast.model.reward_model import LlamaRewardModel
+from gcrm_fast.model.reward_model import LlamaRewardModel, goal_state
 from gcrm_fast.training import parallel
 from gcrm_fast.training.accounting import Meter, peak_flops, peak_memory
 from gcrm_fast.training.config import TrainConfig, to_toml
 from gcrm_fast.training.curves import plot_curves
 from gcrm_fast.training.describe import data_rows, held_out_rows
-from gcrm_fast.training.held_out import breakdown, goal_state, metrics, score_pairs, shortcuts
+from gcrm_fast.training.held_out import NOT_FINITE_REMEDY, breakdown, end_states, metrics, score_pairs, shortcuts
 from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.manifest import checkpoints, first_intact
 from gcrm_fast.training.memory import memory_limit, memory_plan
@@ -27,7 +28,7 @@ from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.model_card import Rows, model_card
 from gcrm_fast.training.objectives import STATISTICS, Objective
 from gcrm_fast.training.optimizer import Updater, cast_weights
-from gcrm_fast.training.prepare import Prepared, compute_dtype, fastest_dtype, objective_of, steps_of
+from gcrm_fast.training.prepare import Prepared, objective_of, steps_of
 from gcrm_fast.training.resume import RunState, Window, facts, find_checkpoint, with_dtype
 from gcrm_fast.training.snapshots import Checkpoints
 
@@ -66,8 +67,8 @@ class Run:
         """Goal state of the current model, and over how many training pairs (up to ``maximum``) it is the mean."""
         uncut = [pair for pair in self.prepared.train if not pair.chosen_cut]
         pairs = uncut[: self.config.goal_pairs or None][:maximum]
-        prepared = self.prepared
-        return goal_state(self.state.model, pairs, prepared.budget, prepared.sampling, self.device), len(pairs)
+        states = end_states(self.state.model, pairs, self.prepared.budget, self.prepared.sampling, self.device)
+        return goal_state(states, len(pairs), remedy=NOT_FINITE_REMEDY, all_ranks=True), len(pairs)
 
     def evaluate(self, step: int, goal: Tensor | None = None) -> dict[str, float]:
         """Logs the held-out metrics and returns them; empty without held-out pairs."""
@@ -135,7 +136,7 @@ class Run:
 
     def full_model(self) -> FullModel:
         """The current model; every rank must call it."""
-        weights = parallel.full_state(self.state.model, compute_dtype(self.config, self.device))
+        weights = parallel.full_state(self.state.model, compute_dtype(self.config.dtype, self.device))
         return FullModel(weights, *self.goal())
 
     def write_model(self, name: str, model: FullModel, rows: Rows, evaluation: Mapping[str, float]) -> None:
@@ -154,8 +155,8 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     rank, world_size = dist.get_rank(), dist.get_world_size()
     group = parallel.cpu_group(config.timeout)
     checkpoint, notes = find_checkpoint(config, prepared.output, prepared.data_key, group)
-    config = with_dtype(config, checkpoint, fastest_dtype(device), group)
-    dtype = compute_dtype(config, device)
+    config = with_dtype(config, checkpoint, device, group)
+    dtype = compute_dtype(config.dtype, device)
     start = checkpoint.facts["step"] if checkpoint else 0
 
     limit = torch.tensor(memory_limit(device))

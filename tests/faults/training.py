@@ -67,6 +67,12 @@ FAULTS = {
         "if False:",
         "tests/training/test_train.py -k a_choice_in",
     ),
+    "held-out passes in training mode": (
+        "gcrm_fast/training/held_out.py",
+        "    model.eval()\n",
+        "",
+        "tests/training/test_step.py -k evaluation_mode",
+    ),
     "a host sync in the step": (
         "gcrm_fast/train.py",
         "= statistics if total is None",

@@ -25,7 +25,7 @@ from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import linears
 from gcrm_fast.model.reward_model import LlamaRewardModel
-from gcrm_fast.training import parallel
+from gcrm_fast.training import held_out, parallel
 from gcrm_fast.training.accounting import peak_flops, work
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.loader import Step, Steps, load
@@ -294,6 +294,24 @@ def test_a_step_never_waits_for_the_device(pairs: list[TokenizedPair], variant: 
         with _NoWaiting():
             sums = train.accumulate(model, packs, 3, Objective(dense=variant == "dense"), device)
             updater.update(1, sums["loss"])
+
+
+def test_held_out_passes_run_in_evaluation_mode_without_gradients(pairs: list[TokenizedPair]) -> None:
+    """And leave the model in the mode in which they found it, its weights sharded."""
+    seen: list[tuple[bool, bool]] = []
+    budget, sampling = Budget(60, 32), Sampling(samples=4)
+    with parallel.process_group() as (mesh, device):
+        model = small_model(small_config(), torch.float32)
+        parallel.shard(model, mesh, torch.float32, gather="step")
+        model.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, torch.is_grad_enabled())))
+        for training in (True, False):
+            model.train(training)
+            states = held_out.end_states(model, pairs, budget, sampling, device)
+            held_out.score_pairs(model, pairs, states[0][0], Objective(), budget, sampling, device)
+            assert {module.training for module in model.modules()} == {training}
+            assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert len(seen) > 4
+    assert set(seen) == {(False, False)}
 
 
 def test_weights_gathered_once_per_step_train_the_same(pairs: list[TokenizedPair]) -> None:
