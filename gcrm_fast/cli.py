@@ -9,10 +9,8 @@ from gcrm_fast import __version__
 
 
 class Command(NamedTuple):
-    """One command: ``function(options)`` runs it, with the dataclass ``options`` read from the command line.
-
-    Both are named as MODULE:NAME and imported when the command is called, so that ``gcrm --help`` needs no torch.
-    """
+    """A command: ``function(options)`` runs it. Both are named MODULE:NAME and imported when it is called, so that
+    ``gcrm --help`` needs no torch."""
 
     help: str
     options: str
@@ -21,35 +19,17 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a reward model on preference pairs", "training.config:TrainConfig", "train:run"),
-    "score": Command(
-        "score completions, and each of their tokens", "commands.options:ScoreOptions", "commands.score:score"
-    ),
-    "goals": Command(
-        "make a goal state from preferred completions", "commands.options:GoalOptions", "commands.goals:goals"
-    ),
+    "score": Command("write the rewards of completions", "commands.options:ScoreOptions", "commands.score:score"),
+    "goals": Command("make a goal state for Q-values", "commands.options:GoalOptions", "commands.goals:goals"),
     "evaluate": Command(
-        "measure AUROC on completions labeled right or wrong, compared with shortcuts",
-        "commands.options:EvaluateOptions",
-        "commands.evaluate:evaluate",
+        "compare rewards with labels (AUROC)", "commands.options:EvaluateOptions", "commands.evaluate:evaluate"
     ),
-    "vote": Command(
-        "answer questions by voting over many samples, filtered and weighted by rewards",
-        "commands.options:VoteOptions",
-        "commands.vote:vote",
-    ),
-    "inspect": Command(
-        "show a record as a web page, its tokens colored by Q-value and reward",
-        "commands.inspect:Options",
-        "commands.inspect:run",
-    ),
-    "export": Command(
-        "write a model in another program's format", "commands.export:ExportOptions", "commands.export:export"
-    ),
+    "vote": Command("answer questions by votes among samples", "commands.options:VoteOptions", "commands.vote:vote"),
+    "inspect": Command("show the tokens of a record as a web page", "commands.inspect:Options", "commands.inspect:run"),
+    "export": Command("convert a model for other programs", "commands.export:ExportOptions", "commands.export:export"),
     "serve": Command("serve rewards and Q-values over HTTP", "commands.serve:ServeOptions", "commands.serve:serve"),
     "samples": Command(
-        "generate labeled solutions of arithmetic problems, with the place of the error",
-        "commands.samples:SampleOptions",
-        "commands.samples:run",
+        "generate labeled solutions of arithmetic problems", "commands.samples:SampleOptions", "commands.samples:run"
     ),
 }
 
@@ -61,7 +41,7 @@ def imported(path: str) -> Any:
 
 def run(name: str, argv: list[str]) -> int:
     """Runs one command with its own arguments. Returns the exit code."""
-    from gcrm_fast.common.options import exit_code, parse_options  # here: `gcrm --help` needs none of it
+    from gcrm_fast.common.options import exit_code, parse_options  # `gcrm --help` needs none of it
 
     command, prog = COMMANDS[name], f"gcrm {name}"
 

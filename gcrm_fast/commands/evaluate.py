@@ -1,5 +1,4 @@
-"""``gcrm evaluate``: how well a model's rewards and Q-values tell right completions from wrong ones, and how far
-shortcuts get on the same completions."""
+"""``gcrm evaluate``: how well rewards and Q-values tell right completions from wrong ones, compared with shortcuts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gcrm_fast.commands.options import EvaluateOptions
-from gcrm_fast.commands.shared import PAIRED, groups_of, limited, open_model, questions_of, records
+from gcrm_fast.commands.shared import PAIRED, groups_of, limited, members_of, open_model, questions_of, records
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import columns, number
@@ -22,9 +21,9 @@ from gcrm_fast.inference.candidates import judge
 from gcrm_fast.inference.scoring import RewardModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is known of a source's completions before they are scored."""
+    """The completions of a source before they are scored."""
 
     candidates: list[Candidate]
     questions: list[str]
@@ -33,7 +32,7 @@ class Source:
 
 
 def is_right(candidate: Candidate, label: str) -> bool:
-    """Whether a completion is right: as its place in a pair says, or else its label."""
+    """Whether a completion is right, by its place in a pair or its label."""
     if candidate.name in PAIRED:
         return PAIRED[candidate.name]
     value = candidate.field(label, "named by --label")
@@ -43,18 +42,23 @@ def is_right(candidate: Candidate, label: str) -> bool:
 
 
 def read_source(source: str, model: RewardModel, options: EvaluateOptions) -> Source:
-    """Raises UserError for a record without label, question or group, and where all completions are of one class."""
+    """Raises UserError for a record without label, question or group, and if all completions are right, or wrong."""
     candidates = [candidate for of_record in records([source], model, options) for candidate in of_record]
     candidates = limited(candidates, [candidate.row for candidate in candidates], options.limit)
     right_N = np.array([is_right(candidate, options.label) for candidate in candidates], dtype=bool)
     if right_N.all() or not right_N.any():
         kind = "right" if right_N.all() else "wrong"
-        raise UserError(f"{source}: all {len(right_N)} completions are {kind}: there is nothing to tell apart")
-    return Source(candidates, questions_of(candidates, options.question), right_N, groups_of(candidates, options.by))
+        raise UserError(f"{source}: all {len(right_N)} completions are {kind}: AUROC needs both kinds")
+    return Source(
+        candidates=candidates,
+        questions=questions_of(candidates, options.question),
+        right_N=right_N,
+        groups=groups_of(candidates, options.by),
+    )
 
 
 def score(model: RewardModel, source: Source, goal_D: Tensor) -> Labelled:
-    """Rewards and Q-values of every completion, beside its label."""
+    """The label, rewards and Q-values of every completion."""
     judged = judge(model, source.candidates, goal_D)
     return Labelled(
         right_N=source.right_N,
@@ -68,7 +72,7 @@ def score(model: RewardModel, source: Source, goal_D: Tensor) -> Labelled:
 
 
 def identity_auroc(labelled: Labelled, group_N: np.ndarray) -> float:
-    """AUROC of knowing the group of a completion and nothing else."""
+    """AUROC of a score that knows only the group of a completion."""
     number_N = np.unique(group_N, return_inverse=True)[1]
     [value] = cross_fitted(labelled, lambda fitted_N: group_scores(number_N, labelled.right_N, fitted_N))
     return value
@@ -76,8 +80,7 @@ def identity_auroc(labelled: Labelled, group_N: np.ndarray) -> float:
 
 def rows_of(source: str, labelled: Labelled, groups: dict[str, np.ndarray]) -> list[Row]:
     """Every measure of a source as a whole and of each group."""
-    parts = {"all": np.ones_like(labelled.right_N)}
-    parts |= {f"{name}={value}": value_N == value for name, value_N in groups.items() for value in np.unique(value_N)}
+    parts = members_of(groups, len(labelled.right_N))
     rows = []
     for group, mask_N in tqdm(parts.items(), desc="resampling", unit="group", leave=False, delay=1):
         part = labelled.subset(mask_N)
@@ -92,7 +95,7 @@ def rows_of(source: str, labelled: Labelled, groups: dict[str, np.ndarray]) -> l
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The printed summary: a line for each source and each of its groups."""
+    """The printed summary: a line per source, and per group of it."""
     lines: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         lines.setdefault((row.source, row.group), {})[row.measure] = row
@@ -111,22 +114,22 @@ def table(rows: Sequence[Row]) -> str:
         *(name.removeprefix("baseline_") for name in identities),
     ]
     cells = []
-    for (source, group), found in lines.items():
-        n, right = found["completions"].value, found["right"].value
-        longer = found["auroc_longer"].value
+    for (source, group), measured in lines.items():
+        n, right = measured["completions"].value, measured["right"].value
+        longer = measured["auroc_longer"].value
         sign = "" if longer != longer else " longer" if longer >= 0.5 else " shorter"
         cells.append(
             [
                 source if group == "all" else f"  {group}",
                 f"{n:.0f}",
                 f"{100 * right / n:.0f}%",
-                with_interval(found["auroc_reward"]) if 0 < right < n else "one class",
-                number(found["auroc_q"].value),
-                number(found["auroc_reward_within_questions"].value),
-                *([with_interval(found["pair_accuracy"]) if "pair_accuracy" in found else "-"] if pairs else []),
-                number(found["baseline_length"].value) + sign,
-                number(found["baseline_position_q@100"].value),
-                *(number(found[name].value) if name in found else "" for name in identities),
+                with_interval(measured["auroc_reward"]) if 0 < right < n else "one class",
+                number(measured["auroc_q"].value),
+                number(measured["auroc_reward_within_questions"].value),
+                *([with_interval(measured["pair_accuracy"]) if "pair_accuracy" in measured else "-"] if pairs else []),
+                number(measured["baseline_length"].value) + sign,
+                number(measured["baseline_position_q@100"].value),
+                *(number(measured[name].value) if name in measured else "" for name in identities),
             ]
         )
     return columns(head, cells)

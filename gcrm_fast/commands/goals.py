@@ -1,4 +1,4 @@
-"""``gcrm goals``: a goal state from preferred completions, into a goal file."""
+"""``gcrm goals``: makes a goal state from preferred completions and adds it to a goal file."""
 
 import json
 import operator
@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from gcrm_fast.checkpoints.goals import read_goals, write_goals
 from gcrm_fast.commands.options import GoalOptions
+from gcrm_fast.commands.shared import load, read
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
-from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
+from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.inference.candidates import fit
 from gcrm_fast.inference.scoring import RewardModel
@@ -37,7 +38,7 @@ class Condition(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> "Condition":
-        """Of text like 'helpfulness>=4' or 'family==code'. Raises UserError."""
+        """From text like 'helpfulness>=4' or 'family==code'. Raises UserError."""
         match = CONDITION.fullmatch(text)
         if not match:
             raise UserError(f"--where {text}: must be FIELD, one of {' '.join(COMPARISONS)}, and a value")
@@ -65,8 +66,8 @@ class Condition(NamedTuple):
 
 
 def is_preferred(candidate: Candidate, conditions: Sequence[Condition]) -> bool:
-    """Whether a completion belongs to the goal: never the worse side of a pair; of what is left, what fulfils the
-    conditions, or without any the better side or what is labelled correct."""
+    """Whether a completion belongs to the goal: never the worse side of a pair; otherwise one that fulfills the
+    conditions or, without any, the better side or one labeled correct."""
     if candidate.name in ("rejected", "incorrect"):
         return False
     if not conditions and candidate.name in ("chosen", "correct"):
@@ -76,43 +77,39 @@ def is_preferred(candidate: Candidate, conditions: Sequence[Condition]) -> bool:
 
 
 def preferred(options: GoalOptions, model: RewardModel, bad: BadRecords) -> tuple[list[Candidate], int]:
-    """The completions of the goal, and how many were left out because they are cut."""
+    """The completions of the goal, and how many were skipped because they are cut."""
     conditions = [Condition.parse(text) for text in options.where]
-    columns = parse_columns(options.columns, COMPLETION_FORMATS)
-    found, cut = list[Candidate](), 0
-    read = completions_of_records(options.data, fields=["*"], columns=columns, tokenizer=model.tokenizer, bad=bad)
-    for record in fit(read, model, bad):
+    whole, cut = list[Candidate](), 0
+    for record in fit(read(options.data, model, options, bad), model, bad):
         try:
             wanted = [candidate for candidate in record if is_preferred(candidate, conditions)]
         except UserError as error:
             bad.add(error)
             continue
         cut += sum(candidate.cut for candidate in wanted)
-        found += [candidate for candidate in wanted if not candidate.cut]
-        if options.limit and len(found) >= options.limit:
-            return found[: options.limit], cut
-    return found, cut
+        whole += [candidate for candidate in wanted if not candidate.cut]
+        if options.limit and len(whole) >= options.limit:
+            return whole[: options.limit], cut
+    return whole, cut
 
 
 def goals(options: GoalOptions) -> None:
     """Reads the records, computes the goal and writes the file. Raises UserError."""
-    if options.limit < 0:
-        raise UserError(f"--limit {options.limit}: must be 0 or more")
     path = output_file(options.output, options.data)
-    model = RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch)
-    goals, counts = read_goals(path, model.fingerprint) if path.exists() else ({}, {})
-    if options.name in goals:
-        raise UserError(f"{path}: holds a goal {options.name!r} already: choose another --name, or remove the file")
+    model = load(options)
+    states, counts = read_goals(path, model.fingerprint) if path.exists() else ({}, {})
+    if options.name in states:
+        raise UserError(f"{path}: already holds a goal {options.name!r}: choose another --name, or remove the file")
     bad = BadRecords(skip=options.on_bad_record == "skip")
     chosen, cut = preferred(options, model, bad)
     if not chosen:
         raise UserError(f"{' '.join(options.data)}: no completion to make a goal of ({cut} cut): see gcrm goals --help")
     encoded = model.encode([c.prompt for c in chosen], [c.completion for c in chosen])
-    goals[options.name] = model.goal_state(encoded, names=[c.label for c in chosen], progress=True)
+    states[options.name] = model.goal_state(encoded, names=[c.label for c in chosen], progress=True)
     counts[options.name] = len(chosen)
     with written_aside(path) as partial:
-        write_goals(partial, goals, counts, model.fingerprint)
+        write_goals(partial, states, counts, model.fingerprint)
     print(
-        f"{path}: goal {options.name!r} is the mean end state of {len(chosen)} completions; {cut} cut ones left out, "
-        f"{len(bad.skipped)} bad records skipped"
+        f"{path}: goal {options.name!r} is the mean end state of {len(chosen)} completions; skipped {cut} cut "
+        f"completions and {len(bad.skipped)} bad records"
     )

@@ -1,8 +1,8 @@
-"""``gcrm score``: rewards of completions, one output line a record, in input order.
+"""``gcrm score``: rewards of completions, one output line per record, in the order of the input.
 
-Records are read, scored and written a window at a time, so that the data need not fit in memory. The completions of a
-prompt that lie in one window share its computation. Windows, and so the numbers in the last digit, depend on the
-records alone: neither the number of processes nor where a run was interrupted changes the output.
+Records are read, scored and written one window at a time, so the data need not fit in memory. Completions of the same
+prompt in a window share its computation. Windows depend only on the records, so neither the number of processes nor an
+interruption changes the output, not even in the last digit.
 """
 
 import contextlib
@@ -24,22 +24,23 @@ from tqdm import tqdm
 
 from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands.options import ScoreOptions
+from gcrm_fast.commands.shared import load, read
 from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
 from gcrm_fast.data.encoding import Completion
-from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
+from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.sources import STDIN, BadRecords
 from gcrm_fast.inference.candidates import encoded, unfit
 from gcrm_fast.inference.scoring import Judged, RewardModel
 
 T = TypeVar("T")
 Window = list[list[Candidate]]  # the completions of each record
-WINDOW_RECORDS, WINDOW_CHARACTERS = 1024, 2**21  # a window ends with the record that reaches one of them
+WINDOW_RECORDS, WINDOW_CHARACTERS = 1024, 2**21  # a window ends with the record that reaches either
 
 
 class Progress(NamedTuple):
-    """How far a partial output is: windows, bytes written, and a hash of the records behind them."""
+    """What a partial output holds: the options that made it, windows, bytes, and a hash of the records."""
 
     made_by: dict[str, Any]
     windows: int = 0
@@ -48,8 +49,8 @@ class Progress(NamedTuple):
 
 
 class Output:
-    """A file of JSON lines that grows by whole windows beside its final name: ``NAME.partial``, and how far it is in
-    ``NAME.partial.json``, which is replaced after each window."""
+    """A file of JSON lines that grows by whole windows as ``NAME.partial``; its Progress is in ``NAME.partial.json``,
+    replaced after each window."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,7 +59,7 @@ class Output:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keeps other runs away from the partial output."""
+        """Locks the partial output."""
         lock = self.path.with_name(self.path.name + ".lock")
         try:
             with FileLock(lock, timeout=0):
@@ -67,29 +68,29 @@ class Output:
                 finally:
                     lock.unlink(missing_ok=True)
         except Timeout:
-            raise UserError(f"{self.path}: another run is writing it: wait for it or name another file") from None
+            raise UserError(f"{self.path}: another process is writing it: wait for it, or name another file") from None
 
     def progress(self, made_by: dict[str, Any]) -> Progress:
-        """Of a partial output that the same program would continue; else none, with a line that says why."""
+        """The progress of a partial output that the same options made; otherwise none, and a line says why."""
         try:
-            found = Progress(**json.loads(self.state.read_text()))
-            if self.partial.stat().st_size < found.bytes:
+            done = Progress(**json.loads(self.state.read_text()))
+            if self.partial.stat().st_size < done.bytes:
                 raise ValueError
         except FileNotFoundError:
             return Progress(made_by)
         except (OSError, ValueError, TypeError):
-            say(f"{self.partial}: cannot be continued: starting anew")
+            say(f"{self.partial}: cannot be resumed: starting over")
             return Progress(made_by)
-        other = [name for name in made_by if found.made_by.get(name) != made_by[name]]
+        other = [name for name in made_by if done.made_by.get(name) != made_by[name]]
         if other:
-            say(f"{self.partial}: was made with another {', '.join(other)}: starting anew")
+            say(f"{self.partial}: was made with another {', '.join(other)}: starting over")
             return Progress(made_by)
-        return found
+        return done
 
     def append(self, lines: bytes, done: Progress) -> Progress:
-        """Writes the lines of one window after what ``done`` counts; returns what is done with them."""
+        """Writes the lines of one window after what ``done`` counts. Returns the new progress."""
         if self.path.suffix == ".gz":
-            lines = gzip.compress(lines, mtime=0)  # members of a gzip file follow one another
+            lines = gzip.compress(lines, mtime=0)  # a gzip file may have several members
         try:
             with self.partial.open("r+b" if done.bytes else "wb") as file:
                 file.seek(done.bytes)
@@ -108,7 +109,7 @@ class Output:
 
 
 class Stdout:
-    """Takes the place of Output: nothing to continue, nothing to rename."""
+    """Stands in for Output: nothing to resume, nothing to rename."""
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -125,7 +126,7 @@ class Stdout:
 
 
 def say(message: str) -> None:
-    """A line for people: never on stdout, which may be the output; once, whatever the number of processes."""
+    """Prints a line on stderr, since stdout may be the output; the first process only."""
     if processes.rank() == 0:
         print(f"gcrm score: {message}", file=sys.stderr, flush=True)
 
@@ -147,15 +148,15 @@ def windows(records: Iterator[list[Candidate]]) -> Iterator[Window]:
 
 
 def numbers(values: np.ndarray) -> list[float]:
-    """float32 values in as few digits as tell them apart."""
+    """float32 values with as few digits as identify them."""
     return [float(text) for text in values.astype(np.float32).astype("U")]
 
 
 def with_scores(record: Sequence[Candidate], scores: dict[str, list[Any]]) -> dict[str, Any]:
-    """The record and, for each of its completions, ``scores``: under their names for one completion, as a list under
-    their plural for ``completions``, as NAME_chosen and NAME_rejected for a pair.
+    """The record with the ``scores`` of its completions: under their names for one completion, as lists under the
+    plural for a list, as NAME_chosen and NAME_rejected for a pair.
 
-    Raises UserError where the record has such a field already.
+    Raises UserError if the record already has such a field.
     """
     added: dict[str, Any] = {}
     for name, values in scores.items():
@@ -168,12 +169,12 @@ def with_scores(record: Sequence[Candidate], scores: dict[str, list[Any]]) -> di
     raw = record[0].fields
     taken = sorted(raw.keys() & added.keys())
     if taken:
-        raise UserError(f"{record[0].where}: field '{taken[0]}' is there already, and would be lost: rename it")
+        raise UserError(f"{record[0].where}: field '{taken[0]}' already exists and would be overwritten: rename it")
     return raw | added
 
 
 def tokens_of(model: RewardModel, completion: Completion, judged: Judged) -> dict[str, Any]:
-    """What --per-token adds: ids, texts, and the rewards and Q-values at each token."""
+    """The fields of --per-token: ids, texts, and the reward and Q-value at each token."""
     assert judged.rewards_n is not None
     values = {
         "ids": completion.ids[completion.start :].tolist(),
@@ -184,15 +185,15 @@ def tokens_of(model: RewardModel, completion: Completion, judged: Judged) -> dic
 
 
 def json_line(record: dict[str, Any]) -> bytes:
-    """UTF-8 text where that can hold the record, else escapes. Dates and the like, of Parquet, as text."""
+    """UTF-8 if that can hold the record, otherwise escapes; dates and similar values of Parquet as text."""
     try:
         return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, in a field that is not ours
+    except UnicodeEncodeError:  # half of a surrogate pair, in a field passed on
         return (json.dumps(record, default=str) + "\n").encode()
 
 
 def score_window(window: Window, model: RewardModel, goal: Tensor | None, per_token: bool, bad: BadRecords) -> bytes:
-    """The output lines of a window; its records with a completion that cannot be scored go to ``bad``."""
+    """The output lines of a window; records that cannot be scored go to ``bad``."""
     tokens = iter(encoded([candidate for record in window for candidate in record], model))
     good: list[tuple[list[Candidate], list[Completion]]] = []
     for record in window:
@@ -223,17 +224,15 @@ def score_window(window: Window, model: RewardModel, goal: Tensor | None, per_to
 
 
 def goal_of(options: ScoreOptions, model: RewardModel) -> Tensor | None:
-    """The goal state of the Q-values [D]; None where none are asked for, or there is no goal."""
-    if not options.per_token:
+    """The goal state of the Q-values [D]; None if none are asked for, or there is no goal."""
+    if not options.per_token or not (options.goal or model.goals):
         return None
-    if not options.goal:
-        return model.goal() if model.goals else None
-    return named_goal(options.goal, model.fingerprint)
+    return named_goal(options.goal, model.fingerprint) if options.goal else model.goal()
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[tuple[int, int]]:
-    """(rank, number of processes); more than one are joined, by a group that passes text around."""
+    """(rank, number of processes), which are joined in a gloo group if there are several."""
     world_size = processes.world_size()
     if world_size == 1:
         yield 0, 1
@@ -262,29 +261,22 @@ def score_files(
     rank: int,
     world_size: int,
 ) -> bool:
-    """Scores what ``done`` does not count yet. False, and nothing is written, if that was made of other records."""
+    """Scores what ``done`` does not count. Returns False, and writes nothing, if that was made from other records."""
     bad, unscored = (BadRecords(skip=options.on_bad_record == "skip") for _ in range(2))
-    records = completions_of_records(
-        options.data,
-        fields=["*"],
-        columns=parse_columns(options.columns, COMPLETION_FORMATS),
-        tokenizer=model.tokenizer,
-        bad=bad,
-    )
-    read = hashlib.sha256()
+    digest = hashlib.sha256()
 
     def hashed(window: Window) -> Window:
         for record in window:
-            read.update(json_line(record[0].fields))
+            digest.update(json_line(record[0].fields))
         return window
 
-    source = map(hashed, windows(records))
+    source = map(hashed, windows(read(options.data, model, options, bad)))
     with tqdm(desc="scoring", unit="record", disable=rank != 0) as bar:
         bar.update(sum(map(len, itertools.islice(source, done.windows))))
-        if read.hexdigest() != (done.records or hashlib.sha256().hexdigest()):
+        if digest.hexdigest() != (done.records or hashlib.sha256().hexdigest()):
             return False
         if done.windows:
-            say(f"{options.output}: going on after {bar.n} records")
+            say(f"{options.output}: resuming after {bar.n} records")
         while turn := list(itertools.islice(source, world_size)):
             lines, complaint = b"", None
             try:
@@ -295,7 +287,7 @@ def score_files(
             parts, complaints = zip(*gathered((lines, complaint), world_size), strict=True)
             if any(complaints):
                 raise next(filter(None, complaints))
-            done = done._replace(windows=done.windows + len(turn), records=read.hexdigest())
+            done = done._replace(windows=done.windows + len(turn), records=digest.hexdigest())
             if rank == 0:
                 done = output.append(b"".join(parts), done)
             bar.update(sum(map(len, turn)))
@@ -308,9 +300,9 @@ def score_files(
 
 
 def score(options: ScoreOptions) -> None:
-    """Checks the output, loads the model, scores. Raises UserError."""
+    """Checks the output, loads the model and scores. Raises UserError."""
     output = Stdout() if options.output == STDIN else Output(output_file(options.output, options.data))
-    model = RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch)
+    model = load(options)
     goal = goal_of(options, model)
     made_by = {
         "model": model.fingerprint,
@@ -324,9 +316,9 @@ def score(options: ScoreOptions) -> None:
     }
     with joined() as (rank, world_size), output.held() if rank == 0 else contextlib.nullcontext():
         done = Progress(made_by)
-        if rank == 0 and STDIN not in options.data:  # which cannot be read twice
+        if rank == 0 and STDIN not in options.data:  # stdin cannot be read twice
             done = output.progress(made_by)
         done = gathered(done, world_size)[0]
         if not score_files(options, model, goal, output, done, rank, world_size):
-            say(f"{options.output}: the partial output was made of other records: starting anew")
+            say(f"{options.output}: the partial output was made from other records: starting over")
             score_files(options, model, goal, output, Progress(made_by), rank, world_size)

@@ -1,4 +1,4 @@
-"""``gcrm vote``: answers questions by many samples of each, with and without a reward model, and what that gains."""
+"""``gcrm vote``: answers questions by votes among many samples, with and without a reward model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from gcrm_fast.commands.options import VoteOptions
-from gcrm_fast.commands.shared import groups_of, limited, open_model, questions_of, records, text_of
+from gcrm_fast.commands.shared import groups_of, limited, members_of, open_model, questions_of, records, text_of
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import columns, number
@@ -18,17 +18,15 @@ from gcrm_fast.evaluation.results import Row, check_folder, write_rows
 from gcrm_fast.evaluation.voting import Question, Result, Saving, chosen_threshold, results, saving, thresholds
 from gcrm_fast.inference.candidates import Judgement, judge
 
-# ------------------------------------------------------------------------------------------------------------ input
-
 
 def answer_of(candidate: Candidate, name: str) -> str:
-    """A sample's answer, "" where it has none."""
+    """A sample's answer, "" if it has none."""
     value = candidate.field(name, "named by --answer")
     return "" if value is None else text_of(candidate, name, "--answer")
 
 
 def expected_of(candidates: Sequence[Candidate], questions: Sequence[str], name: str) -> dict[str, str]:
-    """The right answer of each question. Raises UserError where one is missing, or samples state different ones."""
+    """The right answer of each question. Raises UserError if one is missing, or if samples state different ones."""
     expected: dict[str, str] = {}
     for candidate, question in zip(candidates, questions, strict=True):
         answer = text_of(candidate, name, "--expected")
@@ -37,7 +35,7 @@ def expected_of(candidates: Sequence[Candidate], questions: Sequence[str], name:
         if expected.setdefault(question, answer) != answer:
             raise UserError(
                 f"{candidate.where}: field '{name}' is {answer[:20]!r}, but {expected[question][:20]!r} in another "
-                "sample of the question: mend it, or tell questions apart with --question"
+                "sample of the question: correct it, or identify questions by a field with --question"
             )
     return expected
 
@@ -60,12 +58,9 @@ def gather(
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- output
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Election:
-    """All votes over one group's questions, at one threshold, and what filtering saves at this and other thresholds."""
+    """The votes on one group's questions at one threshold, and what filtering saves at this and other thresholds."""
 
     group: str
     samples: int
@@ -75,7 +70,7 @@ class Election:
 
 
 def elect(group: str, questions: dict[str, Question], threshold: float | Literal["auto"], top_k: int) -> Election:
-    """All votes over a group's questions; with --threshold auto over the half that it was not chosen on."""
+    """The votes on a group's questions; with --threshold auto, on the half that the threshold was not chosen on."""
     reported = list(questions.values())
     if threshold == "auto":
         taken_Q = halves(list(questions))
@@ -115,7 +110,7 @@ def rows_of(source: str, election: Election) -> list[Row]:
 
 
 def table(elections: Sequence[Election]) -> str:
-    """The printed summary: a line for each group and way to vote, and below what filtering saves in each group."""
+    """The printed summary: a line per group and vote, then a line per group on what filtering saves."""
     lines, savings = [], []
     for election in elections:
         for r in election.results:
@@ -142,24 +137,17 @@ def table(elections: Sequence[Election]) -> str:
 def vote(options: VoteOptions) -> None:
     """Reads and checks the file, then scores it. Raises UserError."""
     check_folder(options.output, options.overwrite)
-    if options.top_k < 1:
-        raise UserError(f"--top-k {options.top_k}: must be at least 1")
     model, goal_D = open_model(options)
     candidates = [candidate for of_record in records(options.data, model, options) for candidate in of_record]
     candidates = limited(candidates, questions_of(candidates, options.question), options.limit)
     questions = questions_of(candidates, options.question)
     answers = [answer_of(candidate, options.answer) for candidate in candidates]
     expected = expected_of(candidates, questions, options.expected)
-    groups = groups_of(candidates, options.by)
-    members = {"all": np.arange(len(candidates))}
-    members |= {
-        f"{name}={value}": np.flatnonzero(value_N == value)
-        for name, value_N in groups.items()
-        for value in np.unique(value_N)
-    }
+    parts = members_of(groups_of(candidates, options.by), len(candidates))
+    members = {group: np.flatnonzero(mask_N) for group, mask_N in parts.items()}
     for group, own in members.items() if options.threshold == "auto" else ():
         if len(set(halves([questions[i] for i in own]))) < 2:
-            raise UserError(f"--threshold auto: the questions of {group} are too few to split in two: give a number")
+            raise UserError(f"--threshold auto: {group} has too few questions to split in two: give a number")
     with written_aside(options.output) as folder:
         folder.mkdir(parents=True)
         judged = judge(model, candidates, goal_D)

@@ -1,4 +1,4 @@
-"""Where a process computes."""
+"""The device of a process."""
 
 import torch
 
@@ -6,7 +6,7 @@ from gcrm_fast.common.processes import local_rank
 
 
 def default_device() -> torch.device:
-    """The GPU of this process's rank, or the CPU where there is none."""
+    """The GPU of this process's rank, or the CPU if there is none."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -1,4 +1,4 @@
-"""Files that people name for output: checked before the work, whole or absent after it."""
+"""Output files: checked before the work starts, complete or absent after it."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ from gcrm_fast.common.errors import UserError
 
 
 def output_file(output: str, inputs: Sequence[str]) -> Path:
-    """The path of a file to be written. Raises UserError where it cannot be, or is one of the inputs."""
+    """The path of a file to write. Raises UserError if it cannot be written, or is one of the inputs."""
     path = Path(output)
     if path.is_dir():
         raise UserError(f"--output {output}: is a folder: name a file")
     if not path.parent.is_dir():
-        raise UserError(f"--output {output}: no folder {path.parent}: make it first")
+        raise UserError(f"--output {output}: there is no folder {path.parent}: create it first")
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output {output}: the folder {path.parent} cannot be written to")
+        raise UserError(f"--output {output}: the folder {path.parent} is not writable")
     if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in inputs):
         raise UserError(f"--output {output}: is also an input: name another file")
     return path
@@ -25,8 +25,8 @@ def output_file(output: str, inputs: Sequence[str]) -> Path:
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A free name beside ``path`` for a file or a folder, which takes its place if all goes well and goes if not."""
-    path = path.resolve()  # what a symbolic link names is replaced, not the link
+    """A path next to ``path`` for a file or a folder, which replaces it on success and is removed on an error."""
+    path = path.resolve()  # replaces the target of a symbolic link, not the link
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     _remove(partial)
     try:

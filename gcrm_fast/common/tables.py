@@ -10,7 +10,7 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 
 def columns(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table: the first column to the left, the others to the right."""
+    """A table, the first column aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
     aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in [head, *lines]]
     first = [line[0].ljust(widths[0]) for line in [head, *lines]]

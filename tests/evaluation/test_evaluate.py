@@ -128,7 +128,7 @@ def test_lists_of_labels_go_with_lists_of_completions_and_whole_records(model: P
         ({"family": {}}, ["--by", "family"], r"bad\.jsonl:3: field 'family', named by --by, is dict, not a string"),
         ({}, ["--by", "size"], r"bad\.jsonl:1: field 'size', named by --by, is missing"),
         ({}, ["--label", "right"], r"bad\.jsonl:1: field 'right', named by --label, is missing"),
-        ({}, ["--limit", "1"], r"bad\.jsonl: all 1 completions are (right|wrong): there is nothing to tell apart"),
+        ({}, ["--limit", "1"], r"bad\.jsonl: all 1 completions are (right|wrong): AUROC needs both kinds"),
         ({}, ["--limit", "-1"], r"--limit -1: must be at least 0"),
         ({"completion": ""}, [], r"bad\.jsonl:3: field 'completion' is empty"),
         ({}, ["--goal", "none.safetensors"], r"none\.safetensors: not a readable goal file"),
@@ -159,7 +159,7 @@ def test_what_cannot_be_read_or_written_is_said_first(
     file, empty = write(tmp_path / "good.jsonl", samples()), write(tmp_path / "empty.jsonl", [])
     for arguments, message in (
         ([str(empty), "-o", str(tmp_path / "out")], "empty.jsonl: holds no records"),
-        (["-o", str(tmp_path / "out")], "no records are named|required"),
+        (["-o", str(tmp_path / "out")], "name at least one source|required"),
         ([str(file), "-o", str(empty)], "empty.jsonl: is not a folder"),
     ):
         assert cli.run("evaluate", [str(model), *arguments]) == 2

@@ -190,7 +190,7 @@ def test_an_automatic_threshold_is_chosen_on_one_half_and_reported_on_the_other(
         ({}, ["--top-k", "0"], r"--top-k 0: must be at least 1"),
         ({}, ["--limit", "-1"], r"--limit -1: must be at least 0"),
         ({}, ["--threshold", "low"], r"--threshold"),
-        ({}, ["--limit", "1", "--threshold", "auto"], r"--threshold auto: the questions of all are too few"),
+        ({}, ["--limit", "1", "--threshold", "auto"], r"--threshold auto: all has too few questions"),
         ({}, ["--goal", "none.safetensors"], r"none\.safetensors: not a readable goal file"),
     ],
 )

@@ -27,13 +27,13 @@ FAULTS = {
     ),
     "a partial output of other records is continued": (
         "gcrm_fast/commands/score.py",
-        "if read.hexdigest() != (done.records or hashlib.sha256().hexdigest()):",
+        "if digest.hexdigest() != (done.records or hashlib.sha256().hexdigest()):",
         "if False:",
         "tests/inference/test_scoring.py -k something_else",
     ),
     "a partial output of other options is continued": (
         "gcrm_fast/commands/score.py",
-        "if found.made_by.get(name) != made_by[name]]",
+        "if done.made_by.get(name) != made_by[name]]",
         "if name not in found.made_by]",
         "tests/inference/test_scoring.py -k something_else",
     ),

@@ -361,7 +361,7 @@ def test_a_killed_run_goes_on_to_the_same_output(
     )
     result = gcrm(data, "-o", out)
     assert (result.returncode, sum(scored)) == (0, 40 - 14)
-    assert "going on after 14 records" in result.stderr
+    assert "resuming after 14 records" in result.stderr
     assert out.read_bytes() == whole.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"a", "out.gz", "whole.gz"}
 
@@ -380,25 +380,25 @@ def test_a_partial_output_of_something_else_is_not_continued(gcrm: Gcrm, tmp_pat
     write(data, many(20))
     assert gcrm(data, "-o", fresh).returncode == 0
     result = gcrm(data, "-o", tmp_path / "out")  # the bad record is fixed: nothing else has changed
-    assert "going on after 14 records" in result.stderr
+    assert "resuming after 14 records" in result.stderr
     assert (tmp_path / "out").read_bytes() == fresh.read_bytes()
 
     interrupted("a")
     write(data, [{**many(1)[0], "n": "other"}, *many(20)[1:]])
     result = gcrm(data, "-o", tmp_path / "out")
-    assert "the partial output was made of other records: starting anew" in result.stderr
+    assert "the partial output was made from other records: starting over" in result.stderr
     assert [r["n"] for r in read(tmp_path / "out")] == ["other", *range(1, 20)]
 
     data = interrupted("a")
     write(data, many(20))
     result = gcrm(data, "-o", tmp_path / "out", "--per-token")
-    assert "was made with another goal, --per-token: starting anew" in result.stderr
+    assert "was made with another goal, --per-token: starting over" in result.stderr
     assert all("tokens" in record for record in read(tmp_path / "out"))
 
     interrupted("a")
     (tmp_path / "out.partial.json").write_text("{")
     write(data, many(20))
-    assert "cannot be continued: starting anew" in gcrm(data, "-o", tmp_path / "out").stderr
+    assert "cannot be resumed: starting over" in gcrm(data, "-o", tmp_path / "out").stderr
     assert (tmp_path / "out").read_bytes() == fresh.read_bytes()
 
 
@@ -451,7 +451,7 @@ def test_processes_share_the_work_and_write_one_output(gcrm: Gcrm, folder: Path,
         ('{"prompt": "p"', r"a:11: not valid JSON"),
         ('{"prompt": "p"}', r"a:11: field 'completion' is missing"),
         ('{"prompt": "p", "completion": " "}', r"a:11: field 'completion' is empty"),
-        ('{"prompt": "p", "completion": "x", "reward": 1}', r"a:11: field 'reward' is there already"),
+        ('{"prompt": "p", "completion": "x", "reward": 1}', r"a:11: field 'reward' already exists"),
         ("[1]", r"a:11: a record must be a JSON object"),
         ('{"prompt": "p", "chosen": "x", "rejected": "y"}', r"a:11: has the format 'prompt, chosen, rejected', but"),
     ],
@@ -506,7 +506,7 @@ def test_damaged_gzip_and_wrong_calls(gcrm: Gcrm, tmp_path: Path) -> None:
         ([tmp_path, "-o", out], "not a folder that datasets can load"),
         ([tmp_path / "a", "-o", tmp_path / "a"], "--output .*a: is also an input"),
         ([tmp_path / "a", "-o", tmp_path], "--output .*: is a folder"),
-        ([tmp_path / "a", "-o", tmp_path / "no" / "out"], "--output .*: no folder"),
+        ([tmp_path / "a", "-o", tmp_path / "no" / "out"], "--output .*: there is no folder"),
         ([tmp_path / "a", "-o", out, "--goal", "x"], "--goal: only --per-token writes Q-values"),
         ([tmp_path / "a", "-o", out, "--goal", "x", "--per-token"], "x: not a readable goal file"),
         ([tmp_path / "a", "-o", out, "--tokens-per-batch", "9"], r"a:\d+: field 'completion' needs \d+ tokens, more"),
