@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import platform
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from gcrm_fast.training.prepare import Prepared, check_unfinished, prepare
 from gcrm_fast.training.run import finish, set_up
 
 LOCK_WAIT = 10.0  # seconds: longer than the processes of a killed torchrun take to notice
+LONE_ERROR_WAIT = 5.0  # seconds in which torchrun ends this process where its machine's first one has failed alike
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe|Socket closed")  # gloo
 
 
@@ -166,7 +168,13 @@ def run(config: TrainConfig) -> None:
         end_with_parent(PARENT)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # --resume was obeyed before the restart
         config = replace(config, resume="auto")
-    prepared = prepare(config)
+    try:
+        prepared = prepare(config)
+    except UserError as error:
+        if processes.local_rank() == 0:
+            raise
+        time.sleep(LONE_ERROR_WAIT)
+        raise RankError(str(error)) from None
     if processes.rank() == 0:
         print(*prepared.weights.notes, sep="\n", end="\n" if prepared.weights.notes else "", flush=True)
         if config.dry_run:

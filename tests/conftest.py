@@ -112,7 +112,15 @@ def make_pair() -> Callable[..., TokenizedPair]:
             for side, n in enumerate((chosen, rejected))
         ]
         ids = [np.concatenate([head, same, tail]).astype(np.int32) for tail in tails]
-        return TokenizedPair(pair_id, ids[0], ids[1], prompt, prompt, 0.25 * (pair_id % 3), prompt_key, {})
+        return TokenizedPair(
+            pair_id=pair_id,
+            chosen_ids=ids[0],
+            rejected_ids=ids[1],
+            chosen_start=prompt,
+            rejected_start=prompt,
+            margin=0.25 * (pair_id % 3),
+            prompt_key=prompt_key,
+        )
 
     return make
 

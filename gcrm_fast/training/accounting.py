@@ -40,7 +40,7 @@ class Work(NamedTuple):
     tokens: float
     padded_tokens: float  # of the same pairs, two sequences each, padded to the longest of their pack
     model_flops: float  # forward and backward of what the packs hold, however it is computed
-    extra_flops: float  # what is computed again in the backward
+    extra_flops: float  # of recomputation in the backward
 
 
 def forward_flops(config: ModelConfig, tokens: int, products: int, read_rows: int) -> int:

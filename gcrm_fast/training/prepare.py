@@ -51,8 +51,17 @@ class Prepared:
     @functools.cached_property
     def data_key(self) -> str:
         """Fingerprint of the training data: tokens and margins."""
-        margins = np.array([pair.margin for pair in self.train], dtype=np.float64)
-        return hashlib.sha256(self.report.key.encode() + margins.tobytes()).hexdigest()
+        return _fingerprint(self.train, self.report)
+
+    @property
+    def held_out_key(self) -> str:
+        """Fingerprint of the held-out data; empty without any."""
+        return _fingerprint(self.held_out, self.held_out_report) if self.held_out_report else ""
+
+
+def _fingerprint(pairs: list[TokenizedPair], report: TokenReport) -> str:
+    margins = np.array([pair.margin for pair in pairs], dtype=np.float64)
+    return hashlib.sha256(report.key.encode() + margins.tobytes()).hexdigest()
 
 
 def load_pairs(

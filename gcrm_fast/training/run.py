@@ -17,6 +17,7 @@ from gcrm_fast.common.tables import table
 from gcrm_fast.model.reward_model import LlamaRewardModel, goal_state
 from gcrm_fast.training import parallel
 from gcrm_fast.training.accounting import Meter, peak_flops, peak_memory
+from gcrm_fast.training.agreement import check_agreement
 from gcrm_fast.training.config import TrainConfig, to_toml
 from gcrm_fast.training.curves import plot_curves
 from gcrm_fast.training.describe import data_rows, held_out_rows
@@ -154,6 +155,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     """The run, and the step after which it continues (0 for a new one)."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     group = parallel.cpu_group(config.timeout)
+    check_agreement(config, prepared, group)
     checkpoint, notes = find_checkpoint(config, prepared.output, prepared.data_key, group)
     config = with_dtype(config, checkpoint, device, group)
     dtype = compute_dtype(config.dtype, device)

@@ -67,6 +67,18 @@ FAULTS = {
         "if False:",
         "tests/training/test_train.py -k a_choice_in",
     ),
+    "processes with different data train": (
+        "gcrm_fast/training/run.py",
+        "    check_agreement(config, prepared, group)\n",
+        "",
+        "tests/training/test_agreement.py -k lr",
+    ),
+    "what only a later process of a machine refuses is silent": (
+        "gcrm_fast/train.py",
+        "raise RankError(str(error)) from None",
+        "raise",
+        "tests/training/test_agreement.py -k family",
+    ),
     "held-out passes in training mode": (
         "gcrm_fast/training/held_out.py",
         "    model.eval()\n",
@@ -249,8 +261,8 @@ FAULTS = {
     ),
     "run: other margins pass for the same data": (
         "gcrm_fast/training/prepare.py",
-        "self.report.key.encode() + margins.tobytes()",
-        "self.report.key.encode()",
+        "report.key.encode() + margins.tobytes()",
+        "report.key.encode()",
         "tests/training/test_resume.py -k another_configuration",
     ),
     "run: a forced resume keeps the old weight decay": (
