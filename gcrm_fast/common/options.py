@@ -125,7 +125,7 @@ def parse_options(kind: type[T], argv: list[str], prog: str) -> T:
 
 def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Does the work. Returns 0; 2 after one line on stderr, from the first process of each machine, for an error that
-    the user can fix; 1 where the reader of the output has gone; 130 after Ctrl-C."""
+    the user can fix; 1 if the output is a closed pipe; 130 after Ctrl-C."""
     try:
         work()
     except BrokenPipeError:

@@ -25,7 +25,7 @@ PAIRS = [
     {"prompt": "six", "chosen": "five six", "rejected": "two", "chosen_cut": False},
     {"prompt": "six", "chosen": "seven", "rejected": "two", "chosen_cut": True},
 ]
-LABELLED = [
+LABELED = [
     {"question": "one", "completion": c, "is_correct": c == "two", "help": i, "family": f}
     for i, (c, f) in enumerate([("two", "x"), ("three", "x"), ("two", "y"), ("four", "y")])
 ]
@@ -98,12 +98,12 @@ def test_goals_are_means_of_preferred_ends(gcrm: Gcrm, model: RewardModel, tmp_p
         True,
     )
     expected = {"default": end_mean(model, ("one", "two"), ("six", "five six"))}
-    labelled = write(tmp_path / "labelled", LABELLED)
-    assert gcrm(labelled, "-o", out, "--name", "right").returncode == 0
+    labeled = write(tmp_path / "labeled", LABELED)
+    assert gcrm(labeled, "-o", out, "--name", "right").returncode == 0
     expected["right"] = end_mean(model, ("one", "two"))
-    assert gcrm(labelled, "-o", out, "--name", "helpful", "--where", "help>=1", "family==y").returncode == 0
+    assert gcrm(labeled, "-o", out, "--name", "helpful", "--where", "help>=1", "family==y").returncode == 0
     expected["helpful"] = end_mean(model, ("one", "two"), ("one", "four"))
-    assert gcrm(labelled, "-o", out, "--name", "first", "--where", "help<3", "--limit", "2").returncode == 0
+    assert gcrm(labeled, "-o", out, "--name", "first", "--where", "help<3", "--limit", "2").returncode == 0
     expected["first"] = end_mean(model, ("one", "two"), ("one", "three"))
     lists = write(tmp_path / "lists", LISTS)
     assert gcrm(lists, "-o", out, "--name", "list").returncode == 0
@@ -122,7 +122,7 @@ def test_goals_are_means_of_preferred_ends(gcrm: Gcrm, model: RewardModel, tmp_p
         "list": 1,
         "chosen of list": 1,
     }
-    assert {path.name for path in tmp_path.iterdir()} == {"pairs", "labelled", "lists", "g.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs", "labeled", "lists", "g.safetensors"}
 
 
 def candidate(name: str = "completion", **fields: Any) -> Candidate:

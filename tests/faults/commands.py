@@ -103,7 +103,7 @@ FAULTS = {
         "if False and (",
         "tests/checkpoints/test_export.py -k one_line",
     ),
-    "export: nobody is told of a head that transformers cannot read": (
+    "export: no line about a head that transformers cannot read": (
         "gcrm_fast/commands/export.py",
         "if not heads.KINDS[config.head].in_transformers:",
         "if False:",
