@@ -13,7 +13,7 @@ FAULTS = {
         "by_prompt.setdefault(ids.tobytes(), [])",
         "tests/inference/test_scoring.py -k computed_once",
     ),
-    "a new reward head scores in silence": (
+    "a new reward head scores silently": (
         "gcrm_fast/checkpoints/weights.py",
         "open_weights(folder, config, seed=None)",
         "open_weights(folder, config, seed=0)",
