@@ -92,8 +92,8 @@ class Connection(H11Protocol):
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel()
         self.resume_writing()
+        self._cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -108,7 +108,8 @@ class Connection(H11Protocol):
                 self.cycle.keep_alive = False  # RFC 9112, section 6.1: a proxy may see another end of this request
 
     def on_response_complete(self) -> None:
-        self._wait_for_headers()
+        if not self.flow.write_paused:
+            self._wait_for_headers()
         super().on_response_complete()
         if self._half_closed and not self._busy:
             self.transport.close()
@@ -131,6 +132,8 @@ class Connection(H11Protocol):
         if self._stalled is not None:
             self._stalled.cancel()
         super().resume_writing()
+        if not (self._busy or self._refused):
+            self._wait_for_headers()
 
     def _probe(self, seconds: float) -> None:
         """Sends an interim response, which clients skip, but which resets a connection that is closed on both sides."""
