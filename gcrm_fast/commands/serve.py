@@ -14,11 +14,11 @@ import tyro
 from tyro.conf import Positional
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import Options
+from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.options import AtLeastOne, Options, Range
 from gcrm_fast.inference.scoring import RewardModel
 
 TOKEN_VARIABLE = "GCRM_TOKEN"
-CONNECTIONS = 4096  # open at a time; more are answered 503
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,37 +29,34 @@ class ServeOptions(Options):
     """Reward model: a folder or a hub name."""
     host: str = "127.0.0.1"
     """Address to listen on; by default only programs on this machine can connect."""
-    port: int = 8000
+    port: Annotated[int, Range(least=0, below=65536)] = 8000
     """Port to listen on; 0 picks a free one, which the first line of output names."""
+    ready_file: str = ""
+    """File that holds the server's address while it answers; written once it listens, removed when it stops."""
     token_file: str = ""
     """File with the token that requests must carry (Authorization: Bearer TOKEN); by default the token is read from the
     environment variable GCRM_TOKEN, and without that none is required."""
-    tokens_per_batch: int = 16384
+    tokens_per_batch: AtLeastOne = 16384
     """Maximum tokens per forward, and of one completion with its prompt."""
-    delay: float = 0.003
+    delay: Annotated[float, Range(least=0)] = 0.003
     """Seconds that a request to an idle model waits for others to share its batch."""
-    queue: int = 4096
+    queue: AtLeastOne = 4096
     """Maximum completions that wait; requests beyond that are answered 429."""
-    max_body: int = 16 * 2**20
+    max_body: AtLeastOne = 16 * 2**20
     """Maximum bytes of a request's body; longer ones are answered 413."""
-    timeout: float = 60.0
+    timeout: Annotated[float, Range(above=0)] = 60.0
     """Maximum seconds for a request's body to arrive (else 408), for its answer (else 504), and to answer pending
     requests when the server is stopped."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the trunk; auto: bfloat16 on a GPU, else float32."""
 
-
-def check(options: ServeOptions) -> None:
-    """Raises UserError, naming the flag, for a value that is out of range."""
-    for name, least in (("tokens_per_batch", 1), ("delay", 0), ("queue", 1), ("max_body", 1), ("timeout", 0.001)):
-        value = getattr(options, name)
-        if not least <= value < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}, and finite")
-    if not 0 <= options.port < 2**16:
-        raise UserError(f"--port {options.port}: must be between 0 and 65535")
-    for module in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"{module} is not installed: pip install 'gcrm-fast[serve]'")
+    def check(self) -> None:
+        ready = Path(self.ready_file)
+        if self.ready_file and (ready.is_dir() or not ready.parent.is_dir()):
+            raise UserError(f"--ready-file {ready}: must name a file in a folder that exists")
+        for module in ("starlette", "uvicorn"):
+            if importlib.util.find_spec(module) is None:
+                raise UserError(f"{module} is not installed: pip install 'gcrm-fast[serve]'")
 
 
 def read_token(options: ServeOptions) -> str:
@@ -98,36 +95,41 @@ def is_open(host: str) -> bool:
 
 def serve(options: ServeOptions) -> None:
     """Loads the model and serves until SIGTERM or SIGINT, then answers the pending requests and returns."""
-    check(options)
     token = read_token(options)
     if is_open(options.host) and not token:
         warning = f"{options.host} can be reached from other machines, and no token is required"
         remedy = f"set {TOKEN_VARIABLE} or --token-file"
         print(f"gcrm serve: warning: {warning}: {remedy}", file=sys.stderr, flush=True)
+    ready = Path(options.ready_file) if options.ready_file else None
     with bind(options.host, options.port) as listener:
-        import uvicorn  # in an extra; check() has made sure of it
-
+        # Their libraries are in an extra; check() has made sure of them.
         from gcrm_fast.inference.batcher import Batcher
+        from gcrm_fast.inference.connections import Server, connection_limit, limit_logs
         from gcrm_fast.inference.server import create_app
 
+        limit = connection_limit()
+        limit_logs()
+        if ready:
+            ready.unlink(missing_ok=True)  # of a server that was killed
         budget = options.tokens_per_batch
         scorer = RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=budget)
         batcher = Batcher(scorer, delay=options.delay, limit=options.queue)
-        config = uvicorn.Config(
-            create_app(batcher, token=token, max_body=options.max_body, timeout=options.timeout),
-            access_log=False,
-            log_level="warning",
-            server_header=False,
-            ws="none",
-            lifespan="on",
-            limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=int(options.timeout) + 1,
-        )
-        host, port = listener.getsockname()[:2]
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(f"gcrm serve: {address}, goals: {', '.join(scorer.goals) or 'none'}", flush=True)
-        server = uvicorn.Server(config)
+        app = create_app(batcher, token=token, max_body=options.max_body, timeout=options.timeout)
+
+        def announce() -> None:
+            host, port = listener.getsockname()[:2]
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            if ready:
+                with written_aside(ready) as partial:
+                    partial.write_text(f"{address}\n")
+            print(f"gcrm serve: {address}, goals: {', '.join(scorer.goals) or 'none'}", flush=True)
+
+        server = Server(app, timeout=options.timeout, limit=limit, on_ready=announce)
         # uvicorn raises the signal again when it ends; by default that would look like a crash.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-        server.run(sockets=[listener])
+        try:
+            server.run(sockets=[listener])
+        finally:
+            if ready:
+                ready.unlink(missing_ok=True)

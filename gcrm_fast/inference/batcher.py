@@ -81,7 +81,7 @@ class Batcher:
         self._thread.start()
 
     def close(self) -> None:
-        """Refuses new jobs, answers those that somebody waits for, and ends the thread."""
+        """Refuses new jobs, answers those that are waited for, and ends the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()

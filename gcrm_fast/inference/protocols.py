@@ -55,7 +55,7 @@ class ScoreRequest(BaseModel):
         return _plain(self.prompts), _plain(self.completions)
 
 
-def parse(shape: type[Shape], body: bytes) -> Shape:
+def parse(shape: type[Shape], body: bytes | bytearray) -> Shape:
     """The body, JSON, as ``shape``. Raises HTTPException 422."""
     try:
         return shape.model_validate_json(body)

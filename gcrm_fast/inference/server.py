@@ -26,6 +26,7 @@ from gcrm_fast.inference.protocols import RewardRequest, ScoreRequest, Shape, pa
 from gcrm_fast.inference.scoring import Judged
 
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+BODIES = 16  # of the maximum size that may be in memory at a time
 
 
 def create_app(batcher: Batcher, *, token: str, max_body: int, timeout: float) -> Starlette:
@@ -43,11 +44,10 @@ def create_app(batcher: Batcher, *, token: str, max_body: int, timeout: float) -
         yield
         await asyncio.to_thread(batcher.close)
 
-    return Starlette(
-        routes=Endpoints(batcher, token, max_body, timeout).routes(),
-        lifespan=lifespan,
-        exception_handlers={HTTPException: error_response},
-    )
+    routes = Endpoints(batcher, token, max_body, timeout).routes()
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: error_response})
+    app.router.redirect_slashes = False  # redirects would repeat the request's Host
+    return app
 
 
 async def error_response(_: Request, error: Exception) -> JSONResponse:
@@ -61,6 +61,7 @@ class Endpoints:
 
     def __init__(self, batcher: Batcher, token: str, max_body: int, timeout: float) -> None:
         self.batcher, self.token, self.max_body, self.timeout = batcher, token.encode(), max_body, timeout
+        self.held = 0  # bytes of all bodies in memory
 
     def routes(self) -> list[Route]:
         return [
@@ -100,8 +101,12 @@ class Endpoints:
 
         async def endpoint(request: Request) -> JSONResponse:
             self._authorize(request)
-            body = parse(shape, await self._body(request))
-            return JSONResponse(await answer(body, request))
+            body = bytearray()
+            try:
+                await self._read(request, body)
+                return JSONResponse(await answer(parse(shape, body), request))
+            finally:
+                self.held -= len(body)
 
         return Route(path, endpoint, methods=["POST"])
 
@@ -111,20 +116,23 @@ class Endpoints:
         if self.token and not (scheme.lower() == "bearer" and correct):
             raise HTTPException(401, "this server requires a token: send the header Authorization: Bearer TOKEN")
 
-    async def _body(self, request: Request) -> bytes:
-        body = bytearray()
+    async def _read(self, request: Request, body: bytearray) -> None:
+        """Reads the request's body into ``body`` and counts it in ``held``, whatever happens."""
         try:
             async with asyncio.timeout(self.timeout):
                 async for part in request.stream():
                     body += part
+                    self.held += len(part)
                     if len(body) > self.max_body:
-                        what = f"the body has more than {self.max_body} bytes"
-                        raise HTTPException(413, f"{what}: send fewer completions at a time")
+                        raise HTTPException(
+                            413, f"the body has more than {self.max_body} bytes: send fewer completions"
+                        )
+                    if self.held > BODIES * self.max_body:
+                        raise HTTPException(503, "the requests being read are too large together: try again")
         except TimeoutError:
             raise HTTPException(408, f"the body did not arrive within {self.timeout:g} s") from None
         except ClientDisconnect:
             raise HTTPException(499, "the client hung up") from None  # nobody reads it
-        return bytes(body)
 
     async def _judge(
         self, request: Request, prompts: Sequence[Text], completions: Sequence[Text], cuts: Sequence[bool] | None = None

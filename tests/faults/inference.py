@@ -13,7 +13,7 @@ FAULTS = {
         "by_prompt.setdefault(ids.tobytes(), [])",
         "tests/inference/test_scoring.py -k computed_once",
     ),
-    "a new reward head scores in silence": (
+    "a new reward head scores silently": (
         "gcrm_fast/checkpoints/weights.py",
         "open_weights(folder, config, seed=None)",
         "open_weights(folder, config, seed=0)",
@@ -102,5 +102,53 @@ FAULTS = {
         "goal = goals.index(body.goal) if body.goal else 0",
         "goal = 0",
         "tests/inference/test_serve.py -k any_goal",
+    ),
+    "server: headers may take any time after the first answer": (
+        "gcrm_fast/inference/connections.py",
+        "            self._wait_for_headers()\n        super()",
+        "            pass\n        super()",
+        "tests/inference/test_connections.py -k byte_now_and_then",
+    ),
+    "server: any number of connections": (
+        "gcrm_fast/inference/connections.py",
+        "if len(self.connections) <= self._limit:",
+        "if self._limit:",
+        "tests/inference/test_connections.py -k over_the_maximum",
+    ),
+    "server: answers that nobody reads are kept": (
+        "gcrm_fast/inference/connections.py",
+        "self._for_reading, self.transport.abort)",
+        "self._for_reading, print)",
+        "tests/inference/test_connections.py -k is_not_read",
+    ),
+    "server: a half-closed client is dropped": (
+        "gcrm_fast/inference/connections.py",
+        "        return self._half_closed\n",
+        "        return False\n",
+        "tests/inference/test_connections.py -k half_closed_client",
+    ),
+    "server: two lengths keep a connection open": (
+        "gcrm_fast/inference/connections.py",
+        "self.cycle.keep_alive = False  #",
+        "self.cycle.keep_alive = True  #",
+        "tests/inference/test_connections.py -k with_chunks",
+    ),
+    "server: bodies together without a bound": (
+        "gcrm_fast/inference/server.py",
+        "if self.held > BODIES * self.max_body:",
+        "if False:",
+        "tests/inference/test_connections.py -k bodies_together",
+    ),
+    "server: redirects repeat the host": (
+        "gcrm_fast/inference/server.py",
+        "app.router.redirect_slashes = False",
+        "app.router.redirect_slashes = True",
+        "tests/inference/test_connections.py -k repeat_the_host",
+    ),
+    "server: ready before it listens": (
+        "gcrm_fast/inference/connections.py",
+        "        await super().startup(sockets)\n",
+        "        self._on_ready()\n        await super().startup(sockets)\n",
+        "tests/inference/test_connections.py -k test_head_of_health",
     ),
 }

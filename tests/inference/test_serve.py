@@ -11,28 +11,19 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import uvicorn
 
 from gcrm_fast import RewardModel, cli
-from gcrm_fast.checkpoints.goals import GOAL_FILE, write_goals
-from gcrm_fast.checkpoints.saving import write_model
 from gcrm_fast.commands.serve import ServeOptions, is_open, read_token
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.data.tokenization import choose_pad
-from gcrm_fast.inference.batcher import Batcher
-from gcrm_fast.inference.server import create_app
-from support.chat import CHATML, chat_tokenizer
-from support.small import small_config, small_model
+from support.serving import Server, Stopped, ask, eventually, running, write_served_model
 from support.training_runs import ROOT
 
 PROMPTS = ["hello?", "hello?", "naïve", "1 2 3", ""]
@@ -42,16 +33,7 @@ QUERIES = [prompt + completion for prompt, completion in zip(PROMPTS, COMPLETION
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with two goals and a chat template."""
-    tokenizer = chat_tokenizer(CHATML)
-    config = small_config(vocab_size=len(tokenizer), num_hidden_layers=1)
-    choose_pad(tokenizer, config.vocab_size, "test")
-    path = tmp_path_factory.mktemp("served") / "model"
-    state = {name: p.detach() for name, p in small_model(config, torch.float32).named_parameters()}
-    weights = write_model(path, state, config, tokenizer)
-    goals = {"default": torch.ones(32), "short": torch.arange(32.0)}
-    write_goals(path / GOAL_FILE, goals, dict.fromkeys(goals, 1), weights)
-    return path
+    return write_served_model(tmp_path_factory.mktemp("served") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -59,92 +41,10 @@ def model(folder: Path) -> RewardModel:
     return RewardModel.from_pretrained(folder, tokens_per_batch=256)
 
 
-class Answer(NamedTuple):
-    status: int
-    body: dict[str, Any]
-    headers: dict[str, str]
-
-
-class Server(NamedTuple):
-    port: int
-    batcher: Batcher
-    program: uvicorn.Server
-
-    def ask(self, path: str, body: Any = None, *, method: str = "POST", **headers: str) -> Answer:
-        """One request on a new connection; the body is sent as JSON unless it is bytes."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        with contextlib.closing(connection):
-            connection.request(method, path, raw, {"content-type": "application/json", **names})
-            response = connection.getresponse()
-            text = response.read()
-            return Answer(response.status, json.loads(text), {k.lower(): v for k, v in response.getheaders()})
-
-    def score(self, *completions: str) -> Answer:
-        return self.ask("/score", {"prompts": ["hello?"] * len(completions), "completions": completions})
-
-    def idle(self) -> bool:
-        """Whether the queue is empty within ten seconds."""
-        return eventually(lambda: self.batcher.waiting == 0)
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + 10
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-@contextlib.contextmanager
-def running(
-    model: RewardModel,
-    *,
-    token: str = "",
-    max_body: int = 10_000,
-    timeout: float = 20.0,
-    limit: int = 64,
-    delay: float = 0.002,
-) -> Iterator[Server]:
-    batcher = Batcher(model, delay=delay, limit=limit)
-    app = create_app(batcher, token=token, max_body=max_body, timeout=timeout)
-    program = uvicorn.Server(uvicorn.Config(app, access_log=False, log_level="error", ws="none"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=program.run, kwargs={"sockets": [listener]})
-        thread.start()
-        assert eventually(lambda: program.started)
-        try:
-            yield Server(listener.getsockname()[1], batcher, program)
-        finally:
-            program.should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def server(model: RewardModel) -> Iterator[Server]:
     with running(model) as started:
         yield started
-
-
-class Stopped:
-    """Holds the model before its forward until ``go`` is called."""
-
-    def __init__(self, model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.entered, self.released = threading.Event(), threading.Event()
-        judge = model.judge
-
-        def held(*args: Any, **more: Any) -> Any:
-            self.entered.set()
-            assert self.released.wait(30)
-            return judge(*args, **more)
-
-        monkeypatch.setattr(model, "judge", held)
-
-    def go(self) -> None:
-        self.released.set()
 
 
 # ------------------------------------------------------------------------------------------------------------ answers
@@ -370,7 +270,7 @@ def test_clients_that_hang_up(model: RewardModel, monkeypatch: pytest.MonkeyPatc
         with ThreadPoolExecutor(1) as pool:
             patient = pool.submit(server.score, "yes")
             assert eventually(lambda: server.batcher.waiting == 21)
-            time.sleep(0.2)  # for the server to see that they are gone
+            assert server.open(1)
             judge = model.judge
             monkeypatch.setattr(
                 model, "judge", lambda encoded, **more: judged.append(encoded) or judge(encoded, **more)
@@ -545,20 +445,13 @@ def test_the_program_warns_serves_and_ends_in_order(folder: Path) -> None:
         line = process.stdout.readline()
         port = int(line.partition(",")[0].rpartition(":")[2])
         assert "goals: default, short" in line
-
-        def up() -> bool:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                return True
-            return False
-
-        assert eventually(up)
         waiting = socket.create_connection(("127.0.0.1", port), timeout=20)
         body = b'{"query": ["a"]}'
         waiting.sendall(
             b"POST /get_reward HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
         )
-        time.sleep(0.3)
+        assert eventually(lambda: ask(port, "/health", method="GET").body["waiting"] == 1)
         process.send_signal(signal.SIGTERM)
         assert waiting.recv(1000).startswith(b"HTTP/1.1 200")
         waiting.close()
