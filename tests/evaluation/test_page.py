@@ -106,7 +106,7 @@ def test_one_completion_stands_alone_and_lists_stand_together(model: Path, tmp_p
 
 
 def candidate(name: str = "completion", **fields: object) -> Candidate:
-    return Candidate("", "", "file:1", 0, name, False, fields)
+    return Candidate(prompt="", completion="", where="file:1", row=0, name=name, cut=False, fields=fields)
 
 
 @pytest.mark.parametrize(
