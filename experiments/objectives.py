@@ -26,7 +26,7 @@ from gcrm_fast.common.statistics import auroc
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate, read_completions
 from gcrm_fast.evaluation import voting
-from gcrm_fast.evaluation.measures import Labelled, cross_fitted, group_scores, halves, pair_accuracy
+from gcrm_fast.evaluation.measures import Labeled, cross_fitted, group_scores, halves, pair_accuracy
 from gcrm_fast.inference.scoring import Judged, RewardModel
 from summary import COVERAGE, cell, data_folder, machine, markdown, mean_interval, to_json, trained, write_aside
 
@@ -179,9 +179,9 @@ def by_group(right_N: np.ndarray, score_N: np.ndarray, group_N: np.ndarray) -> d
     return found
 
 
-def labeled(completions: Completions, judged: Sequence[Judged]) -> Labelled:
+def labeled(completions: Completions, judged: Sequence[Judged]) -> Labeled:
     prompts = [c.prompt for c in completions.candidates]
-    return Labelled(
+    return Labeled(
         right_N=completions.right_N,
         question_N=np.unique(prompts, return_inverse=True)[1],
         half_N=halves(prompts),

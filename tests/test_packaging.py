@@ -4,8 +4,10 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import gcrm_fast
@@ -57,6 +59,26 @@ def test_transformers_sees_the_same_kernels_package_from_the_repository_root(tmp
     without = probe([], tmp_path)
     assert without[1] == "LlamaForCausalLM"
     assert probe([ROOT, KERNELS], ROOT) == without
+
+
+def test_a_wheel_contains_the_files_that_are_not_python(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("gcrm_fast", "kernels", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    program = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(
+        ["git", "ls-files", "gcrm_fast"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert "gcrm_fast/evaluation/page.html.jinja" in tracked
+    assert packed >= set(tracked)
 
 
 def test_kernels_folder_is_not_a_package() -> None:

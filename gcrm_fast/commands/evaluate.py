@@ -14,7 +14,7 @@ from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import columns, number
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.sampling import quantile_positions
-from gcrm_fast.evaluation.measures import COVERAGE, RESAMPLES, Labelled, cross_fitted, group_scores, halves, measures
+from gcrm_fast.evaluation.measures import COVERAGE, RESAMPLES, Labeled, cross_fitted, group_scores, halves, measures
 from gcrm_fast.evaluation.plots import plot_histograms, plot_partial, plot_roc
 from gcrm_fast.evaluation.results import Row, check_folder, with_interval, write_rows
 from gcrm_fast.inference.candidates import judge
@@ -57,10 +57,10 @@ def read_source(source: str, model: RewardModel, options: EvaluateOptions) -> So
     )
 
 
-def score(model: RewardModel, source: Source, goal_D: Tensor) -> Labelled:
+def score(model: RewardModel, source: Source, goal_D: Tensor) -> Labeled:
     """The label, rewards and Q-values of every completion."""
     judged = judge(model, source.candidates, goal_D)
-    return Labelled(
+    return Labeled(
         right_N=source.right_N,
         question_N=np.unique(source.questions, return_inverse=True)[1],
         half_N=halves(source.questions),
@@ -71,14 +71,14 @@ def score(model: RewardModel, source: Source, goal_D: Tensor) -> Labelled:
     )
 
 
-def identity_auroc(labelled: Labelled, group_N: np.ndarray) -> float:
+def identity_auroc(labelled: Labeled, group_N: np.ndarray) -> float:
     """AUROC of a score that knows only the group of a completion."""
     number_N = np.unique(group_N, return_inverse=True)[1]
     [value] = cross_fitted(labelled, lambda fitted_N: group_scores(number_N, labelled.right_N, fitted_N))
     return value
 
 
-def rows_of(source: str, labelled: Labelled, groups: dict[str, np.ndarray]) -> list[Row]:
+def rows_of(source: str, labelled: Labeled, groups: dict[str, np.ndarray]) -> list[Row]:
     """Every measure of a source as a whole and of each group."""
     parts = members_of(groups, len(labelled.right_N))
     rows = []

@@ -1,4 +1,4 @@
-"""``gcrm inspect``: one web page of a record; see page.py for what it shows."""
+"""``gcrm inspect``: a web page of a record (evaluation/page.py)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,30 +17,30 @@ from gcrm_fast.evaluation.page import Column, first_difference, page, step_start
 from gcrm_fast.inference.candidates import judge
 from gcrm_fast.inference.scoring import RewardModel
 
-ERROR_FIELDS = {"first_error_step": 0, "error_step": 1, "error_steps": 1}  # and the number of their first step
+ERROR_FIELDS = {"first_error_step": 0, "error_step": 1, "error_steps": 1}  # -> number of the first step
 RIGHT_FIELD = "is_correct"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(JudgingOptions):
-    """Writes a web page of the completions of a record: chosen beside rejected, or all that it has, with the tokens
-    coloured by Q-value or by running reward, their first difference and the place of the error."""
+    """Writes a web page of a record's completions side by side, with tokens colored by Q-value or running reward, the
+    first difference and the wrong step marked."""
 
     row: int
-    """Number of the record, from 0."""
+    """Number of the record, counted from 0."""
     output: Annotated[str, tyro.conf.arg(aliases=("-o",))]
-    """The page, an HTML file."""
+    """HTML file to write."""
     error_field: str = ""
-    """Field with the number of the wrong step, or a list of them; of a pair it is the rejected side's. By default
-    first_error_step (counted from 0; -1 for none), error_step or error_steps (counted from 1), where there is one."""
+    """Field with the number of the wrong step or a list of them; in a pair, of the rejected completion. By default
+    first_error_step (counted from 0; -1 for none), error_step or error_steps (counted from 1), if present."""
     count_from: Literal["", "0", "1"] = ""
-    """Number of the first step in --error-field, where it is not one of those names."""
+    """Number of the first step in --error-field. By default 0 for first_error_step, 1 for other fields."""
     step_end: str = ""
-    """Text that ends a step. By default a blank line, or else a line feed, or else a semicolon."""
+    """Text that ends a step. By default the first of blank line, line feed and semicolon that occurs in it."""
 
 
 def read_row(options: Options, model: RewardModel) -> list[Candidate]:
-    """The completions of the record asked for; records after it are not read. Raises UserError."""
+    """The completions of record --row; reading stops there. Raises UserError."""
     if options.row < 0:
         raise UserError(f"--row {options.row}: must be 0 or more")
     count = 0
@@ -48,14 +48,14 @@ def read_row(options: Options, model: RewardModel) -> list[Candidate]:
         if count == options.row:
             return candidates
         count += 1
-    raise UserError(f"--row {options.row}: {' '.join(options.data)} holds {count} records, numbered from 0")
+    raise UserError(f"--row {options.row}: {' '.join(options.data)} has {count} records, numbered from 0")
 
 
 def error_step(candidate: Candidate, field: str, count_from: str) -> int | None:
-    """Number of a completion's first wrong step, from 0; None where no field says, or it says that there is none.
+    """Number of a completion's first wrong step, counted from 0; None if there is none or no field names one.
 
     Raises:
-        UserError: the field is missing though it was named, or is no number of a step.
+        UserError: --error-field is missing, or the value is not the number of a step.
     """
     if PAIRED.get(candidate.name):
         return None
@@ -71,13 +71,12 @@ def error_step(candidate: Candidate, field: str, count_from: str) -> int | None:
 
 
 def columns_of(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tensor, options: Options) -> list[Column]:
-    """Scores the completions; every later one is compared with the first."""
+    """Scores the completions; the first is compared with the second, all others with the first."""
     judged = judge(model, candidates, goal_D)
-    found = []
+    columns = []
     for candidate, (tokens, reward_n, q_n) in zip(candidates, judged, strict=True):
         text_n = model.texts(tokens)
         marks: dict[int, list[str]] = {}
-        # Of two it is plain which one the first differs from.
         other = judged[0] if tokens is not judged[0].tokens else judged[1] if len(judged) == 2 else None
         difference = first_difference(tokens, other.tokens) if other else None
         if difference is not None:
@@ -86,8 +85,8 @@ def columns_of(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tens
         start = step_start(text_n, step, options.step_end) if step is not None else None
         if step is not None and start is not None:
             marks.setdefault(start, []).append(f"error: step {step + 1}")
-        found.append(Column(title_of(candidate), text_n, q_n, reward_n, marks))
-    return found
+        columns.append(Column(title=title_of(candidate), text_n=text_n, q_n=q_n, reward_n=reward_n, marks=marks))
+    return columns
 
 
 def title_of(candidate: Candidate) -> str:
@@ -104,7 +103,7 @@ def run(options: Options) -> None:
     goal = f", goal {options.goal}" if options.goal else ""
     text = page(
         title=f"{Path(options.data[0]).name}, record {options.row}",
-        about=f"{candidates[0].where}; model {options.model}{goal}; point at a token for its numbers",
+        about=f"{candidates[0].where}; model {options.model}{goal}; hover over a token for its values",
         prompt=candidates[0].prompt,
         columns=columns_of(model, candidates, goal_D, options),
     )

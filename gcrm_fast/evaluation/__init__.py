@@ -1,1 +1,1 @@
-"""How good rewards and Q-values are: measures, votes, tables, plots."""
+"""How good rewards and Q-values are: measures, votes, result folders, plots, the inspect page."""

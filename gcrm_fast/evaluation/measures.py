@@ -1,14 +1,14 @@
-"""How well rewards and Q-values tell right completions from wrong ones, and how far shortcuts get.
+"""How well rewards and Q-values separate right completions from wrong ones, and how far shortcuts get.
 
-Functions of arrays alone. Letters: N completions, P the eleven positions 0, 10, ..., 100 % of a completion, T tokens,
-C questions, B bootstrap resamples, K scores. Completions of one question stand or fall together, so intervals draw
-questions, with all their completions, and not completions.
+Functions of arrays. Letters: N completions, P the eleven positions 0, 10, ..., 100 % of a completion, T tokens,
+C questions, B bootstrap resamples, K scores. Completions of one question are dependent, so intervals resample
+questions with all their completions.
 """
 
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,14 +19,14 @@ from gcrm_fast.data.sampling import QUANTILES, quantile_positions
 
 RESAMPLES = 1000
 COVERAGE = 0.95
-FEWEST = 10  # questions of which draws say anything about others
+FEWEST = 10  # questions that an interval requires
 PERCENT = tuple(range(0, 101, 100 // (QUANTILES - 1)))
 CORRELATED = (20, 40, 60, 80)  # % of a completion at which reward and Q are correlated
 CHUNK = 2**15  # weights held at once while resampling: they stay in a core's cache
 
 
 class Measure(NamedTuple):
-    """One number and its interval; NaN where it is not defined (one class alone, nothing that varies)."""
+    """A number and its interval; NaN where it is undefined (a single class, constant values)."""
 
     name: str
     value: float
@@ -34,46 +34,36 @@ class Measure(NamedTuple):
     high: float = math.nan
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """N scored completions that are known to be right or wrong, in the order of their records.
+@dataclass(frozen=True, kw_only=True)
+class Labeled:
+    """N scored completions known to be right or wrong, in the order of their records.
 
-    Of a file of pairs each chosen completion (right) is followed by its rejected one (wrong).
+    In a file of pairs each chosen completion (right) is followed by its rejected one (wrong).
     """
 
     right_N: np.ndarray  # bool
-    question_N: np.ndarray  # int64, the same for completions of one question
+    question_N: np.ndarray  # int64, equal for completions of one question
     half_N: np.ndarray  # bool, see halves()
     lengths_N: np.ndarray  # int64, tokens
-    reward_NP: np.ndarray  # float32, running reward; [:, -1] is the reward
-    q_N: list[np.ndarray]  # of each completion [its tokens] float32
+    reward_NP: np.ndarray  # float, running reward; [:, -1] is the reward
+    q_N: list[np.ndarray]  # for each completion [its tokens] float32
     pairs: bool
 
     @property
     def q_NP(self) -> np.ndarray:
         return np.array([q[quantile_positions(len(q))] for q in self.q_N])
 
-    def subset(self, mask_N: np.ndarray) -> "Labelled":
-        return Labelled(
-            self.right_N[mask_N],
-            self.question_N[mask_N],
-            self.half_N[mask_N],
-            self.lengths_N[mask_N],
-            self.reward_NP[mask_N],
-            [self.q_N[i] for i in np.flatnonzero(mask_N)],
-            self.pairs,
-        )
+    def subset(self, mask_N: np.ndarray) -> "Labeled":
+        arrays = {name: value[mask_N] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, q_N=[self.q_N[i] for i in np.flatnonzero(mask_N)], **arrays)
 
 
 def halves(questions: Sequence[str]) -> np.ndarray:
-    """Which half of the data a question belongs to, [N] bool: a property of its text alone.
+    """Which half of the data each question belongs to, [N] bool: a function of its text alone.
 
     A bit from the middle of the hash: held-out generated problems (see arithmetic.is_held_out) share its last one.
     """
     return np.array([zlib.crc32(question.encode()) >> 16 & 1 for question in questions], dtype=bool)
-
-
-# ------------------------------------------------------------------------------------------------------------ AUROC
 
 
 def within_questions(right_N: np.ndarray, score_N: np.ndarray, question_N: np.ndarray) -> np.ndarray:
@@ -89,21 +79,22 @@ def within_questions(right_N: np.ndarray, score_N: np.ndarray, question_N: np.nd
 def interval(questions: int, width: int, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
     """Percentile bootstrap: the middle COVERAGE of ``statistic`` over RESAMPLES draws of questions with replacement.
 
-    ``statistic`` takes how often each question was drawn, [B, C] float64, and gives [B]; NaN where a draw leaves it
-    undefined, which is not counted. ``width`` is the number of values that it computes with a draw. NaN for fewer
-    than FEWEST questions: draws of two or three of them agree, and would make any result look sure.
+    Args:
+        questions: with fewer than FEWEST the interval is NaN, since draws of two or three questions agree too often.
+        width: number of values that the statistic computes per draw.
+        statistic: from how often each question was drawn, [B, C] float64, to [B]. NaN values are ignored.
     """
     if questions < FEWEST:
         return math.nan, math.nan
     generator = np.random.default_rng(0)
     rows = max(1, CHUNK // max(width, 1))
-    found: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
     for start in range(0, RESAMPLES, rows):
         size = min(rows, RESAMPLES - start)
         drawn_BC = generator.multinomial(questions, np.full(questions, 1 / questions), size).astype(np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
-            found.append(statistic(drawn_BC))
-    values = np.concatenate(found)
+            parts.append(statistic(drawn_BC))
+    values = np.concatenate(parts)
     values = values[np.isfinite(values)]
     if not len(values):
         return math.nan, math.nan
@@ -112,13 +103,13 @@ def interval(questions: int, width: int, statistic: Callable[[np.ndarray], np.nd
 
 
 def auroc_interval(right_N: np.ndarray, score_N: np.ndarray, question_N: np.ndarray) -> tuple[float, float]:
-    """Interval of ``auroc``. The scores are sorted once; each draw only weighs the completions anew."""
+    """Interval of ``auroc``. The scores are sorted once; each draw only changes the completions' weights."""
     if right_N.all() or not right_N.any():
         return math.nan, math.nan
     _, number_N = np.unique(question_N, return_inverse=True)
-    good, bad = number_N[right_N], number_N[~right_N][np.argsort(score_N[~right_N])]
-    # Of the sorted wrong ones each right one is above the first `above`, and ties with those up to `level`.
-    wrong = np.sort(score_N[~right_N])
+    order = np.argsort(score_N[~right_N])
+    good, bad, wrong = number_N[right_N], number_N[~right_N][order], score_N[~right_N][order]
+    # Each right one scores higher than the first `above` wrong ones, and ties with those up to `level`.
     above, level = (np.searchsorted(wrong, score_N[right_N], side) for side in ("left", "right"))
 
     def statistic(drawn_BC: np.ndarray) -> np.ndarray:
@@ -140,38 +131,37 @@ def ratio_interval(numerator_C: np.ndarray, denominator_C: np.ndarray) -> tuple[
 # -------------------------------------------------------------------------------------------------------- shortcuts
 
 
-def cross_fitted(labelled: Labelled, scores: Callable[[np.ndarray], np.ndarray]) -> list[float]:
-    """AUROC of K scores that are fitted: learned on one half of the questions and judged on the other, both ways, and
-    averaged by couples of right and wrong. Nothing that is judged has seen its own label, or left it out.
+def cross_fitted(labeled: Labeled, scores: Callable[[np.ndarray], np.ndarray]) -> list[float]:
+    """AUROC of K fitted scores: fitted on one half of the questions and evaluated on the other, both ways, and averaged
+    by the number of couples of right and wrong.
 
-    ``scores`` takes which completions it may learn from, [N] bool, and gives scores of all, [N, K].
+    ``scores`` takes which completions it may learn from, [N] bool, and returns scores of all, [N, K].
     """
     weights, values = [], []
     for half in (False, True):
-        own_N = labelled.half_N == half
-        right = labelled.right_N[own_N]
+        own_N = labeled.half_N == half
+        right = labeled.right_N[own_N]
         if right.any() and not right.all() and not own_N.all():
             weights.append(float(right.sum() * (~right).sum()))
             values.append([auroc(right, score_N) for score_N in scores(~own_N)[own_N].T])
     if not values:
-        return [math.nan] * scores(np.ones_like(labelled.half_N)).shape[1]
+        return [math.nan] * scores(np.ones_like(labeled.half_N)).shape[1]
     return list(np.average(values, axis=0, weights=weights))
 
 
 def group_scores(group_N: np.ndarray, right_N: np.ndarray, fitted_N: np.ndarray) -> np.ndarray:
-    """For each completion the share of right ones in its group (numbers from 0) among those fitted; of a group that
-    is not there, the share of all, [N, 1]."""
+    """Share of right completions among the fitted ones of each completion's group, [N, 1]; for a group without fitted
+    completions the share among all fitted ones. Groups are numbered from 0."""
     size = int(group_N.max()) + 1
     count = np.bincount(group_N[fitted_N], minlength=size)
     share = np.full(size, right_N[fitted_N].mean())
-    seen = count > 0
-    share[seen] = np.bincount(group_N[fitted_N], right_N[fitted_N], minlength=size)[seen] / count[seen]
+    np.divide(np.bincount(group_N[fitted_N], right_N[fitted_N], minlength=size), count, out=share, where=count > 0)
     return share[group_N][:, None]
 
 
 def position_scores(q_N: Sequence[np.ndarray], position_NK: np.ndarray, fitted_N: np.ndarray) -> np.ndarray:
-    """What Q is worth by position alone: the mean Q of the completions fitted at given token numbers, [N, K]. Past the
-    longest of them its last position counts."""
+    """Mean Q-value of the fitted completions at given token indices, [N, K]: what position alone predicts. Past the
+    longest fitted completion, the mean at its last token."""
     fitted = [q for q, taken in zip(q_N, fitted_N, strict=True) if taken]
     position_T = np.concatenate([np.arange(len(q)) for q in fitted])
     mean = np.bincount(position_T, np.concatenate(fitted)) / np.bincount(position_T)  # every position up to the last
@@ -182,47 +172,46 @@ def position_scores(q_N: Sequence[np.ndarray], position_NK: np.ndarray, fitted_N
 
 
 def correlations(reward_N: np.ndarray, q_N: np.ndarray) -> tuple[float, float]:
-    """(Pearson, Spearman); NaN where one of the two does not vary."""
+    """(Pearson, Spearman); NaN where one of the two is constant."""
     if len(reward_N) < 2 or np.ptp(reward_N) == 0 or np.ptp(q_N) == 0:
         return math.nan, math.nan
     return float(pearsonr(reward_N, q_N).statistic), float(spearmanr(reward_N, q_N).statistic)
 
 
-def measures(labelled: Labelled) -> list[Measure]:
-    """Everything that is measured of one set of completions.
+def measures(labeled: Labeled) -> list[Measure]:
+    """All measures of one set of completions.
 
     ``auroc_longer`` is the AUROC of "longer is better"; ``baseline_length`` the better of that and its opposite.
-    ``..._position_q@p`` replaces Q at p % by the mean Q at that token number (see cross_fitted).
+    ``..._position_q@p`` replaces Q at p % by the mean Q at that token index (see cross_fitted).
     ``..._q_running_reward@p`` correlates Q with the reward at the same token, ``..._q_reward@p`` with the final one.
     """
-    right, question, reward, q_NP = labelled.right_N, labelled.question_N, labelled.reward_NP[:, -1], labelled.q_NP
-    found = []
+    right, question, reward, q_NP = labeled.right_N, labeled.question_N, labeled.reward_NP[:, -1], labeled.q_NP
+    table = []
     for name, score in (("reward", reward), ("q", q_NP[:, -1])):
-        found.append(Measure(f"auroc_{name}", auroc(right, score), *auroc_interval(right, score, question)))
-    couples = within_questions(right, reward, question)
-    found.append(Measure("auroc_reward_within_questions", ratio(*couples.sum(1)), *ratio_interval(*couples)))
-    if labelled.pairs:
-        found.append(pair_accuracy(labelled))
-    longer = auroc(right, labelled.lengths_N)
-    found += [Measure("auroc_longer", longer), Measure("baseline_length", max(longer, 1 - longer))]
-    position_NP = np.array([quantile_positions(n) for n in labelled.lengths_N])
-    by_position = cross_fitted(labelled, lambda fitted: position_scores(labelled.q_N, position_NP, fitted))
+        table.append(Measure(f"auroc_{name}", auroc(right, score), *auroc_interval(right, score, question)))
+    couples_2C = within_questions(right, reward, question)
+    table.append(Measure("auroc_reward_within_questions", ratio(*couples_2C.sum(1)), *ratio_interval(*couples_2C)))
+    if labeled.pairs:
+        table.append(pair_accuracy(labeled))
+    longer = auroc(right, labeled.lengths_N)
+    table += [Measure("auroc_longer", longer), Measure("baseline_length", max(longer, 1 - longer))]
+    position_NP = np.array([quantile_positions(n) for n in labeled.lengths_N])
+    by_position = cross_fitted(labeled, lambda fitted: position_scores(labeled.q_N, position_NP, fitted))
     for p, percent in enumerate(PERCENT):
-        found.append(Measure(f"auroc_reward@{percent}", auroc(right, labelled.reward_NP[:, p])))
-        found.append(Measure(f"auroc_q@{percent}", auroc(right, q_NP[:, p])))
-        found.append(Measure(f"baseline_position_q@{percent}", by_position[p]))
+        table.append(Measure(f"auroc_reward@{percent}", auroc(right, labeled.reward_NP[:, p])))
+        table.append(Measure(f"auroc_q@{percent}", auroc(right, q_NP[:, p])))
+        table.append(Measure(f"baseline_position_q@{percent}", by_position[p]))
     for percent in CORRELATED:
         p = PERCENT.index(percent)
-        for name, other in (("q_running_reward", labelled.reward_NP[:, p]), ("q_reward", reward)):
+        for name, other in (("q_running_reward", labeled.reward_NP[:, p]), ("q_reward", reward)):
             pearson, spearman = correlations(other, q_NP[:, p])
-            found += [Measure(f"pearson_{name}@{percent}", pearson), Measure(f"spearman_{name}@{percent}", spearman)]
-    return found
+            table += [Measure(f"pearson_{name}@{percent}", pearson), Measure(f"spearman_{name}@{percent}", spearman)]
+    return table
 
 
-def pair_accuracy(labelled: Labelled) -> Measure:
-    """Share of pairs whose chosen completion scores higher, ties counting one half."""
-    reward = labelled.reward_NP[:, -1]
-    won = (np.sign(reward[labelled.right_N] - reward[~labelled.right_N]) + 1) / 2
-    _, number = np.unique(labelled.question_N[labelled.right_N], return_inverse=True)
-    counts = np.bincount(number)
-    return Measure("pair_accuracy", float(won.mean()), *ratio_interval(np.bincount(number, won), counts))
+def pair_accuracy(labeled: Labeled) -> Measure:
+    """Share of pairs in which the chosen completion scores higher; a tie counts one half."""
+    reward = labeled.reward_NP[:, -1]
+    won = (np.sign(reward[labeled.right_N] - reward[~labeled.right_N]) + 1) / 2
+    _, number = np.unique(labeled.question_N[labeled.right_N], return_inverse=True)
+    return Measure("pair_accuracy", float(won.mean()), *ratio_interval(np.bincount(number, won), np.bincount(number)))

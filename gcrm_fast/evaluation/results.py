@@ -1,4 +1,4 @@
-"""What a judging command leaves: a folder that is complete or absent, with results.json, results.csv and plots."""
+"""The folder of results of a command: complete or absent, with results.json, results.csv and plots."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ from gcrm_fast.common.tables import number
 
 @dataclass(frozen=True)
 class Row:
-    """One number of a table. ``group`` is 'all' or FIELD=VALUE; an interval or a count that there is none of is NaN."""
+    """One number of a table. ``group`` is 'all' or FIELD=VALUE; a missing value or interval is NaN."""
 
     source: str
     group: str
@@ -26,19 +26,19 @@ class Row:
 
 
 def check_folder(path: Path, overwrite: bool) -> None:
-    """Raises UserError where ``path`` cannot become the folder of a command; before its work, not after."""
+    """Raises UserError where ``path`` cannot become the folder of results; called before the work starts."""
     if path.exists() and not path.is_dir():
-        raise UserError(f"--output {path}: is not a folder: name a folder for the results")
-    held = sorted(path.iterdir()) if path.exists() else []
-    if held and not overwrite:
-        raise UserError(f"--output {path}: holds files: choose another folder or pass --overwrite")
-    others = [file for file in held if file.name not in ("results.json", "results.csv") and file.suffix != ".png"]
+        raise UserError(f"--output {path}: is not a folder: choose a folder for the results")
+    present = sorted(path.iterdir()) if path.exists() else []
+    if present and not overwrite:
+        raise UserError(f"--output {path}: contains files: choose another folder or pass --overwrite")
+    others = [file for file in present if file.name not in ("results.json", "results.csv") and file.suffix != ".png"]
     if others:
-        raise UserError(f"{others[0]}: is no result, and --overwrite would remove it: choose another folder")
+        raise UserError(f"{others[0]}: is not a result file, and --overwrite would delete it: choose another folder")
 
 
 def write_rows(folder: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
-    """results.csv, a line a row, and results.json, an object with ``about`` and the rows; what is NaN is left empty in
+    """Writes results.csv, one line per row, and results.json, an object with ``about`` and the rows. NaN is empty in
     the one and null in the other."""
     records = [
         {name: None if value != value else value for name, value in dataclasses.asdict(row).items()} for row in rows

@@ -1,7 +1,7 @@
-"""Answers to a question from many samples of it: majority, filtered by Q, weighed by reward, best of n, the top K.
+"""Answers to a question from many samples: majority, filtered by Q, weighted by reward, best of n, the top K.
 
-Functions of plain numbers and texts. A sample without an answer takes part in no vote. Letters: n samples of a
-question, Q questions.
+Functions of numbers and texts. A sample without an answer does not vote. Letters: n samples of a question,
+Q questions.
 """
 
 import math
@@ -13,21 +13,21 @@ import numpy as np
 from scipy.special import softmax
 from scipy.stats import binomtest
 
-UNJUDGED = 5  # first tokens of a completion, whose Q-values decide nothing
+UNJUDGED = 5  # first tokens of a completion; their Q-values are ignored
 THRESHOLDS = 51  # quantiles of the lowest Q-values that are tried as thresholds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Question:
     """The samples of one question."""
 
     expected: str
-    answers: list[str]  # of each sample; "" for none
+    answers: list[str]  # one per sample, "" for none
     rewards_n: np.ndarray  # float64
-    q_n: list[np.ndarray]  # of each sample [its tokens]
+    q_n: list[np.ndarray]  # for each sample [its tokens]
 
     def lowest_q(self) -> np.ndarray:
-        """The lowest Q-value of each sample after the first tokens; infinity for samples that have no others, [n]."""
+        """Lowest Q-value of each sample after its first UNJUDGED tokens, [n]; infinity for shorter samples."""
         return np.array([q[UNJUDGED:].min(initial=math.inf) for q in self.q_n])
 
 
@@ -35,15 +35,15 @@ class Filtered(NamedTuple):
     """What a threshold does to the samples of a question."""
 
     kept_n: np.ndarray  # bool; all where none would be left
-    saved: int  # tokens that need not have been generated
+    saved: int  # tokens that would not have been generated
     none_left: bool
 
 
 def filtered(question: Question, threshold: float) -> Filtered:
-    """Keeps samples whose Q-values never fall below ``threshold`` after the first UNJUDGED tokens.
+    """Keeps samples with no Q-value below ``threshold`` after the first UNJUDGED tokens.
 
-    Of a dropped sample the tokens after the first one below are saved: that one had to be generated to be seen. Where
-    none with an answer would be left, all vote and nothing is saved.
+    A dropped sample saves the tokens after the first one below the threshold, which itself had to be generated. If no
+    sample with an answer would remain, all are kept and nothing is saved.
     """
     kept_n = question.lowest_q() >= threshold
     if not any(answer for answer, kept in zip(question.answers, kept_n, strict=True) if kept):
@@ -53,12 +53,12 @@ def filtered(question: Question, threshold: float) -> Filtered:
     return Filtered(kept_n, saved, False)
 
 
-# ------------------------------------------------------------------------------------------------------------ votes
+# ---------------------------------------------------------------------------------------------------------- methods
 
 
 def vote(answers: Sequence[str], weights: Sequence[float], rewards: Sequence[float]) -> str:
-    """The answer of the greatest summed weight, then of the greatest summed reward, then of the first sample; "" where
-    no sample has an answer."""
+    """The answer with the greatest summed weight; ties go to the greatest summed reward, then to the first sample. ""
+    if no sample has an answer."""
     totals: dict[str, tuple[float, float]] = {}
     for answer, weight, reward in zip(answers, weights, rewards, strict=True):
         if answer:
@@ -68,19 +68,19 @@ def vote(answers: Sequence[str], weights: Sequence[float], rewards: Sequence[flo
 
 
 def majority(question: Question, kept_n: np.ndarray | None = None) -> str:
-    """The most frequent answer of the samples kept; ties go to the greatest summed reward."""
+    """The most frequent answer of the kept samples (by default all); ties go to the greatest summed reward."""
     kept = range(len(question.answers)) if kept_n is None else np.flatnonzero(kept_n).tolist()
     return vote([question.answers[i] for i in kept], [1.0] * len(kept), question.rewards_n[kept].tolist())
 
 
 def weighted(question: Question) -> str:
-    """Every sample votes with the softmax of the rewards of its question: rewards trained on pairs are known only up to
-    a constant a question, which this does not depend on."""
+    """Each sample's vote has the weight of its reward's softmax over the question. Training on pairs determines rewards
+    only up to a constant per question, which does not change the softmax."""
     return vote(question.answers, softmax(question.rewards_n).tolist(), question.rewards_n.tolist())
 
 
 def top(question: Question, k: int) -> str:
-    """Majority among the ``k`` samples of greatest reward that have an answer; best of n where k is 1."""
+    """Majority among the ``k`` samples with an answer and the greatest rewards; best of n where k is 1."""
     order = [i for i in np.argsort(-question.rewards_n, kind="stable").tolist() if question.answers[i]]
     kept_n = np.zeros(len(question.answers), dtype=bool)
     kept_n[order[:k]] = True
@@ -88,28 +88,28 @@ def top(question: Question, k: int) -> str:
 
 
 def released(question: Question, kept_n: np.ndarray | None = None) -> bool:
-    """The metric of the released code: right if no wrong answer occurs more often than the right one. It needs the
-    expected answer even to break a tie, so nobody can run such a vote; it is here to compare."""
+    """The released code's metric: right if no wrong answer is more frequent than the right one. It breaks ties by the
+    expected answer, so it cannot be deployed; it is here for comparison."""
     kept = range(len(question.answers)) if kept_n is None else np.flatnonzero(kept_n)
     answers = [question.answers[i] for i in kept if question.answers[i]]
     wrong = [answer for answer in answers if answer != question.expected]
     return len(answers) > len(wrong) and len(answers) - len(wrong) >= max(map(wrong.count, wrong), default=0)
 
 
-# -------------------------------------------------------------------------------------------------------- all votes
+# ------------------------------------------------------------------------------------------------------- comparison
 
 
 class Result(NamedTuple):
-    """Accuracy of one way to vote over questions, against another on the same questions."""
+    """Accuracy of a voting method, compared with another on the same questions."""
 
     name: str
     right: int
     questions: int
     low: float  # Wilson interval of the accuracy, 95 %
     high: float
-    won: int  # questions that it gets right and the other wrong
-    lost: int
-    p: float  # exact McNemar test, two-sided; 1 where no question tells them apart
+    won: int  # questions that only this method gets right
+    lost: int  # questions that only the other gets right
+    p: float  # exact McNemar test, two-sided; 1 where they agree on all questions
 
     @property
     def accuracy(self) -> float:
@@ -117,7 +117,7 @@ class Result(NamedTuple):
 
 
 def compared(name: str, right_Q: np.ndarray, other_Q: np.ndarray) -> Result:
-    """Accuracy of ``right_Q`` (bool), tested against ``other_Q`` question by question."""
+    """Accuracy of ``right_Q`` (bool), tested against ``other_Q`` on the same questions."""
     won, lost = int((right_Q & ~other_Q).sum()), int((~right_Q & other_Q).sum())
     p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
     interval = binomtest(int(right_Q.sum()), len(right_Q)).proportion_ci(method="wilson")
@@ -125,8 +125,8 @@ def compared(name: str, right_Q: np.ndarray, other_Q: np.ndarray) -> Result:
 
 
 class Saving(NamedTuple):
-    """What filtering at a threshold gives over all questions: shares of completions dropped, of tokens saved, and of
-    questions whose samples would all be dropped, so that all of them vote."""
+    """Filtering at a threshold: accuracy, share of completions dropped, share of tokens saved, and share of questions
+    without a remaining sample (all of their samples vote)."""
 
     threshold: float
     accuracy: float
@@ -136,7 +136,7 @@ class Saving(NamedTuple):
 
 
 def saving(questions: Sequence[Question], threshold: float) -> Saving:
-    """Accuracy of the filtered majority, and what it saves of all completions and tokens."""
+    """Accuracy of the filtered majority, and the shares of all completions and tokens that it saves."""
     results = [filtered(question, threshold) for question in questions]
     right = [majority(q, f.kept_n) == q.expected for q, f in zip(questions, results, strict=True)]
     return Saving(
@@ -149,7 +149,7 @@ def saving(questions: Sequence[Question], threshold: float) -> Saving:
 
 
 def thresholds(questions: Sequence[Question]) -> list[float]:
-    """Thresholds worth trying: quantiles of the samples' lowest Q-values, from one that drops none."""
+    """Thresholds to try: quantiles of the samples' lowest Q-values. The first one drops no sample."""
     lowest = np.concatenate([question.lowest_q() for question in questions])
     lowest = lowest[np.isfinite(lowest)]
     if not len(lowest):
@@ -158,28 +158,28 @@ def thresholds(questions: Sequence[Question]) -> list[float]:
 
 
 def chosen_threshold(questions: Sequence[Question]) -> float:
-    """The threshold of the best accuracy on these questions; of equals the one that saves most."""
+    """The threshold with the best accuracy on these questions; among equals the one that saves most tokens."""
     return max((saving(questions, t) for t in thresholds(questions)), key=lambda s: (s.accuracy, s.saved)).threshold
 
 
 def results(questions: Sequence[Question], threshold: float, k: int) -> list[Result]:
-    """Every way to vote, against the plain majority; the released metric against itself without the filter."""
-    kept = [filtered(question, threshold).kept_n for question in questions]
-    ways: list[tuple[str, Callable[[Question], str]]] = [
-        ("majority", majority),
-        ("reward-weighted", weighted),
-        ("best of n", lambda question: top(question, 1)),
-        (f"majority of the top {k}", lambda question: top(question, k)),
-    ]
-    right = {name: np.array([way(q) == q.expected for q in questions], dtype=bool) for name, way in ways}
-    right["Q-filtered majority"] = np.array(
-        [majority(q, kept_n) == q.expected for q, kept_n in zip(questions, kept, strict=True)], dtype=bool
-    )
-    plain = np.array([released(q) for q in questions], dtype=bool)
-    filtered_ = np.array([released(q, kept_n) for q, kept_n in zip(questions, kept, strict=True)], dtype=bool)
-    found = [compared(name, right_Q, right["majority"]) for name, right_Q in right.items()]
+    """All voting methods compared with the plain majority; the released metric with itself without the filter."""
+
+    def kept(question: Question) -> np.ndarray:
+        return filtered(question, threshold).kept_n
+
+    methods: dict[str, Callable[[Question], str]] = {
+        "majority": majority,
+        "reward-weighted": weighted,
+        "best of n": lambda q: top(q, 1),
+        f"majority of the top {k}": lambda q: top(q, k),
+        "Q-filtered majority": lambda q: majority(q, kept(q)),
+    }
+    right = {name: np.array([method(q) == q.expected for q in questions]) for name, method in methods.items()}
+    plain_Q = np.array([released(q) for q in questions])
+    filtered_Q = np.array([released(q, kept(q)) for q in questions])
     return [
-        *found,
-        compared("released metric, majority", plain, plain),
-        compared("released metric, Q-filtered", filtered_, plain),
+        *(compared(name, right_Q, right["majority"]) for name, right_Q in right.items()),
+        compared("released metric, majority", plain_Q, plain_Q),
+        compared("released metric, Q-filtered", filtered_Q, plain_Q),
     ]

@@ -98,11 +98,11 @@ def test_results_do_not_replace_what_is_there_unasked(tmp_path: Path) -> None:
     results.check_folder(tmp_path, overwrite=False)
     results.check_folder(tmp_path / "new", overwrite=False)
     (tmp_path / "results.json").touch()
-    with pytest.raises(UserError, match="holds files"):
+    with pytest.raises(UserError, match="contains files"):
         results.check_folder(tmp_path, overwrite=False)
     results.check_folder(tmp_path, overwrite=True)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: is no result"):
+    with pytest.raises(UserError, match="file: is not a result file"):
         results.check_folder(tmp_path, overwrite=True)
     with pytest.raises(UserError, match="is not a folder"):
         results.check_folder(tmp_path / "file", overwrite=True)

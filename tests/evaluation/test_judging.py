@@ -8,10 +8,10 @@ from sklearn.metrics import roc_auc_score
 
 from gcrm_fast.common import statistics
 from gcrm_fast.evaluation import measures
-from gcrm_fast.evaluation.measures import Labelled
+from gcrm_fast.evaluation.measures import Labeled
 
 
-def labelled(right: list[int], reward: list[float], question: list[int], **changes: object) -> Labelled:
+def labeled(right: list[int], reward: list[float], question: list[int], **changes: object) -> Labeled:
     """One Q-value a completion, its reward; eleven times the same running reward."""
     n = len(right)
     values: dict[str, object] = {
@@ -23,7 +23,7 @@ def labelled(right: list[int], reward: list[float], question: list[int], **chang
         "q_N": [np.array([value]) for value in reward],
         "pairs": False,
     }
-    return Labelled(**{**values, **changes})  # type: ignore[arg-type]
+    return Labeled(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def test_auroc_of_one_class_alone_is_not_a_number() -> None:
@@ -96,13 +96,13 @@ def test_few_questions_have_no_interval() -> None:
 def test_groups_score_nothing_where_the_group_says_nothing() -> None:
     rng = np.random.default_rng(4)
     right, question = rng.random(4000) < 0.5, rng.integers(0, 500, 4000)
-    data = labelled(list(right), [0.0] * 4000, list(question))
+    data = labeled(list(right), [0.0] * 4000, list(question))
     group = rng.integers(0, 40, 4000)
 
     def identity(fitted: np.ndarray) -> np.ndarray:
         return measures.group_scores(group, right, fitted)
 
-    # A mean that holds the completion's own label, or one that leaves it out, is off by about 0.06 either way.
+    # A mean that holds the completion's own label, or one that omits it, is off by about 0.06 either way.
     assert measures.cross_fitted(data, identity) == pytest.approx([0.5], abs=0.02)
     assert measures.cross_fitted(data, lambda fitted: measures.group_scores(group * 0, right, fitted)) == [0.5]
 
@@ -128,7 +128,7 @@ def test_halves_are_a_property_of_the_question_alone() -> None:
 
 def test_measures_of_a_small_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measures, "FEWEST", 2)
-    data = labelled([1, 0, 1, 0], [3, 1, 2, 2], [0, 0, 1, 1], lengths_N=np.array([1, 2, 3, 9]), pairs=True)
+    data = labeled([1, 0, 1, 0], [3, 1, 2, 2], [0, 0, 1, 1], lengths_N=np.array([1, 2, 3, 9]), pairs=True)
     found = {measure.name: measure for measure in measures.measures(data)}
     assert found["auroc_reward"].value == found["auroc_q"].value == (1 + 1 + 1 + 0.5) / 4
     assert found["auroc_reward"].low <= 0.875 <= found["auroc_reward"].high
@@ -143,13 +143,13 @@ def test_partial_auroc_reads_the_token_that_the_formula_names() -> None:
     # 20 tokens: 30 % is token 5 (from 0), 100 % the last.
     q = np.zeros((2, 20))
     q[0, 5], q[1, 19] = 1, 1
-    data = labelled([1, 0], [0, 0], [0, 1], q_N=list(q), lengths_N=np.array([20, 20]))
+    data = labeled([1, 0], [0, 0], [0, 1], q_N=list(q), lengths_N=np.array([20, 20]))
     found = {measure.name: measure.value for measure in measures.measures(data)}
     assert (found["auroc_q@30"], found["auroc_q@20"], found["auroc_q@100"], found["auroc_q"]) == (1, 0.5, 0, 0)
 
 
 def test_one_class_alone_has_no_auroc_and_no_interval() -> None:
-    found = {measure.name: measure for measure in measures.measures(labelled([1, 1, 1], [1, 2, 3], [0, 1, 2]))}
+    found = {measure.name: measure for measure in measures.measures(labeled([1, 1, 1], [1, 2, 3], [0, 1, 2]))}
     for name in (
         "auroc_reward",
         "auroc_q@50",
@@ -162,5 +162,5 @@ def test_one_class_alone_has_no_auroc_and_no_interval() -> None:
 
 
 def test_a_pair_that_ties_counts_one_half() -> None:
-    data = labelled([1, 0, 1, 0, 1, 0], [1, 1, 2, 0, 0, 2], [0, 0, 1, 1, 2, 2], pairs=True)
+    data = labeled([1, 0, 1, 0, 1, 0], [1, 1, 2, 0, 0, 2], [0, 0, 1, 1, 2, 2], pairs=True)
     assert measures.pair_accuracy(data).value == 0.5

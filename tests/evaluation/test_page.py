@@ -1,4 +1,4 @@
-"""``gcrm inspect``: what is marked where, and a page that loads nothing and escapes everything."""
+"""``gcrm inspect``: what is marked where, and a page that makes no request and escapes everything."""
 
 import re
 from html.parser import HTMLParser
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Reader(HTMLParser):
-    """Tags with their attributes, the text of each section, and what stands at the marks."""
+    """Tags with their attributes, the text of each section, and the marks in it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def test_one_completion_stands_alone_and_lists_stand_together(model: Path, tmp_p
 
 
 def candidate(name: str = "completion", **fields: object) -> Candidate:
-    return Candidate("", "", "file:1", 0, name, False, fields)
+    return Candidate(prompt="", completion="", where="file:1", row=0, name=name, cut=False, fields=fields)
 
 
 @pytest.mark.parametrize(
@@ -152,22 +152,23 @@ def test_first_difference_counts_completion_tokens() -> None:
 
 def test_a_page_escapes_markup_within_a_token_and_everywhere_else() -> None:
     evil = "<script>'\"&</span>"
-    column = Column(evil, [evil, "b"], np.array([0.5, 1]), np.array([0.5, 1]), {0: [evil]})
-    read = Reader(page.page(evil, evil, evil, [column]))
+    column = Column(
+        title=evil, text_n=[evil, "b"], q_n=np.array([0.5, 1]), reward_n=np.array([0.5, 1]), marks={0: [evil]}
+    )
+    read = Reader(page.page(title=evil, about=evil, prompt=evil, columns=[column]))
     assert read.sections == [evil + "b"]
     assert read.marks == [(0, evil, "")]
     assert "script" not in {tag for tag, _ in read.tags}
 
 
-def test_values_that_do_not_vary_have_a_colour() -> None:
-    column = Column("one", ["a"], np.array([0.5]), np.array([0.5]), {})
-    assert "#" in page.page("", "", "", [column])
+def test_values_that_do_not_vary_have_a_color() -> None:
+    assert re.fullmatch("#[0-9a-f]{6}", page.Scale(np.array([0.5, 0.5])).color(0.5))
 
 
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        ({}, ["--row", "1"], r"--row 1: .*bad\.jsonl holds 1 records, numbered from 0"),
+        ({}, ["--row", "1"], r"--row 1: .*bad\.jsonl has 1 records, numbered from 0"),
         ({}, ["--row", "-1"], r"--row -1: must be 0 or more"),
         ({"error_step": "two"}, ["--row", "0"], r"bad\.jsonl:1: field 'error_step' is 'two', not the number of a step"),
         (

@@ -20,7 +20,7 @@ from support.judged import samples, write
 def question(answers: list[str], rewards: list[float], q: list[list[float]] | None = None) -> Question:
     """Its right answer is "r"."""
     q_n = [np.array(values, dtype=np.float32) for values in q or [[0.0] * 9] * len(answers)]
-    return Question("r", answers, np.array(rewards), q_n)
+    return Question(expected="r", answers=answers, rewards_n=np.array(rewards), q_n=q_n)
 
 
 # ------------------------------------------------------------------------------------------------------------ filter

@@ -31,7 +31,7 @@ FAULTS = {
         "+ 1) > 0\n    _, number",
         "tests/evaluation/test_judging.py -k ties_counts",
     ),
-    "results: what is no result is overwritten": (
+    "results: other files are overwritten": (
         "gcrm_fast/evaluation/results.py",
         "    if others:",
         "    if not others and others:",
@@ -99,8 +99,8 @@ FAULTS = {
     ),
     "inspect: text not escaped": (
         "gcrm_fast/evaluation/page.py",
-        "shown = html.escape(text).replace",
-        "shown = text.replace",
+        "autoescape=True",
+        "autoescape=False",
         "tests/evaluation/test_page.py -k escapes",
     ),
     "inspect: the token before a step marked": (
