@@ -58,7 +58,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/scoring.md"])
 def test_python_examples_run(page: str, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the small default model in place of the one that is named."""
+    """Loads the small default model whatever folder is named."""
     [example] = re.findall(
         r"^```python\n(.+?)^```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
