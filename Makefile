@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 WITH_BENCH := .venv/.bench
+WITH_DOCS := .venv/.docs
 
-.PHONY: help setup train evaluate test test-all lint mutants torture bench gpu clean
+.PHONY: help setup train evaluate test test-all lint mutants torture bench docs gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -46,6 +47,13 @@ mutants: $(INSTALLED)  ## plant known faults; each must turn a test red
 $(WITH_BENCH): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
 	touch $@
+
+$(WITH_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@
+
+docs: $(WITH_DOCS)  ## build the documentation in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
 
 torture: $(INSTALLED)  ## kill and starve training runs, about twenty minutes
 	$(BIN)/python -m pytest tests/torture.py $(ARGS)

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 BEGIN, END = "<!-- gpu:begin (written by python bench/gpu.py --docs) -->", "<!-- gpu:end -->"
 NOT_MEASURED = "Not yet measured on a GPU."
 HIDDEN = ("t", "part", "what", "trace", "config", "parts", "right", "where", "begin")  # fields that the table omits
@@ -101,13 +103,43 @@ def predicted(row: Mapping[str, Any], tflops: float, tbps: float) -> float:
 
 
 def write(root: Path, results: Path) -> None:
-    """Replaces the text between the markers of README.md and docs/performance.md."""
+    """Replaces the text between the markers of README.md and docs/performance.md, and draws docs/speed.png."""
     found = newest(results)
+    if found and (bars := contestants(found[1])):
+        device = next(row["device"] for row in found[1] if row["what"] == "begin")
+        chart(bars, root / "docs" / "speed.png", f"Training step, 1B shape, {device}")
     for path, part in ((root / "README.md", short), (root / "docs" / "performance.md", full)):
         text = path.read_text(encoding="utf-8")
         head, _, rest = text.partition(BEGIN)
         _, _, tail = rest.partition(END)
         path.write_text(f"{head}{BEGIN}\n{part(*found) if found else NOT_MEASURED}\n{END}{tail}", encoding="utf-8")
+
+
+def contestants(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The training step of ours and of what people run, by name, as far as they were measured."""
+    found = current(rows)
+    named = {
+        "ours": latest(found, STEP, shape="100/225", **{"tokens per pack": 16_384}),
+        "padded transformers": max(
+            (r for r in found if r["what"] == "padded" and "pairs/s" in r), key=speed, default=None
+        ),
+        "TRL, no checkpointing": latest(found, "TRL", **{"as shipped": False}),
+        "TRL as shipped": latest(found, "TRL", **{"as shipped": True}),
+    }
+    return {name: row for name, row in named.items() if row and "pairs/s" in row}
+
+
+def chart(bars: Mapping[str, Mapping[str, Any]], target: Path, title: str) -> None:
+    """A bar of pairs/s for each contestant."""
+    figure = Figure(figsize=(7, 1.9), layout="constrained")
+    axis = figure.subplots()
+    drawn = axis.barh(list(bars), [speed(row) for row in bars.values()], color=["C0", *["0.6"] * (len(bars) - 1)])
+    axis.bar_label(drawn, fmt="%.0f", padding=3)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set(xlabel="pairs per second", title=title)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(target, dpi=150, metadata={"Software": None})
 
 
 def origin(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -131,9 +163,8 @@ def full(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 def short(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     """The step, against padded transformers and TRL; the 8b shape; the contrastive loss; the tests."""
     found = current(rows)
-    ours = latest(found, STEP, shape="100/225", **{"tokens per pack": 16_384})
-    naive = max((row for row in found if row["what"] == "padded" and "pairs/s" in row), key=speed, default=None)
-    trl = latest(found, "TRL", **{"as shipped": True})
+    steps = contestants(rows)
+    ours, naive, trl = map(steps.get, ("ours", "padded transformers", "TRL as shipped"))
     wide = latest(found, WIDE)
     loss = latest(found, "contrastive: ours", N=512, states="rows")
     tests = latest(found, "tests")

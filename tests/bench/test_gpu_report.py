@@ -68,7 +68,7 @@ def written(gpu_report: ModuleType, tmp_path: Path) -> Callable[..., tuple[str, 
 
 
 def test_gpu_tables_are_written_from_the_newest_file(
-    gpu_report: ModuleType, written: Callable[..., tuple[str, str]]
+    gpu_report: ModuleType, written: Callable[..., tuple[str, str]], tmp_path: Path
 ) -> None:
     assert all(f"\n{gpu_report.NOT_MEASURED}\n" in text for text in written())
     loss = {"part": "contrastive", "what": "contrastive: ours", "N": 512}
@@ -87,6 +87,9 @@ def test_gpu_tables_are_written_from_the_newest_file(
         {"part": "tests", "what": "tests", "passed": 31, "failed": 1, "skipped": 2, "right": False, "trace": "why"},
     ]
     readme, docs = written(nvidia_h200_2025_12_31=[a_call(), a_step(99.0)], nvidia_h100_2026_01_02=rows)
+    bars = gpu_report.contestants(rows)
+    assert {name: row["pairs/s"] for name, row in bars.items()} == {"ours": 151.25, "padded transformers": 75.625}
+    assert (tmp_path / "docs" / "speed.png").read_bytes().startswith(b"\x89PNG")
     origin = (
         "NVIDIA H100, torch 2.11.0, triton 3.6.0, 2026-01-02, commit abc1234, kernels 0123456789ab; "
         "`bench/results/gpu-nvidia-h100-2026-01-02.jsonl`"

@@ -52,9 +52,9 @@ def test_three_kills_change_nothing(pair_file: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(pair_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A long run in two processes under the README's launch line, asked to save, and then to stop."""
+    """A long run in two processes under the launch line of docs/clusters.md, asked to save, and then to stop."""
     output = tmp_path_factory.mktemp("stopped")
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Runs that survive")[2]
+    section = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
     launch = shlex.split(next(line for line in section.splitlines() if "--signals-to-handle" in line))
     options = launch[1 : launch.index("gcrm_fast/train.py")]  # the last number of processes counts
     run = start(

@@ -293,9 +293,9 @@ def test_what_became_of_the_records_is_told_and_listed(tmp_path: Path, gcrm: Gcr
     assert not (output / "skipped_records.txt").exists()
 
 
-def test_examples_of_the_readme_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gcrm: Gcrm) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.partition("### Formats")[2].partition("\n###")[0]
+def test_examples_of_the_formats_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gcrm: Gcrm) -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    section = text.partition("## Formats")[2].partition("\n##")[0]
     commands = [line.strip() for line in section.splitlines() if line.startswith("    ")]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
