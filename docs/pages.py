@@ -12,7 +12,7 @@ from gcrm_fast.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ("experiments/arithmetic.md", "experiments/objectives.md", "bench/LOG.md")
-WIDTH = "100"  # columns of the help
+WIDTH = "88"  # columns of the help
 
 
 def on_files(files: Files, config: Any) -> Files:
