@@ -1,4 +1,4 @@
-"""``gcrm samples``: labelled solutions of generated problems, as if drawn from a model, with the place of the error."""
+"""``gcrm samples``: labeled solutions of generated problems, as if drawn from a model, with the place of the error."""
 
 import gzip
 import json
@@ -16,27 +16,28 @@ from gcrm_fast.data.arithmetic import LETTERS, generate, samples
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(Options):
-    """Writes labelled solutions of generated problems as JSON lines, which the other commands read. A wrong solution
-    has one wrong step, any with equal chance, and goes on from it."""
+    """Writes labeled solutions of generated problems as JSON lines, which the other commands read. A wrong solution has
+    one wrong step, each equally likely, and continues from it."""
 
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
     """File of JSON lines, gzipped if its name ends in .gz; - for stdout."""
     side: Literal["held-out", "train"] = "held-out"
-    """Problems that gcrm train never trains on, or others."""
+    """Problems that gcrm train never trains on (held-out), or may train on (train)."""
     problems: int = 500
-    """Different problems."""
+    """Number of different problems."""
     samples: int = 16
-    """Solutions of each. They come again, as a model's do."""
+    """Solutions per problem; some repeat, as a model's do."""
     right: float = 0.25
-    """Chance of a right solution. With little more than what each wrong answer has, a majority is often wrong."""
+    """Probability of a right solution. When it is little more than that of each wrong answer, the majority is often
+    wrong."""
     arithmetic_steps: int = 3
-    """Longest problem, in solution steps."""
+    """Maximum number of solution steps of a problem."""
     seed: int = 0
-    """Of problems and solutions."""
+    """Seed of problems and solutions."""
 
 
 def distinct_problems(options: SampleOptions) -> list[str]:
-    """Raises UserError where there are fewer than asked for."""
+    """Raises UserError where there are too few."""
     if options.side == "held-out":
         prompts = [pair.prompt for pair in generate(0, options.problems, options.seed, options.arithmetic_steps)[1]]
     else:  # training problems may come again
@@ -44,7 +45,7 @@ def distinct_problems(options: SampleOptions) -> list[str]:
         prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: options.problems]
     if len(prompts) < options.problems:
         raise UserError(
-            f"--problems {options.problems}: found {len(prompts)} of at most {options.arithmetic_steps} steps: ask for "
+            f"--problems {options.problems}: only {len(prompts)} have up to {options.arithmetic_steps} steps: ask for "
             "fewer, or for longer ones with --arithmetic-steps"
         )
     return prompts

@@ -68,8 +68,8 @@ class Candidate:
     where: str
     row: int
     name: str
-    cut: bool
-    fields: dict[str, Any]
+    cut: bool = False
+    fields: dict[str, Any] = field(default_factory=dict)
 
     @property
     def position(self) -> int | None:
@@ -178,6 +178,8 @@ def sides_of(
     prompt = values.get(prompt_name)
     if "chosen" in needed and layout_of(values, "chosen and rejected") == "dialogue":
         prompt, sides = _split_dialogues(sides)
+    if names == ["messages"]:
+        checked.entries("messages", values["messages"])
     text, completions = as_texts(tokenizer, prompt, sides, prompt_name=prompt_name)
     for name, side in sides.items():
         if is_empty(side):

@@ -1,4 +1,4 @@
-"""Which positions of a pair's completions are compared: drawn, or all; and at which a completion is looked at.
+"""Positions of a pair's completions: those compared, drawn or all; and the quantiles at which metrics are read.
 
 Pure functions of (seed, epoch, pair). Letters: S samples per pair.
 """

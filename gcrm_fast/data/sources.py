@@ -24,18 +24,18 @@ from gcrm_fast.common.errors import UserError, one_line
 
 STDIN = "-"
 GZIP = b"\x1f\x8b"  # how its files begin
-MAX_LINE = 2**24  # bytes; a file without line feeds must not fill the memory
+MAX_LINE = 2**24  # bytes: a file without line feeds must not fill the memory
 FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".ndjson", ".txt"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>\S+))?")
 
 
 @dataclass
 class BadRecords:
-    """What becomes of a bad record: it ends the program or, with ``skip``, is left out and listed."""
+    """What becomes of a bad record: it ends the program or, with ``skip``, is skipped and listed."""
 
     skip: bool = False
     skipped: list[str] = field(default_factory=list)
-    tied: int = 0  # good records whose completions all tie: no pair comes of them
+    tied: int = 0  # good records without a pair: all their completions tie
 
     def add(self, error: UserError) -> None:
         if not self.skip:
@@ -50,7 +50,7 @@ def rows(source: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
     What exists on the disk comes first. Rows that cannot be read go to ``bad``.
 
     Raises:
-        UserError: nothing of that name, or an unreadable or damaged file.
+        UserError: nothing has that name, or the file is unreadable or damaged.
     """
     if source == STDIN:
         return _stdin_rows(bad)
@@ -71,10 +71,10 @@ def rows(source: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
 
 
 def _file_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
-    """The kind of a file is told by its first bytes, not by its name."""
+    """The first bytes of a file tell its kind, not its name."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # the first bytes of a pipe, once read, would be lost
-            raise UserError(f"{path}: is not a regular file: write the records to a file")
+            raise UserError(f"{path}: is not a regular file: save the records in one")
         with path.open("rb") as file:
             magic = file.read(4)
         if magic == b"PAR1":
@@ -84,12 +84,12 @@ def _file_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
                 yield from _json_rows(path, file, bad)
     except OSError as error:
         reason = error.strerror or one_line(error)
-        raise UserError(f"{path}: cannot be read ({reason}): name a file, a saved dataset or OWNER/NAME") from None
+        raise UserError(f"{path}: cannot be read ({reason}): expected a file, a saved dataset or OWNER/NAME") from None
 
 
 def _stdin_rows(bad: BadRecords) -> Iterator[tuple[str, Any]]:
     if processes.world_size() > 1:
-        raise UserError("-: several processes cannot read one stdin: write the records to a file")
+        raise UserError("-: several processes cannot share stdin: save the records in a file")
     file = cast(io.BufferedReader, sys.stdin.buffer)
     yield from _json_rows("stdin", gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == GZIP else file, bad)
 
@@ -101,13 +101,13 @@ def _json_rows(name: object, file: BinaryIO | gzip.GzipFile, bad: BadRecords) ->
             continue
         try:
             if len(line) > MAX_LINE:
-                raise UserError(f"{where}: the line has more than {MAX_LINE >> 20} MiB: one JSON object a line")
+                raise UserError(f"{where}: the line has more than {MAX_LINE >> 20} MiB: write one JSON object per line")
             record = json.loads(line.decode("utf-8"), object_pairs_hook=_distinct)
         except UnicodeDecodeError as error:
             place = f"byte {error.start} of the line"
             bad.add(UserError(f"{where}: not UTF-8 text ({place}): save the file as UTF-8"))
         except (ValueError, RecursionError) as error:
-            bad.add(UserError(f"{where}: not valid JSON ({one_line(error)}): one JSON object a line"))
+            bad.add(UserError(f"{where}: not valid JSON ({one_line(error)}): write one JSON object per line"))
         except UserError as error:
             bad.add(error)
         else:
@@ -124,7 +124,7 @@ def _distinct(fields: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _lines(name: object, file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int, bytes]]:
-    """(line number, raw line); of a line over MAX_LINE comes the start, one byte more than allowed."""
+    """(line number, raw line); a line over MAX_LINE is cut one byte after it."""
     number = 0
     try:
         while line := file.readline(MAX_LINE + 1):
@@ -147,7 +147,7 @@ def _parquet_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
                     try:
                         [record] = batch.slice(i, 1).to_pylist()
                     except (ValueError, OverflowError) as error:  # text that is not UTF-8, dates out of range
-                        message = f"{path}:{number}: the row cannot be read ({one_line(error)}): write it again"
+                        message = f"{path}:{number}: the row cannot be read ({one_line(error)}): save it again"
                         bad.add(UserError(message))
                     else:
                         yield f"{path}:{number}", record
@@ -171,14 +171,14 @@ def _saved_rows(source: str, folder: str, split: str) -> Iterator[tuple[str, Any
     try:
         dataset = datasets.load_from_disk(folder)
     except Exception as error:  # whatever its JSON, Arrow and file system libraries raise
-        raise UserError(f"{source}: not a folder that datasets can load ({one_line(error)}): name a file") from None
+        raise UserError(f"{source}: not a folder that datasets can load ({one_line(error)}): pass a file") from None
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             known = ", ".join(f"{folder}:{name}" for name in dataset)
-            raise UserError(f"{source}: holds several splits: name one of them: {known}")
+            raise UserError(f"{source}: has several splits: pass one of them: {known}")
         dataset = dataset[split]
     elif split:
-        raise UserError(f"{source}: holds no splits: name the folder alone")
+        raise UserError(f"{source}: has no splits: pass the folder alone")
     yield from _dataset_rows(source, dataset)
 
 
@@ -188,7 +188,9 @@ def _hub_rows(source: str, name: str, config: str | None, split: str) -> Iterato
         dataset = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the network, the Hub's answers, the dataset's own files
         reason = one_line(error)
-        raise UserError(f"{source}: no file, and no dataset that can be loaded ({reason}): check the name") from None
+        raise UserError(
+            f"{source}: neither a file nor a dataset that can be loaded ({reason}): check the name"
+        ) from None
     yield from _dataset_rows(source, dataset)
 
 

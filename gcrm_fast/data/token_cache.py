@@ -1,7 +1,7 @@
 """Arrays on disk by content: what one run tokenized, the next one reads.
 
-An entry is a safetensors file named by the key of its content. It carries that key and a checksum, so that a damaged
-file, or another program's, is noticed, told in one line and built again. Files may be deleted at any time.
+An entry is a safetensors file named after the key of its content. It contains that key and a checksum: a damaged file,
+or another program's, is reported in one line and rebuilt. Files may be deleted at any time.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ FORMAT = "gcrm_fast tokens 1"
 
 
 def cache_folder(option: str) -> Path | None:
-    """The folder that ``--cache`` means: 'auto' ($XDG_CACHE_HOME/gcrm_fast), 'none', or a folder's name."""
+    """The folder for ``--cache``: 'auto' ($XDG_CACHE_HOME/gcrm_fast), 'none', or a folder's name."""
     if option == "none":
         return None
     if option != "auto":
@@ -32,7 +32,7 @@ def cache_folder(option: str) -> Path | None:
 class TokenCache:
     """``get`` reads an entry or builds it; what was built is written when the ``with`` block ends without an error.
 
-    Of several processes that miss an entry one builds it, while the others wait and then read. They hold one lock at a
+    When several processes miss an entry, one builds it while the others wait and then read. Each holds one lock at a
     time, so they cannot wait for each other. Without a folder everything is built, and nothing written.
     """
 
@@ -50,7 +50,7 @@ class TokenCache:
         return self
 
     def get(self, key: str, build: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The arrays of ``key``. A folder that cannot be used costs a line of warning, never the run."""
+        """The arrays of ``key``. A folder that cannot be used costs a warning, never the run."""
         if self.folder is None:
             return build()
         found = self._read(key)
@@ -79,7 +79,7 @@ class TokenCache:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except OSError as error:
-            self._warn(folder, f"the token cache cannot be used ({error.strerror}): going on without")
+            self._warn(folder, f"the token cache cannot be used ({error.strerror}): continuing without it")
             self.folder = None
         else:
             self._lock = lock
@@ -87,7 +87,7 @@ class TokenCache:
     def _release(self) -> None:
         if self.folder is None or self._lock is None:
             return
-        # Who waits on the removed file goes on, at worst beside another: both write the same content.
+        # A process that waits on the removed file continues, at worst with another: both write the same content.
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
         self._lock = None
@@ -107,8 +107,8 @@ class TokenCache:
         except (OSError, SafetensorError, ValueError, TypeError, AttributeError):  # the last: a dtype NumPy lacks
             metadata, arrays = {}, {}
         if metadata != _metadata(key, arrays):
-            if self.holds_lock:  # who has no lock reads once more
-                self._warn(path, "is damaged, or no token cache of this program: tokenizing again")
+            if self.holds_lock:  # without the lock, the entry is read again
+                self._warn(path, "is damaged or not a token cache of this program: tokenizing again")
             return None
         return arrays
 
@@ -119,7 +119,7 @@ class TokenCache:
             partial.replace(folder / f"{key}.safetensors")
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            self._warn(folder, f"the token cache cannot be written ({error}): going on without")
+            self._warn(folder, f"the token cache cannot be written ({error}): continuing without it")
 
     @staticmethod
     def _warn(path: Path, what: str) -> None:
@@ -127,7 +127,7 @@ class TokenCache:
 
 
 def _metadata(key: str, arrays: dict[str, np.ndarray]) -> dict[str, str]:
-    """What an entry says of itself."""
+    """Metadata of an entry."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])

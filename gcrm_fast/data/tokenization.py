@@ -1,4 +1,4 @@
-"""Tokenizers: trained here or brought by a checkpoint; the pad token; saving for transformers 4 and 5 alike."""
+"""Tokenizers: trained here or loaded with a checkpoint; the pad token; saving for transformers 4 and 5 alike."""
 
 import json
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ PORTABLE = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template",
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local folder: whatever AutoTokenizer loads, or a bare sentencepiece ``tokenizer.model``.
 
-    Code of the folder never runs: left to itself, transformers asks on stdin and takes a "y" from the records there.
+    Code in the folder never runs: by default transformers asks on stdin, where records may answer "y".
 
     Raises:
         UserError: none that loads, one without character offsets or eos, or a sentencepiece model that transformers
@@ -40,18 +40,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
         if "custom code" in str(error):
             raise UserError(
-                f"{folder / 'tokenizer_config.json'}: field 'auto_map': this tokenizer is code of the folder, which "
-                f"never runs here: name another with --tokenizer"
+                f"{folder / 'tokenizer_config.json'}: field 'auto_map': this tokenizer is code in the folder, which "
+                f"never runs here: choose another with --tokenizer"
             ) from None
         raise UserError(
-            f"{folder}: no tokenizer that transformers can load ({one_line(error)}): name another with --tokenizer"
+            f"{folder}: no tokenizer that transformers can load ({one_line(error)}): choose another with --tokenizer"
         ) from None
     if not tokenizer.is_fast:
         raise UserError(
             f"{folder}: the tokenizer gives no character offsets: convert it to a fast one (tokenizer.json)"
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer has no eos token, where rewards are read: add one")
+        raise UserError(f"{folder}: the tokenizer has no eos token, where the reward is read: add one")
     return tokenizer
 
 
@@ -64,7 +64,7 @@ def _from_json(folder: Path) -> PreTrainedTokenizerBase:
     """AutoTokenizer's, with the text rules of tokenizer.json as they stand, under transformers 4 and 5 alike.
 
     transformers 5 gives a Llama tokenizer that 4 saved another rule for leading spaces. transformers 4 knows neither
-    the class nor the list of extra special tokens that 5 writes (tokenizer.json has these tokens too).
+    the class nor the list of extra special tokens that 5 writes (which tokenizer.json has too).
     """
     known = _settings(folder).get("tokenizer_class") != "TokenizersBackend"
     tokenizer = (AutoTokenizer if known else PreTrainedTokenizerFast).from_pretrained(
@@ -79,9 +79,9 @@ def _from_json(folder: Path) -> PreTrainedTokenizerBase:
 def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
     """A fast tokenizer with the ids of ``tokenizer.model``, bos first unless tokenizer_config.json says otherwise.
 
-    AutoTokenizer is not asked: without a tokenizer_config.json that of transformers 5 silently leaves out bos and the
-    space before the first word, and that of transformers 4 finds no class. The two versions also differ in how they
-    put that space before text that begins with one; sentencepiece always adds it.
+    Not AutoTokenizer's: without a tokenizer_config.json, transformers 5 silently omits bos and the space before the
+    first word, and transformers 4 finds no class. They also differ in how they put that space before text that begins
+    with one; sentencepiece always adds it.
     """
     original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     add_bos = _settings(folder).get("add_bos_token", True)
@@ -94,8 +94,8 @@ def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
     for text in PROBES:
         if tokenizer(text, add_special_tokens=False)["input_ids"] != original.encode(text):
             raise UserError(
-                f"{folder / 'tokenizer.model'}: converted, it tokenizes {text!r} in another way than sentencepiece "
-                f"itself: use a Llama tokenizer (BPE, no text normalization) or a tokenizer.json"
+                f"{folder / 'tokenizer.model'}: converted, it does not tokenize {text!r} as sentencepiece "
+                f"does: use a Llama tokenizer (BPE, no text normalization) or a tokenizer.json"
             )
     return tokenizer
 
@@ -113,12 +113,12 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where:
 def choose_pad(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str, family: Family = FAMILIES["llama"]
 ) -> int:
-    """Sets and returns a pad token that is below ``vocab_size`` and never ends a completion (so not eos).
+    """Sets and returns a pad token below ``vocab_size`` that never ends a completion (so not eos).
 
     transformers reads the reward at the last token that is not pad: with pad == eos it would read the one before.
 
     Raises:
-        UserError: the tokenizer's ids exceed the embedding, or no token can serve.
+        UserError: the tokenizer's ids exceed the embedding, or no token is suitable.
     """
     check_vocabulary(tokenizer, vocab_size, where)
     vocab = tokenizer.get_vocab()
@@ -133,8 +133,8 @@ def choose_pad(
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes the tokenizer so that transformers 4 and 5 both load tokenizer.json as it stands.
 
-    Left alone, transformers 5 names a class that 4 does not know and lists special tokens in a way that 4 cannot read,
-    and rebuilds what 4 saved as a LlamaTokenizer with another rule for leading spaces.
+    By itself, transformers 5 names a class that 4 does not know, lists special tokens in a way that 4 cannot read, and
+    rebuilds a LlamaTokenizer that 4 saved with another rule for leading spaces.
     """
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"

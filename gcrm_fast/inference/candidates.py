@@ -1,4 +1,4 @@
-"""Completions of records through a reward model: tokens, what cannot be scored, rewards and Q-values."""
+"""Completions of records through a reward model: tokens, why some cannot be scored, rewards and Q-values."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,8 +22,8 @@ class Judgement(NamedTuple):
 
 
 def fit(found: Iterator[list[Candidate]], model: RewardModel, bad: BadRecords) -> Iterator[list[Candidate]]:
-    """The records; where bad ones are left out, those with a completion that the model cannot score go there too. Else
-    scoring says so, before it starts."""
+    """The records. Where bad ones are skipped, so is a record with a completion that the model cannot score; elsewhere
+    scoring raises the error, before it starts."""
     for record in found:
         if bad.skip and (wrong := unfit(record, encoded(record, model), model)):
             bad.add(UserError(wrong))

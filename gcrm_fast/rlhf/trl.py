@@ -1,4 +1,4 @@
-"""Rewards inside a trainer's process: ``RewardFunction`` is what TRL's ``reward_funcs`` take.
+"""Rewards inside a trainer's process: ``RewardFunction`` is a callable for TRL's ``reward_funcs``.
 
 from gcrm_fast.rlhf.trl import RewardFunction
 GRPOTrainer(..., reward_funcs=RewardFunction("runs/my-run/model"))
@@ -14,12 +14,12 @@ from gcrm_fast.inference.scoring import RewardModel
 
 
 class RewardFunction:
-    """``f(prompts, completions, **columns) -> list[float]``, plain or conversational: a reward a completion.
+    """``f(prompts, completions, **columns) -> list[float]``, plain or conversational: one reward per completion.
 
     ``q_weight`` adds that many times the Q-value of the end state, its cosine to the goal state ``goal``: a second
-    signal from the same forward. ``ends``: the policy's end tokens; of a trainer that hands over ``completion_ids``
-    (TRL does) a completion that does not end with one was cut by its length limit and is scored as such. Without
-    ``ends`` every completion counts as ended. ``name`` is what logs call it.
+    signal from the same forward. ``ends``: the policy's end tokens; where the trainer passes ``completion_ids`` (TRL
+    does), a completion that does not end with one was cut by its length limit and is scored as such. Without ``ends``
+    every completion counts as ended. ``name`` is its name in logs.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class RewardFunction:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float]:
-        """Rewards in the order of ``completions``; ``columns``, the data set's others, change nothing."""
+        """Rewards in the order of ``completions``; ``columns``, the data set's other columns, change nothing."""
         texts = [as_text(self.model.tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
         cuts = [False] * len(texts)
         if self.ends and completion_ids is not None:
@@ -53,7 +53,7 @@ class RewardFunction:
         return [j.reward + (self.q_weight * float(j.q_Gn[0, -1]) if j.q_Gn is not None else 0.0) for j in judged]
 
     def _encode(self, texts: Sequence[tuple[str, str]], cuts: Sequence[bool]) -> list[Completion]:
-        """Tokens; a cut completion that has none (a policy may write special tokens alone) is taken for ended."""
+        """Tokens; a cut completion that has none (a policy may write only special tokens) counts as ended."""
         prompts, completions = [prompt for prompt, _ in texts], [completion for _, completion in texts]
         encoded = self.model.encode(prompts, completions, cuts)
         empty = [c.ending == CUT and c.start == len(c.ids) for c in encoded]

@@ -70,7 +70,21 @@ def rewards_here(model: LlamaRewardModel, encoded: list[Completion]) -> torch.Te
         return torch.cat(
             [
                 model(
-                    build_pack([[TokenizedPair(0, c.ids, c.ids, c.start, c.start, 0.0, 0, {})]], Sampling(), 0)
+                    build_pack(
+                        [
+                            [
+                                TokenizedPair(
+                                    pair_id=0,
+                                    chosen_ids=c.ids,
+                                    rejected_ids=c.ids,
+                                    chosen_start=c.start,
+                                    rejected_start=c.start,
+                                )
+                            ]
+                        ],
+                        Sampling(),
+                        0,
+                    )
                 ).reward_2N[0]
                 for c in encoded
             ]

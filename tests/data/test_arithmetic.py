@@ -48,7 +48,7 @@ PROMPT = "a=3,b=4,c=0,d=2:b+d+a?"
         ("4+2=1;1+3=4;4+0=4;", False),  # a step too many
         ("2+4=1;1+3=4;", False),  # another problem
         ("4+2=6;6+3=4;", False),  # not reduced
-        ("4+2=1;0+3=3;", False),  # goes on from another value
+        ("4+2=1;0+3=3;", False),  # continues from another value
         ("", False),
     ],
 )
@@ -144,7 +144,7 @@ def written(folder: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("max_steps", [2, 5])
-def test_samples_are_labelled_by_doing_the_sums(tmp_path, max_steps):
+def test_samples_are_labeled_by_doing_the_sums(tmp_path, max_steps):
     records = written(tmp_path, "--problems", "60", "--samples", "8", "--arithmetic-steps", str(max_steps))
     assert len(records) == 60 * 8
     assert len({record["prompt"] for record in records}) == 60
@@ -169,8 +169,8 @@ def test_the_place_of_the_error_is_the_digit_that_makes_the_step_wrong(tmp_path)
         assert completion[place - 1] == "="
         assert completion[:place].count(";") == record["error_step"] - 1
         # Another digit there makes the solution right up to the end of the step.
-        mended = [completion[:place] + digit for digit in "01234" if digit != completion[place]]
-        assert [step_is_right(text.split(";")[-1]) for text in mended].count(True) == 1
+        fixed = [completion[:place] + digit for digit in "01234" if digit != completion[place]]
+        assert [step_is_right(text.split(";")[-1]) for text in fixed].count(True) == 1
     assert wrong > 100
 
 
@@ -200,7 +200,7 @@ def test_samples_to_stdout_and_gzip(tmp_path, capsysbinary):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--problems", "500", "--arithmetic-steps", "1"], "--problems 500: found 5 of at most 1 steps"),
+        (["--problems", "500", "--arithmetic-steps", "1"], "--problems 500: only 5 have up to 1 steps"),
         (["--samples", "0"], "--samples 0: must be at least 1"),
         (["--right", "1.5"], "--right 1.5: must be between 0 and 1"),
         (["--arithmetic-steps", "26"], "--arithmetic-steps 26: must be less than 26"),

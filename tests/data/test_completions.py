@@ -80,15 +80,15 @@ def test_formats(tmp_path: Path, record: dict[str, Any], expected: list[tuple[st
         ({"question": "p"}, "field 'completion' is missing: a record needs 'question', 'completion', or"),
         ({"prompt": "p", "question": "p", "completion": "c"}, "has the fields of two formats"),
         ({"prompt": "p", "completion": 3}, "field 'completion' is int, not a string"),
-        ({"prompt": None, "completion": "c"}, "field 'prompt' is NoneType, not a string"),
+        ({"prompt": None, "completion": "c"}, "field 'prompt' is null, not a string"),
         ({"prompt": "p", "completion": "c", "completion_cut": 1}, "field 'completion_cut' is int, not true or false"),
         ({"prompt": "p", "completions": "c"}, "field 'completions' is str, not a list"),
         ({"prompt": "p", "completions": []}, "field 'completions' is an empty list: at least one"),
         ({"prompt": "p", "completions": ["c", ""]}, r"field 'completions\[1\]' is empty"),
         ({"prompt": "p", "completions": ["c"], "completions_cut": []}, "'completions_cut' has 0 entries for 1 comp"),
-        ({"messages": "m"}, "field 'messages' is str, not a list of messages"),
-        ({"messages": [USER]}, r"field 'messages\[0\].role' is 'user': an answer is by the 'assistant'"),
-        ({"messages": [YES]}, "field 'prompt' is missing, and 'messages' holds the answer alone"),
+        ({"messages": "m"}, "field 'messages' is str, not a list"),
+        ({"messages": [USER]}, r"field 'messages\[0\].role' is 'user': the last message must be by the 'assistant'"),
+        ({"messages": [YES]}, "field 'prompt' is missing, and 'messages' contains only the answer"),
         ([1], "a record must be a JSON object"),
     ],
 )
@@ -111,7 +111,7 @@ def test_fields_columns_and_several_sources(tmp_path: Path) -> None:
     assert [(c.prompt, c.completion) for c in read(tmp_path, record, columns=columns)] == [("x", "p")]
     with pytest.raises(UserError, match="'margin' is none of the fields chosen, chosen_cut, completion,"):
         parse_columns("margin=x", COMPLETION_FORMATS)
-    with pytest.raises(UserError, match="all of a format must be named: prompt, completion; "):
+    with pytest.raises(UserError, match="so name all fields of a format: prompt, completion; "):
         parse_columns("completion=x", COMPLETION_FORMATS)
     first = write(tmp_path / "a", record, {"prompt": 1, "completion": "c"}, record)
     second = write(tmp_path / "b", {"question": "p", "correct": "c", "incorrect": "d"})

@@ -8,7 +8,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.data.encoding import CUT, encode_completions, end_tokens, tokenize_pairs
+from gcrm_fast.data.chat import end_tokens
+from gcrm_fast.data.encoding import CUT, encode_completions, tokenize_pairs
 from gcrm_fast.data.records import Pair
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.tokenization import BOS, EOS, train_tokenizer
@@ -159,10 +160,10 @@ def test_many_texts_are_encoded_as_one_by_one():
 
 def test_tokenized_pairs():
     pairs = [
-        Pair("hello", " world", " yes", 0.5, "f:1", {"kind": "x"}),
-        Pair("hello", " 1" * 50, " yes", 0.0, "f:2"),
-        Pair("hel", "lo yes", "lo world yes", 0.0, "f:3"),
-        Pair("hello", " 漢", " yes", 0.0, "f:4"),
+        Pair("hello", " world", " yes", margin=0.5, where="f:1", fields={"kind": "x"}),
+        Pair("hello", " 1" * 50, " yes", where="f:2"),
+        Pair("hel", "lo yes", "lo world yes", where="f:3"),
+        Pair("hello", " 漢", " yes", where="f:4"),
     ]
     kept, report = tokenize_pairs(TOKENIZER, pairs, max_length=20)
     assert [p.pair_id for p in kept] == [0, 2, 3]
@@ -174,15 +175,13 @@ def test_tokenized_pairs():
             assert 0 < start < len(ids) <= 20
             assert ids[-1] == TOKENIZER.eos_token_id
     assert report.dropped == 1
-    assert report.prompt_lengths.tolist() == [2, 1, 2] * 2
-    assert report.completion_lengths.tolist() == [len(p.chosen_ids) - p.chosen_start for p in kept] + [
-        len(p.rejected_ids) - p.rejected_start for p in kept
-    ]
+    assert [len(c.ids) for c in report.completions] == [len(ids) for p in kept for ids in p.sequences]
     assert report.prompt_summary() == "min 1, median 2, 95% 2, max 2"
+    assert report.completion_summary() == "min 2, median 2, 95% 4, max 5"
 
 
 def test_length_limit_is_inclusive():
-    pairs = [Pair("hello", " world", " world 1", 0.0, "f:1")]
+    pairs = [Pair("hello", " world", " world 1", where="f:1")]
     [pair], _ = tokenize_pairs(TOKENIZER, pairs, max_length=1000)
     longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
     assert len(tokenize_pairs(TOKENIZER, pairs, longest)[0]) == 1
@@ -242,7 +241,7 @@ def test_ends_are_counted_and_cut_pairs_flagged():
         Pair("hello", " 3", " 4", where="f:3", rejected_cut=True),
     ]
     kept, report = tokenize_pairs(TOKENIZER, pairs, 100)
-    assert (report.own_end, report.added_end, report.cut) == (1, 3, 2)
+    assert report.ending_summary() == "1 of their own, 3 with eos added, 2 cut"
     assert [p.chosen_cut for p in kept] == [False, True, False]
     ends = [[ids[-1] == TOKENIZER.eos_token_id for ids in (p.chosen_ids, p.rejected_ids)] for p in kept]
     assert ends == [[True, True], [False, True], [True, False]]
@@ -250,8 +249,8 @@ def test_ends_are_counted_and_cut_pairs_flagged():
 
 def test_sides_that_differ_as_text_only():
     with pytest.raises(UserError, match="f:7: fields 'chosen' and 'rejected' have the same tokens"):
-        tokenize_pairs(TOKENIZER, [Pair("hello", " yes", f" yes{EOS}\n", 0.0, "f:7")], 100)
-    pairs = [Pair("hello", " yes", f" yes{EOS}\n", 0.0, "f:7"), Pair("hello", " yes", " no", 0.0, "f:8")]
+        tokenize_pairs(TOKENIZER, [Pair("hello", " yes", f" yes{EOS}\n", where="f:7")], 100)
+    pairs = [Pair("hello", " yes", f" yes{EOS}\n", where="f:7"), Pair("hello", " yes", " no", where="f:8")]
     bad = BadRecords(skip=True)
     assert [p.pair_id for p in tokenize_pairs(TOKENIZER, pairs, 100, bad=bad)[0]] == [1]
     assert [line.split(": ")[0] for line in bad.skipped] == ["f:7"]

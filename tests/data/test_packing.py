@@ -102,7 +102,9 @@ def test_quantile_positions_follow_the_formula() -> None:
 
 def test_repeated_completions_of_a_prompt_are_stored_once(make_pair) -> None:
     a, b = make_pair(0, 6, 5, 8), make_pair(1, 6, 4, 7)
-    twin = TokenizedPair(2, a.chosen_ids, b.rejected_ids, 6, 6, 0.0, 0, {})
+    twin = TokenizedPair(
+        pair_id=2, chosen_ids=a.chosen_ids, rejected_ids=b.rejected_ids, chosen_start=6, rejected_start=6
+    )
     together = build_pack([[a, b, twin]], Sampling(samples=2), 0)
     assert (
         len(together.input_ids_T) == len(build_pack([[a, b]], Sampling(samples=2), 0).input_ids_T) == 6 + 5 + 8 + 4 + 7

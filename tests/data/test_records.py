@@ -18,7 +18,8 @@ from pyarrow import parquet
 
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.encoding import tokenize_pairs
-from gcrm_fast.data.records import Overlap, Pair, ordered_pairs, overlap, read_pairs
+from gcrm_fast.data.overlap import Overlap, overlap
+from gcrm_fast.data.records import Pair, ordered_pairs, read_pairs
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.tokenization import train_tokenizer
 from support.chat import CHATML, TEMPLATES, TEXTS, chat_tokenizer
@@ -52,7 +53,7 @@ def test_reads_records_with_margin_fields_and_line_numbers(tmp_path):
     with pytest.raises(UserError, match=r"pairs\.jsonl:1: field 'kind'"):
         read_pairs([str(path)], fields=["kind"])
     first, second = read_pairs([str(path)])
-    assert first == Pair("p", "a", "b", 0.0, f"{path}:1", {})
+    assert first == Pair("p", "a", "b", where=f"{path}:1")
     assert (second.margin, second.where) == (2.0, f"{path}:4")
 
 
@@ -213,7 +214,7 @@ def test_messages_are_written_by_the_chat_template(tmp_path, name, record):
         answer = tokenizer.decode(ids[start:])
         assert answer.removesuffix(END[name]).strip() in ("yes", "no")
         assert answer.endswith(END[name])
-    assert (report.own_end, report.added_end) == (2, 0)
+    assert report.ending_summary() == "2 of their own, 0 with eos added, 0 cut"
 
 
 def test_only_the_last_message_is_the_completion(tmp_path):

@@ -65,7 +65,10 @@ def test_key_is_all_that_tokens_depend_on():
     ]
     keys = {cache_key(tokenizer, pairs) for tokenizer, pairs in [(TOKENIZER, PAIRS), *variants]}
     assert len(keys) == 1 + len(variants)
-    elsewhere = [Pair(p.prompt, p.chosen, p.rejected, 1.0, "x:1", {"n": 1}, p.chosen_cut) for p in PAIRS]
+    elsewhere = [
+        Pair(p.prompt, p.chosen, p.rejected, margin=1.0, where="x:1", fields={"n": 1}, chosen_cut=p.chosen_cut)
+        for p in PAIRS
+    ]
     assert cache_key(TOKENIZER, elsewhere) in keys  # margins, places and fields have no tokens
 
 
@@ -101,7 +104,7 @@ def test_damaged_or_foreign_entry_is_told_and_rebuilt(tmp_path, capsys, damage):
     with TokenCache(tmp_path / "cache") as cache:
         assert len(tokenize_pairs(TOKENIZER, PAIRS, 100, cache=cache)[0]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert line == f"gcrm train: warning: {entry}: is damaged, or no token cache of this program: tokenizing again"
+    assert line == f"gcrm train: warning: {entry}: is damaged or not a token cache of this program: tokenizing again"
     check_entry(tmp_path / "cache")
 
 
@@ -122,7 +125,7 @@ def test_folder_that_cannot_be_used_costs_a_warning(tmp_path, capsys):
     with TokenCache(tmp_path / "file" / "cache") as cache:
         assert len(tokenize_pairs(TOKENIZER, PAIRS, 100, cache=cache)[0]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "the token cache cannot be used (Not a directory): going on without" in line
+    assert "the token cache cannot be used (Not a directory): continuing without it" in line
 
 
 def test_folder_of_the_option(monkeypatch):

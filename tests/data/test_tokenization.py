@@ -71,7 +71,7 @@ def test_sentencepiece_model_follows_its_tokenizer_config(llama2: Path, tmp_path
     assert loaded.chat_template == "{{ messages }}"
 
 
-# What transformers 4.57 and 5 write beside the tokenizer.json of a Llama 2, and 5 beside that of a Llama 3.
+# What transformers 4.57 and 5 write next to the tokenizer.json of a Llama 2, and 5 next to that of a Llama 3.
 WRITTEN: dict[str, dict[str, Any]] = {
     "4.57": {
         "tokenizer_class": "LlamaTokenizer",

@@ -84,7 +84,7 @@ def test_evaluate_reports_labelled_completions_and_pairs(
 
 
 def test_a_limit_draws_the_same_whole_records_every_time() -> None:
-    of_records = [Candidate("", "", "", i // 2, "", False, {}) for i in range(20)]
+    of_records = [Candidate(prompt="", completion="", where="", row=i // 2, name="") for i in range(20)]
     rows = [candidate.row for candidate in of_records]
     drawn = [candidate.row for candidate in shared.limited(of_records, rows, 4)]
     assert len(drawn) == 8

@@ -126,7 +126,7 @@ def test_goals_are_means_of_preferred_ends(gcrm: Gcrm, model: RewardModel, tmp_p
 
 
 def candidate(name: str = "completion", **fields: Any) -> Candidate:
-    return Candidate("p", "c", "f:3", 0, name, False, fields)
+    return Candidate(prompt="p", completion="c", where="f:3", row=0, name=name, fields=fields)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_localization_of_known_values(chain: ModuleType) -> None:
 
 def test_position_alone_takes_nothing_from_wrong_solutions(chain: ModuleType) -> None:
     candidates = [
-        Candidate("p", "c", "", i, "completion", False, {"is_correct": right})
+        Candidate(prompt="p", completion="c", where="", row=i, name="completion", fields={"is_correct": right})
         for i, right in enumerate([True, False, True])
     ]
     values = [np.array([1.0, 2.0, 4.0]), np.array([9.0, 9.0]), np.array([3.0, 4.0])]
@@ -114,7 +114,10 @@ def test_aurocs_of_groups_are_blind_to_what_tells_groups_apart(objectives: Modul
 
 
 def test_a_pair_stays_or_goes_as_a_whole(objectives: ModuleType) -> None:
-    candidates = [Candidate("p", "c", "", i // 2, name, False, {}) for i, name in enumerate(["chosen", "rejected"] * 2)]
+    candidates = [
+        Candidate(prompt="p", completion="c", where="", row=i // 2, name=name)
+        for i, name in enumerate(["chosen", "rejected"] * 2)
+    ]
     encoded = [Completion(np.zeros(n, dtype=np.int32), 1, 0) for n in (3, 9, 4, 5)]
     kept = objectives.Completions(candidates, encoded).no_longer_than(5)
     assert [len(ids) for ids, _, _ in kept.encoded] == [4, 5]

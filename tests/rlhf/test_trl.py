@@ -72,8 +72,9 @@ def test_messages(model: RewardModel) -> None:
         (None, [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}], "chat template"),
         (CHATML, "a", [{"role": "assistant", "content": "b"}], "both"),
         (CHATML, "a", "\ud800", "surrogate"),
-        (LLAMA2, [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}], "must alternate"),
-        ("{{ messages | length }}", [{"role": "user", "content": "a"}], [{"role": "x", "content": "b"}], "no start"),
+        (LLAMA2, [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}], "'user': the last"),
+        (LLAMA2, [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}], "must alternate"),
+        ("{{ messages | length }}", [{"role": "user", "content": "a"}], [{"role": "tool", "content": "b"}], "no start"),
     ],
 )
 def test_what_is_no_text(template: str | None, prompt: object, completion: object, message: str) -> None:

@@ -458,12 +458,12 @@ CASES = [
     ),
     damaged(
         "tokenizer: sentencepiece with other rules",
-        r"m/tokenizer\.model: converted, it tokenizes ' a' in another",
+        r"m/tokenizer\.model: converted, it does not tokenize ' a' as sentencepiece",
         lambda m: with_sentencepiece(m, model_type="bpe"),
     ),
     damaged(
         "tokenizer: sentencepiece unigram",
-        r"m/tokenizer\.model: converted, it tokenizes|m: no tokenizer",
+        r"m/tokenizer\.model: converted, it does not tokenize|m: no tokenizer",
         lambda m: with_sentencepiece(m, model_type="unigram"),
     ),
     damaged(

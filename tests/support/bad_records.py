@@ -160,10 +160,10 @@ CASES = [
     Case("empty name", lambda _: ["--data", ""], r"--data .*at least one source"),
     Case("no source at all", lambda _: ["--data"], r"--data .*at least one source"),
     Case("data named twice", lambda _: ["--data", "a.jsonl", "--data", "b.jsonl"], r"--data is given 2 times"),
-    Case("not on the hub", unknown_to_the_hub, r"no-such-owner/no-such-data: no file, and no dataset"),
-    Case("empty file", raw(b""), r"pairs\.jsonl: holds no records"),
-    Case("blank lines", raw(b" \n\n\t\n"), r"pairs\.jsonl: holds no records"),
-    Case("empty gzip", raw(gzip.compress(b"")), r"pairs\.jsonl: holds no records"),
+    Case("not on the hub", unknown_to_the_hub, r"no-such-owner/no-such-data: neither a file nor a dataset"),
+    Case("empty file", raw(b""), r"pairs\.jsonl: contains no records"),
+    Case("blank lines", raw(b" \n\n\t\n"), r"pairs\.jsonl: contains no records"),
+    Case("empty gzip", raw(gzip.compress(b"")), r"pairs\.jsonl: contains no records"),
     Case("broken UTF-8", raw(LINE + b'{"prompt": "\xff"}\n'), AT + r"not UTF-8 text \(byte 12 of the line\)"),
     Case("UTF-16", raw(json.dumps(GOOD).encode("utf-16")), r"pairs\.jsonl:1: not UTF-8 text \(byte 0"),
     Case("byte-order mark", raw(b"\xef\xbb\xbf" + LINE), r"pairs\.jsonl:1: not valid JSON \(Unexpected UTF-8 BOM"),
@@ -188,16 +188,16 @@ CASES = [
         r"Parquet data is damaged",
     ),
     Case("Parquet with text that is none", not_text_in_parquet, r"pairs\.parquet:2: the row cannot be read"),
-    Case("Parquet with a null", table(GOOD, GOOD | {"chosen": None}), r"parquet:2: field 'chosen' is NoneType"),
-    Case("Parquet without rows", table(), r"pairs\.parquet: holds no records"),
-    Case("saved splits, none named", no_split, r"saved: holds several splits: .*saved:train"),
-    Case("saved splits, another named", no_such_split, r"saved:test: holds several splits: .*saved:train"),
+    Case("Parquet with a null", table(GOOD, GOOD | {"chosen": None}), r"parquet:2: field 'chosen' is null"),
+    Case("Parquet without rows", table(), r"pairs\.parquet: contains no records"),
+    Case("saved splits, none named", no_split, r"saved: has several splits: .*saved:train"),
+    Case("saved splits, another named", no_such_split, r"saved:test: has several splits: .*saved:train"),
     Case("saved dataset cut short", damaged_dataset, r"saved:train: not a folder that datasets can load"),
     Case("second of two sources", second_source, r"pairs\.jsonl:2: field 'chosen' is missing"),
     Case("held-out data", held_out({**GOOD, "prompt": "q"}, {}), AT + "field 'chosen' is missing"),
     # ---- a record's shape
     Case("list for a record", lines(GOOD, [1, 2]), AT + "a record must be a JSON object, this is list"),
-    Case("null for a record", lines(GOOD, None), AT + "a record must be a JSON object, this is NoneType"),
+    Case("null for a record", lines(GOOD, None), AT + "a record must be a JSON object, this is null"),
     Case("no fields", lines(GOOD, {}), AT + "field 'chosen' is missing: a record needs 'prompt', 'chosen', 'rejected'"),
     Case("fields unknown", lines({"instruction": "p", "output": "x"}), r"jsonl:1: field 'chosen' is missing"),
     Case("prompt missing", lines({"chosen": "a", "rejected": "b"}), r"jsonl:1: field 'prompt' is missing"),
@@ -209,11 +209,15 @@ CASES = [
     Case("dialogue among pairs", lines(GOOD, DIALOGUE), AT + "has the format 'dialogue', but"),
     # ---- a field's value
     Case("number for text", after(GOOD, prompt=1), AT + "field 'prompt' is int, not a string"),
-    Case("null for text", after(GOOD, rejected=None), AT + "field 'rejected' is NoneType, not a string"),
+    Case("null for text", after(GOOD, rejected=None), AT + "field 'rejected' is null, not a string"),
     Case("object for text", after(GOOD, chosen={"text": "yes"}), AT + "field 'chosen' is dict, not a string"),
     Case("empty completion", after(GOOD, chosen=""), AT + "field 'chosen' is empty"),
     Case("blank completion", after(GOOD, rejected=" \n\t"), AT + "field 'rejected' is empty"),
-    Case("equal completions", after(GOOD, rejected="yes"), AT + "fields 'chosen' and 'rejected' are equal"),
+    Case(
+        "equal completions",
+        after(GOOD, rejected="yes"),
+        AT + "field 'rejected' is equal to 'chosen', which is preferred",
+    ),
     Case(
         "same tokens", after(GOOD, rejected="yes<|eos|>\n"), AT + "fields 'chosen' and 'rejected' have the same tokens"
     ),
@@ -222,22 +226,28 @@ CASES = [
         after(GOOD, rejected="<|eos|>", rejected_cut=True),
         AT + "field 'rejected' is cut and has no token",
     ),
-    Case("half a surrogate pair", after(GOOD, prompt="\ud800"), AT + "field 'prompt' holds half of a surrogate pair"),
+    Case(
+        "half a surrogate pair", after(GOOD, prompt="\ud800"), AT + "field 'prompt' contains half of a surrogate pair"
+    ),
     Case("NaN margin", after(GOOD, margin=float("nan")), AT + "field 'margin' is not a finite number"),
     Case("infinite margin", after(GOOD, margin=-float("inf")), AT + "field 'margin' is not a finite number"),
     Case("margin over every float", after(GOOD, margin=10**400), AT + "field 'margin' is not a finite number"),
     Case("text for a margin", after(GOOD, margin="1"), AT + "field 'margin' is str, not a finite number"),
     Case("boolean for a margin", after(GOOD, margin=True), AT + "field 'margin' is bool, not a finite number"),
     Case("number for a cut", after(GOOD, chosen_cut=1), AT + "field 'chosen_cut' is int, not true or false"),
-    Case("question is null", after(QUESTION, question=None), AT + "field 'question' is NoneType, not a string"),
+    Case("question is null", after(QUESTION, question=None), AT + "field 'question' is null, not a string"),
     Case("incorrect is empty", after(QUESTION, incorrect=""), AT + "field 'incorrect' is empty"),
     Case("every chosen one cut", lines(GOOD | {"chosen_cut": True}), r"--data pairs\.jsonl: every chosen .* is cut"),
     # ---- completions with scores or ranks
     Case("completions no list", after(SCORED, completions="yes"), AT + "field 'completions' is str, not a list"),
-    Case("scores null", after(SCORED, scores=None), AT + "field 'scores' is NoneType, not a list"),
+    Case("scores null", after(SCORED, scores=None), AT + "field 'scores' is null, not a list"),
     Case("a score too few", after(SCORED, scores=[1]), AT + "field 'scores' has 1 entries for 2 completions"),
-    Case("one completion", after(SCORED, completions=["a"], scores=[1]), AT + "field 'completions' has 1 entries"),
-    Case("null completion", after(SCORED, completions=["a", None]), AT + r"field 'completions\[1\]' is NoneType"),
+    Case(
+        "one completion",
+        after(SCORED, completions=["a"], scores=[1]),
+        AT + "field 'completions' has 1 entry: at least two",
+    ),
+    Case("null completion", after(SCORED, completions=["a", None]), AT + r"field 'completions\[1\]' is null"),
     Case("empty one of many", after(SCORED, completions=["a", " "]), AT + r"field 'completions\[1\]' is empty"),
     Case("NaN score", after(SCORED, scores=[1, float("nan")]), AT + r"field 'scores\[1\]' is not a finite number"),
     Case(
@@ -248,9 +258,9 @@ CASES = [
     Case(
         "equal text, other score", after(SCORED, completions=["a", "a"]), AT + r"field 'completions\[1\]' is equal to"
     ),
-    Case("all scores tie", lines(SCORED | {"scores": [1, 1]}), r"pairs\.jsonl: holds no pairs"),
+    Case("all scores tie", lines(SCORED | {"scores": [1, 1]}), r"pairs\.jsonl: contains no pairs"),
     Case("cuts too few", after(SCORED, completions_cut=[True]), AT + "field 'completions_cut' has 1 entries"),
-    Case("cut null", after(SCORED, completions_cut=[True, None]), AT + r"field 'completions_cut\[1\]' is NoneType"),
+    Case("cut null", after(SCORED, completions_cut=[True, None]), AT + r"field 'completions_cut\[1\]' is null"),
     # ---- raw dialogues
     Case(
         "no assistant turn",
@@ -267,25 +277,25 @@ CASES = [
         AT + "field 'rejected' differs from",
     ),
     # ---- message lists
-    Case("messages without a model", lines(CHAT), r"jsonl:1: field 'prompt' is a list of messages: take a --model"),
-    Case("no chat template", chat("", CHAT), r"jsonl:1: field 'prompt' is a list of messages: take a --model"),
+    Case(
+        "messages without a model", lines(CHAT), r"jsonl:1: field 'prompt' is a list of messages, which needs a --model"
+    ),
+    Case("no chat template", chat("", CHAT), r"jsonl:1: field 'prompt' is a list of messages, which needs a --model"),
     Case(
         "template refuses",
         chat(LLAMA2, CHAT, {**CHAT, "prompt": [YES]}),
         AT + r"field 'prompt' does not suit .*alternate",
     ),
-    Case(
-        "null among messages", chat(CHATML, CHAT, {**CHAT, "chosen": [None]}), AT + r"field 'chosen\[0\]' is NoneType"
-    ),
+    Case("null among messages", chat(CHATML, CHAT, {**CHAT, "chosen": [None]}), AT + r"field 'chosen\[0\]' is null"),
     Case(
         "null content",
         chat(CHATML, CHAT, {**CHAT, "rejected": [{**NO, "content": None}]}),
-        AT + r"field 'rejected\[0\].content' is NoneType, not a string",
+        AT + r"field 'rejected\[0\].content' is null, not a string",
     ),
     Case(
         "no role",
         chat(CHATML, CHAT, {**CHAT, "prompt": [{"content": "q"}]}),
-        AT + r"field 'prompt\[0\].role' is NoneType",
+        AT + r"field 'prompt\[0\].role' is null",
     ),
     Case("no messages", chat(CHATML, CHAT, {**CHAT, "chosen": []}), AT + "field 'chosen' is an empty list"),
     Case(
@@ -299,18 +309,18 @@ CASES = [
     Case(
         "empty answer",
         chat(CHATML, CHAT, {**CHAT, "chosen": [{**YES, "content": " "}]}),
-        AT + r"field 'chosen\[0\].content' is empty",
+        AT + "field 'chosen' is empty",
     ),
     Case("answer alone", chat(CHATML, {"chosen": [YES], "rejected": [NO]}), r"jsonl:1: field 'prompt' is missing, and"),
     Case(
         "dialogues that part early",
         chat(CHATML, CHAT, {**CHAT, "chosen": [NO, USER, YES], "rejected": [YES, USER, NO]}),
-        AT + "field 'rejected' differs from 'chosen' before the last message",
+        AT + "field 'rejected' differs from 'chosen' before the answer",
     ),
     Case(
         "prompt of another dialogue",
         chat(CHATML, {**CHAT, "prompt": "other"}),
-        r"jsonl:1: field 'prompt' is str, and not",
+        r"jsonl:1: field 'prompt' is text, and no message of 'chosen' repeats it",
     ),
     Case(
         "template without a start",
@@ -326,7 +336,7 @@ CASES = [
     Case(
         "columns of half a format",
         lines(GOOD, options=("--columns", "prompt=prompt,chosen=good")),
-        "--columns prompt=prompt,chosen=good: no other fields are read, so all of a format must be named",
+        "--columns prompt=prompt,chosen=good: no other fields are read, so name all fields of a format",
     ),
     Case(
         "column of no field", lines(GOOD, options=("--columns", "choosen=chosen")), "--columns .*'choosen' is none of"
@@ -345,7 +355,7 @@ CASES = [
     Case(
         "--eval-by null",
         lines(GOOD | {"kind": None}, options=("--eval-by", "kind", "--eval-data", "pairs.jsonl")),
-        "field 'kind', .* is NoneType",
+        "field 'kind', .* is null",
     ),
     Case(
         "all too long",
