@@ -384,6 +384,8 @@ CASES = [
     ),
     Case("pack too small", lines(GOOD, options=("--tokens-per-batch", "4")), "--tokens-per-batch"),
     Case(
-        "generated and read data", lambda _: ["--data", "arithmetic", "x.jsonl"], "--data arithmetic: .* stands alone"
+        "generated and read data",
+        lambda _: ["--data", "arithmetic", "x.jsonl"],
+        "--data arithmetic: generated data cannot be combined",
     ),
 ]
