@@ -3,36 +3,11 @@
 import gzip
 import json
 import sys
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
-import tyro
-
+from gcrm_fast.commands.options import SampleOptions
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
-from gcrm_fast.common.options import Options
-from gcrm_fast.data.arithmetic import LETTERS, generate, samples
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions(Options):
-    """Writes labelled solutions of generated problems as JSON lines, which the other commands read. A wrong solution
-    has one wrong step, any with equal chance, and goes on from it."""
-
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """File of JSON lines, gzipped if its name ends in .gz; - for stdout."""
-    side: Literal["held-out", "train"] = "held-out"
-    """Problems that gcrm train never trains on, or others."""
-    problems: int = 500
-    """Different problems."""
-    samples: int = 16
-    """Solutions of each. They come again, as a model's do."""
-    right: float = 0.25
-    """Chance of a right solution. With little more than what each wrong answer has, a majority is often wrong."""
-    arithmetic_steps: int = 3
-    """Longest problem, in solution steps."""
-    seed: int = 0
-    """Of problems and solutions."""
+from gcrm_fast.data.arithmetic import generate, samples
 
 
 def distinct_problems(options: SampleOptions) -> list[str]:
@@ -52,13 +27,6 @@ def distinct_problems(options: SampleOptions) -> list[str]:
 
 def run(options: SampleOptions) -> None:
     """Writes the file. Raises UserError."""
-    for name in ("problems", "samples", "arithmetic_steps"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least 1")
-    if not 0 <= options.right <= 1:
-        raise UserError(f"--right {options.right}: must be between 0 and 1")
-    if options.arithmetic_steps >= len(LETTERS):
-        raise UserError(f"--arithmetic-steps {options.arithmetic_steps}: must be less than {len(LETTERS)}")
     records = samples(distinct_problems(options), options.samples, options.right, options.seed)
     text = "".join(json.dumps(record) + "\n" for record in records).encode()
     if options.output == "-":
