@@ -15,13 +15,13 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-import tyro
 
 from gcrm_fast import cli
 from gcrm_fast.checkpoints.goals import named_goal
+from gcrm_fast.common.command_line import exit_code, parse_options
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import Argument
 from gcrm_fast.common.options import Options as CommandOptions
-from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.common.statistics import ratio
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate, read_completions
@@ -49,7 +49,7 @@ class Options(CommandOptions):
     """Number of held-out problems, and of others for the goals."""
     samples: int = 16
     """Solutions per problem."""
-    report: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = HERE / "arithmetic"
+    report: Annotated[Path, Argument(short="-o", metavar="PATH")] = HERE / "arithmetic"
     """Path of the report, without the suffixes .md and .json."""
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from gcrm_fast.common.command_line import exit_code, parse_options
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import Argument
 from gcrm_fast.common.options import Options as CommandOptions
-from gcrm_fast.common.options import exit_code, parse_options
 from gcrm_fast.common.statistics import auroc
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate, read_completions
@@ -72,7 +72,7 @@ class Options(CommandOptions):
     the training maximum are then skipped."""
     voted: int = 40
     """Number of questions to vote on, each with four models' samples."""
-    report: Annotated[Path, tyro.conf.arg(aliases=("-o",))] = HERE / "objectives"
+    report: Annotated[Path, Argument(short="-o", metavar="PATH")] = HERE / "objectives"
     """Path of the report, without the suffixes .md and .json."""
 
 

@@ -1,6 +1,7 @@
 """The ``gcrm`` console program: its commands, one entry each."""
 
 import argparse
+import difflib
 import importlib
 import sys
 from typing import Any, NamedTuple, NoReturn
@@ -25,11 +26,13 @@ COMMANDS = {
         "compare rewards with labels (AUROC)", "commands.options:EvaluateOptions", "commands.evaluate:evaluate"
     ),
     "vote": Command("answer questions by votes among samples", "commands.options:VoteOptions", "commands.vote:vote"),
-    "inspect": Command("show the tokens of a record as a web page", "commands.inspect:Options", "commands.inspect:run"),
-    "export": Command("convert a model for other programs", "commands.export:ExportOptions", "commands.export:export"),
-    "serve": Command("serve rewards and Q-values over HTTP", "commands.serve:ServeOptions", "commands.serve:serve"),
+    "inspect": Command(
+        "show the tokens of a record as a web page", "commands.options:InspectOptions", "commands.inspect:run"
+    ),
+    "export": Command("convert a model for other programs", "commands.options:ExportOptions", "commands.export:export"),
+    "serve": Command("serve rewards and Q-values over HTTP", "commands.options:ServeOptions", "commands.serve:serve"),
     "samples": Command(
-        "generate labeled solutions of arithmetic problems", "commands.samples:SampleOptions", "commands.samples:run"
+        "generate labeled solutions of arithmetic problems", "commands.options:SampleOptions", "commands.samples:run"
     ),
 }
 
@@ -41,7 +44,7 @@ def imported(path: str) -> Any:
 
 def run(name: str, argv: list[str]) -> int:
     """Runs one command with its own arguments. Returns the exit code."""
-    from gcrm_fast.common.options import exit_code, parse_options  # `gcrm --help` needs none of it
+    from gcrm_fast.common.command_line import exit_code, parse_options  # `gcrm --help` needs none of it
 
     command, prog = COMMANDS[name], f"gcrm {name}"
 
@@ -76,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     # Only the first word is read here: everything after it belongs to the command, --help included.
     name = parser.parse_args(argv[:1]).command
     if name not in COMMANDS:
-        parser.error(f"unknown command '{name}'")
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        parser.error(f"unknown command '{name}'" + (f": did you mean {near[0]}?" if near else ""))
     return run(name, argv[1:])
 
 

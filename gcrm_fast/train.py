@@ -28,8 +28,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 from gcrm_fast.common import processes
+from gcrm_fast.common.command_line import exit_code
 from gcrm_fast.common.errors import RankError, UserError, one_line
-from gcrm_fast.common.options import exit_code
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import parallel

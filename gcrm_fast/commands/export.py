@@ -9,22 +9,19 @@ All of them load here again with the same rewards. The first also takes a head o
 that only this project reads. MODEL may have any head that the README lists: other projects' models become these too.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import tyro
-from tyro.conf import Positional
 
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals, write_goals
 from gcrm_fast.checkpoints.locating import COMPANION, MODEL_FILES, locate
 from gcrm_fast.checkpoints.saving import fingerprint, write_model
 from gcrm_fast.checkpoints.weights import open_reward_model, parameter_shapes
+from gcrm_fast.commands.options import ExportOptions
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
-from gcrm_fast.common.options import Options
 from gcrm_fast.common.tables import table
 from gcrm_fast.data.records import COMPLETION_FORMATS, parse_columns, read_completions
 from gcrm_fast.data.tokenization import choose_pad, load_tokenizer
@@ -34,24 +31,6 @@ from gcrm_fast.model import heads
 from gcrm_fast.model.llama import ModelConfig
 
 CARD = "README.md"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions(Options):
-    """Writes a reward model as other programs read it."""
-
-    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """Reward model: a folder or a hub name."""
-    output: Annotated[str, tyro.conf.arg(aliases=["-o"])]
-    """Folder to write; it must not exist."""
-    format: Literal["transformers", "openrlhf", "token-classification"] = "transformers"
-    """Who reads it: AutoModelForSequenceClassification (and vLLM, SGLang, rewardbench), OpenRLHF, or
-    AutoModelForTokenClassification."""
-    standardize: tuple[str, ...] = ()
-    """Sources of completions (see gcrm score) over which rewards get mean 0 and standard deviation 1. The scale goes
-    into score.weight; the shift, for which that head has no place, into the format's field for it and gcrm.json."""
-    columns: str = ""
-    """Names of this project's fields in these records, such as prompt=instruction,completion=answer."""
 
 
 class Scale(NamedTuple):

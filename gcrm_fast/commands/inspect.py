@@ -1,14 +1,11 @@
 """``gcrm inspect``: a web page of a record (evaluation/page.py)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
 from torch import Tensor
 
-from gcrm_fast.commands.options import JudgingOptions
+from gcrm_fast.commands.options import InspectOptions
 from gcrm_fast.commands.shared import PAIRED, open_model, records
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
@@ -21,28 +18,8 @@ ERROR_FIELDS = {"first_error_step": 0, "error_step": 1, "error_steps": 1}  # -> 
 RIGHT_FIELD = "is_correct"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options(JudgingOptions):
-    """Writes a web page of a record's completions side by side, with tokens colored by Q-value or running reward, the
-    first difference and the wrong step marked."""
-
-    row: int
-    """Number of the record, counted from 0."""
-    output: Annotated[str, tyro.conf.arg(aliases=("-o",))]
-    """HTML file to write."""
-    error_field: str = ""
-    """Field with the number of the wrong step or a list of them; in a pair, of the rejected completion. By default
-    first_error_step (counted from 0; -1 for none), error_step or error_steps (counted from 1), if present."""
-    count_from: Literal["", "0", "1"] = ""
-    """Number of the first step in --error-field. By default 0 for first_error_step, 1 for other fields."""
-    step_end: str = ""
-    """Text that ends a step. By default the first of blank line, line feed and semicolon that occurs in it."""
-
-
-def read_row(options: Options, model: RewardModel) -> list[Candidate]:
+def read_row(options: InspectOptions, model: RewardModel) -> list[Candidate]:
     """The completions of record --row; reading stops there. Raises UserError."""
-    if options.row < 0:
-        raise UserError(f"--row {options.row}: must be 0 or more")
     count = 0
     for candidates in records(options.data, model, options):
         if count == options.row:
@@ -70,7 +47,9 @@ def error_step(candidate: Candidate, field: str, count_from: str) -> int | None:
     return min((step - first for step in steps if step >= first), default=None)
 
 
-def columns_of(model: RewardModel, candidates: Sequence[Candidate], goal_D: Tensor, options: Options) -> list[Column]:
+def columns_of(
+    model: RewardModel, candidates: Sequence[Candidate], goal_D: Tensor, options: InspectOptions
+) -> list[Column]:
     """Scores the completions; the first is compared with the second, all others with the first."""
     judged = judge(model, candidates, goal_D)
     columns = []
@@ -95,7 +74,7 @@ def title_of(candidate: Candidate) -> str:
     return ", ".join(part for part in (candidate.name, known, "cut" if candidate.cut else "") if part)
 
 
-def run(options: Options) -> None:
+def run(options: InspectOptions) -> None:
     """Raises UserError."""
     output = output_file(options.output, options.data)
     model, goal_D = open_model(options)

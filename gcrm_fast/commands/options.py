@@ -1,23 +1,24 @@
-"""The options of the commands that read records and run a model over them. Nothing here imports torch."""
+"""The options of every command but train. Nothing here imports torch, so that --help is quick."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-from tyro.conf import Positional
-
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import AtLeastOne, Options, ZeroOrMore
+from gcrm_fast.common.options import Argument, AtLeastOne, Options, Range, ZeroOrMore
+
+Model = Annotated[str, Argument(positional=True, metavar="MODEL")]
+OutputFile = Annotated[str, Argument(short="-o", metavar="FILE")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
     """Options of every command that runs a model over records."""
 
-    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
+    model: Model
     """Reward model: a folder, or a name on the Hugging Face Hub."""
-    data: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE...")]
+    data: Annotated[tuple[str, ...], Argument(positional=True, metavar="FILE")]
     """Records: files of JSON lines (plain or gzipped; - is stdin) or Parquet, folders that datasets saved, or datasets
     of the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -31,8 +32,8 @@ class ModelOptions(Options):
     """Whether a record that cannot be used ends the command, or is skipped and counted."""
 
     def check(self) -> None:
-        if not all(self.data) or not self.data:
-            raise UserError("FILE... is missing: name at least one source of records")
+        if not all(self.data):
+            raise UserError("FILE is empty: name a source of records")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +48,14 @@ class JudgingOptions(ModelOptions):
 class TableOptions(JudgingOptions):
     """Options of every command that writes a folder of results."""
 
-    output: Annotated[Path, tyro.conf.arg(aliases=("-o",))]
+    output: Annotated[Path, Argument(short="-o", metavar="FOLDER")]
     """Folder for the results. It appears when they are complete."""
     by: str = ""
     """Fields of the records to break the results down by, as in family,model."""
     question: str = ""
     """Field that identifies the question a completion answers. The default is the prompt."""
     limit: ZeroOrMore = 0
-    """Maximum number of records (vote: questions), drawn at random, the same each time; 0 takes all."""
+    """Maximum number of records (of questions, in gcrm vote), drawn at random, the same each time; 0 takes all."""
     overwrite: bool = False
     """Replace the results in the output folder."""
 
@@ -65,7 +66,7 @@ class ScoreOptions(JudgingOptions):
     file appears when it is complete; an interrupted run resumes where it stopped. Under torchrun all processes
     score."""
 
-    output: Annotated[str, tyro.conf.arg(aliases=("-o",))]
+    output: OutputFile
     """File of JSON lines, gzipped if its name ends in .gz; - is stdout."""
     per_token: bool = False
     """Also write the tokens of each completion, with their rewards and Q-values."""
@@ -82,7 +83,7 @@ class GoalOptions(ModelOptions):
     are the chosen completions of pairs, and those labeled by is_correct. Completions cut by a length limit have no end
     state; they are skipped and counted."""
 
-    output: Annotated[str, tyro.conf.arg(aliases=("-o",))]
+    output: OutputFile
     """Goal file. One that exists must be of the same model; the goal is added to it."""
     name: str = "default"
     """Name of the goal in the file."""
@@ -118,8 +119,105 @@ class VoteOptions(TableOptions):
     """Field with a sample's answer. A sample where it is null or empty does not vote."""
     expected: str = "expected_answer"
     """Field with the right answer. Answers are compared as text, without surrounding white space."""
-    threshold: float | Literal["auto"] = 0.0
+    threshold: Annotated[float | Literal["auto"], Argument(metavar="NUMBER|auto")] = 0.0
     """A sample is dropped once a Q-value falls below this. auto chooses the best value on one half of the questions and
     reports the other half."""
     top_k: AtLeastOne = 5
     """Number of samples with the greatest rewards whose majority counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(JudgingOptions):
+    """Writes a web page of a record's completions side by side, with tokens colored by Q-value or running reward, the
+    first difference and the wrong step marked."""
+
+    row: ZeroOrMore
+    """Number of the record, counted from 0."""
+    output: OutputFile
+    """HTML file to write."""
+    error_field: str = ""
+    """Field with the number of the wrong step or a list of them; in a pair, of the rejected completion. The default is
+    first_error_step (counted from 0; -1 is none), error_step or error_steps (counted from 1), if present."""
+    count_from: Literal["", "0", "1"] = ""
+    """Number of the first step in --error-field. The default is 0 for first_error_step, 1 for other fields."""
+    step_end: str = ""
+    """Text that ends a step. The default is the first of blank line, line feed and semicolon that occurs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options):
+    """Writes a reward model in the format of another program."""
+
+    model: Model
+    """Reward model: a folder, or a name on the Hugging Face Hub."""
+    output: Annotated[str, Argument(short="-o", metavar="FOLDER")]
+    """Folder to write. It must not exist."""
+    format: Literal["transformers", "openrlhf", "token-classification"] = "transformers"
+    """Reader of the folder. transformers is AutoModelForSequenceClassification, also for vLLM, SGLang and rewardbench;
+    token-classification is AutoModelForTokenClassification."""
+    standardize: tuple[str, ...] = ()
+    """Sources of completions (see gcrm score) over which rewards get mean 0 and standard deviation 1. The scale goes
+    into score.weight; the shift, for which that head has no place, into the format's field for it and gcrm.json."""
+    columns: str = ""
+    """Their names for the fields read here, as in prompt=instruction,completion=answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(Options):
+    """Serves rewards and Q-values over HTTP: POST /get_reward (OpenRLHF's protocol), POST /score, GET /health."""
+
+    model: Model
+    """Reward model: a folder, or a name on the Hugging Face Hub."""
+    host: str = "127.0.0.1"
+    """Address to listen on. At the default only programs on this machine can connect."""
+    port: Annotated[int, Range(least=0, greatest=65535)] = 8000
+    """Port to listen on; 0 picks a free one, which the first line of output names."""
+    ready_file: str = ""
+    """File that holds the server's address while it answers. It is written once the server listens, and removed when
+    it stops."""
+    token_file: str = ""
+    """File with the token that requests must carry (Authorization: Bearer TOKEN). By default the token is read from the
+    environment variable GCRM_TOKEN; without that none is required."""
+    tokens_per_batch: AtLeastOne = 16384
+    """Maximum number of tokens computed at a time, and of one completion with its prompt."""
+    delay: Annotated[float, Range(least=0)] = 0.003
+    """Seconds that a request to an idle model waits for others to share its batch."""
+    queue: AtLeastOne = 4096
+    """Maximum number of completions that wait. Requests beyond that are answered 429."""
+    max_body: AtLeastOne = 16 * 2**20
+    """Maximum size of a request's body in bytes. Longer ones are answered 413."""
+    timeout: Annotated[float, Range(above=0)] = 60.0
+    """Maximum seconds for a request's body to arrive (else 408), for its answer (else 504), and to answer pending
+    requests when the server stops."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the computation. auto is bfloat16 on a GPU, float32 elsewhere."""
+
+    def check(self) -> None:
+        ready = Path(self.ready_file)
+        if self.ready_file and (ready.is_dir() or not ready.parent.is_dir()):
+            raise UserError(f"--ready-file {ready}: must name a file in a folder that exists")
+        for module in ("starlette", "uvicorn"):
+            if importlib.util.find_spec(module) is None:
+                raise UserError(f"{module} is not installed: pip install 'gcrm-fast[serve]'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(Options):
+    """Writes labeled solutions of generated arithmetic problems as JSON lines that the other commands read. A wrong
+    solution has one wrong step, each with the same chance, and continues from its result."""
+
+    output: OutputFile
+    """File of JSON lines, gzipped if its name ends in .gz; - is stdout."""
+    side: Literal["held-out", "train"] = "held-out"
+    """Problems that gcrm train never trains on, or others."""
+    problems: Annotated[int, Range(least=1, greatest=10**7)] = 500
+    """Number of different problems."""
+    samples: Annotated[int, Range(least=1, greatest=10**5)] = 16
+    """Number of solutions per problem. They may repeat, as a model's do."""
+    right: Annotated[float, Range(least=0, greatest=1)] = 0.25
+    """Chance that a solution is right. If it is little more than that of each wrong answer, a majority is often
+    wrong."""
+    arithmetic_steps: Annotated[int, Range(least=1, greatest=25)] = 3
+    """Maximum number of solution steps of a problem."""
+    seed: Annotated[int, Range(least=0, below=2**31)] = 0
+    """Seed of problems and solutions."""

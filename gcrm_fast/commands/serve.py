@@ -1,62 +1,18 @@
 """``gcrm serve``: rewards and Q-values over HTTP; inference/server.py answers, inference/batcher.py computes."""
 
-import importlib.util
 import ipaddress
 import os
 import signal
 import socket
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
-from tyro.conf import Positional
-
+from gcrm_fast.commands.options import ServeOptions
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
-from gcrm_fast.common.options import AtLeastOne, Options, Range
 from gcrm_fast.inference.scoring import RewardModel
 
 TOKEN_VARIABLE = "GCRM_TOKEN"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions(Options):
-    """Serves rewards and Q-values over HTTP: POST /get_reward (OpenRLHF's protocol), POST /score, GET /health."""
-
-    model: Annotated[Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """Reward model: a folder or a hub name."""
-    host: str = "127.0.0.1"
-    """Address to listen on; by default only programs on this machine can connect."""
-    port: Annotated[int, Range(least=0, below=65536)] = 8000
-    """Port to listen on; 0 picks a free one, which the first line of output names."""
-    ready_file: str = ""
-    """File that holds the server's address while it answers; written once it listens, removed when it stops."""
-    token_file: str = ""
-    """File with the token that requests must carry (Authorization: Bearer TOKEN); by default the token is read from the
-    environment variable GCRM_TOKEN, and without that none is required."""
-    tokens_per_batch: AtLeastOne = 16384
-    """Maximum tokens per forward, and of one completion with its prompt."""
-    delay: Annotated[float, Range(least=0)] = 0.003
-    """Seconds that a request to an idle model waits for others to share its batch."""
-    queue: AtLeastOne = 4096
-    """Maximum completions that wait; requests beyond that are answered 429."""
-    max_body: AtLeastOne = 16 * 2**20
-    """Maximum bytes of a request's body; longer ones are answered 413."""
-    timeout: Annotated[float, Range(above=0)] = 60.0
-    """Maximum seconds for a request's body to arrive (else 408), for its answer (else 504), and to answer pending
-    requests when the server is stopped."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the trunk; auto: bfloat16 on a GPU, else float32."""
-
-    def check(self) -> None:
-        ready = Path(self.ready_file)
-        if self.ready_file and (ready.is_dir() or not ready.parent.is_dir()):
-            raise UserError(f"--ready-file {ready}: must name a file in a folder that exists")
-        for module in ("starlette", "uvicorn"):
-            if importlib.util.find_spec(module) is None:
-                raise UserError(f"{module} is not installed: pip install 'gcrm-fast[serve]'")
 
 
 def read_token(options: ServeOptions) -> str:

@@ -1,22 +1,14 @@
-"""Options of commands: dataclasses that are checked field by field, and what a command does with an error."""
+"""Options of commands: dataclasses that are checked field by field."""
 
-import contextlib
 import difflib
-import io
 import math
-import os
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-import tyro
-
-from gcrm_fast.common import processes
-from gcrm_fast.common.errors import RankError, UserError
-
-T = TypeVar("T", bound="Options")
+from gcrm_fast.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +24,19 @@ class Range:
         return self.least <= value <= self.greatest and self.above < value < self.below
 
     def __str__(self) -> str:
+        if math.isfinite(self.least) and math.isfinite(self.greatest):
+            return f"between {self.least} and {self.greatest}"
         words = {"at least": self.least, "more than": self.above, "at most": self.greatest, "less than": self.below}
         return " and ".join(f"{word} {bound}" for word, bound in words.items() if math.isfinite(bound))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    """How a field appears on the command line, in its type; by default as ``--its-name``."""
+
+    metavar: str = ""
+    short: str = ""
+    positional: bool = False
 
 
 AtLeastOne = Annotated[int, Range(least=1)]
@@ -50,18 +53,30 @@ class Options:
         UserError: a value that its field does not accept.
     """
 
+    GROUPS: ClassVar[dict[str, str]] = {}
+    """The titles of the groups in ``--help``, each with the first field of its group."""
+
+    ELSEWHERE: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Names of options in other programs that stand for one here: a wrong option is answered with it."""
+
     def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+        for name, kind in kinds_of(type(self)).items():
             if wanted := missed(getattr(self, name), kind):
                 raise UserError(f"{flag(name)} {shown(getattr(self, name))}: must be {wanted}")
 
     @classmethod
-    def defaults(cls, argv: list[str]) -> Self | None:
-        """The options where ``argv`` sets none, for a class in which they depend on it. Raises UserError."""
-        return None
+    def defaults(cls, given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        """Values of fields that are not ``given``, with their source in words; later ones win. Raises UserError."""
+        return []
 
     def check(self) -> None:
         """Raises UserError for fields that contradict one another."""
+
+
+def kinds_of(options: type[Options]) -> dict[str, Any]:
+    """The type of each field, with its Range and Argument."""
+    kinds = typing.get_type_hints(options, include_extras=True).items()
+    return {name: kind for name, kind in kinds if typing.get_origin(kind) is not ClassVar}
 
 
 def flag(name: str) -> str:
@@ -70,7 +85,7 @@ def flag(name: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as the command line has it; bytes that are not UTF-8 as escapes."""
+    """A value as the command line has it, with escapes for bytes that are not UTF-8."""
     return (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)).encode(errors="replace").decode()
 
 
@@ -88,8 +103,10 @@ def missed(value: Any, kind: Any) -> str:
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else origin):
         return KINDS.get(origin, f"of type {origin.__name__}")
     if kind is float:
-        return "" if -math.inf < value < math.inf else KINDS[float]
-    text = "".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        return "" if abs(value) <= sys.float_info.max else KINDS[float]
+    if isinstance(value, tuple) and not all(isinstance(one, str) for one in value):
+        return KINDS[tuple]
+    text = "".join(value) if isinstance(value, tuple) else str(value)
     if "\0" in text:
         return "text without NUL characters"
     return "" if text.encode(errors="replace").decode() == text else "UTF-8 text"
@@ -100,46 +117,3 @@ def one_of(value: str, choices: Sequence[str]) -> str:
     named = [choice for choice in choices if choice]
     near = difflib.get_close_matches(value, named, n=1)
     return f"one of {', '.join(named)}" + (f" (did you mean {near[0]}?)" if near else "")
-
-
-def parse_options(kind: type[T], argv: list[str], prog: str) -> T:
-    """``argv`` as an instance of ``kind``; ``--help`` prints the docstrings of its fields and exits.
-
-    Raises:
-        UserError: an option that does not exist, a value that its field does not accept, or fields that contradict one
-            another.
-    """
-    default, complaint = kind.defaults(argv) or tyro.MISSING_NONPROP, io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            options = tyro.cli(kind, args=argv, prog=prog, default=default)
-    except SystemExit as end:
-        if end.code != 2:
-            raise
-        # tyro draws a box of several lines; an error here is one line, like every other.
-        words = " ".join(word for word in complaint.getvalue().split() if not set(word) & set("╭╮╰╯│─"))
-        raise UserError(words) from None
-    options.check()
-    return options
-
-
-def exit_code(prog: str, work: Callable[[], None]) -> int:
-    """Does the work. Returns 0; 2 after one line on stderr, from the first process of each machine, for an error that
-    the user can fix; 1 if the output is a closed pipe; 130 after Ctrl-C."""
-    try:
-        work()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be written there
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise
-        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-        if isinstance(error, RankError):
-            message = f"rank {processes.rank()}: {error}"
-        if isinstance(error, RankError) or processes.local_rank() == 0:
-            print(f"{prog}: {message}", file=sys.stderr, flush=True)
-        return 2
-    return 0

@@ -6,16 +6,15 @@ Order of precedence: command line, ``--config`` file, ``--preset``, the defaults
 import dataclasses
 import importlib.util
 import tomllib
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 import tomli_w
 
+from gcrm_fast.common.command_line import parse_options
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import AtLeastOne, Options, Range, ZeroOrMore, flag, missed, one_of, parse_options
-from gcrm_fast.data.records import parse_columns
+from gcrm_fast.common.options import AtLeastOne, Options, Range, ZeroOrMore, flag, kinds_of, missed, one_of
 
 ARITHMETIC = "arithmetic"
 
@@ -26,6 +25,46 @@ NotNegative = Annotated[float, Range(least=0)]
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
     """Trains a goal-conditioned reward model on preference pairs."""
+
+    GROUPS: ClassVar[dict[str, str]] = {
+        "data": "data",
+        "model": "model",
+        "objective": "objective",
+        "optimization": "global_batch_pairs",
+        "hardware": "tokens_per_batch",
+        "output": "output",
+        "resume": "save_every",
+        "named values": "preset",
+    }
+    ELSEWHERE: ClassVar[dict[str, tuple[str, ...]]] = {  # of TRL, transformers and OpenRLHF
+        "data": ("dataset", "dataset-name", "train-file", "train-data", "data-path"),
+        "eval-data": ("eval-dataset", "eval-file", "validation-file", "test-data"),
+        "model": ("model-name", "model-name-or-path", "pretrain", "base-model"),
+        "tokenizer": ("tokenizer-name", "tokenizer-name-or-path"),
+        "max-length": ("max-len", "max-seq-len", "max-seq-length", "model-max-length"),
+        "lr": ("learning-rate",),
+        "global-batch-pairs": ("batch-size", "train-batch-size", "per-device-train-batch-size"),
+        "tokens-per-batch": ("micro-batch-size", "micro-train-batch-size", "gradient-accumulation-steps"),
+        "epochs": ("num-epochs", "max-epochs", "num-train-epochs"),
+        "steps": ("max-steps",),
+        "warmup": ("warmup-ratio", "warmup-steps", "lr-warmup-ratio"),
+        "clip": ("max-grad-norm", "max-norm", "grad-clip"),
+        "beta2": ("adam-beta2",),
+        "optimizer": ("optim",),
+        "dtype": ("bf16", "fp16", "torch-dtype", "precision"),
+        "attention": ("attn-implementation", "flash-attn"),
+        "recompute": ("gradient-checkpointing",),
+        "compile": ("torch-compile",),
+        "workers": ("dataloader-num-workers",),
+        "output": ("output-dir", "output-path", "save-path"),
+        "overwrite": ("overwrite-output-dir",),
+        "log-every": ("logging-steps",),
+        "eval-every": ("eval-steps", "eval-strategy"),
+        "save-every": ("save-steps", "save-strategy"),
+        "keep": ("save-total-limit", "max-ckpt-num"),
+        "keep-best": ("load-best-model-at-end", "metric-for-best-model"),
+        "resume": ("resume-from-checkpoint", "load-checkpoint"),
+    }
 
     # ---- data
     data: tuple[str, ...] = (ARITHMETIC,)
@@ -49,7 +88,7 @@ class TrainConfig(Options):
     """Maximum number of held-out pairs per evaluation, a fixed random choice; 0 uses all."""
     eval_by: tuple[str, ...] = ()
     """Fields of the records to break the final AUROC down by, as in family pair_type."""
-    arithmetic_steps: AtLeastOne = 3
+    arithmetic_steps: Annotated[int, Range(least=1, greatest=25)] = 3
     """Maximum number of solution steps of a generated problem."""
     max_length: Annotated[int, Range(least=3)] = 2048
     """Maximum length of prompt and completion together, in tokens."""
@@ -67,21 +106,21 @@ class TrainConfig(Options):
     tokenizer: str = ""
     """Tokenizer: a folder, or a name on the Hub. The default is that of --model; without --model a tokenizer is trained
     on the training text."""
-    hidden_size: AtLeastOne = 128
+    hidden_size: Annotated[int, Range(least=1, greatest=2**16)] = 128
     """Width of a model without --model."""
-    layers: AtLeastOne = 4
+    layers: Annotated[int, Range(least=1, greatest=1000)] = 4
     """Number of layers of a model without --model."""
-    heads: AtLeastOne = 4
+    heads: Annotated[int, Range(least=1, greatest=1024)] = 4
     """Number of query heads of a model without --model."""
-    kv_heads: AtLeastOne = 2
+    kv_heads: Annotated[int, Range(least=1, greatest=1024)] = 2
     """Number of key/value heads of a model without --model."""
-    intermediate_size: AtLeastOne = 384
+    intermediate_size: Annotated[int, Range(least=1, greatest=2**18)] = 384
     """Width of the MLPs of a model without --model."""
-    vocab_size: int = 4096
-    """Vocabulary size of the byte-level BPE tokenizer trained for a model without --model, at least 259."""
+    vocab_size: Annotated[int, Range(least=259, greatest=2**20)] = 4096
+    """Vocabulary size of the byte-level BPE tokenizer trained for a model without --model."""
     head: Literal["linear", "mlp"] = "linear"
     """Reward head: linear, or the paper's ablation with three ReLU layers."""
-    projection_size: ZeroOrMore = 0
+    projection_size: Annotated[int, Range(least=0, greatest=2**16)] = 0
     """Width of a learned projection of the hidden states that the contrastive loss compares; 0 compares the hidden
     states themselves."""
 
@@ -111,8 +150,6 @@ class TrainConfig(Options):
     """Number of pairs per optimizer step, over all processes."""
     group_prompts: AtLeastOne = 1
     """Maximum number of pairs of the same prompt in one step, where the prompt is computed once."""
-    tokens_per_batch: AtLeastOne = 16384
-    """Maximum number of tokens in a micro-batch of one process."""
     epochs: Positive = 1.0
     """Number of passes over the training pairs."""
     steps: ZeroOrMore = 0
@@ -127,31 +164,33 @@ class TrainConfig(Options):
     """Weight decay of AdamW."""
     clip: Positive = 1.0
     """Maximum norm of the gradient; a larger one is scaled down."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of the computation; master weights are float32. auto is bfloat16 on CUDA and on CPUs with AMX, float32
-    elsewhere. The first process decides for all, and a resumed run keeps it."""
     optimizer: Literal["adamw", "adamw-bf16", "adamw-8bit"] = "adamw"
     """adamw: weights, gradient and moments in float32, 16 bytes per parameter. adamw-8bit: moments of 8 bits, 10 bytes.
     adamw-bf16: all in bfloat16, weights rounded stochastically, 8 bytes. The last two require torchao."""
+    max_skipped: ZeroOrMore = 20
+    """Maximum number of consecutive updates that are skipped for a loss or gradient that is not finite. More than this,
+    or than a quarter of the run, end it."""
+    seed: Annotated[int, Range(least=0, below=2**31)] = 0
+    """Seed of weights, order, sampling and generated data."""
+
+    # ---- hardware
+    tokens_per_batch: AtLeastOne = 16384
+    """Maximum number of tokens in a micro-batch of one process."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of the computation; master weights are float32. auto is bfloat16 on CUDA and on CPUs with AMX, float32
+    elsewhere. The first process decides for all, and a resumed run keeps it."""
+    attention: Literal["auto", "flash_attn", "torch_varlen", "eager"] = "auto"
+    """Implementation of attention. auto is flash-attn if installed, else torch's varlen attention, on CUDA in bfloat16;
+    eager elsewhere."""
     recompute: Literal["auto", "none", "product", "mlp", "block"] = "auto"
     """What the backward pass computes again instead of storing: nothing, the product of the MLP's branches, the MLP, or
     the block. auto recomputes as little as memory allows."""
     compile: bool = False
     """Compile each block with torch.compile."""
-    workers: Annotated[int, Range(least=-1)] = -1
-    """Number of processes per rank that prepare batches; 0 prepares them between steps. -1 is 2 with a GPU, else 0."""
-    attention: Literal["auto", "flash_attn", "torch_varlen", "eager"] = "auto"
-    """Implementation of attention. auto is flash-attn if installed, else torch's varlen attention, on CUDA in bfloat16;
-    eager elsewhere."""
-    seed: Annotated[int, Range(least=0, below=2**31)] = 0
-    """Seed of weights, order, sampling and generated data."""
     deterministic: bool = False
     """Use deterministic kernels on a GPU, so that a resumed run gives the same bits. On a CPU they always are."""
-    max_skipped: ZeroOrMore = 20
-    """Maximum number of consecutive updates that are skipped for a loss or gradient that is not finite. More than this,
-    or than a quarter of the run, end it."""
-
-    # ---- processes
+    workers: Annotated[int, Range(least=-1, greatest=1024)] = -1
+    """Number of processes per rank that prepare batches; 0 prepares them between steps. -1 is 2 with a GPU, else 0."""
     replicas: AtLeastOne = 1
     """Number of copies of the sharded model (HSDP); each is sharded over processes / replicas, such as one node."""
     gather: Literal["auto", "block", "step"] = "auto"
@@ -171,6 +210,10 @@ class TrainConfig(Options):
     """Steps between evaluations; 0 evaluates eight times per run. The first and the last step are always evaluated."""
     goal_pairs: ZeroOrMore = 2048
     """Number of training pairs, the chosen end states of which are averaged into the saved goal state; 0 uses all."""
+    dry_run: bool = False
+    """Print lengths, dropped pairs, batches, steps and predicted memory, and train nothing."""
+
+    # ---- resume
     save_every: ZeroOrMore = 0
     """Steps between checkpoints, from which an interrupted run resumes; 0 saves eight times per run."""
     keep: ZeroOrMore = 2
@@ -183,8 +226,6 @@ class TrainConfig(Options):
     removes them; or the folder of a checkpoint."""
     resume_force: bool = False
     """Resume although data or options differ from those of the checkpoint."""
-    dry_run: bool = False
-    """Print lengths, dropped pairs, batches, steps and predicted memory, and train nothing."""
 
     # ---- where the values above come from
     preset: Literal["", "arithmetic", "math", "hh"] = ""
@@ -194,17 +235,14 @@ class TrainConfig(Options):
     """TOML file with any of these options, such as the config.toml that a run writes."""
 
     @classmethod
-    def defaults(cls, argv: list[str]) -> Self:
-        """The options of the ``--config`` file and the ``--preset`` that ``argv`` names. Raises UserError."""
-        # Presets and files change the defaults, so they must be known before the other options are read.
-        _refuse_repeats(argv)
-        early = _early_values(argv)
-        from_file = read_toml(Path(early["config"])) if early.get("config") else {}
-        data = (early["data"],) if "data" in early else from_file.get("data", (ARITHMETIC,))
-        preset = early.get("preset", from_file.get("preset", ARITHMETIC if data == (ARITHMETIC,) else ""))
+    def defaults(cls, given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        from_file = read_toml(Path(given["config"])) if given.get("config") else {}
+        known = from_file | given
+        preset = known.get("preset", ARITHMETIC if known.get("data", (ARITHMETIC,)) == (ARITHMETIC,) else "")
         if preset not in PRESETS:
             raise UserError(f"--preset {preset}: must be {one_of(preset, list(PRESETS))}")
-        return cls(**{**PRESETS[preset], **from_file, "preset": preset})
+        sources = [("", {"preset": preset}), (f"--preset {preset}", PRESETS[preset])]
+        return [*sources, (f"--config {given.get('config')}", from_file)]
 
     def check(self) -> None:
         """Raises UserError, naming the option, for values that contradict each other, or need what is not installed."""
@@ -233,6 +271,8 @@ class TrainConfig(Options):
         ):
             missing = wanted and importlib.util.find_spec(module) is None
             need(not missing, name, f"another value until pip install 'gcrm-fast[{extra}]'")
+        from gcrm_fast.data.records import parse_columns  # here: --help needs no transformers
+
         parse_columns(self.columns)
         if not generated and ARITHMETIC in self.data:
             raise UserError("--data arithmetic: generated data cannot be combined with other sources")
@@ -270,26 +310,6 @@ def parse(argv: list[str]) -> TrainConfig:
     return parse_options(TrainConfig, argv, "gcrm train")
 
 
-def _refuse_repeats(argv: list[str]) -> None:
-    """tyro would keep the last list alone, and silently drop the data named before."""
-    flags = [argument.partition("=")[0].replace("_", "-") for argument in argv if argument.startswith("--")]
-    for option in dataclasses.fields(TrainConfig):
-        name = flag(option.name)
-        if isinstance(option.default, tuple) and flags.count(name) > 1:
-            raise UserError(f"{name} is given {flags.count(name)} times: give it once, with all values after it")
-
-
-def _early_values(argv: list[str]) -> dict[str, str]:
-    values = {}
-    for i, argument in enumerate(argv):
-        for name in ("preset", "config", "data"):
-            if argument == f"--{name}" and i + 1 < len(argv):
-                values[name] = argv[i + 1]
-            elif argument.startswith(f"--{name}="):
-                values[name] = argument.partition("=")[2]
-    return values
-
-
 def read_toml(path: Path) -> dict[str, Any]:
     """Options from a TOML file.
 
@@ -302,15 +322,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}): --config must name a TOML file") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid TOML: {error}") from None
-    kinds = typing.get_type_hints(TrainConfig, include_extras=True)
+    kinds = kinds_of(TrainConfig)
     values: dict[str, Any] = {}
     for name, value in raw.items():
         if name not in kinds:
             raise UserError(f"{path}: unknown option {name!r}: see gcrm train --help for the names")
-        if typing.get_origin(kinds[name]) is tuple and isinstance(value, (list, str)):
+        if kinds[name] == tuple[str, ...] and isinstance(value, (list, str)):
             value = tuple(value) if isinstance(value, list) else tuple(filter(None, [value]))
         if wanted := missed(value, kinds[name]):
-            raise UserError(f"{path}: option {name!r} is {raw[name]!r}: must be {wanted}")
+            raise UserError(f"{path}: option {name!r} is {str(raw[name])[:60]!r}: must be {wanted}")
         values[name] = value
     return values
 

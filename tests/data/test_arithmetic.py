@@ -201,9 +201,9 @@ def test_samples_to_stdout_and_gzip(tmp_path, capsysbinary):
     ("arguments", "said"),
     [
         (["--problems", "500", "--arithmetic-steps", "1"], "--problems 500: only 5 have up to 1 steps"),
-        (["--samples", "0"], "--samples 0: must be at least 1"),
+        (["--samples", "0"], "--samples 0: must be between 1 and 100000"),
         (["--right", "1.5"], "--right 1.5: must be between 0 and 1"),
-        (["--arithmetic-steps", "26"], "--arithmetic-steps 26: must be less than 26"),
+        (["--arithmetic-steps", "26"], "--arithmetic-steps 26: must be between 1 and 25"),
     ],
 )
 def test_samples_that_cannot_be_made_are_one_line_and_no_file(tmp_path, capsys, arguments, said):

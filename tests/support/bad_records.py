@@ -159,7 +159,6 @@ CASES = [
     Case("name too long", lambda _: ["--data", "x" * 300], r"xx: cannot be read \(File name too long"),
     Case("empty name", lambda _: ["--data", ""], r"--data .*at least one source"),
     Case("no source at all", lambda _: ["--data"], r"--data .*at least one source"),
-    Case("data named twice", lambda _: ["--data", "a.jsonl", "--data", "b.jsonl"], r"--data is given 2 times"),
     Case("not on the hub", unknown_to_the_hub, r"no-such-owner/no-such-data: neither a file nor a dataset"),
     Case("empty file", raw(b""), r"pairs\.jsonl: contains no records"),
     Case("blank lines", raw(b" \n\n\t\n"), r"pairs\.jsonl: contains no records"),

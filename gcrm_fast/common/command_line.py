@@ -1,0 +1,200 @@
+"""From a command line to the options of a command, and from errors to one line and an exit code."""
+
+import argparse
+import contextlib
+import difflib
+import inspect
+import os
+import shutil
+import sys
+import textwrap
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+import docstring_parser
+
+from gcrm_fast.common import processes
+from gcrm_fast.common.errors import RankError, UserError
+from gcrm_fast.common.options import Argument, Options, Range, flag, kinds_of
+
+T = TypeVar("T", bound=Options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+
+def parse_options(kind: type[T], argv: list[str], prog: str) -> T:
+    """``argv`` as an instance of ``kind``; ``--help`` prints the docstrings of its fields and exits.
+
+    Raises:
+        UserError: an option that does not exist or is missing, a value that its field does not accept, or fields that
+            contradict one another.
+    """
+    namespace, unknown = _parser(kind, prog, []).parse_known_intermixed_args(_normalized(argv))
+    given = vars(namespace)
+    asks_help = given.pop("help")
+    if unknown and not asks_help:
+        raise UserError(f"{_unknown(unknown[0], kind)} (see {prog} --help)")
+    kinds = kinds_of(kind)
+    given = {
+        name: _converted(text, kinds[name])
+        for name, text in given.items()
+        if text or not _argument(kinds[name]).positional
+    }
+    layers = kind.defaults(given)
+    if asks_help:
+        _parser(kind, prog, layers).print_help()
+        raise SystemExit(0)
+    values = {name: value for _, layer in layers for name, value in layer.items()} | given
+    for field in fields(kind):
+        if field.name not in values and field.default is MISSING:
+            raise UserError(f"{_name(field.name, kinds[field.name])} is missing (see {prog} --help)")
+    options = kind(**values)
+    options.check()
+    return options
+
+
+def exit_code(prog: str, work: Callable[[], None]) -> int:
+    """Does the work. Returns 0; 2 after one line on stderr, from the first process of each machine, for an error that
+    the user can fix; 1 if the output is a closed pipe; 130 after Ctrl-C."""
+    try:
+        work()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be written there
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        if isinstance(error, RankError):
+            message = f"rank {processes.rank()}: {error}"
+        if isinstance(error, RankError) or processes.local_rank() == 0:
+            print(f"{prog}: {message}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------- the parser
+
+
+def _parser(kind: type[Options], prog: str, layers: list[tuple[str, dict[str, Any]]]) -> argparse.ArgumentParser:
+    """Values stay text here, and options that are not given absent; ``layers`` are the defaults that help names."""
+    kinds = kinds_of(kind)
+    width = shutil.get_terminal_size().columns - 2
+    places = [_argument(one).metavar for one in kinds.values() if _argument(one).positional]
+    paragraphs = (inspect.getdoc(kind) or "").split("\n\n")
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, "[OPTIONS]", *places]),
+        add_help=False,
+        allow_abbrev=False,
+        description="\n\n".join(textwrap.fill(" ".join(text.split()), width) for text in paragraphs),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    documented = [docstring_parser.parse_from_object(base).params for base in reversed(kind.__mro__[:-1])]
+    texts = {one.arg_name: one.description for params in documented for one in params}
+    titles = {first: title for title, first in kind.GROUPS.items()}
+    positional, group = parser.add_argument_group("arguments"), parser.add_argument_group("options")
+    group.add_argument("-h", "--help", action="store_true", help="Show this text.")
+    for field in fields(kind):
+        if field.name in titles:
+            group = parser.add_argument_group(titles[field.name])
+        annotated = kinds[field.name]
+        argument, plain = _argument(annotated), _plain(annotated)
+        words = " ".join((texts.get(field.name) or "").split()).replace("%", "%%")
+        words += _limits(field, annotated, layers, said="default" in words)
+        more: dict[str, Any] = {"help": words, "default": argparse.SUPPRESS}
+        if plain is bool:
+            more["action"] = argparse.BooleanOptionalAction
+        else:
+            more["metavar"] = argument.metavar or _metavar(plain)
+        if typing.get_origin(plain) is tuple:
+            more |= {"nargs": "*", "action": "extend"}
+        if argument.positional:
+            positional.add_argument(field.name, **{"nargs": "?"} | more)
+        else:
+            group.add_argument(*filter(None, (argument.short, flag(field.name))), dest=field.name, **more)
+    return parser
+
+
+def _argument(kind: Any) -> Argument:
+    return next((one for one in typing.get_args(kind)[1:] if isinstance(one, Argument)), Argument())
+
+
+def _plain(kind: Any) -> Any:
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+
+
+def _name(name: str, kind: Any) -> str:
+    argument = _argument(kind)
+    return argument.metavar if argument.positional else flag(name)
+
+
+def _metavar(plain: Any) -> str:
+    if typing.get_origin(plain) is Literal:
+        return "{" + ",".join(filter(None, typing.get_args(plain))) + "}"
+    return {int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH", tuple[str, ...]: "TEXT"}.get(plain, "VALUE")
+
+
+def _limits(field: Field[Any], kind: Any, layers: list[tuple[str, dict[str, Any]]], said: bool) -> str:
+    """The range of a field and its default, in words; no default that is empty where the help has ``said`` it."""
+    value, source = field.default, ""
+    for words, layer in layers:
+        if words and field.name in layer:
+            value, source = layer[field.name], f", from {words}"
+    limits = [str(one) for one in typing.get_args(kind)[1:] if isinstance(one, Range)]
+    if isinstance(value, bool):
+        limits.append(f"default: {'yes' if value else 'no'}{source}")
+    elif value is not MISSING and not (said and value in ("", ())):
+        text = (" ".join(value) if isinstance(value, tuple) else str(value)).replace("%", "%%")
+        limits.append(f"default: {text or 'none'}{source}")
+    return f" ({'; '.join(limits)})" if limits else ""
+
+
+def _converted(text: Any, kind: Any) -> Any:
+    """Text as a value of its field; left as it is if it is none, for the field's check to refuse."""
+    plain = _plain(kind)
+    if isinstance(text, list):
+        return tuple(text)
+    for number in (int, float):
+        if isinstance(text, str) and number in (plain, *typing.get_args(plain)):
+            with contextlib.suppress(ValueError):
+                return number(text)
+    return Path(text) if plain is Path else text
+
+
+def _normalized(argv: list[str]) -> list[str]:
+    """--max_length as --max-length, and negative numbers joined to their option, which argparse would take for one."""
+    joined: list[str] = []
+    for text in argv:
+        if text.startswith("--") and text != "--":
+            name, equals, value = text.partition("=")
+            text = name.replace("_", "-") + equals + value
+        if _negative(text) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={text}"
+        else:
+            joined.append(text)
+    return joined
+
+
+def _negative(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return text.startswith("-") and float(text) == float(text)
+    return False
+
+
+def _unknown(text: str, kind: type[Options]) -> str:
+    name = text.partition("=")[0]
+    if not name.startswith("-"):
+        return f"unexpected argument {text!r}"
+    known = [flag(field.name) for field in fields(kind)]
+    same = [f"--{ours}" for ours, theirs in kind.ELSEWHERE.items() if name[2:] in theirs and f"--{ours}" in known]
+    near = same or difflib.get_close_matches(name, known, n=1)
+    return f"unknown option {name}" + (f": did you mean {near[0]}?" if near else "")
