@@ -54,7 +54,7 @@ class ServeOptions(Options):
         ready = Path(self.ready_file)
         if self.ready_file and (ready.is_dir() or not ready.parent.is_dir()):
             raise UserError(f"--ready-file {ready}: must name a file in a folder that exists")
-        for module in ("starlette", "uvicorn"):
+        for module in ("starlette", "uvicorn", "prometheus_client"):
             if importlib.util.find_spec(module) is None:
                 raise UserError(f"{module} is not installed: pip install 'gcrm-fast[serve]'")
 
@@ -114,7 +114,7 @@ def serve(options: ServeOptions) -> None:
         budget = options.tokens_per_batch
         scorer = RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=budget)
         batcher = Batcher(scorer, delay=options.delay, limit=options.queue)
-        app = create_app(batcher, token=token, max_body=options.max_body, timeout=options.timeout)
+        app = create_app(batcher, name=options.model, token=token, max_body=options.max_body, timeout=options.timeout)
 
         def announce() -> None:
             host, port = listener.getsockname()[:2]
