@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from starlette.exceptions import HTTPException
+from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.inference.batcher import Text
 
@@ -27,14 +28,14 @@ class RewardRequest(BaseModel):
     query: list[str]
     prompts: list[str] | None = None
 
-    def texts(self, pad: str | None) -> tuple[list[str], list[str]]:
+    def texts(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
         """Prompts and completions, without the padding that OpenRLHF may have left around the query.
 
         Where the prompt ends does not change the reward.
         """
         prompts = self.prompts or [""] * len(self.query)
         check_length("prompts", prompts, "query", self.query)
-        queries = [_strip(query, pad) if pad else query for query in self.query]
+        queries = [_strip(query, prompt, tokenizer) for query, prompt in zip(self.query, prompts, strict=True)]
         prompts = [prompt if query.startswith(prompt) else "" for query, prompt in zip(queries, prompts, strict=True)]
         return prompts, [query.removeprefix(prompt) for query, prompt in zip(queries, prompts, strict=True)]
 
@@ -125,9 +126,16 @@ def _plain(texts: Sequence[str | list[Turn]]) -> list[Text]:
     return [text if isinstance(text, str) else [turn.model_dump() for turn in text] for text in texts]
 
 
-def _strip(text: str, pad: str) -> str:
-    while text.startswith(pad):
+def _strip(query: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The query from its prompt on, without padding at its ends; one pad token stays where it is also bos or eos."""
+    pad, text = tokenizer.pad_token, query
+    if not pad:
+        return query
+    while text.startswith(pad) and not (prompt and text.startswith(prompt)):
         text = text.removeprefix(pad)
+    if pad == tokenizer.bos_token and text != query and not (prompt and text.startswith(prompt)):
+        text = pad + text
+    kept = text
     while text.endswith(pad):
         text = text.removesuffix(pad)
-    return text
+    return text + pad if pad == tokenizer.eos_token and text != kept else text

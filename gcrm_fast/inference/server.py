@@ -90,7 +90,7 @@ class Endpoints:
         return JSONResponse({"status": "ok", "waiting": self.batcher.waiting})
 
     async def get_reward(self, body: RewardRequest, request: Request) -> dict[str, Any]:
-        prompts, completions = body.texts(self.batcher.scorer.tokenizer.pad_token)
+        prompts, completions = body.texts(self.batcher.scorer.tokenizer)
         judged = (await self._judge(request, prompts, completions)).judged
         rewards = [j.reward for j in judged]
         ends = [float(j.q_Gn[0, -1]) for j in judged if j.q_Gn is not None]

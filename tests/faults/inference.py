@@ -171,4 +171,16 @@ FAULTS = {
         "        return Response(",
         "tests/inference/test_serve.py -k test_metrics",
     ),
+    "server: a query loses its first token where that is pad": (
+        "gcrm_fast/inference/protocols.py",
+        "while text.startswith(pad) and not (prompt and text.startswith(prompt)):",
+        "while text.startswith(pad):",
+        "tests/inference/test_serve.py -k padding_of_queries",
+    ),
+    "scoring: a text scored character by character": (
+        "gcrm_fast/inference/scoring.py",
+        "if isinstance(prompts, str) or isinstance(completions, str):",
+        "if isinstance(completions, bytes):",
+        "tests/inference/test_scoring.py -k no_list_of_texts",
+    ),
 }

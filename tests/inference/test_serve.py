@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,10 +20,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import ByteLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gcrm_fast import RewardModel, cli
 from gcrm_fast.commands.serve import ServeOptions, is_open, read_token
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.tokenization import save_tokenizer
+from gcrm_fast.inference.protocols import RewardRequest
 from support.serving import Answer, Server, Stopped, ask, eventually, running, write_served_model
 from support.training_runs import ROOT
 
@@ -69,6 +76,46 @@ def test_get_reward_as_openrlhf_asks(server: Server, model: RewardModel) -> None
         np.testing.assert_allclose(answer.body["extra_logs"]["q_end"], ends, rtol=1e-5, atol=1e-5)
     empty = server.ask("/get_reward", {"query": [], "prompts": [], "labels": []})
     assert (empty.status, empty.body) == (200, {"rewards": [], "scores": [], "extra_logs": {}})
+
+
+@pytest.mark.parametrize(
+    ("query", "prompt", "pad", "split"),
+    [
+        ("<p><p>ab<p>", "a", "<p>", ("a", "b")),
+        ("<p><p>ab<p>", "", "<p>", ("", "ab")),
+        ("<s><s><s>user", "<s>us", "<s>", ("<s>us", "er")),
+        ("<s>user", "<s>us", "<s>", ("<s>us", "er")),
+        ("<s><s><s>user", "", "<s>", ("", "<s>user")),
+        ("<s><s><s>user", "other", "<s>", ("", "<s>user")),
+        ("user", "", "<s>", ("", "user")),
+        ("</s></s>ab</s></s>", "a", "</s>", ("a", "b</s>")),
+        ("ab", "a", "</s>", ("a", "b")),
+    ],
+)
+def test_padding_of_queries(query: str, prompt: str, pad: str, split: tuple[str, str]) -> None:
+    """It is removed until the query starts with its prompt, which may start with the same token."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"?": 0})), pad_token=pad, bos_token="<s>", eos_token="</s>"
+    )
+    prompts, completions = RewardRequest(query=[query], prompts=[prompt]).texts(tokenizer)
+    assert (prompts, completions) == ([split[0]], [split[1]])
+
+
+def test_get_reward_equals_score_for_chatml(folder: Path, tmp_path: Path) -> None:
+    """Where the token that starts a turn is bos and pad, as SmolLM2 has it, and the tokenizer adds none."""
+    shutil.copytree(folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
+    tokenizer.bos_token = tokenizer.pad_token = "<|im_start|>"
+    save_tokenizer(tokenizer, tmp_path / "model")
+    turns = [{"role": "user", "content": "hello?"}], [{"role": "assistant", "content": "yes"}]
+    prompt, completion = "<|im_start|>user\nhello?<|im_end|>\n<|im_start|>assistant\n", "yes<|im_end|>\n"
+    with running(RewardModel.from_pretrained(tmp_path / "model", tokens_per_batch=256)) as server:
+        (expected,) = server.ask("/score", {"prompts": turns[:1], "completions": turns[1:]}).body["rewards"]
+        for query in (prompt + completion, "<|im_start|>" * 5 + prompt + completion + "<|im_start|>" * 3):
+            for prompts in ([prompt], []):
+                answer = server.ask("/get_reward", {"query": [query], "prompts": prompts}).body
+                assert answer["rewards"] == pytest.approx([expected], abs=1e-5)
 
 
 def test_samples_of_a_prompt_compute_it_once(
