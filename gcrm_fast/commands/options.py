@@ -196,7 +196,7 @@ class ServeOptions(Options):
         ready = Path(self.ready_file)
         if self.ready_file and (ready.is_dir() or not ready.parent.is_dir()):
             raise UserError(f"--ready-file {ready}: must name a file in a folder that exists")
-        for module in ("starlette", "uvicorn"):
+        for module in ("starlette", "uvicorn", "prometheus_client"):
             if importlib.util.find_spec(module) is None:
                 raise UserError(f"{module} is not installed: pip install 'gcrm-fast[serve]'")
 

@@ -70,7 +70,7 @@ def serve(options: ServeOptions) -> None:
         budget = options.tokens_per_batch
         scorer = RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=budget)
         batcher = Batcher(scorer, delay=options.delay, limit=options.queue)
-        app = create_app(batcher, token=token, max_body=options.max_body, timeout=options.timeout)
+        app = create_app(batcher, name=options.model, token=token, max_body=options.max_body, timeout=options.timeout)
 
         def announce() -> None:
             host, port = listener.getsockname()[:2]

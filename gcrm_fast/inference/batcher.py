@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.chat import Messages, as_text
 from gcrm_fast.data.encoding import Completion
+from gcrm_fast.inference.metrics import Metrics
 from gcrm_fast.inference.scoring import Judged, RewardModel
 
 Text = str | Messages
@@ -27,12 +28,12 @@ LOG = logging.getLogger("gcrm.serve")
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """The completions of one request, and the future for their rewards or an HTTPException."""
+    """The completions of one request, and the future that becomes this job when all are judged, or an HTTPException."""
 
     prompts: Sequence[Text]
     completions: Sequence[Text]
     cuts: Sequence[bool]
-    future: asyncio.Future[list[Judged]]
+    future: asyncio.Future["Job"]
     arrived: float
     encoded: list[Completion] | None = None
     judged: list[Judged] = field(default_factory=list)
@@ -47,6 +48,10 @@ class Job:
     @property
     def whole(self) -> bool:
         return len(self.judged) == len(self.completions)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(completion.ids) for completion in self.encoded or [])
 
     def take(self, room: int) -> int:
         """Puts its next completions, up to ``room`` tokens, into ``turn``; returns their tokens."""
@@ -70,6 +75,7 @@ class Batcher:
         self.scorer, self.delay, self.limit = scorer, delay, limit
         self.goals_GD = torch.stack(list(scorer.goals.values())) if scorer.goals else None
         self.waiting = 0  # completions, including those in the current batch
+        self.metrics = Metrics(lambda: self.waiting)
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -87,10 +93,8 @@ class Batcher:
             self._changed.notify()
         self._thread.join()
 
-    def submit(
-        self, prompts: Sequence[Text], completions: Sequence[Text], cuts: Sequence[bool]
-    ) -> asyncio.Future[list[Judged]]:
-        """A future with the completions' rewards; canceling it takes the job out of the queue.
+    def submit(self, prompts: Sequence[Text], completions: Sequence[Text], cuts: Sequence[bool]) -> asyncio.Future[Job]:
+        """A future of the job with its completions judged; canceling it takes the job out of the queue.
 
         Raises:
             HTTPException: 413 for more completions than may ever wait, 429 for more than may wait now, 503 after
@@ -106,9 +110,13 @@ class Batcher:
                 raise HTTPException(429, f"{self.waiting} completions are waiting (maximum {self.limit}): try again")
             future = self._loop.create_future()
             arrived = time.monotonic()
-            self._jobs.append(Job(prompts=prompts, completions=completions, cuts=cuts, future=future, arrived=arrived))
-            self.waiting += count
-            self._changed.notify()
+            job = Job(prompts=prompts, completions=completions, cuts=cuts, future=future, arrived=arrived)
+            if count:
+                self._jobs.append(job)
+                self.waiting += count
+                self._changed.notify()
+            else:
+                future.set_result(job)
         return future
 
     # ------------------------------------------------------------------------------------------------ the model thread
@@ -185,13 +193,15 @@ class Batcher:
                 raise HTTPException(422, f"completion {i}: {error}") from None
 
     def _judge(self, jobs: Sequence[Job]) -> None:
-        judged = iter(self.scorer.judge([c for job in jobs for c in job.turn], goals_GD=self.goals_GD))
+        batch = [completion for job in jobs for completion in job.turn]
+        judged = iter(self.scorer.judge(batch, goals_GD=self.goals_GD))
+        self.metrics.batch(len(batch), sum(len(completion.ids) for completion in batch))
         for job in jobs:
             job.judged += [next(judged) for _ in job.turn]
-        self._loop.call_soon_threadsafe(_settle, [(job.future, job.judged) for job in jobs if job.whole])
+        self._loop.call_soon_threadsafe(_settle, [(job.future, job) for job in jobs if job.whole])
 
 
-def _settle(results: Sequence[tuple[asyncio.Future[list[Judged]], list[Judged] | HTTPException]]) -> None:
+def _settle(results: Sequence[tuple[asyncio.Future["Job"], Job | HTTPException]]) -> None:
     for future, result in results:
         if future.done():  # nobody waits any more
             continue

@@ -111,8 +111,11 @@ class RewardModel:
         ``cuts`` marks completions that a length limit cut: they have no end, and are scored at their last token.
 
         Raises:
+            TypeError: a text in place of a list of texts.
             ValueError: ``prompts``, ``completions`` and ``cuts`` differ in length.
         """
+        if isinstance(prompts, str) or isinstance(completions, str):
+            raise TypeError("prompts and completions must be lists of texts: put a single text into a list")
         cuts = [False] * len(completions) if cuts is None else cuts
         if not len(prompts) == len(completions) == len(cuts):
             raise ValueError(

@@ -3,36 +3,45 @@
     GET  /health       {"status": "ok", "waiting": completions}, without a token
     POST /get_reward   OpenRLHF's protocol: {"query": [prompt + completion], "prompts": [...], "labels": [...]}
                        -> {"rewards": [...], "scores": [...], "extra_logs": {"q_end": [...]}}
+    GET  /metrics      Prometheus' format
+    GET  /v1/models    {"object": "list", "data": [{"id": model, "object": "model"}]}
     POST /score        {"prompts": [...], "completions": [...], "cuts": [...], "goal": name}, text or messages
                        -> {"rewards": [...], "goal": name, "q_values": [[one per token], ...]}
+    POST /classify     vLLM's protocols: {"model": name, "input": [prompt + completion]}, or "messages"
+    POST /pooling      -> {"data": [{"probs": [reward], ...}], ...}, {"data": [{"data": [reward], ...}], ...}
 
 Errors are answered with {"error": one line}.
 """
 
 import asyncio
 import hmac
+import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gcrm_fast.inference.batcher import Batcher, Text
-from gcrm_fast.inference.protocols import RewardRequest, ScoreRequest, Shape, parse
-from gcrm_fast.inference.scoring import Judged
+from gcrm_fast.inference.batcher import Batcher, Job, Text
+from gcrm_fast.inference.metrics import CountRequests
+from gcrm_fast.inference.protocols import RewardRequest, ScoreRequest, Shape, VllmRequest, check_content, parse
 
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 BODIES = 16  # of the maximum size that may be in memory at a time
 
 
-def create_app(batcher: Batcher, *, token: str, max_body: int, timeout: float) -> Starlette:
+def create_app(batcher: Batcher, *, name: str, token: str, max_body: int, timeout: float) -> Starlette:
     """The application, which starts and closes the batcher.
 
     Args:
+        name: of the model in answers.
         token: the bearer token that requests need; "" for none.
         max_body: bytes of a request's body.
         timeout: seconds for a body to arrive, and again for its answer.
@@ -44,8 +53,10 @@ def create_app(batcher: Batcher, *, token: str, max_body: int, timeout: float) -
         yield
         await asyncio.to_thread(batcher.close)
 
-    routes = Endpoints(batcher, token, max_body, timeout).routes()
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: error_response})
+    routes = Endpoints(batcher, name, token, max_body, timeout).routes()
+    count = Middleware(CountRequests, metrics=batcher.metrics, paths=frozenset(route.path for route in routes))
+    handlers = {HTTPException: error_response}
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers, middleware=[count])
     app.router.redirect_slashes = False  # redirects would repeat the request's Host
     return app
 
@@ -59,8 +70,9 @@ async def error_response(_: Request, error: Exception) -> JSONResponse:
 class Endpoints:
     """What the server answers; the arguments are those of ``create_app``."""
 
-    def __init__(self, batcher: Batcher, token: str, max_body: int, timeout: float) -> None:
-        self.batcher, self.token, self.max_body, self.timeout = batcher, token.encode(), max_body, timeout
+    def __init__(self, batcher: Batcher, name: str, token: str, max_body: int, timeout: float) -> None:
+        self.batcher, self.name, self.token = batcher, name, token.encode()
+        self.max_body, self.timeout = max_body, timeout
         self.held = 0  # bytes of all bodies in memory
 
     def routes(self) -> list[Route]:
@@ -68,14 +80,18 @@ class Endpoints:
             Route("/health", self.health),
             self._post("/get_reward", RewardRequest, self.get_reward),
             self._post("/score", ScoreRequest, self.score),
+            self._post("/classify", VllmRequest, self.classify),
+            self._post("/pooling", VllmRequest, self.pooling),
+            Route("/metrics", self.metrics),
+            Route("/v1/models", self.models),
         ]
 
     async def health(self, _: Request) -> JSONResponse:
         return JSONResponse({"status": "ok", "waiting": self.batcher.waiting})
 
     async def get_reward(self, body: RewardRequest, request: Request) -> dict[str, Any]:
-        prompts, completions = body.texts(self.batcher.scorer.tokenizer.pad_token)
-        judged = await self._judge(request, prompts, completions)
+        prompts, completions = body.texts(self.batcher.scorer.tokenizer)
+        judged = (await self._judge(request, prompts, completions)).judged
         rewards = [j.reward for j in judged]
         ends = [float(j.q_Gn[0, -1]) for j in judged if j.q_Gn is not None]
         return {"rewards": rewards, "scores": rewards, "extra_logs": {"q_end": ends} if ends else {}}
@@ -87,11 +103,40 @@ class Endpoints:
             names = ", ".join(goals) or "none"
             raise HTTPException(422, f"field 'goal': the model has no goal {body.goal!r}; its goals: {names}")
         goal = goals.index(body.goal) if body.goal else 0
-        judged = await self._judge(request, prompts, completions, body.cuts)
+        judged = (await self._judge(request, prompts, completions, body.cuts)).judged
         return {
             "rewards": [j.reward for j in judged],
             "goal": goals[goal] if goals else None,
             "q_values": [j.q_Gn[goal].tolist() for j in judged if j.q_Gn is not None] if goals else None,
+        }
+
+    async def classify(self, body: VllmRequest, request: Request) -> dict[str, Any]:
+        job = await self._judge(request, *body.texts())
+        labels = {"label": "reward", "num_classes": 1}
+        data = [{"index": i, **labels, "probs": [j.reward]} for i, j in enumerate(job.judged)]
+        return self._vllm("classify", body, job, data)
+
+    async def pooling(self, body: VllmRequest, request: Request) -> dict[str, Any]:
+        job = await self._judge(request, *body.texts())
+        data = [{"index": i, "object": "pooling", "data": [j.reward]} for i, j in enumerate(job.judged)]
+        return self._vllm("pooling", body, job, data)
+
+    async def metrics(self, request: Request) -> Response:
+        self._authorize(request)
+        return Response(self.batcher.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def models(self, request: Request) -> JSONResponse:
+        self._authorize(request)
+        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model"}]})
+
+    def _vllm(self, kind: str, body: VllmRequest, job: Job, data: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{kind}-{body.request_id or uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": body.model or self.name,
+            "data": data,
+            "usage": {"prompt_tokens": job.tokens, "completion_tokens": 0, "total_tokens": job.tokens},
         }
 
     def _post(
@@ -101,6 +146,7 @@ class Endpoints:
 
         async def endpoint(request: Request) -> JSONResponse:
             self._authorize(request)
+            check_content(request.headers)
             body = bytearray()
             try:
                 await self._read(request, body)
@@ -136,10 +182,8 @@ class Endpoints:
 
     async def _judge(
         self, request: Request, prompts: Sequence[Text], completions: Sequence[Text], cuts: Sequence[bool] | None = None
-    ) -> list[Judged]:
-        """The completions' rewards and Q-values, unless the client hangs up or the time is over."""
-        if not completions:
-            return []
+    ) -> Job:
+        """The job of the completions, judged, unless the client hangs up or the time is over."""
         future = self.batcher.submit(prompts, completions, cuts or [False] * len(completions))
         gone = asyncio.ensure_future(_hang_up(request))
         try:

@@ -151,4 +151,36 @@ FAULTS = {
         "        self._on_ready()\n        await super().startup(sockets)\n",
         "tests/inference/test_connections.py -k test_head_of_health",
     ),
+    "server: compressed bodies taken as they are": (
+        "gcrm_fast/inference/protocols.py",
+        'if encoding.lower() != "identity":',
+        'if encoding.lower() == "":',
+        "tests/inference/test_serve.py -k contents_that_are_not",
+    ),
+    "server: vLLM's fields that change the answer are ignored": (
+        "gcrm_fast/inference/protocols.py",
+        """    model_config = ConfigDict(extra="forbid")
+    model: str""",
+        """    model_config = ConfigDict(extra="ignore")
+    model: str""",
+        "tests/inference/test_serve.py -k vllm",
+    ),
+    "server: metrics without the token": (
+        "gcrm_fast/inference/server.py",
+        "        self._authorize(request)\n        return Response(",
+        "        return Response(",
+        "tests/inference/test_serve.py -k test_metrics",
+    ),
+    "server: a query loses its first token where that is pad": (
+        "gcrm_fast/inference/protocols.py",
+        "while text.startswith(pad) and not (prompt and text.startswith(prompt)):",
+        "while text.startswith(pad):",
+        "tests/inference/test_serve.py -k padding_of_queries",
+    ),
+    "scoring: a text scored character by character": (
+        "gcrm_fast/inference/scoring.py",
+        "if isinstance(prompts, str) or isinstance(completions, str):",
+        "if isinstance(completions, bytes):",
+        "tests/inference/test_scoring.py -k no_list_of_texts",
+    ),
 }

@@ -203,6 +203,14 @@ def test_prompts_completions_and_cuts_go_together(model: RewardModel) -> None:
             model.encode(*arguments)
 
 
+def test_a_text_is_no_list_of_texts(model: RewardModel) -> None:
+    """Texts of one length would be scored character by character."""
+    for arguments in (("yes", "no!"), (["yes"], "n"), ("y", ["no"])):
+        for method in (model.score, model.q_values, model.encode):
+            with pytest.raises(TypeError, match="must be lists of texts"):
+                method(*arguments)
+
+
 def test_it_is_exported_without_loading_torch() -> None:
     assert gcrm_fast.RewardModel is RewardModel
     code = "import sys, gcrm_fast; sys.exit('torch' in sys.modules)"

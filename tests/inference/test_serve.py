@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,15 +20,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import ByteLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gcrm_fast import RewardModel, cli
 from gcrm_fast.commands.serve import ServeOptions, is_open, read_token
 from gcrm_fast.common.errors import UserError
-from support.serving import Server, Stopped, ask, eventually, running, write_served_model
+from gcrm_fast.data.tokenization import save_tokenizer
+from gcrm_fast.inference.protocols import RewardRequest
+from support.serving import Answer, Server, Stopped, ask, eventually, running, write_served_model
 from support.training_runs import ROOT
 
 PROMPTS = ["hello?", "hello?", "naïve", "1 2 3", ""]
 COMPLETIONS = [" yes.", " hello world 123<|eos|>", " 漢字", "", "no no no"]
+HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 QUERIES = [prompt + completion for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
 
 
@@ -70,6 +78,46 @@ def test_get_reward_as_openrlhf_asks(server: Server, model: RewardModel) -> None
     assert (empty.status, empty.body) == (200, {"rewards": [], "scores": [], "extra_logs": {}})
 
 
+@pytest.mark.parametrize(
+    ("query", "prompt", "pad", "split"),
+    [
+        ("<p><p>ab<p>", "a", "<p>", ("a", "b")),
+        ("<p><p>ab<p>", "", "<p>", ("", "ab")),
+        ("<s><s><s>user", "<s>us", "<s>", ("<s>us", "er")),
+        ("<s>user", "<s>us", "<s>", ("<s>us", "er")),
+        ("<s><s><s>user", "", "<s>", ("", "<s>user")),
+        ("<s><s><s>user", "other", "<s>", ("", "<s>user")),
+        ("user", "", "<s>", ("", "user")),
+        ("</s></s>ab</s></s>", "a", "</s>", ("a", "b</s>")),
+        ("ab", "a", "</s>", ("a", "b")),
+    ],
+)
+def test_padding_of_queries(query: str, prompt: str, pad: str, split: tuple[str, str]) -> None:
+    """It is removed until the query starts with its prompt, which may start with the same token."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"?": 0})), pad_token=pad, bos_token="<s>", eos_token="</s>"
+    )
+    prompts, completions = RewardRequest(query=[query], prompts=[prompt]).texts(tokenizer)
+    assert (prompts, completions) == ([split[0]], [split[1]])
+
+
+def test_get_reward_equals_score_for_chatml(folder: Path, tmp_path: Path) -> None:
+    """Where the token that starts a turn is bos and pad, as SmolLM2 has it, and the tokenizer adds none."""
+    shutil.copytree(folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
+    tokenizer.bos_token = tokenizer.pad_token = "<|im_start|>"
+    save_tokenizer(tokenizer, tmp_path / "model")
+    turns = [{"role": "user", "content": "hello?"}], [{"role": "assistant", "content": "yes"}]
+    prompt, completion = "<|im_start|>user\nhello?<|im_end|>\n<|im_start|>assistant\n", "yes<|im_end|>\n"
+    with running(RewardModel.from_pretrained(tmp_path / "model", tokens_per_batch=256)) as server:
+        (expected,) = server.ask("/score", {"prompts": turns[:1], "completions": turns[1:]}).body["rewards"]
+        for query in (prompt + completion, "<|im_start|>" * 5 + prompt + completion + "<|im_start|>" * 3):
+            for prompts in ([prompt], []):
+                answer = server.ask("/get_reward", {"query": [query], "prompts": prompts}).body
+                assert answer["rewards"] == pytest.approx([expected], abs=1e-5)
+
+
 def test_samples_of_a_prompt_compute_it_once(
     server: Server, model: RewardModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +150,71 @@ def test_score_of_cut_completions_and_of_messages(server: Server, model: RewardM
     scored = server.ask("/score", {"prompts": [user], "completions": [answer]})
     prompt = "<|im_start|>user\nhello?<|im_end|>\n<|im_start|>assistant\n"
     assert scored.body["rewards"] == pytest.approx(model.score([prompt], ["yes<|im_end|>\n"]), abs=1e-5)
+
+
+@pytest.mark.parametrize("path", ["/classify", "/pooling"])
+def test_vllm_protocols(server: Server, model: RewardModel, path: str) -> None:
+    """The rewards of whole texts, or of a conversation, in the fields that vLLM has."""
+    rewards = model.score([""] * len(QUERIES), QUERIES)
+
+    def values(answer: Answer) -> list[float]:
+        assert answer.status == 200
+        assert answer.body.keys() == {"id", "object", "created", "model", "data", "usage"}
+        assert answer.body["id"].startswith({"/classify": "classify-", "/pooling": "pooling-"}[path])
+        assert answer.body["object"] == "list"
+        data = answer.body["data"]
+        assert [one["index"] for one in data] == list(range(len(data)))
+        if path == "/pooling":
+            assert all(one.keys() == {"index", "object", "data"} and one["object"] == "pooling" for one in data)
+            return [value for one in data for value in one["data"]]
+        assert all(one.keys() == {"index", "label", "probs", "num_classes"} and one["num_classes"] == 1 for one in data)
+        return [value for one in data for value in one["probs"]]
+
+    many = server.ask(path, {"model": "mine", "input": QUERIES, "use_activation": False})
+    np.testing.assert_allclose(values(many), rewards, rtol=1e-5, atol=1e-5)
+    tokens = sum(len(c.ids) for c in model.encode([""] * len(QUERIES), QUERIES))
+    assert many.body["usage"] == {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+    assert many.body["model"] == "mine"
+    one = server.ask(path, {"input": QUERIES[0]})
+    np.testing.assert_allclose(values(one), rewards[:1], rtol=1e-5, atol=1e-5)
+    assert server.ask("/v1/models", method="GET").body["data"][0]["id"] == one.body["model"] == "small"
+    assert values(server.ask(path, {"input": []})) == []
+    turns = [{"role": "user", "content": "hello?"}, {"role": "assistant", "content": "yes"}]
+    prompt = "<|im_start|>user\nhello?<|im_end|>\n<|im_start|>assistant\n"
+    expected = model.score([prompt], ["yes<|im_end|>\n"])
+    np.testing.assert_allclose(values(server.ask(path, {"messages": turns})), expected, rtol=1e-5, atol=1e-5)
+    for wrong in (
+        {},
+        {"input": "a", "messages": turns},
+        {"input": [1, 2]},
+        {"input": "a", "truncate_prompt_tokens": 1},
+    ):
+        assert server.ask(path, wrong).status == 422
+
+
+def test_metrics(model: RewardModel) -> None:
+    """Requests, seconds, tokens, batches and the queue, behind the token."""
+    with running(model, token="secret") as server:
+        assert server.ask("/metrics", method="GET").status == 401
+        bearer = {"authorization": "Bearer secret"}
+        assert server.ask("/score", {"prompts": ["a"] * 3, "completions": ["b"] * 3}, **bearer).status == 200
+        assert server.ask("/score", {}, **bearer).status == 422
+        assert server.ask("/no/such/path", {}).status == 404
+        tokens = sum(len(c.ids) for c in model.encode(["a"] * 3, ["b"] * 3))
+        lines = server.ask("/metrics", method="GET", **bearer).body.splitlines()
+    expected = {
+        'gcrm_requests_total{path="/score",status="200"} 1.0',
+        'gcrm_requests_total{path="/score",status="422"} 1.0',
+        'gcrm_requests_total{path="/metrics",status="401"} 1.0',
+        'gcrm_requests_total{path="other",status="404"} 1.0',
+        'gcrm_request_seconds_count{path="/score"} 2.0',
+        f"gcrm_tokens_total {tokens:.1f}",
+        'gcrm_batch_completions_bucket{le="1.0"} 0.0',
+        'gcrm_batch_completions_bucket{le="4.0"} 1.0',
+        "gcrm_batch_completions_sum 3.0",
+        "gcrm_waiting_completions 0.0",
+    }
+    assert expected - set(lines) == set()
 
 
 def test_many_clients_share_batches_and_each_gets_its_own(
@@ -147,7 +260,7 @@ MALFORMED = {
     "no JSON": (b"prompts", "not valid JSON"),
     "half of an object": (b'{"prompts": ["a"], "completions": ', "not valid JSON"),
     "not UTF-8": (b'{"prompts": ["\xff"]}', "body"),
-    "nested too deep": (b"[" * 9000, "body"),
+    "nested too deep": (b"[" * 9000, "nested too deeply"),
     "a number of too many digits": (b'{"prompts": ' + b"9" * 9000 + b"}", "body"),
     "a list": ([], "body"),
     "null": (b"null", "body"),
@@ -184,6 +297,35 @@ def test_malformed_requests(server: Server, body: Any, message: str) -> None:
     assert server.score("yes").status == 200
 
 
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({"content_encoding": "gzip"}, "Content-Encoding 'gzip' is not read"),
+        ({"content_type": "application/json; charset=latin-1"}, "send application/json in UTF-8"),
+        ({"content_type": "application/x-www-form-urlencoded"}, "send application/json in UTF-8"),
+        ({"content_type": ""}, "send application/json in UTF-8"),
+    ],
+)
+def test_contents_that_are_not_read(server: Server, headers: dict[str, str], words: str) -> None:
+    answer = server.ask("/score", {"prompts": ["a"], "completions": ["b"]}, **headers)
+    assert answer.status == 415
+    assert words in answer.body["error"]
+
+
+@pytest.mark.parametrize("content_type", ["application/json; charset=UTF-8", 'Application/JSON;charset="utf-8"'])
+def test_contents_that_are_read(server: Server, content_type: str) -> None:
+    body = {"prompts": ["a"], "completions": ["b"]}
+    assert server.ask("/score", body, content_type=content_type, content_encoding="identity").status == 200
+
+
+def test_a_missing_content_type(server: Server) -> None:
+    with server.connect() as raw:
+        raw.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+        answer = raw.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 415")
+    assert b"the header Content-Type is missing" in answer
+
+
 def test_malformed_openrlhf_requests_and_wrong_paths(server: Server) -> None:
     for body in ({}, {"query": "a"}, {"query": [1]}, {"query": ["a"], "prompts": ["a", "b"]}, []):
         assert server.ask("/get_reward", body).status == 422
@@ -199,7 +341,7 @@ def test_malformed_openrlhf_requests_and_wrong_paths(server: Server) -> None:
 def test_a_body_without_an_announced_length(server: Server) -> None:
     """Chunked, and too long: refused as soon as that is known."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
-        raw.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        raw.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
         with contextlib.suppress(OSError):
             for _ in range(20):
                 raw.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
@@ -247,16 +389,14 @@ def test_no_answer_in_time(model: RewardModel, monkeypatch: pytest.MonkeyPatch) 
         assert seen == []  # of "b"
         assert server.score("c").status == 200
         with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
-            raw.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+            raw.sendall(HEAD + b"Content-Length: 9\r\n\r\nhalf")
             assert raw.recv(1000).startswith(b"HTTP/1.1 408")
 
 
 def test_clients_that_hang_up(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the body is complete, while they wait, and while the model works for them."""
     body = json.dumps({"prompts": ["a"], "completions": ["b"]}).encode()
-    head = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(
-        body
-    )
+    head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
     with running(model) as server:
         stopped = Stopped(model, monkeypatch)
         lines = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(30)]

@@ -38,7 +38,7 @@ def write_served_model(path: Path) -> Path:
 
 class Answer(NamedTuple):
     status: int
-    body: dict[str, Any]
+    body: Any  # of JSON, or text
     headers: dict[str, str]
 
 
@@ -51,7 +51,11 @@ def ask(port: int, path: str, body: Any = None, *, method: str = "POST", **heade
         connection.request(method, path, raw, {"content-type": "application/json", **names})
         response = connection.getresponse()
         text = response.read()
-        return Answer(response.status, json.loads(text), {k.lower(): v for k, v in response.getheaders()})
+        return Answer(
+            response.status,
+            json.loads(text) if "json" in response.headers["content-type"] else text.decode(),
+            {k.lower(): v for k, v in response.getheaders()},
+        )
 
 
 class Server(NamedTuple):
@@ -100,7 +104,7 @@ def running(
     send_buffer: int = 0,
 ) -> Iterator[Server]:
     batcher = Batcher(model, delay=delay, limit=limit)
-    app = create_app(batcher, token=token, max_body=max_body, timeout=timeout)
+    app = create_app(batcher, name="small", token=token, max_body=max_body, timeout=timeout)
     ready = threading.Event()
 
     def announce() -> None:
