@@ -25,7 +25,9 @@ COMMANDS = {
         "compare rewards with labels (AUROC)", "commands.options:EvaluateOptions", "commands.evaluate:evaluate"
     ),
     "vote": Command("answer questions by votes among samples", "commands.options:VoteOptions", "commands.vote:vote"),
-    "inspect": Command("show the tokens of a record as a web page", "commands.inspect:Options", "commands.inspect:run"),
+    "inspect": Command(
+        "show records token by token as a web page", "commands.options:InspectOptions", "commands.inspect:inspect"
+    ),
     "export": Command("convert a model for other programs", "commands.export:ExportOptions", "commands.export:export"),
     "serve": Command("serve rewards and Q-values over HTTP", "commands.serve:ServeOptions", "commands.serve:serve"),
     "samples": Command(
