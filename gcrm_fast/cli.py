@@ -27,7 +27,7 @@ COMMANDS = {
     ),
     "vote": Command("answer questions by votes among samples", "commands.options:VoteOptions", "commands.vote:vote"),
     "inspect": Command(
-        "show the tokens of a record as a web page", "commands.options:InspectOptions", "commands.inspect:run"
+        "show records token by token as a web page", "commands.options:InspectOptions", "commands.inspect:inspect"
     ),
     "export": Command("convert a model for other programs", "commands.options:ExportOptions", "commands.export:export"),
     "serve": Command("serve rewards and Q-values over HTTP", "commands.options:ServeOptions", "commands.serve:serve"),

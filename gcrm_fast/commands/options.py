@@ -128,20 +128,32 @@ class VoteOptions(TableOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(JudgingOptions):
-    """Writes a web page of a record's completions side by side, with tokens colored by Q-value or running reward, the
-    first difference and the wrong step marked."""
+    """Writes a web page of records with their completions side by side: tokens colored by Q-value or running reward,
+    charts along the completion, the first difference and the wrong step marked. By default the records with the lowest
+    margins between right and wrong completions, and some drawn at random."""
 
-    row: ZeroOrMore
-    """Number of the record, counted from 0."""
     output: OutputFile
     """HTML file to write."""
+    row: tuple[ZeroOrMore, ...] = ()
+    """Numbers of the records to show, counted from 0, instead of those that --worst and --random select."""
+    worst: ZeroOrMore = 20
+    """Number of records with the lowest margins to show."""
+    random: ZeroOrMore = 10
+    """Number of records to show that are drawn at random from the others."""
+    limit: ZeroOrMore = 1000
+    """Maximum number of records to score, drawn at random, the same each time; 0 takes all."""
     error_field: str = ""
-    """Field with the number of the wrong step or a list of them; in a pair, of the rejected completion. The default is
-    first_error_step (counted from 0; -1 is none), error_step or error_steps (counted from 1), if present."""
+    """Field with the number of the wrong step or a list of them; in a pair, of the rejected completion. By default
+    first_error_step (counted from 0; -1 for none), error_step or error_steps (counted from 1), if present."""
     count_from: Literal["", "0", "1"] = ""
-    """Number of the first step in --error-field. The default is 0 for first_error_step, 1 for other fields."""
+    """Number of the first step in --error-field. By default 0 for first_error_step, 1 for other fields."""
     step_end: str = ""
-    """Text that ends a step. The default is the first of blank line, line feed and semicolon that occurs."""
+    """Text that ends a step. By default the first of blank line, line feed and semicolon that the completion has."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.row and not self.worst + self.random:
+            raise UserError("--worst 0 --random 0: nothing to show: raise one, or name a --row")
 
 
 @dataclass(frozen=True, kw_only=True)

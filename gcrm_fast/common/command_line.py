@@ -140,7 +140,9 @@ def _name(name: str, kind: Any) -> str:
 def _metavar(plain: Any) -> str:
     if typing.get_origin(plain) is Literal:
         return "{" + ",".join(filter(None, typing.get_args(plain))) + "}"
-    return {int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH", tuple[str, ...]: "TEXT"}.get(plain, "VALUE")
+    if typing.get_origin(plain) is tuple:
+        return _metavar(_plain(typing.get_args(plain)[0]))
+    return {int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH"}.get(plain, "VALUE")
 
 
 def _limits(field: Field[Any], kind: Any, layers: list[tuple[str, dict[str, Any]]], said: bool) -> str:
@@ -162,7 +164,7 @@ def _converted(text: Any, kind: Any) -> Any:
     """Text as a value of its field; left as it is if it is none, for the field's check to refuse."""
     plain = _plain(kind)
     if isinstance(text, list):
-        return tuple(text)
+        return tuple(_converted(one, typing.get_args(plain)[0]) for one in text)
     for number in (int, float):
         if isinstance(text, str) and number in (plain, *typing.get_args(plain)):
             with contextlib.suppress(ValueError):

@@ -104,9 +104,10 @@ def missed(value: Any, kind: Any) -> str:
         return KINDS.get(origin, f"of type {origin.__name__}")
     if kind is float:
         return "" if abs(value) <= sys.float_info.max else KINDS[float]
-    if isinstance(value, tuple) and not all(isinstance(one, str) for one in value):
-        return KINDS[tuple]
-    text = "".join(value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple):
+        wanted = [missed(one, arguments[0]) for one in value]
+        return next((KINDS[tuple] if one == KINDS[str] else one for one in wanted if one), "")
+    text = str(value)
     if "\0" in text:
         return "text without NUL characters"
     return "" if text.encode(errors="replace").decode() == text else "UTF-8 text"

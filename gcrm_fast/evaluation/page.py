@@ -1,23 +1,29 @@
-"""The page of ``gcrm inspect``: completions side by side, tokens colored by Q-value or by the reward up to each.
+"""The inspect report: records with their completions side by side, tokens colored by Q-value or by running reward.
 
-One file without scripts or requests. The template escapes all text of the record.
+One HTML file without scripts or requests. The template escapes all text. Letters: n tokens of a completion.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 
-import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.colors import Normalize, to_hex
+from markupsafe import Markup, escape
+from matplotlib.ticker import MaxNLocator
 
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.sampling import shared_start
 
 STEP_ENDS = ("\n\n", "\n", ";")  # what ends a step: the first of them that a completion contains
-COLORS = matplotlib.colormaps["RdYlBu"]
-PALE = (0.2, 0.8)  # part of the colors on which black text is easy to read
-SHOWN = (0.02, 0.98)  # quantiles of the page's values at the ends of the colors
+LEVELS = 17  # of color
+COLORED = (0.02, 0.98)  # quantiles of the values at the ends of the colors
+LONG = 200  # tokens from which the charts show means per step
+WINDOWS = 40  # of equal length, instead of steps, in a long completion with fewer than MIN_STEPS
+MIN_STEPS = 4
+KEPT = 12  # shared tokens that stay visible in front of the first difference; more are folded
+FOLDED_PROMPT = 400  # characters from which the prompt is folded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,25 +31,93 @@ class Column:
     """A completion of n tokens as the page shows it.
 
     text_n: text of each token. q_n, reward_n: float, Q-value at each token and reward of the completion up to it.
-    marks: labels shown before a token, by its index.
+    right: whether it is known to be right or wrong. marks: labels shown before a token, by its index.
     """
 
     title: str
     text_n: list[str]
     q_n: np.ndarray
     reward_n: np.ndarray
-    marks: dict[int, list[str]]
+    right: bool | None = None
+    marks: dict[int, list[str]] = field(default_factory=dict)
+    step_end: str = ""
+
+    @property
+    def means(self) -> str:
+        """Mean Q-values before and from the error, or the first difference; "" without either."""
+        at = min((i for i, names in self.marks.items() if "first difference" not in names), default=None)
+        what = "the error" if at is not None else "the first difference"
+        at = min(self.marks, default=None) if at is None else at
+        if not at or at >= len(self.q_n):
+            return ""
+        return f"mean Q {self.q_n[:at].mean():.2f} before {what}, {self.q_n[at:].mean():.2f} from there on"
+
+    def segments(self) -> list[int]:
+        """Bounds of the steps, or of windows where there are too few steps, in tokens from 0 to n."""
+        n = len(self.text_n)
+        starts = sorted({start for start in step_starts(self.text_n, self.step_end) if start < n})
+        if len(starts) < MIN_STEPS:
+            starts = list(range(0, n, -(-n // WINDOWS)))
+        return [*starts, n]
 
 
-def step_start(text_n: Sequence[str], step: int, step_end: str) -> int | None:
-    """Index of the token in which a step (counted from 0) begins; None where there are fewer steps."""
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A prompt and its completions."""
+
+    title: str
+    prompt: str
+    columns: list[Column]
+
+    @property
+    def margin(self) -> float | None:
+        """Reward of the best right completion minus that of the best wrong one; None without both kinds."""
+        return margin([(column.right, float(column.reward_n[-1])) for column in self.columns])
+
+    @property
+    def folded(self) -> int:
+        """Number of leading tokens, the same in all completions, that are folded."""
+        first, *others = (column.text_n for column in self.columns)
+        same = [len(set(texts)) == 1 for texts in zip(first, *others, strict=False)] if others else []
+        shared = same.index(False) if False in same else len(same)
+        return shared - KEPT if shared > 2 * KEPT else 0
+
+    @property
+    def length(self) -> int:
+        return max(len(column.text_n) for column in self.columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """An HTML page. A notebook shows it in a frame."""
+
+    title: str
+    html: str
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.html, encoding="utf-8")
+
+    def __repr__(self) -> str:
+        return f"<{self.title}: shows itself in a notebook; .save(path) writes it>"
+
+    def _repr_html_(self) -> str:
+        # A frame keeps the styles of page and notebook apart.
+        return f'<iframe srcdoc="{escape(self.html)}" style="width:100%;height:40rem;border:0"></iframe>'
+
+
+def margin(rewards: Sequence[tuple[bool | None, float]]) -> float | None:
+    """Of (whether right, reward): the best right reward minus the best wrong one; None without both kinds."""
+    right, wrong = ([reward for is_right, reward in rewards if is_right is kind] for kind in (True, False))
+    return max(right) - max(wrong) if right and wrong else None
+
+
+def step_starts(text_n: Sequence[str], step_end: str = "") -> list[int]:
+    """Index of the token that holds the first character of each step; n for a step without text at the end."""
     text = "".join(text_n)
     end = step_end or next((known for known in STEP_ENDS if known in text), STEP_ENDS[0])
-    parts = text.split(end)
-    if step >= len(parts):
-        return None
-    position = sum(len(part) + len(end) for part in parts[:step])
-    return int(np.searchsorted(np.cumsum([len(piece) for piece in text_n]), position, "right"))
+    lengths = [len(part) + len(end) for part in text.split(end)]
+    positions = np.cumsum([0, *lengths[:-1]])
+    return np.searchsorted(np.cumsum([len(piece) for piece in text_n]), positions, "right").tolist()
 
 
 def first_difference(one: Completion, other: Completion) -> int | None:
@@ -54,35 +128,67 @@ def first_difference(one: Completion, other: Completion) -> int | None:
 
 
 class Scale:
-    """Colors and heights of one kind of value, the same for all completions of a page."""
+    """Colors and heights of one kind of value, the same for all completions of a page.
 
-    def __init__(self, values_n: np.ndarray) -> None:
-        low, high = (float(value) for value in np.quantile(values_n, SHOWN))
-        self.low, self.high = low, high if high > low else low + 1
-        self._place = Normalize(self.low, self.high, clip=True)
+    Made without the last token of each completion: an end token's value is often far from all others and would hide
+    what happens before it.
+    """
 
-    def color(self, value: float) -> str:
-        return to_hex(COLORS(PALE[0] + (PALE[1] - PALE[0]) * float(self._place(value))))
+    def __init__(self, columns: Sequence[np.ndarray]) -> None:
+        values = np.concatenate([value_n[: max(len(value_n) - 1, 1)] for value_n in columns]).astype(float)
+        self.low, self.high = (float(value) for value in np.quantile(values, COLORED))
+        near, far = sorted((float(values.min()), float(values.max())), key=abs)
+        if near * far > 0 and abs(near) <= abs(far - near):  # zero is close: show it
+            near = 0.0
+        self.ticks = [
+            float(tick) for tick in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], min_n_ticks=2).tick_values(near, far)
+        ]
 
-    def gradient(self) -> list[str]:
-        return [self.color(value) for value in np.linspace(self.low, self.high, 9)]
+    def level(self, value: float) -> int:
+        """Index of a color, 0 to LEVELS - 1."""
+        place = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        return int(np.clip(round(place * (LEVELS - 1)), 0, LEVELS - 1))
 
-    def points(self, value_n: np.ndarray) -> str:
-        """The values as points of an SVG line, 100 wide and 40 high."""
-        height_n = 2 + 36 * (1 - np.asarray(self._place(value_n), dtype=float))
-        across = max(len(value_n) - 1, 1)
-        return " ".join(f"{100 * i / across:.2f},{height:.2f}" for i, height in enumerate(height_n))
+    def height(self, value: float) -> float:
+        """Distance from the top of a chart, in % of its height."""
+        bottom, top = self.ticks[0], self.ticks[-1]
+        return round(float(np.clip(100 * (top - value) / (top - bottom), 0, 100)), 2)
+
+    def line(self, value_n: np.ndarray, length: int) -> str:
+        """Points of an SVG line through the value of each token, on an axis of ``length`` tokens, 100 by 100."""
+        across = max(length - 1, 1)
+        return " ".join(f"{100 * i / across:.2f},{self.height(value)}" for i, value in enumerate(value_n.tolist()))
+
+    def stairs(self, value_n: np.ndarray, bounds: Sequence[int], length: int) -> str:
+        """Points of an SVG line at the mean of each segment."""
+        across, points = max(length - 1, 1), []
+        for a, b in pairwise(bounds):
+            mean = self.height(float(value_n[a:b].mean()))
+            points += [f"{100 * i / across:.2f},{mean}" for i in (a, min(b, length - 1))]
+        return " ".join(points)
 
 
-def page(*, title: str, about: str, prompt: str, columns: Sequence[Column]) -> str:
-    """The page as HTML. ``about`` is the line below the title."""
-    loader = PackageLoader("gcrm_fast.evaluation", package_path="")
-    template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("page.html.jinja")
-    return template.render(
+def token_ticks(length: int) -> list[int]:
+    """Token numbers, from 1, along an axis of ``length`` tokens."""
+    ticks = MaxNLocator(5, integer=True).tick_values(1, length)
+    return [1, *(int(tick) for tick in ticks if length / 20 < tick <= length)]
+
+
+def page(*, title: str, about: Sequence[str], groups: dict[str, list[Record]]) -> Page:
+    """The report. ``about``: lines below the title; ``groups``: records by heading, "" for none."""
+    environment = Environment(
+        loader=PackageLoader("gcrm_fast.evaluation", package_path=""), autoescape=True, undefined=StrictUndefined
+    )
+    columns = [column for records in groups.values() for record in records for column in record.columns]
+    html = environment.get_template("page.html.jinja").render(
         title=title,
         about=about,
-        prompt=prompt,
-        columns=columns,
-        q=Scale(np.concatenate([column.q_n for column in columns])),
-        reward=Scale(np.concatenate([column.reward_n for column in columns])),
+        groups=groups,
+        scales={"q": Scale([c.q_n for c in columns]), "r": Scale([c.reward_n for c in columns])},
+        token_ticks=token_ticks,
+        levels=LEVELS,
+        long=LONG,
+        folded_prompt=FOLDED_PROMPT,
+        line_feed=Markup('<span class="gone">↵</span>\n'),
     )
+    return Page(title=title, html=html)

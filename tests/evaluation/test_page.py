@@ -3,6 +3,7 @@
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from gcrm_fast.commands import inspect
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.evaluation import page
-from gcrm_fast.evaluation.page import Column
+from gcrm_fast.evaluation.page import Column, Record
 from gcrm_fast.inference.scoring import RewardModel
 from support import models
-from support.judged import write
+from support.judged import samples, write
 
 PAIR = {
     "prompt": "<b>one</b>\ntwo",
@@ -45,7 +46,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "input", "path", "polyline"):
+        if tag not in ("meta", "input"):
             self._inside.append(tag + " " + (dict(attrs).get("class") or ""))
         if self._inside[-1] == "div text":
             self.sections.append("")
@@ -59,7 +60,7 @@ class Reader(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._inside and self._inside[-1].startswith("mark"):
             self.marks.append((len(self.sections) - 1, data, self.sections[-1]))
-        elif "div text" in self._inside:
+        elif "div text" in self._inside and self._inside[-1] != "summary ":
             self.sections[-1] += data
 
 
@@ -76,14 +77,13 @@ def test_a_page_marks_difference_and_error_and_keeps_all_text(model: Path, tmp_p
     assert {name for _, name, _ in read.marks} == {"error: step 2", "first difference"}
     assert [section for section, name, _ in read.marks if name.startswith("error")] == [1]
     # Nothing is run or loaded, and the radio buttons come before what they switch.
-    assert {tag for tag, _ in read.tags}.isdisjoint({"script", "link", "img", "iframe", "b"})
+    assert {tag for tag, _ in read.tags}.isdisjoint({"script", "link", "img", "iframe"})
     assert not re.search(r"https?://|url\(|@import|\son\w+=", text)
     assert text.index('id="q"') < text.index('id="r"') < text.index("<main>")
     scored = RewardModel.from_pretrained(model)
     q_n = scored.q_values([PAIR["prompt"]], [PAIR["rejected"]])[0]  # type: ignore[list-item]
-    tips = [attributes["title"] for tag, attributes in read.tags if attributes.get("class") == "t"]
-    assert f"Q {q_n[-1]:.4f}" in str(tips[-1])
-    assert f"token {len(q_n)} of {len(q_n)} '<|eos|>'" in str(tips[-1])
+    tips = [attributes["title"] for tag, attributes in read.tags if str(attributes.get("class")).startswith("t ")]
+    assert str(tips[-1]).startswith(f"token {len(q_n)} of {len(q_n)}: Q {q_n[-1]:.3f}, reward so far ")
 
 
 def test_one_completion_stands_alone_and_lists_stand_together(model: Path, tmp_path: Path) -> None:
@@ -91,17 +91,17 @@ def test_one_completion_stands_alone_and_lists_stand_together(model: Path, tmp_p
     lone = {"question": "one", "completion": "two\n\nthree", "first_error_step": 1, "is_correct": False}
     listed = {"prompt": "one", "completions": ["two", "two", "three"], "error_step": [0, None, 1]}
     for record, titles, marks in (
-        (lone, ["completion, wrong"], ["error: step 2"]),
+        (lone, [("wrong", "completion")], ["error: step 2"]),
         (
             listed,
-            ["completions[0]", "completions[1]", "completions[2]"],
+            [("plain", "completions[0]"), ("plain", "completions[1]"), ("plain", "completions[2]")],
             ["error: step 1", "first difference"],
         ),  # the first two are the same
     ):
         file = write(tmp_path / "one.jsonl", [record])
         assert cli.run("inspect", [str(model), str(file), "--row", "0", "-o", str(out)]) == 0
         read = Reader(out.read_text())
-        assert re.findall(r"<h2>([^<]+)</h2>", out.read_text()) == titles
+        assert re.findall(r'<section><h3><span class="badge (\w+)">([^<]+)</span>', out.read_text()) == titles
         assert sorted(name for _, name, _ in read.marks) == marks
 
 
@@ -132,13 +132,10 @@ def test_error_steps_are_counted_as_their_field_counts(
 
 
 def test_steps_begin_after_what_ends_them() -> None:
-    assert page.step_start(["a", "b;", "c", ";d"], 0, "") == 0
-    assert page.step_start(["a", "b;", "c", ";d"], 1, "") == 2
-    assert page.step_start(["a", "b;", "c", ";d"], 2, "") == 3  # the token that holds its first character
-    assert page.step_start(["a", "b;", "c", ";d"], 3, "") is None
-    assert page.step_start(["a\n", "", "\nb\n", "c"], 1, "") == 2  # blank lines come before line feeds
-    assert page.step_start(["a\n", "", "\nb\n", "c"], 2, "\n") == 2
-    assert page.step_start(["a.", "b"], 1, ".") == 1
+    assert page.step_starts(["a", "b;", "c", ";d"]) == [0, 2, 3]  # the token that holds the first character
+    assert page.step_starts(["a\n", "", "\nb\n", "c"]) == [0, 2]  # blank lines come before line feeds
+    assert page.step_starts(["a\n", "", "\nb\n", "c"], "\n") == [0, 2, 2, 3]
+    assert page.step_starts(["a.", "b."], ".") == [0, 1, 2]
 
 
 def test_first_difference_counts_completion_tokens() -> None:
@@ -150,26 +147,124 @@ def test_first_difference_counts_completion_tokens() -> None:
     assert page.first_difference(tokens(1), tokens(1)) is None
 
 
+def column(text_n: list[str], q: list[float], reward: list[float] | None = None, **changes: Any) -> Column:
+    return Column(title="one", text_n=text_n, q_n=np.array(q), reward_n=np.array(reward or q), **changes)
+
+
+def rendered(columns: list[Column], prompt: str = "p") -> str:
+    return page.page(title="t", about=[], groups={"": [Record(title="r", prompt=prompt, columns=columns)]}).html
+
+
 def test_a_page_escapes_markup_within_a_token_and_everywhere_else() -> None:
     evil = "<script>'\"&</span>"
-    column = Column(
-        title=evil, text_n=[evil, "b"], q_n=np.array([0.5, 1]), reward_n=np.array([0.5, 1]), marks={0: [evil]}
-    )
-    read = Reader(page.page(title=evil, about=evil, prompt=evil, columns=[column]))
+    bad = Column(title=evil, text_n=[evil, "b"], q_n=np.ones(2), reward_n=np.ones(2), marks={0: [evil]})
+    made = page.page(title=evil, about=[evil], groups={evil: [Record(title=evil, prompt=evil, columns=[bad])]})
+    read = Reader(made.html)
     assert read.sections == [evil + "b"]
     assert read.marks == [(0, evil, "")]
     assert "script" not in {tag for tag, _ in read.tags}
+    # Within a notebook's frame it is the same page.
+    [(_, attributes)] = Reader(made._repr_html_()).tags
+    assert attributes["srcdoc"] == made.html
 
 
-def test_values_that_do_not_vary_have_a_color() -> None:
-    assert re.fullmatch("#[0-9a-f]{6}", page.Scale(np.array([0.5, 0.5])).color(0.5))
+def test_the_last_token_has_no_say_in_colors_and_axes() -> None:
+    scale = page.Scale([np.array([0.06, 0.02, 0.97]), np.array([0.04, -1.0])])
+    assert (scale.level(0.02), scale.level(0.06)) == (0, page.LEVELS - 1)
+    assert scale.level(0.97) == page.LEVELS - 1
+    assert scale.ticks[0] <= 0.02
+    assert 0.06 <= scale.ticks[-1] < 0.1
+    assert (scale.height(0.97), scale.height(-1.0)) == (0, 100), "cut off at the edge"
+    assert page.Scale([np.array([0.5, 0.5])]).level(0.5) == page.LEVELS // 2
+
+
+def test_axes_show_zero_where_it_is_close() -> None:
+    assert 0 in page.Scale([np.array([0.4, 0.9, 9])]).ticks
+    assert 0 not in page.Scale([np.array([8.4, 8.9, 9])]).ticks
+    assert page.Scale([np.array([-3.0, 5, 9])]).ticks[0] <= -3
+    assert 'class="zero"' in rendered([column(["a", "b", "c"], [-0.5, 0.5, 0.1])])
+
+
+def test_margins_compare_the_best_of_each_kind() -> None:
+    assert page.margin([(True, 1.0), (True, 2.0), (False, 2.5), (False, -1.0), (None, 9.0)]) == -0.5
+    assert page.margin([(True, 1.0), (None, 2.0)]) is None
+
+
+def test_long_completions_have_a_mean_per_step_and_short_ones_none() -> None:
+    scale = page.Scale([np.array([0.0, 1.0, 0.5])])
+    assert scale.stairs(np.array([0.0, 1.0, 1.0, 1.0]), [0, 2, 4], 4) == "0.00,50.0 66.67,50.0 66.67,0.0 100.00,0.0"
+    steps = [f"{word}\n" if i % 50 == 49 else word for i, word in enumerate(["x"] * page.LONG)]
+    assert column(steps, [0.0] * page.LONG).segments() == [0, 50, 100, 150, page.LONG]
+    windows = column(["x"] * 90, [0.0] * 90).segments()
+    assert windows == [*range(0, 90, 3), 90]
+    values = np.linspace(0, 1, page.LONG).tolist()
+    assert 'class="is-right faint"' in rendered([column(steps, values, right=True)])
+    assert "faint" not in rendered([column(steps[1:], values[1:], right=True)]).partition("<main>")[2]
+
+
+def test_shared_starts_and_long_prompts_are_folded() -> None:
+    n = 2 * page.KEPT + 1
+    same, values = ["s"] * n, [0.5] * (n + 1)
+    folded = rendered([column([*same, "a"], values), column([*same, "b"], values)], "p" * (page.FOLDED_PROMPT + 1))
+    assert f"<summary>{n - page.KEPT} tokens that all completions share</summary>" in folded
+    assert '<details class="prompt">' in folded
+    assert Reader(folded).sections == ["s" * n + "a", "s" * n + "b"], "all tokens are there"
+    short = rendered([column([*same[1:], "a"], values[1:]), column([*same[1:], "b"], values[1:])])
+    assert "tokens that all completions share" not in short
+    assert '<details class="prompt">' not in short
+    assert "tokens that all completions share" not in rendered([column(same, values[1:])]), "nothing to share with"
+
+
+def test_means_are_split_at_the_error() -> None:
+    values = [1.0, 0.0, -1.0, -1.0]
+    marks = {1: ["first difference"], 2: ["error: step 2"]}
+    assert column(list("abcd"), values, marks=marks).means == "mean Q 0.50 before the error, -1.00 from there on"
+    only = column(list("abcd"), values, marks={1: ["first difference"]}).means
+    assert only == "mean Q 1.00 before the first difference, -0.67 from there on"
+    assert column(list("abcd"), values).means == ""
+
+
+def test_the_report_has_the_lowest_margins_in_order_and_others_at_random(model: Path, tmp_path: Path) -> None:
+    pairs = [
+        {"prompt": f"one {'two ' * i}", "chosen": "three " * (i + 1), "rejected": "four " * (9 - i)} for i in range(8)
+    ]
+    file, out = write(tmp_path / "pairs.jsonl", pairs), tmp_path / "page.html"
+    scored = RewardModel.from_pretrained(model)
+    chosen, rejected = (
+        scored.score([str(p["prompt"]) for p in pairs], [str(p[side]) for p in pairs])
+        for side in ("chosen", "rejected")
+    )
+    order = np.argsort(chosen - rejected).tolist()
+    assert cli.run("inspect", [str(model), str(file), "-o", str(out), "--worst", "3", "--random", "2"]) == 0
+    text = out.read_text()
+    numbers = [int(number) for number in re.findall(r"<h3>Record (\d+) \(pairs\.jsonl:\d+\)</h3>", text)]
+    assert numbers[:3] == order[:3]
+    assert len(set(numbers)) == 5
+    assert [order.index(number) for number in numbers[3:]] == sorted(order.index(number) for number in numbers[3:])
+    assert re.findall(r"<h2>([^<]+)</h2>", text) == ["Lowest 3 margins", "2 others, drawn at random"]
+    won = int((chosen > rejected).sum())
+    assert f"8 of 8 records scored; the right completion has the higher reward in {won} of 8" in text
+    assert cli.run("inspect", [str(model), str(file), "-o", str(out), "--worst", "9", "--limit", "4"]) == 0
+    assert "4 of 8 records scored" in out.read_text()
+
+
+def test_records_without_two_kinds_are_drawn_at_random(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tmp_path / "lone.jsonl", samples()), tmp_path / "page.html"
+    assert cli.run("inspect", [str(model), str(file), "-o", str(out), "--random", "4"]) == 0
+    assert re.findall(r"<h2>([^<]+)</h2>", out.read_text()) == ["4 drawn at random"]
+    assert "--worst shows none" in capsys.readouterr().err
+    assert cli.run("inspect", [str(model), str(file), "-o", str(out), "--random", "0"]) == 2
+    assert "select no record" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
         ({}, ["--row", "1"], r"--row 1: .*bad\.jsonl has 1 records, numbered from 0"),
-        ({}, ["--row", "-1"], r"--row -1: must be 0 or more"),
+        ({}, ["--row", "-1"], r"--row -1: must be at least 0"),
+        ({}, ["--worst", "0", "--random", "0"], r"--worst 0 --random 0: nothing to show"),
         ({"error_step": "two"}, ["--row", "0"], r"bad\.jsonl:1: field 'error_step' is 'two', not the number of a step"),
         (
             {},

@@ -105,8 +105,8 @@ FAULTS = {
     ),
     "inspect: the token before a step marked": (
         "gcrm_fast/evaluation/page.py",
-        'position, "right"',
-        'position, "left"',
+        'positions, "right"',
+        'positions, "left"',
         "tests/evaluation/test_page.py -k steps_begin",
     ),
     "inspect: the difference counted from the prompt": (
@@ -114,6 +114,30 @@ FAULTS = {
         "a, b = one.ids[one.start :], other.ids[other.start :]",
         "a, b = one.ids, other.ids",
         "tests/evaluation/test_page.py -k first_difference",
+    ),
+    "inspect: the last token sets the scale": (
+        "gcrm_fast/evaluation/page.py",
+        "value_n[: max(len(value_n) - 1, 1)]",
+        "value_n",
+        "tests/evaluation/test_page.py -k last_token",
+    ),
+    "inspect: the highest margins first": (
+        "gcrm_fast/commands/inspect.py",
+        "known[: options.worst]",
+        "known[::-1][: options.worst]",
+        "tests/evaluation/test_page.py -k lowest_margins",
+    ),
+    "inspect: the margin to the worst wrong one": (
+        "gcrm_fast/evaluation/page.py",
+        "max(right) - max(wrong)",
+        "max(right) - min(wrong)",
+        "tests/evaluation/test_page.py -k margins_compare",
+    ),
+    "inspect: all shared tokens folded": (
+        "gcrm_fast/evaluation/page.py",
+        "shared - KEPT if shared",
+        "shared if shared",
+        "tests/evaluation/test_page.py -k folded",
     ),
     "halves: every held-out problem in the same one": (
         "gcrm_fast/evaluation/measures.py",
