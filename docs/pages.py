@@ -12,12 +12,13 @@ from gcrm_fast.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ("experiments/arithmetic.md", "experiments/objectives.md", "bench/LOG.md")
+EXAMPLES = tuple(f"examples/{path.name}" for path in (ROOT / "examples").iterdir() if path.is_file())
 WIDTH = "88"  # columns of the help
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds the generated pages."""
-    for name in REPORTS:
+    for name in REPORTS + EXAMPLES:
         files.append(File.generated(config, name, content=(ROOT / name).read_text(encoding="utf-8")))
     files.append(File.generated(config, "cli.md", content=command_line()))
     files.append(File.generated(config, "extending.md", content=extending()))
@@ -26,7 +27,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links that leave docs/, as they are in the repository, lead to the pages added above."""
-    for name in REPORTS:
+    for name in REPORTS + EXAMPLES:
         markdown = markdown.replace(f"](../{name})", f"]({name})")
     return markdown
 

@@ -188,6 +188,15 @@ def located_cases(models: Mapping[str, Path], goals: Mapping[str, Path], file: P
     return cases
 
 
+def right_by_hand(folder: Path) -> list[bool]:
+    """Whether the model scores the right solution above the wrong one, for each pair of by_hand.jsonl."""
+    model = RewardModel.from_pretrained(folder)
+    pairs = [json.loads(line) for line in (HERE / "by_hand.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [pair["prompt"] for pair in pairs]
+    chosen, rejected = (model.score(prompts, [pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
+    return (chosen > rejected).tolist()
+
+
 # ---------------------------------------------------------------------------------------------------------- report
 
 Rows = dict[tuple[str, str], tuple[float | None, float | None, float | None]]  # (group, measure): value, low, high
@@ -281,6 +290,7 @@ def report(
     cases: dict[str, list[Measures]],
     evaluations: Mapping[tuple[str, str], Rows],
     votes: Mapping[tuple[str, str, str], Rows],
+    by_hand: Mapping[str, Sequence[bool]],
 ) -> str:
     """The text of arithmetic.md; every number in it is of this run."""
     return f"""# Does it work? The default model on problems whose errors are known
@@ -312,6 +322,11 @@ hence 0.5):
 ## AUROC
 
 {evaluation_table(evaluations)}
+
+## Pairs written by hand
+
+Problems of two and three steps with one wrong step (`by_hand.jsonl`): the right solution scores above the wrong one in
+{", ".join(f"{sum(right)} of {len(right)} ({name})" for name, right in by_hand.items())}.
 
 ## Votes and what filtering saves
 
@@ -351,17 +366,19 @@ def run(options: Options) -> None:
             done("vote", *common, "-o", output, "--threshold", threshold)
             votes[name, goal, threshold] = read_rows(output)
     cases = located_cases(models, goal_files, held_out)
+    by_hand = {name: right_by_hand(model) for name, model in models.items()}
     numbers = {
         "machine": machine(),
         "options": {k: v for k, v in asdict(options).items() if isinstance(v, int)},
         "localization": cases,
+        "by hand": by_hand,
         "evaluate": {", ".join(key): {" ".join(k): v for k, v in rows.items()} for key, rows in evaluations.items()},
         "vote": {
             ", ".join(key): {" ".join(k): v for k, v in rows.items() if "@" not in k[1]} for key, rows in votes.items()
         },
     }
     write_aside(options.report.with_suffix(".json"), to_json(numbers))
-    write_aside(options.report.with_suffix(".md"), report(options, cases, evaluations, votes))
+    write_aside(options.report.with_suffix(".md"), report(options, cases, evaluations, votes, by_hand))
     print(f"wrote {options.report}.md and {options.report}.json")
 
 

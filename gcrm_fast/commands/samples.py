@@ -15,7 +15,9 @@ def distinct_problems(options: SampleOptions) -> list[str]:
     if options.side == "held-out":
         prompts = [pair.prompt for pair in generate(0, options.problems, options.seed, options.arithmetic_steps)[1]]
     else:  # training problems may come again
-        pairs = generate(2 * options.problems + 1000, 0, options.seed, options.arithmetic_steps)[0]
+        pairs = generate(
+            2 * options.arithmetic_steps * options.problems + 1000, 0, options.seed, options.arithmetic_steps
+        )[0]
         prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: options.problems]
     if len(prompts) < options.problems:
         raise UserError(

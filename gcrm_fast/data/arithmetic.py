@@ -51,11 +51,12 @@ def is_correct(prompt: str, completion: str) -> bool:
 
 
 def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[list[Pair], list[Pair]]:
-    """(training pairs, held-out pairs) over disjoint problems of 1 to ``max_steps`` steps, n steps with weight 1 / n.
+    """(training pairs, held-out pairs) over disjoint problems of 1 to ``max_steps`` steps, n steps with weight
+    1 / sqrt(n).
 
-    A problem names max_steps + 1 values. Fields of a pair: ``steps`` and ``error_step`` (1-based). Training problems
-    may repeat with another error; held-out problems are distinct, so there are fewer than ``eval_pairs`` where no more
-    exist.
+    A training problem comes with one rejected solution per step, wrong at that step, and may repeat; a held-out problem
+    comes once, wrong at a random step, so there are fewer than ``eval_pairs`` if there are fewer problems. A problem
+    names max_steps + 1 values. Fields of a pair: ``steps`` and ``error_step`` (1-based).
     """
     rng = random.Random(seed)
     lengths = range(1, max_steps + 1)
@@ -64,24 +65,25 @@ def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[li
     fruitless = 0
     while len(train) < pairs or (len(held_out) < eval_pairs and fruitless < PATIENCE):
         fruitless += 1
-        steps = rng.choices(lengths, [1 / n for n in lengths])[0]
+        steps = rng.choices(lengths, [n**-0.5 for n in lengths])[0]
         value_of = {name: rng.randrange(MODULUS) for name in LETTERS[: max_steps + 1]}
         names = rng.sample(sorted(value_of), steps + 1)
         prompt = ",".join(f"{name}={value}" for name, value in value_of.items()) + f":{'+'.join(names)}?"
         values = [value_of[name] for name in names]
-        error_step = rng.randint(1, steps)
-        chosen = _solution(values, 0, 0)
-        rejected = _solution(values, error_step, rng.randrange(1, MODULUS))
-        fields = {"steps": steps, "error_step": error_step}
-        if is_held_out(prompt):
-            if len(held_out) < eval_pairs and prompt not in held_out:
-                where = f"arithmetic:held-out:{len(held_out) + 1}"
-                held_out[prompt] = Pair(prompt, chosen, rejected, where=where, fields=fields)
-                fruitless = 0
-        elif len(train) < pairs:
-            where = f"arithmetic:train:{len(train) + 1}"
-            train.append(Pair(prompt, chosen, rejected, where=where, fields=fields))
-    return train, list(held_out.values())
+        if not is_held_out(prompt):
+            for error_step in range(1, steps + 1):
+                train.append(_pair(prompt, values, error_step, rng, f"arithmetic:train:{len(train) + 1}"))
+        elif len(held_out) < eval_pairs and prompt not in held_out:
+            where = f"arithmetic:held-out:{len(held_out) + 1}"
+            held_out[prompt] = _pair(prompt, values, rng.randint(1, steps), rng, where)
+            fruitless = 0
+    return train[:pairs], list(held_out.values())
+
+
+def _pair(prompt: str, values: list[int], error_step: int, rng: random.Random, where: str) -> Pair:
+    """The right solution, and one that is wrong at ``error_step``."""
+    chosen, rejected = _solution(values, 0, 0), _solution(values, error_step, rng.randrange(1, MODULUS))
+    return Pair(prompt, chosen, rejected, where=where, fields={"steps": len(values) - 1, "error_step": error_step})
 
 
 # ---------------------------------------------------------------------------------------------------------- samples

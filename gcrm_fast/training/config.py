@@ -114,6 +114,8 @@ class TrainConfig(Options):
     """Number of query heads of a model without --model."""
     kv_heads: Annotated[int, Range(least=1, greatest=1024)] = 2
     """Number of key/value heads of a model without --model."""
+    head_size: Annotated[int, Range(least=0, greatest=1024)] = 0
+    """Width of each attention head of a model without --model, an even number; 0 is --hidden-size / --heads."""
     intermediate_size: Annotated[int, Range(least=1, greatest=2**18)] = 384
     """Width of the MLPs of a model without --model."""
     vocab_size: Annotated[int, Range(least=259, greatest=2**20)] = 4096
@@ -263,7 +265,10 @@ class TrainConfig(Options):
             need(bool(self.eval_data) or generated, "keep_best", "omitted without --eval-data")
             need(self.keep > 0, "keep", "1 or more with --keep-best")
         if not self.model:
-            need(self.hidden_size % (2 * self.heads) == 0, "hidden_size", "a multiple of 2 * --heads")
+            if self.head_size:
+                need(self.head_size % 2 == 0, "head_size", "even")
+            else:
+                need(self.hidden_size % (2 * self.heads) == 0, "hidden_size", "a multiple of 2 * --heads")
             need(self.heads % self.kv_heads == 0, "kv_heads", "a divisor of --heads")
         for name, wanted, module, extra in (
             ("optimizer", self.optimizer != "adamw", "torchao", "torchao"),
@@ -285,19 +290,22 @@ class TrainConfig(Options):
 PRESETS: dict[str, dict[str, Any]] = {
     "": {},
     "arithmetic": {
-        "train_pairs": 40_000,
+        "train_pairs": 50_000,
+        "global_batch_pairs": 80,
+        "group_prompts": 3,
         "eval_pairs": 1000,
         "eval_by": ("steps", "error_step"),
         "vocab_size": 259,
         "hidden_size": 64,
         "layers": 2,
         "kv_heads": 4,
-        "intermediate_size": 256,
+        "head_size": 32,
+        "intermediate_size": 128,
         "lr": 4e-3,
         "steps": 600,
         "warmup": 0.1,
         "weight_decay": 0.1,
-        "contrastive_weight": 1.0,
+        "contrastive_weight": 2.0,
         "log_every": 20,
     },
     "math": {"lr": 9e-6, "max_length": 2048, "global_batch_pairs": 64, "epochs": 1.0},

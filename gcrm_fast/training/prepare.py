@@ -122,7 +122,7 @@ def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.kv_heads,
-        head_dim=config.hidden_size // config.heads,
+        head_dim=config.head_size or config.hidden_size // config.heads,
         max_position_embeddings=config.max_length,
         head=config.head,
         projection_size=config.projection_size,

@@ -102,11 +102,17 @@ def test_fewer_held_out_problems_where_no_more_exist(monkeypatch):
 
 
 def test_steps_and_errors_are_spread():
-    steps = np.array([pair.fields["steps"] for pair in TRAIN])
-    shares = np.bincount(steps, minlength=4)[1:] / len(steps)
-    np.testing.assert_allclose(shares, np.array([6, 3, 2]) / 11, atol=0.03)
-    errors = np.array([pair.fields["error_step"] for pair in TRAIN])[steps == 3]
-    np.testing.assert_allclose(np.bincount(errors, minlength=4)[1:] / len(errors), 1 / 3, atol=0.06)
+    """n steps with weight 1 / sqrt(n); each training problem with one error per step, held-out ones with one error."""
+    steps, weights = (
+        [pair.fields["steps"] for pair in TRAIN if pair.fields["error_step"] == 1],
+        np.array([1, 2, 3]) ** -0.5,
+    )
+    np.testing.assert_allclose(np.bincount(steps)[1:] / len(steps), weights / weights.sum(), atol=0.03)
+    for pair in TRAIN[:1000]:
+        errors = {other.fields["error_step"] for other in TRAIN if other.prompt == pair.prompt}
+        assert errors == set(range(1, pair.fields["steps"] + 1))
+    errors = [pair.fields["error_step"] for pair in HELD_OUT if pair.fields["steps"] == 3]
+    np.testing.assert_allclose(np.bincount(errors, minlength=4)[1:] / len(errors), 1 / 3, atol=0.09)
 
 
 @pytest.fixture(scope="module")

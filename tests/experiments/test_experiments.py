@@ -160,6 +160,8 @@ def test_the_chain_from_nothing_and_again(
     assert by_position["drop"][0] == by_position["drop_right"][0]
     assert all(found["offset -1"][0] == 0.5 for several in cases.values() for found in several)  # the same tokens
     assert f"{cases['gcrm: Q'][0]['after'][0]:.3f}" in text
+    assert {name: len(right) for name, right in numbers["by hand"].items()} == dict.fromkeys(chain.MODELS, 20)
+    assert f"{sum(numbers['by hand']['gcrm'])} of 20 (gcrm)" in text
     assert set(numbers["vote"]) == {"gcrm, any, 0", "gcrm, any, auto"}
     assert chain.main(arguments) == 0
     assert len(trainings) == 2

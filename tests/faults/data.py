@@ -223,6 +223,12 @@ FAULTS = {
         "item.start if per_token else -2 :][:1]",
         "tests/inference/test_scoring.py -k transformers",
     ),
+    "a training problem with errors at its last step alone": (
+        "gcrm_fast/data/arithmetic.py",
+        "for error_step in range(1, steps + 1):",
+        "for error_step in range(steps, steps + 1):",
+        "tests/data/test_arithmetic.py -k spread",
+    ),
     "samples: a wrong solution that is right": (
         "gcrm_fast/data/arithmetic.py",
         '"is_correct": not error_step',

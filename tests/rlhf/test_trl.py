@@ -1,19 +1,13 @@
-"""Rewards in a trainer's process: what TRL hands over, and a policy that gets better by them."""
-
-import random
-from pathlib import Path
+"""Rewards in a trainer's process: what TRL passes."""
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from gcrm_fast import RewardModel
 from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.data.arithmetic import generate, is_correct
 from gcrm_fast.data.chat import as_text
-from gcrm_fast.data.records import Pair
 from gcrm_fast.data.tokenization import choose_pad
 from gcrm_fast.rlhf.trl import RewardFunction
 from support.chat import CHATML, LLAMA2, chat_tokenizer
@@ -82,88 +76,3 @@ def test_what_is_no_text(template: str | None, prompt: object, completion: objec
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=message):
         as_text(tokenizer, prompt, completion)
-
-
-# ---------------------------------------------------------------------------------------------------------------- TRL
-
-
-def imitate(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair], steps: int) -> None:
-    """Supervised steps on solutions of which half are wrong: a policy that knows the form but not the answers."""
-    rng = random.Random(0)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=5e-3)
-    for _ in range(steps):
-        drawn = rng.sample(pairs, 32)
-        texts = [p.prompt + rng.choice((p.chosen, p.rejected)) + tokenizer.eos_token for p in drawn]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        prompt = min(len(tokenizer(p.prompt)["input_ids"]) for p in drawn)
-        labels[:, :prompt] = -100
-        policy(**batch, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def accuracy(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> float:
-    """Share of sampled solutions that the verifier accepts."""
-    asked = prompts * 16
-    batch = tokenizer(asked, return_tensors="pt", padding=True, padding_side="left")
-    sampled = policy.eval().generate(**batch, do_sample=True, top_k=0, max_new_tokens=8)
-    texts = tokenizer.batch_decode(sampled[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return float(np.mean([is_correct(*pair) for pair in zip(asked, texts, strict=True)]))
-
-
-@pytest.mark.slow
-def test_a_policy_gets_better_by_our_rewards(finished: Path, tmp_path: Path) -> None:
-    """GRPO by TRL itself: the verifier, which the policy never meets, accepts more of its solutions than before."""
-    trl = pytest.importorskip("trl", reason="TRL is not installed: pip install 'gcrm-fast[trl]'")
-    datasets = pytest.importorskip("datasets")
-    model = RewardModel.from_pretrained(finished / "model")
-    tokenizer = model.tokenizer
-    reward = RewardFunction(model, q_weight=1.0, ends=[tokenizer.eos_token_id])
-    pairs = [pair for pair in generate(4000, 0, seed=1, max_steps=2)[0] if pair.fields["steps"] == 1]
-    prompts = sorted({pair.prompt for pair in pairs})[3::60]
-    policy = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=64,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    imitate(policy, tokenizer, [pair for pair in pairs if pair.prompt in prompts], 180)
-    before = accuracy(policy, tokenizer, prompts)
-    options = trl.GRPOConfig(
-        output_dir=str(tmp_path),
-        max_steps=30,
-        per_device_train_batch_size=64,
-        num_generations=8,
-        max_completion_length=8,
-        temperature=0.8,
-        learning_rate=1e-3,
-        beta=0.0,
-        mask_truncated_completions=True,
-        logging_steps=5,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        seed=0,
-    )
-    trainer = trl.GRPOTrainer(
-        model=policy,
-        reward_funcs=reward,
-        args=options,
-        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    rewards = [row["rewards/gcrm/mean"] for row in trainer.state.log_history if "rewards/gcrm/mean" in row]
-    assert rewards[-1] > rewards[0]
-    assert accuracy(policy, tokenizer, prompts) > before + 0.2

@@ -1,0 +1,96 @@
+"""The examples run: what each sends and reads, and what a policy learns."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
+
+import pytest
+
+from gcrm_fast import RewardModel
+from support.serving import running, write_served_model
+from support.training_runs import ROOT
+
+
+def example(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_served_model(tmp_path_factory.mktemp("examples") / "model")
+
+
+def test_verl_gets_the_reward_of_the_server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = RewardModel.from_pretrained(folder)
+    with running(model) as server:
+        monkeypatch.setenv("GCRM_URL", f"http://127.0.0.1:{server.port}")
+        reward = example("verl_reward").compute_score("data", " yes.", None, {"prompt": "hello?"})
+    assert reward == pytest.approx(float(model.score(["hello?"], [" yes."])[0]), rel=1e-5)
+
+
+class Classifier(BaseHTTPRequestHandler):
+    """Answers as vLLM's /classify does."""
+
+    bodies: ClassVar[list[dict[str, str]]] = []
+
+    def do_POST(self) -> None:
+        self.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"index": 0, "probs": [-0.25], "num_classes": 1}]}).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def classifier() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Classifier)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/classify"
+    server.shutdown()
+    server.server_close()
+
+
+def test_vllm_is_sent_the_end_token(folder: Path, classifier: str) -> None:
+    assert example("vllm_classify").reward(str(folder), "hello?", " yes.", classifier) == -0.25
+    end = RewardModel.from_pretrained(folder).tokenizer.eos_token
+    assert Classifier.bodies[-1] == {"model": str(folder), "input": f"hello? yes.{end}"}
+
+
+def test_openrlhf_is_given_the_endpoint(tmp_path: Path) -> None:
+    """With both programs replaced by ones that write down their arguments."""
+    then = {"gcrm": "exec sleep 20", "python": f"while [ ! -s {tmp_path}/gcrm.said ]; do sleep 0.05; done"}
+    for name, last in then.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/{name}.said\n{last}\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    script = ROOT / "examples" / "openrlhf_remote.sh"
+    subprocess.run([script, "model", "policy", "prompts", "--train.batch_size", "8"], env=environment, check=True)
+    assert (tmp_path / "gcrm.said").read_text().split() == ["serve", "model", "--port", "5000"]
+    said = (tmp_path / "python.said").read_text()
+    assert "--reward.remote_url http://127.0.0.1:5000/get_reward --train.batch_size 8" in said
+
+
+@pytest.mark.slow
+def test_a_policy_gets_better_by_our_rewards(finished: Path) -> None:
+    """GRPO by TRL itself: the verifier, which the policy never meets, accepts more of its solutions than before."""
+    pytest.importorskip("trl", reason="TRL is not installed: pip install 'gcrm-fast[trl]'")
+    pytest.importorskip("datasets")
+    gain = example("grpo_with_trl").run(str(finished / "model"))
+    assert gain.last_reward > gain.first_reward
+    assert gain.right_after > gain.right_before + 0.2
