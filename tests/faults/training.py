@@ -79,6 +79,24 @@ FAULTS = {
         "raise",
         "tests/training/test_agreement.py -k family",
     ),
+    "predicted memory of the budget, whatever the data": (
+        "gcrm_fast/training/memory.py",
+        "return min(budget, share)",
+        "return budget",
+        "tests/training/test_step.py -k pack_is_no_larger",
+    ),
+    "a node that is not told to stop reports success": (
+        "gcrm_fast/training/interrupts.py",
+        "        sys.exit(128 + (self._signal or signal.SIGTERM))",
+        "        sys.exit(0)",
+        "tests/training/test_signals.py -k does_not_report",
+    ),
+    "run: checkpoints behind a link removed as if they were here": (
+        "gcrm_fast/training/snapshots.py",
+        "if self.folder.is_symlink():",
+        "if False:",
+        "tests/training/test_resume.py -k link",
+    ),
     "held-out passes in training mode": (
         "gcrm_fast/training/held_out.py",
         "    model.eval()\n",
