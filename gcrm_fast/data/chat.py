@@ -18,6 +18,10 @@ Messages = Sequence[dict[str, Any]]
 ANSWERING = ("assistant", "tool")  # roles of the messages that make up a completion
 
 
+class Rendered(str):
+    """Text that a chat template wrote, with all special tokens that belong in it."""
+
+
 def as_text(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, completion: str | Messages) -> tuple[str, str]:
     """(prompt, completion) as text; unlike a record's, a sampled answer may be empty. Raises FieldError."""
     text, [answer] = as_texts(tokenizer, prompt, {"completion": completion})
@@ -48,12 +52,12 @@ def as_texts(
     if not context:
         raise FieldError(prompt_name, f"is missing, and '{first}' contains only the answer")
     text = _written(tokenizer, prompt_name if isinstance(prompt, list) else first, context, ask=True)
-    completions = []
+    completions: list[str] = []
     for name, messages in dialogues.items():
         whole = _written(tokenizer, name, [*context, *messages[count:]], ask=False)
         if not whole.startswith(text):
             raise FieldError(name, "changes how the chat template writes the prompt: the answer has no start")
-        completions.append(whole[len(text) :])
+        completions.append(Rendered(whole[len(text) :]))
     return text, completions
 
 

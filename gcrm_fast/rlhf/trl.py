@@ -10,6 +10,7 @@ from typing import Any
 
 from gcrm_fast.data.chat import Messages, as_text
 from gcrm_fast.data.encoding import CUT, Completion
+from gcrm_fast.data.ends import Choice
 from gcrm_fast.inference.scoring import RewardModel
 
 
@@ -19,7 +20,8 @@ class RewardFunction:
     ``q_weight`` adds that many times the Q-value of the end state, its cosine to the goal state ``goal``: a second
     signal from the same forward. ``ends``: the policy's end tokens; where the trainer passes ``completion_ids`` (TRL
     does), a completion that does not end with one was cut by its length limit and is scored as such. Without ``ends``
-    every completion counts as ended. ``name`` is its name in logs.
+    every completion counts as ended. ``end``: where the reward of a model that is loaded is read, see
+    ``RewardModel.from_pretrained``. ``name`` is its name in logs.
     """
 
     def __init__(
@@ -29,9 +31,10 @@ class RewardFunction:
         q_weight: float = 0.0,
         goal: str | None = None,
         ends: Collection[int] = (),
+        end: Choice = "auto",
         name: str = "gcrm",
     ) -> None:
-        self.model = model if isinstance(model, RewardModel) else RewardModel.from_pretrained(model)
+        self.model = model if isinstance(model, RewardModel) else RewardModel.from_pretrained(model, end=end)
         self.q_weight = q_weight
         self.goals_GD = self.model.goal(goal)[None] if q_weight else None
         self.ends = frozenset(ends)
