@@ -8,9 +8,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from gcrm_fast.data.chat import Messages, as_text
+from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.encoding import CUT, Completion
 from gcrm_fast.data.ends import Choice
+from gcrm_fast.data.messages import Messages
 from gcrm_fast.inference.scoring import RewardModel
 
 
@@ -47,8 +48,13 @@ class RewardFunction:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float]:
-        """Rewards in the order of ``completions``; ``columns``, the data set's other columns, change nothing."""
-        texts = [as_text(self.model.tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+        """Rewards in the order of ``completions``. Of ``columns``, the data set's others, ``tools`` and ``system`` are
+        read, one per prompt; the rest changes nothing."""
+        context = [columns.get(name) or [None] * len(prompts) for name in ("tools", "system")]
+        texts = [
+            as_text(self.model.tokenizer, prompt, completion, tools=tools, system=system)
+            for prompt, completion, tools, system in zip(prompts, completions, *context, strict=True)
+        ]
         cuts = [False] * len(texts)
         if self.ends and completion_ids is not None:
             cuts = [bool(ids) and ids[-1] not in self.ends for ids in completion_ids]
