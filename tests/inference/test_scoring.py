@@ -327,7 +327,7 @@ def test_from_a_pipe_into_a_pipe(folder: Path, gcrm: Gcrm, tmp_path: Path, monke
             assert cli.run("score", [str(folder), "-", "-o", "-"]) == 0
         assert target.buffer.getvalue() == (tmp_path / "out").read_bytes()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="several processes cannot read one stdin"):
+    with pytest.raises(UserError, match="several processes cannot share stdin"):
         read_completions(["-"])
 
 
@@ -509,7 +509,7 @@ def test_damaged_gzip_and_wrong_calls(gcrm: Gcrm, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for arguments, message in (
         ([tmp_path / "cut.gz", "-o", out], r"cut.gz:\d+: gzip data is damaged"),
-        ([tmp_path / "empty", "-o", out], "empty: holds no records"),
+        ([tmp_path / "empty", "-o", out], "empty: contains no records"),
         ([tmp_path / "missing", "-o", out], "missing: cannot be read"),
         ([tmp_path, "-o", out], "not a folder that datasets can load"),
         ([tmp_path / "a", "-o", tmp_path / "a"], "--output .*a: is also an input"),
