@@ -15,6 +15,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.data import fields as checked
 from gcrm_fast.data.chat import as_texts, is_empty
 from gcrm_fast.data.fields import FieldError, kind
+from gcrm_fast.data.formats import adapted, judgment, suggested_columns
 from gcrm_fast.data.messages import decoded, is_messages
 from gcrm_fast.data.sources import BadRecords, rows
 
@@ -26,6 +27,7 @@ FORMATS = {  # of preference pairs
     **PAIRS,
     "scores": ("prompt", "completions", "scores"),
     "ranks": ("prompt", "completions", "ranks"),
+    "is_correct": ("prompt", "completion", "is_correct"),  # paired with other completions of the prompt
 }
 COMPLETION_FORMATS = {
     "completion": ("prompt", "completion"),
@@ -35,7 +37,7 @@ COMPLETION_FORMATS = {
     **PAIRS,
     "conversation": ("messages",),
 }
-PROMPTS, ORDERS = ("prompt", "question"), ("scores", "ranks")  # fields of a format that hold no completion
+PROMPTS, ORDERS = ("prompt", "question"), ("scores", "ranks", "is_correct")  # fields without a completion
 CONTEXT = ("system", "tools")  # read next to any prompt
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -108,6 +110,15 @@ class Side(NamedTuple):
     cut: bool
 
 
+class Judged(NamedTuple):
+    """A completion that was judged by itself: a greater value is better."""
+
+    side: Side
+    value: float
+    where: str
+    fields: dict[str, Any]
+
+
 # --------------------------------------------------------------------------------------------------------- formats
 
 
@@ -148,6 +159,9 @@ def format_of(values: Mapping[str, Any], formats: Formats) -> str:
         nearest = formats.get("completion", ("prompt", *PAIRS["chosen and rejected"]))
         missing = nearest[1]
     listed = ", ".join(f"'{field}'" for field in nearest)
+    for needed in formats.values():
+        if columns := suggested_columns(values, needed):
+            raise FieldError(missing, f"is missing: a record needs {listed}: pass {columns}")
     raise FieldError(missing, f"is missing: a record needs {listed}, or the fields of another format (README)")
 
 
@@ -218,7 +232,7 @@ def preferences(values: Mapping[str, Any], needed: Sequence[str], sides: list[Si
         given = checked.entries(order, values[order], len(sides))
         if len(sides) < 2:
             raise FieldError("completions", "has 1 entry: at least two are compared")
-        ranking = [checked.number(f"{order}[{i}]", value) for i, value in enumerate(given)]
+        ranking = [judgment(f"{order}[{i}]", value) for i, value in enumerate(given)]
         chosen = ordered_pairs(ranking if order == "scores" else [-value for value in ranking], limit)
     pairs = [[sides[better], sides[worse]] for better, worse in chosen]
     for better, worse in pairs:
@@ -289,7 +303,8 @@ def _renamed(raw: Any, columns: Mapping[str, str]) -> dict[str, Any]:
         if column not in raw:
             raise UserError(f"field '{column}', named by --columns for '{name}', is missing")
     named = {name: raw[column] for name, column in columns.items()} or raw
-    return {name: value for name, value in named.items() if value is not None}  # null means absent
+    present = {name: value for name, value in named.items() if value is not None}  # null means absent
+    return present if columns else adapted(present)
 
 
 def _placed(error: UserError, where: str, columns: Mapping[str, str]) -> UserError:
@@ -324,6 +339,10 @@ def read_pairs(
         prompt, sides = sides_of(values, needed, tokenizer)
         margin = checked.number("margin", values.get("margin", 0.0))
         extra = {name: _group_field(name, raw) for name in fields}
+        if "is_correct" in needed:
+            row = Judged(sides[0], judgment("is_correct", values["is_correct"]), where, extra)
+            judged.setdefault(prompt, []).append(row)
+            return []
         return [
             Pair(
                 prompt,
@@ -340,12 +359,34 @@ def read_pairs(
 
     pairs: list[Pair] = []
     for source in sources:
+        judged: dict[str, list[Judged]] = {}
         of_records = list(_converted(source, FORMATS, columns or {}, bad, convert))
+        if judged:
+            of_records = [_paired(prompt, group, pairs_per_prompt) for prompt, group in judged.items()]
         bad.tied += of_records.count([])
         if not any(of_records):
-            raise UserError(f"{source}: contains no pairs: the completions of every record tie")
+            of_what = "prompt have the same judgment" if judged else "record tie"
+            raise UserError(f"{source}: contains no pairs: the completions of every {of_what}")
         pairs += [pair for of_record in of_records for pair in of_record]
     return pairs
+
+
+def _paired(prompt: str, group: list[Judged], limit: int) -> list[Pair]:
+    """Pairs of the completions of one prompt that were judged one by one; equal texts are no pair."""
+    pairs = [(group[a], group[b]) for a, b in ordered_pairs([row.value for row in group], limit)]
+    return [
+        Pair(
+            prompt,
+            better.side.text,
+            worse.side.text,
+            where=better.where,
+            fields=better.fields,
+            chosen_cut=better.side.cut,
+            rejected_cut=worse.side.cut,
+        )
+        for better, worse in pairs
+        if better.side.text != worse.side.text
+    ]
 
 
 def _group_field(name: str, raw: Mapping[str, Any]) -> str | int | float:

@@ -13,6 +13,7 @@ import re
 import stat
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from gcrm_fast.common.errors import UserError, one_line
 
 STDIN = "-"
 GZIP = b"\x1f\x8b"  # how its files begin
+MAX_ARRAY = 2**30  # bytes of a JSON array, which is read as a whole
 MAX_LINE = 2**24  # bytes: a file without line feeds must not fill the memory
 FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".ndjson", ".txt"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>\S+))?")
@@ -57,11 +59,11 @@ def rows(source: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
     folder, _, split = source.rpartition(":") if ":" in source else (source, "", "")
     hub = HUB_NAME.fullmatch(source)
     if os.path.isdir(source):
-        return _saved_rows(source, source, "")
+        return _folder_rows(source, source, "", bad)
     if os.path.exists(source):
         return _file_rows(Path(source), bad)
     if os.path.isdir(folder):
-        return _saved_rows(source, folder, split)
+        return _folder_rows(source, folder, split, bad)
     if hub and Path(source).suffix not in FILE_SUFFIXES and folder[0] != ".":
         return _hub_rows(source, hub["name"], hub["config"], hub["split"] or "train")
     return _file_rows(Path(source), bad)
@@ -97,6 +99,9 @@ def _stdin_rows(bad: BadRecords) -> Iterator[tuple[str, Any]]:
 def _json_rows(name: object, file: BinaryIO | gzip.GzipFile, bad: BadRecords) -> Iterator[tuple[str, Any]]:
     for number, line in _lines(name, file):
         where = f"{name}:{number}"
+        if number == 1 and line.lstrip().startswith(b"["):
+            yield from _array_rows(name, line, file)
+            return
         if not line.strip():
             continue
         try:
@@ -114,12 +119,29 @@ def _json_rows(name: object, file: BinaryIO | gzip.GzipFile, bad: BadRecords) ->
             yield where, record
 
 
+def _array_rows(name: object, start: bytes, file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[str, Any]]:
+    """The records of a file that is one JSON array."""
+    try:
+        text = (start + file.read(MAX_ARRAY)).decode("utf-8")
+        if file.read(1):
+            raise UserError(f"{name}:1: the array has more than {MAX_ARRAY >> 20} MiB: write one JSON object per line")
+        records = json.loads(text, object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{name}:1: not a valid JSON array ({one_line(error)}): write one JSON object per line"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{name}:1: gzip data is damaged ({error}): copy the file again") from None
+    for number, record in enumerate(records, start=1):
+        yield f"{name}:{number}", record
+
+
 def _distinct(fields: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose fields have different names; json would keep the last of equal ones."""
     record = dict(fields)
     if len(record) < len(fields):
-        names = [name for name, _ in fields]
-        raise ValueError(f"field {max(names, key=names.count)!r} occurs twice in an object")
+        [(name, _)] = Counter(name for name, _ in fields).most_common(1)
+        raise ValueError(f"field {name!r} occurs twice in an object")
     return record
 
 
@@ -164,6 +186,22 @@ def _needed(module: str, source: object) -> ModuleType:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{source}: needs {module}: pip install 'gcrm-fast[datasets]'") from None
+
+
+def _folder_rows(source: str, folder: str, split: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    """Parquet shards as the Hub lays them out, data/SPLIT-00000-of-00001.parquet; else what datasets saved."""
+    shards: dict[str, list[Path]] = {}
+    for path in sorted(Path(folder).rglob("*.parquet")):
+        shards.setdefault(path.stem.split("-")[0], []).append(path)
+    if not shards:
+        yield from _saved_rows(source, folder, split)
+        return
+    name = split or ("train" if len(shards) > 1 else next(iter(shards)))
+    if name not in shards:
+        known = ", ".join(f"{folder}:{name}" for name in shards)
+        raise UserError(f"{source}: has Parquet files of other splits: pass one of them: {known}")
+    for path in shards[name]:
+        yield from _parquet_rows(path, bad)
 
 
 def _saved_rows(source: str, folder: str, split: str) -> Iterator[tuple[str, Any]]:

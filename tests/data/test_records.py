@@ -370,6 +370,96 @@ def test_template_that_does_not_write_tools_is_named_once(tmp_path, capsys):
     ]
 
 
+FOREIGN: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str, str]]]] = {
+    "PKU": (
+        [{"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 1, "safer_response_id": 0}],
+        [("p", "y", "x")],
+    ),
+    "SHP": ([{"history": "p", "human_ref_A": "x", "human_ref_B": "y", "labels": 0}], [("p", "y", "x")]),
+    "Nectar": (
+        [{"prompt": "p", "answers": [{"answer": "x", "rank": 2.0}, {"answer": "y", "rank": 1.0}]}],
+        [("p", "y", "x")],
+    ),
+    "UltraFeedback": (
+        [
+            {
+                "instruction": "p",
+                "completions": [{"response": "x", "overall_score": 3}, {"response": "y", "overall_score": 7.5}],
+            }
+        ],
+        [("p", "y", "x")],
+    ),
+    "RewardBench 2": (
+        [{"prompt": "p", "chosen": ["x"], "rejected": ["y", "z"], "subset": "s"}],
+        [("p", "x", "y"), ("p", "x", "z")],
+    ),
+    "several rejected": (
+        [{"prompt": "p", "chosen": "x", "rejected": ["y", "z"]}],
+        [("p", "x", "y"), ("p", "x", "z")],
+    ),
+    "HelpSteer": (
+        [{"prompt": "p", "response": text, "helpfulness": n, "verbosity": 0} for text, n in (("x", 1), ("y", 3))],
+        [("p", "y", "x")],
+    ),
+    "KTO": (
+        [
+            {"prompt": prompt, "completion": text, "label": right}
+            for prompt, text, right in (("p", "x", True), ("q", "x", True), ("p", "y", False), ("p", "x", False))
+        ],
+        [("p", "x", "y")],
+    ),
+    "verified": (
+        [{"prompt": "p", "completion": text, "is_correct": text == "x"} for text in ("y", "x")],
+        [("p", "x", "y")],
+    ),
+    "booleans": ([{"prompt": "p", "completions": ["x", "y"], "is_correct": [False, True]}], [("p", "y", "x")]),
+    "boolean scores": ([{"prompt": "p", "completions": ["x", "y"], "scores": [False, True]}], [("p", "y", "x")]),
+    "ShareGPT": (
+        [
+            {
+                "conversations": [{"from": "human", "value": "q"}],
+                "chosen": {"from": "gpt", "value": "x"},
+                "rejected": {"from": "gpt", "value": "y"},
+            }
+        ],
+        [("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "x<|im_end|>\n", "y<|im_end|>\n")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("records", "expected"), FOREIGN.values(), ids=FOREIGN.keys())
+def test_shapes_of_public_data_sets(tmp_path, records, expected):
+    assert sorted(sides(read(tmp_path, *records, tokenizer=chat_tokenizer(CHATML)))) == expected
+
+
+def test_judgments_are_paired_within_a_prompt_and_capped(tmp_path):
+    records = [{"prompt": f"p{i % 2}", "completion": f"c{i}", "is_correct": i % 4 < 2} for i in range(16)]
+    bad = BadRecords()
+    pairs = read(tmp_path, *records, {"prompt": "alone", "completion": "c", "is_correct": True}, bad=bad)
+    assert len(pairs) == 2 * 4 * 4
+    assert all(pair.prompt == f"p{int(side[1:]) % 2}" for pair in pairs for side in (pair.chosen, pair.rejected))
+    assert bad.tied == 1
+    assert len(read(tmp_path, *records, pairs_per_prompt=3)) == 6
+
+
+def test_json_array_and_shards_of_the_hub(tmp_path):
+    (tmp_path / "array.json").write_text(json.dumps(RECORDS[:3], indent=1))
+    packed = tmp_path / "array.json.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "array.json").read_bytes()))
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    for name, part in (("train-00001-of-00002", 2), ("train-00000-of-00002", 1), ("test-00000-of-00001", 0)):
+        parquet.write_table(pyarrow.Table.from_pylist([RECORDS[part]]), tmp_path / "hub" / "data" / f"{name}.parquet")
+    for source, expected in (
+        ("array.json", [0, 1, 2]),
+        ("array.json.gz", [0, 1, 2]),
+        ("hub", [1, 2]),
+        ("hub:test", [0]),
+    ):
+        pairs = read_pairs([f"{tmp_path}/{source}"], fields=["n"])
+        assert [pair.fields["n"] for pair in pairs] == expected
+    assert read_pairs([str(packed)])[2].where == f"{packed}:3"
+
+
 def test_null_means_absent(tmp_path):
     optional = {"margin": None, "chosen_cut": None, "tools": None, "system": None, "completions": None}
     [pair] = read(tmp_path, GOOD | optional)

@@ -163,6 +163,24 @@ FAULTS = {
         "pass",
         "tests/data/test_records.py -k probe",
     ),
+    "data: the worse response preferred": (
+        "gcrm_fast/data/formats.py",
+        '"chosen": record[f"response_{int(better)}"]',
+        '"chosen": record[f"response_{1 - int(better)}"]',
+        "tests/data/test_records.py -k public",
+    ),
+    "data: judgments of different prompts paired": (
+        "gcrm_fast/data/records.py",
+        "judged.setdefault(prompt, [])",
+        'judged.setdefault("", [])',
+        "tests/data/test_records.py -k judgments",
+    ),
+    "data: shards of every split read": (
+        "gcrm_fast/data/sources.py",
+        'path.stem.split("-")[0]',
+        '"train"',
+        "tests/data/test_records.py -k shards",
+    ),
     "data: null taken for a value": (
         "gcrm_fast/data/records.py",
         "if value is not None}  # null means absent",

@@ -116,6 +116,13 @@ def folder_of_files(folder: Path) -> list[str]:
     return ["--data", "data"]
 
 
+def no_such_shards(folder: Path) -> list[str]:
+    (folder / "data").mkdir()
+    for name in ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"):
+        parquet.write_table(pyarrow.Table.from_pylist([GOOD]), folder / "data" / name)
+    return ["--data", "data:dev"]
+
+
 def looped_link(folder: Path) -> list[str]:
     (folder / "pairs.jsonl").symlink_to("pairs.jsonl")
     return ["--data", "pairs.jsonl"]
@@ -168,7 +175,29 @@ CASES = [
     Case("byte-order mark", raw(b"\xef\xbb\xbf" + LINE), r"pairs\.jsonl:1: not valid JSON \(Unexpected UTF-8 BOM"),
     Case("cut line", raw(LINE + b'{"prompt": "p",\n'), AT + "not valid JSON"),
     Case("two records on a line", raw(LINE + LINE.strip() + LINE), AT + r"not valid JSON \(Extra data"),
-    Case("one JSON list", raw(json.dumps([GOOD, GOOD]).encode()), r"jsonl:1: a record must be a JSON object.*list"),
+    Case("JSON array cut short", raw(json.dumps([GOOD, GOOD]).encode()[:-1]), r"jsonl:1: not a valid JSON array"),
+    Case("JSON array with a number in it", raw(json.dumps([GOOD, 7]).encode()), AT + "a record must be a JSON object"),
+    Case("JSON array in a damaged gzip", raw(gzip.compress(json.dumps([GOOD]).encode())[:-9]), "gzip data is damaged"),
+    Case("JSON array with more after it", raw(json.dumps([GOOD]).encode() + LINE), r"jsonl:1: not a valid JSON array"),
+    Case(
+        "no such split of Parquet files", no_such_shards, r"data:dev: has Parquet files of other splits: .*data:train"
+    ),
+    Case(
+        "judgments of one kind",
+        lines({"prompt": "p", "completion": "a", "label": True}, {"prompt": "p", "completion": "b", "label": True}),
+        r"jsonl: contains no pairs: the completions of every prompt have the same judgment",
+    ),
+    Case("judgment as text", lines({"prompt": "p", "completion": "a", "label": "x"}), "field 'is_correct' is str"),
+    Case(
+        "fields of another data set",
+        lines({"instruction": "p", "preferred": "x", "worse": "y"}),
+        "a record needs .*: pass --columns prompt=instruction,chosen=preferred,rejected=worse",
+    ),
+    Case(
+        "choice of no response",
+        lines({"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 2}),
+        "field 'better_response_id' is 2, not 0 or 1",
+    ),
     Case("deep nesting", raw(LINE + b"[" * 100_000 + b"\n"), AT + "not valid JSON"),
     Case("number too long to read", raw(LINE + b'{"margin": ' + b"9" * 5000 + b"}\n"), AT + "not valid JSON"),
     Case("huge row", raw(LINE + b'{"prompt": "' + b"x" * 2**24 + b'"}\n'), AT + "the line has more than 16 MiB"),
