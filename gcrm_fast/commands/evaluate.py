@@ -103,14 +103,14 @@ def table(rows: Sequence[Row]) -> str:
     pairs = any(row.measure == "pair_accuracy" for row in rows)
     head = [
         "",
-        "n",
+        "completions",
         "right",
-        "AUROC of reward",
-        "of Q",
-        "within questions",
+        "reward AUROC",
+        "Q AUROC",
+        "reward AUROC within questions",
         *(["pair accuracy"] if pairs else []),
-        "length",
-        "position Q",
+        "length AUROC",
+        "Q position AUROC",
         *(name.removeprefix("baseline_") for name in identities),
     ]
     cells = []
