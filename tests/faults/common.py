@@ -55,4 +55,10 @@ FAULTS = {
         "import importlib.util\nimport torch\n",
         "tests/commands/test_options.py -k no_torch",
     ),
+    "messages obeyed by the terminal": (
+        "gcrm_fast/common/errors.py",
+        "c if c.isprintable() else",
+        "c if True else",
+        "tests/commands/test_command_line.py -k terminal",
+    ),
 }
