@@ -61,4 +61,10 @@ FAULTS = {
         "c if True else",
         "tests/commands/test_command_line.py -k terminal",
     ),
+    "packaging: a wheel without the page's template": (
+        "pyproject.toml",
+        '"py.typed", "*.jinja"',
+        '"py.typed"',
+        "tests/test_packaging.py -k wheel",
+    ),
 }
