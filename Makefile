@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 WITH_BENCH := .venv/.bench
 WITH_DOCS := .venv/.docs
 
-.PHONY: help setup train evaluate test test-all lint mutants torture bench docs gpu clean
+.PHONY: help setup train evaluate test test-all lint mutants torture bench docs wheel gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -67,5 +67,10 @@ bench: $(WITH_BENCH)  ## time the training step, scoring and the contrastive los
 gpu:  ## tests, benchmarks and a training run on a CUDA device, within ten minutes
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) bench/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
+wheel: $(INSTALLED)  ## build the sdist and the wheel in dist/
+	rm -rf build dist
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build
+	$(BIN)/python -m build --no-isolation --outdir dist $(ARGS)
+
 clean:  ## remove .venv and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist

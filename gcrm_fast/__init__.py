@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from gcrm_fast.inference.scoring import RewardModel
 
 __all__ = ["RewardModel", "__version__"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 import gcrm_fast
 from gcrm_fast import rewards
 from gcrm_fast.rlhf import trl
@@ -162,3 +164,38 @@ print(launch.HAS_TRITON, h.grad.isfinite().all().item())
         check=False,
     )
     assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    """Trains, scores and prints help from an installed wheel, whose files are all that it finds of this project."""
+    source, site, runs = tmp_path / "source", tmp_path / "site", tmp_path / "elsewhere"
+    for name in ("gcrm_fast", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    runs.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+
+    def run(*command: object) -> str:
+        done = subprocess.run(
+            [*map(str, command)], cwd=runs, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+    run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path, source)
+    [wheel] = tmp_path.glob("gcrm_fast-*.whl")
+    run(*pip, "install", "--no-deps", "--no-index", "--target", site, wheel)
+    gcrm = site / "bin" / "gcrm"
+    assert run(gcrm, "--version") == f"gcrm {gcrm_fast.__version__}\n"
+    where = "import gcrm_fast, gcrm_kernels; print(gcrm_fast.__file__, gcrm_kernels.__file__)"
+    assert all(path.startswith(str(site)) for path in run(sys.executable, "-c", where).split())
+    few = ("--train-pairs", 40, "--eval-pairs", 20, "--steps", 2, "--global-batch-pairs", 8)
+    run(gcrm, "train", "--output", "run", "--cache", "none", *few)
+    run(gcrm, "samples", "-o", "s.jsonl", "--problems", 2, "--samples", 2)
+    run(gcrm, "score", "run/model", "s.jsonl", "-o", "scored.jsonl")
+    assert all("reward" in json.loads(line) for line in (runs / "scored.jsonl").read_text().splitlines())
+    run(gcrm, "inspect", "run/model", "s.jsonl", "-o", "page.html")  # its template is in the wheel
+    assert "--ready-file" in run(gcrm, "serve", "--help")

@@ -71,26 +71,26 @@ def score(model: RewardModel, source: Source, goal_D: Tensor) -> Labeled:
     )
 
 
-def identity_auroc(labelled: Labeled, group_N: np.ndarray) -> float:
+def identity_auroc(labeled: Labeled, group_N: np.ndarray) -> float:
     """AUROC of a score that knows only the group of a completion."""
     number_N = np.unique(group_N, return_inverse=True)[1]
-    [value] = cross_fitted(labelled, lambda fitted_N: group_scores(number_N, labelled.right_N, fitted_N))
+    [value] = cross_fitted(labeled, lambda fitted_N: group_scores(number_N, labeled.right_N, fitted_N))
     return value
 
 
-def rows_of(source: str, labelled: Labeled, groups: dict[str, np.ndarray]) -> list[Row]:
+def rows_of(source: str, labeled: Labeled, groups: dict[str, np.ndarray]) -> list[Row]:
     """Every measure of a source as a whole and of each group."""
-    parts = members_of(groups, len(labelled.right_N))
+    parts = members_of(groups, len(labeled.right_N))
     rows = []
     for group, mask_N in tqdm(parts.items(), desc="resampling", unit="group", leave=False, delay=1):
-        part = labelled.subset(mask_N)
+        part = labeled.subset(mask_N)
         rows += [
             Row(source, group, "completions", len(part.right_N)),
             Row(source, group, "right", int(part.right_N.sum())),
         ]
         rows += [Row(source, group, *measure) for measure in measures(part)]
     for name, value_N in groups.items():
-        rows.append(Row(source, "all", f"baseline_identity:{name}", identity_auroc(labelled, value_N)))
+        rows.append(Row(source, "all", f"baseline_identity:{name}", identity_auroc(labeled, value_N)))
     return rows
 
 
@@ -103,14 +103,14 @@ def table(rows: Sequence[Row]) -> str:
     pairs = any(row.measure == "pair_accuracy" for row in rows)
     head = [
         "",
-        "n",
+        "completions",
         "right",
-        "AUROC of reward",
-        "of Q",
-        "within questions",
+        "reward AUROC",
+        "Q AUROC",
+        "reward AUROC within questions",
         *(["pair accuracy"] if pairs else []),
-        "length",
-        "position Q",
+        "length AUROC",
+        "Q position AUROC",
         *(name.removeprefix("baseline_") for name in identities),
     ]
     cells = []
@@ -144,8 +144,8 @@ def evaluate(options: EvaluateOptions) -> None:
     with written_aside(options.output) as folder:
         folder.mkdir(parents=True)
         scored = {name: score(model, source, goal_D) for name, source in sources.items()}
-        for name, labelled in scored.items():
-            rows += rows_of(name, labelled, sources[name].groups)
+        for name, labeled in scored.items():
+            rows += rows_of(name, labeled, sources[name].groups)
         unit = f"field {options.question}" if options.question else "prompt"
         about = {
             "model": options.model,

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands.options import ScoreOptions
 from gcrm_fast.commands.shared import load, read
 from gcrm_fast.common import processes
-from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.common.files import output_file, written_aside
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
@@ -128,7 +129,7 @@ class Stdout:
 def say(message: str) -> None:
     """Prints a line on stderr, since stdout may be the output; the first process only."""
     if processes.rank() == 0:
-        print(f"gcrm score: {message}", file=sys.stderr, flush=True)
+        print(f"gcrm score: {printable(message)}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- records
@@ -184,8 +185,18 @@ def tokens_of(model: RewardModel, completion: Completion, judged: Judged) -> dic
     return values if judged.q_Gn is None else values | {"q_values": numbers(judged.q_Gn[0])}
 
 
+def finite(value: Any) -> Any:
+    """``value`` with null for the numbers that JSON does not have, which strict readers refuse: NaN and infinities."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def json_line(record: dict[str, Any]) -> bytes:
     """UTF-8 if that can hold the record, otherwise escapes; dates and similar values of Parquet as text."""
+    record = finite(record)
     try:
         return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
     except UnicodeEncodeError:  # half of a surrogate pair, in a field passed on

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands.options import JudgingOptions, ModelOptions
-from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.inference.candidates import fit
@@ -44,7 +44,7 @@ def records(sources: Sequence[str], model: RewardModel, options: ModelOptions) -
     bad = BadRecords(skip=options.on_bad_record == "skip")
     yield from fit(read(sources, model, options, bad), model, bad)
     if bad.skipped:
-        print(f"{len(bad.skipped)} bad records skipped; the first: {bad.skipped[0]}", file=sys.stderr)
+        print(f"{len(bad.skipped)} bad records skipped; the first: {printable(bad.skipped[0])}", file=sys.stderr)
 
 
 def limited(candidates: list[Candidate], keys: Sequence[Hashable], limit: int) -> list[Candidate]:

@@ -18,6 +18,8 @@ from gcrm_fast.evaluation.results import Row, check_folder, write_rows
 from gcrm_fast.evaluation.voting import Question, Result, Saving, chosen_threshold, results, saving, thresholds
 from gcrm_fast.inference.candidates import Judgement, judge
 
+LABEL = "is_correct"  # as the published code reads it
+
 
 def answer_of(candidate: Candidate, name: str) -> str:
     """A sample's answer, "" if it has none."""
@@ -40,8 +42,22 @@ def expected_of(candidates: Sequence[Candidate], questions: Sequence[str], name:
     return expected
 
 
+def label_of(candidate: Candidate, right: bool) -> bool:
+    """The record's own label of a sample; ``right``, whether its answer is the expected one, if it has none."""
+    if candidate.fields.get(LABEL) is None:
+        return right
+    value = candidate.field(LABEL, "the label of a sample")
+    if value not in (True, False):
+        raise UserError(f"{candidate.where}: field '{LABEL}' is {str(value)[:20]!r}, not true or false")
+    return bool(value)
+
+
 def gather(
-    questions: Sequence[str], answers: Sequence[str], expected: dict[str, str], judged: Sequence[Judgement]
+    questions: Sequence[str],
+    answers: Sequence[str],
+    expected: dict[str, str],
+    correct: Sequence[bool],
+    judged: Sequence[Judgement],
 ) -> dict[str, Question]:
     """The samples of each question."""
     samples: dict[str, list[int]] = {}
@@ -53,6 +69,7 @@ def gather(
             answers=[answers[i] for i in own],
             rewards_n=np.array([judged[i].reward_n[-1] for i in own], dtype=np.float64),
             q_n=[judged[i].q_n for i in own],
+            correct=[correct[i] for i in own],
         )
         for question, own in samples.items()
     }
@@ -93,6 +110,7 @@ def rows_of(source: str, election: Election) -> list[Row]:
         Row(source, group, "threshold", chosen.threshold),
         Row(source, group, "dropped", chosen.dropped),
         Row(source, group, "tokens_saved", chosen.saved),
+        Row(source, group, "tokens_saved_as_released", chosen.saved_as_released),
         Row(source, group, "none_left", chosen.none_left),
     ]
     for result in election.results:
@@ -104,7 +122,7 @@ def rows_of(source: str, election: Election) -> list[Row]:
     for point in election.curve:
         rows += [
             Row(source, group, f"{name}@{point.threshold:.6g}", getattr(point, name))
-            for name in ("accuracy", "dropped", "saved", "none_left")
+            for name in ("accuracy", "dropped", "saved", "saved_as_released", "none_left")
         ]
     return rows
 
@@ -117,7 +135,7 @@ def table(elections: Sequence[Election]) -> str:
             accuracy = f"{number(r.accuracy)} [{number(r.low)}, {number(r.high)}]"
             lines.append([f"{election.group}: {r.name}", accuracy, str(r.won), str(r.lost), f"{r.p:.2g}"])
         chosen = election.saving
-        shares = [f"{100 * share:.1f}%" for share in (chosen.dropped, chosen.saved, chosen.none_left)]
+        shares = [f"{100 * share:.1f}%" for share in chosen[2:]]
         savings.append(
             [
                 election.group,
@@ -127,11 +145,8 @@ def table(elections: Sequence[Election]) -> str:
                 *shares,
             ]
         )
-    return (
-        columns(["", "accuracy", "won", "lost", "p"], lines)
-        + "\n\n"
-        + columns(["", "questions", "samples", "threshold", "dropped", "tokens saved", "none left"], savings)
-    )
+    head = ["", "questions", "samples", "threshold", "dropped", "tokens saved", "as released", "none left"]
+    return columns(["", "accuracy", "won", "lost", "p"], lines) + "\n\n" + columns(head, savings)
 
 
 def vote(options: VoteOptions) -> None:
@@ -143,6 +158,10 @@ def vote(options: VoteOptions) -> None:
     questions = questions_of(candidates, options.question)
     answers = [answer_of(candidate, options.answer) for candidate in candidates]
     expected = expected_of(candidates, questions, options.expected)
+    correct = [
+        label_of(candidate, answer == expected[question])
+        for candidate, answer, question in zip(candidates, answers, questions, strict=True)
+    ]
     parts = members_of(groups_of(candidates, options.by), len(candidates))
     members = {group: np.flatnonzero(mask_N) for group, mask_N in parts.items()}
     for group, own in members.items() if options.threshold == "auto" else ():
@@ -153,9 +172,8 @@ def vote(options: VoteOptions) -> None:
         judged = judge(model, candidates, goal_D)
         elections = []
         for group, own in members.items():
-            of_group = gather(
-                [questions[i] for i in own], [answers[i] for i in own], expected, [judged[i] for i in own]
-            )
+            own_questions, own_answers = [questions[i] for i in own], [answers[i] for i in own]
+            of_group = gather(own_questions, own_answers, expected, [correct[i] for i in own], [judged[i] for i in own])
             elections.append(elect(group, of_group, options.threshold, options.top_k))
         plot_savings({e.group: (e.results[0].accuracy, e.saving, e.curve) for e in elections}, folder / "savings.png")
         about = {

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import docstring_parser
 
 from gcrm_fast.common import processes
-from gcrm_fast.common.errors import RankError, UserError
+from gcrm_fast.common.errors import RankError, UserError, printable
 from gcrm_fast.common.options import Argument, Options, Range, flag, kinds_of
 
 T = TypeVar("T", bound=Options)
@@ -76,7 +76,7 @@ def exit_code(prog: str, work: Callable[[], None]) -> int:
         if isinstance(error, RankError):
             message = f"rank {processes.rank()}: {error}"
         if isinstance(error, RankError) or processes.local_rank() == 0:
-            print(f"{prog}: {message}", file=sys.stderr, flush=True)
+            print(f"{prog}: {printable(message)}", file=sys.stderr, flush=True)
         return 2
     return 0
 

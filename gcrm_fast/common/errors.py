@@ -9,6 +9,11 @@ class RankError(UserError):
     """A UserError that only one rank has, which therefore prints it itself."""
 
 
+def printable(text: object) -> str:
+    """Text for a terminal: what it cannot show, or would obey, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def one_line(error: BaseException) -> str:
     """The first line of another library's message, to quote in a UserError."""
     first = next(iter(str(error).strip().splitlines()), "").strip() or type(error).__name__

@@ -26,6 +26,7 @@ from gcrm_fast.common.errors import UserError, one_line
 STDIN = "-"
 GZIP = b"\x1f\x8b"  # how its files begin
 MAX_ARRAY = 2**30  # bytes of a JSON array, which is read as a whole
+UNREAD = {b"BZh": "bzip2", b"\xfd7z": "xz", b"(\xb5/": "Zstandard", b"PK\x03": "a ZIP archive"}  # how theirs begin
 MAX_LINE = 2**24  # bytes: a file without line feeds must not fill the memory
 FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".ndjson", ".txt"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>\S+))?")
@@ -79,6 +80,8 @@ def _file_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}: is not a regular file: save the records in one")
         with path.open("rb") as file:
             magic = file.read(4)
+        if kind := UNREAD.get(magic[:3]):
+            raise UserError(f"{path}: is {kind}: decompress it, or compress it with gzip instead")
         if magic == b"PAR1":
             yield from _parquet_rows(path, bad)
         else:

@@ -5,6 +5,7 @@ Q questions.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,6 +26,7 @@ class Question:
     answers: list[str]  # one per sample, "" for none
     rewards_n: np.ndarray  # float64
     q_n: list[np.ndarray]  # for each sample [its tokens]
+    correct: Sequence[bool] = ()  # the data's own label of each sample; by default whether its answer is the expected
 
     def lowest_q(self) -> np.ndarray:
         """Lowest Q-value of each sample after its first UNJUDGED tokens, [n]; infinity for shorter samples."""
@@ -87,13 +89,31 @@ def top(question: Question, k: int) -> str:
     return majority(question, kept_n)
 
 
-def released(question: Question, kept_n: np.ndarray | None = None) -> bool:
-    """The released code's metric: right if no wrong answer is more frequent than the right one. It breaks ties by the
-    expected answer, so it cannot be deployed; it is here for comparison."""
-    kept = range(len(question.answers)) if kept_n is None else np.flatnonzero(kept_n)
-    answers = [question.answers[i] for i in kept if question.answers[i]]
-    wrong = [answer for answer in answers if answer != question.expected]
-    return len(answers) > len(wrong) and len(answers) - len(wrong) >= max(map(wrong.count, wrong), default=0)
+def kept_as_released(question: Question, threshold: float) -> np.ndarray:
+    """The published code's filter, [n] of bool: all samples are kept only if none would remain, with an answer or
+    without."""
+    kept_n = question.lowest_q() >= threshold
+    return kept_n if kept_n.any() else np.ones_like(kept_n)
+
+
+def released(question: Question, kept_n: np.ndarray) -> bool:
+    """The published code's metric: whether the samples labeled correct are at least as many as those of every wrong
+    answer. No answer is a wrong answer too. It needs the labels to break a tie, so no vote can be run like this."""
+    correct = question.correct or [answer == question.expected for answer in question.answers]
+    kept = np.flatnonzero(kept_n).tolist()
+    wrong = Counter(question.answers[i] for i in kept if not correct[i])
+    return sum(correct[i] for i in kept) >= max(wrong.values(), default=0)
+
+
+def saved_as_released(questions: Sequence[Question], threshold: float) -> float:
+    """The share of tokens saved as the published code counts it: with the first token below the threshold, of all
+    tokens after the first UNJUDGED of each completion."""
+    saved = judged = 0
+    for question in questions:
+        judged += sum(max(len(q) - UNJUDGED, 0) for q in question.q_n)
+        dropped = [question.q_n[i] for i in np.flatnonzero(~kept_as_released(question, threshold))]
+        saved += sum(len(q) - UNJUDGED - int(np.argmax(q[UNJUDGED:] < threshold)) for q in dropped)
+    return saved / judged if judged else 0.0
 
 
 # ------------------------------------------------------------------------------------------------------- comparison
@@ -125,13 +145,14 @@ def compared(name: str, right_Q: np.ndarray, other_Q: np.ndarray) -> Result:
 
 
 class Saving(NamedTuple):
-    """Filtering at a threshold: accuracy, share of completions dropped, share of tokens saved, and share of questions
-    without a remaining sample (all of their samples vote)."""
+    """Filtering at a threshold: accuracy, share of completions dropped, share of tokens saved (also as the published
+    code counts it), and share of questions without a remaining sample (all of their samples vote)."""
 
     threshold: float
     accuracy: float
     dropped: float
     saved: float
+    saved_as_released: float
     none_left: float
 
 
@@ -144,6 +165,7 @@ def saving(questions: Sequence[Question], threshold: float) -> Saving:
         accuracy=float(np.mean(right)),
         dropped=sum(int((~f.kept_n).sum()) for f in results) / sum(len(q.answers) for q in questions),
         saved=sum(f.saved for f in results) / sum(len(tokens) for q in questions for tokens in q.q_n),
+        saved_as_released=saved_as_released(questions, threshold),
         none_left=float(np.mean([f.none_left for f in results])),
     )
 
@@ -176,8 +198,8 @@ def results(questions: Sequence[Question], threshold: float, k: int) -> list[Res
         "Q-filtered majority": lambda q: majority(q, kept(q)),
     }
     right = {name: np.array([method(q) == q.expected for q in questions]) for name, method in methods.items()}
-    plain_Q = np.array([released(q) for q in questions])
-    filtered_Q = np.array([released(q, kept(q)) for q in questions])
+    plain_Q = np.array([released(q, np.ones(len(q.answers), dtype=bool)) for q in questions])
+    filtered_Q = np.array([released(q, kept_as_released(q, threshold)) for q in questions])
     return [
         *(compared(name, right_Q, right["majority"]) for name, right_Q in right.items()),
         compared("released metric, majority", plain_Q, plain_Q),

@@ -1,9 +1,15 @@
-"""Outputs that are whole."""
+"""Outputs that are whole, lines that any reader takes, messages that a terminal only shows."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 
+from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
+from gcrm_fast.commands.score import json_line
+from gcrm_fast.common.command_line import exit_code
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 
 
@@ -43,3 +49,28 @@ def test_an_output_is_complete_or_as_before(kind: str, tmp_path: Path) -> None:
         write(aside, "third")
     assert read() == ["third"]
     assert sorted(tmp_path.iterdir()) == [tmp_path / "link", path]
+
+
+def test_output_lines_are_strict_json() -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    line = json_line({"a": math.nan, "b": [1.5, -math.inf, {"c": math.inf, "d": "NaN"}], "e": "\ud800", "f": True})
+    read = json.loads(line, parse_constant=refuse)
+    assert read == {"a": None, "b": [1.5, None, {"c": None, "d": "NaN"}], "e": "\ud800", "f": True}
+
+
+def test_messages_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise UserError("field 'x' is \x1b[2J\x07\nédit\udcff")
+
+    assert exit_code("gcrm score", fail) == 2
+    assert capsys.readouterr().err == "gcrm score: field 'x' is \\x1b[2J\\x07\\nédit\\udcff\n"
+
+
+def test_the_folder_of_a_run_names_its_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=f"MODEL {tmp_path}: is the folder of a run: name its model, {tmp_path}/model$"):
+        locate(str(tmp_path), "MODEL", MODEL_FILES)
+    (tmp_path / "config.json").touch()
+    assert locate(str(tmp_path), "MODEL", MODEL_FILES) == tmp_path

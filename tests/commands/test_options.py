@@ -15,7 +15,7 @@ from gcrm_fast.commands.options import GoalOptions, ScoreOptions, VoteOptions
 from gcrm_fast.common.command_line import exit_code, parse_options
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import Options, Range, flag, kinds_of
-from gcrm_fast.training.config import TrainConfig, parse, read_toml
+from gcrm_fast.training.config import PRESETS, TrainConfig, parse, read_toml
 
 OPTIONS: dict[str, type[Options]] = {name: cli.imported(command.options) for name, command in cli.COMMANDS.items()}
 RANGES = {
@@ -60,7 +60,7 @@ def test_help_has_groups_and_says_where_defaults_come_from(
     text = shown_help(capsys, monkeypatch, "train")
     titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles == ["options", *TrainConfig.GROUPS]
-    assert "default: 40000, from --preset arithmetic)" in text
+    assert f"default: {PRESETS['arithmetic']['train_pairs']}, from --preset arithmetic)" in text
     (tmp_path / "c.toml").write_text("layers = 7\n")
     text = shown_help(capsys, monkeypatch, "train", "--data", "x.jsonl", "--config", str(tmp_path / "c.toml"))
     assert f"default: 7, from --config {tmp_path / 'c.toml'})" in text

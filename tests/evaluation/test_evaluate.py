@@ -33,7 +33,7 @@ PAIRS = [
 ]
 
 
-def labelled() -> list[dict[str, Any]]:
+def labeled() -> list[dict[str, Any]]:
     """Of the field 'class' each value has one class alone."""
     return [record | {"class": "right" if record["is_correct"] else "wrong"} for record in samples()]
 
@@ -45,11 +45,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_evaluate_reports_labelled_completions_and_pairs(
+def test_evaluate_reports_labeled_completions_and_pairs(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    records = labelled()
-    files = [str(write(tmp_path / "labelled.jsonl", records)), str(write(tmp_path / "pairs.jsonl", PAIRS))]
+    records = labeled()
+    files = [str(write(tmp_path / "labeled.jsonl", records)), str(write(tmp_path / "pairs.jsonl", PAIRS))]
     out = tmp_path / "out"
     assert cli.run("evaluate", [str(model), *files, "-o", str(out), "--by", "family,class"]) == 0
     plots = ["histograms.png", "partial.png", "roc.png"]
@@ -67,8 +67,8 @@ def test_evaluate_reports_labelled_completions_and_pairs(
         ("family=b", "auroc_reward", roc_auc_score(right[family == "b"], reward[family == "b"])),
         ("all", "baseline_identity:class", 1),
     ):
-        assert float(rows["labelled", group, name]["value"]) == pytest.approx(expected, abs=1e-6)
-    one_class = rows["labelled", "class=right", "auroc_reward"]
+        assert float(rows["labeled", group, name]["value"]) == pytest.approx(expected, abs=1e-6)
+    one_class = rows["labeled", "class=right", "auroc_reward"]
     assert one_class["value"] == one_class["low"] == ""
     chosen, rejected = (
         scored.score([str(pair["prompt"]) for pair in PAIRS], [str(pair[side]) for pair in PAIRS])

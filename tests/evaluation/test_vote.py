@@ -1,6 +1,7 @@
 """Votes: hand-computed questions, and ``gcrm vote`` end to end."""
 
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -53,7 +54,17 @@ def test_savings_are_shares_of_all_completions_and_tokens() -> None:
     dropped = question(["w", "r", "w"], [0, 0, 0], [[9] * 5 + [-1] * 5, [9] * 10, [9] * 5 + [-1] * 5])
     whole = question(["w", "w"], [0, 0], [[-1] * 10, [-1] * 20])  # all below: nothing is dropped
     found = voting.saving([dropped, whole], 0.0)
-    assert found == (0.0, 0.5, 2 / 5, (4 + 4) / 60, 0.5)
+    assert found == (0.0, 0.5, 2 / 5, (4 + 4) / 60, (5 + 5) / (3 * 5 + 5 + 15), 0.5)
+
+
+def test_the_released_accounting_takes_no_answer_for_one() -> None:
+    unanswered = question(["r", ""], [0, 0], [[9] * 5 + [-1] * 5, [9] * 10])
+    assert voting.saving([unanswered], 0.0)[3:] == (0.0, 5 / 10, 1.0)
+    assert voting.kept_as_released(unanswered, 0.0).tolist() == [False, True]
+    below = question(["r", "w"], [0, 0], [[-1] * 9, [-1] * 4 + [1] * 3 + [-1]])
+    assert voting.kept_as_released(below, 0.0).tolist() == [True, True]
+    assert voting.saved_as_released([below], 0.0) == 0.0
+    assert voting.saved_as_released([question(["r"], [0], [[9] * 5])], 0.0) == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------- votes
@@ -81,13 +92,19 @@ def test_top_k_takes_the_majority_of_the_best_samples_with_an_answer() -> None:
     assert voting.top(question(["w", "r", "r", "w"], [5, 4, 3, 1]), 4) == "r"
 
 
-def test_released_metric_takes_ties_for_right() -> None:
-    assert voting.released(question(["r", "w", "v"], [0, 9, 9]))
-    assert voting.released(question(["r", "w"], [0, 9]))
-    assert not voting.released(question(["r", "w", "w"], [9, 0, 0]))
-    assert not voting.released(question(["w", "v"], [0, 0]))
-    assert not voting.released(question(["", ""], [0, 0]))
-    assert voting.released(question(["r", "w", "w"], [0, 0, 0]), np.array([True, True, False]))
+def test_released_metric_takes_ties_for_right_and_counts_missing_answers() -> None:
+    def right(answers: list[str], kept: list[bool] | None = None, correct: tuple[bool, ...] = ()) -> bool:
+        asked = dataclasses.replace(question(answers, [0] * len(answers)), correct=correct)
+        return voting.released(asked, np.array(kept or [True] * len(answers)))
+
+    assert right(["r", "w", "v"])
+    assert right(["r", "w"])
+    assert not right(["r", "w", "w"])
+    assert not right(["w", "v"])
+    assert not right(["", ""])
+    assert not right(["r", "", ""])  # no answer is a class that can win
+    assert right(["r", "w", "w"], [True, True, False])
+    assert right(["r", "r2", "w", "w"], correct=(True, True, False, False))  # the data's labels, not the answers
 
 
 def test_a_paired_test_counts_only_questions_that_differ() -> None:
@@ -159,6 +176,7 @@ def test_vote_reports_what_the_votes_give(model: Path, tmp_path: Path, capsys: p
     expected = np.mean([records[i]["predicted_answer"] == "five" for i in best])
     assert found["all", "accuracy:best of n"] == expected
     assert json.loads((out / "results.json").read_text())["threshold"] == 0.0
+    assert found["all", "tokens_saved_as_released"] >= found["all", "tokens_saved"]
     assert "all: Q-filtered majority" in capsys.readouterr().out
 
 

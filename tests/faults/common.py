@@ -25,4 +25,46 @@ FAULTS = {
         "    finally:\n        pass",
         "tests/commands/test_command_line.py",
     ),
+    "options: ranges not checked": (
+        "gcrm_fast/common/options.py",
+        'next((str(one) for one in ranges if value not in one), "")',
+        '""',
+        "tests/commands/test_options.py -k range_is_checked",
+    ),
+    "options: sizes beyond any machine": (
+        "gcrm_fast/training/config.py",
+        "projection_size: Annotated[int, Range(least=0, greatest=2**16)]",
+        "projection_size: Annotated[int, Range(least=0)]",
+        "tests/commands/test_options.py -k types_and_sizes",
+    ),
+    "options: defaults in help not the preset's": (
+        "gcrm_fast/common/command_line.py",
+        'value, source = layer[field.name], f", from {words}"',
+        'source = ""',
+        "tests/commands/test_options.py -k defaults_come_from",
+    ),
+    "options: names of other programs unknown": (
+        "gcrm_fast/common/command_line.py",
+        "for ours, theirs in kind.ELSEWHERE.items()",
+        "for ours, theirs in ()",
+        "tests/commands/test_options.py -k wrong_call",
+    ),
+    "options: help loads torch": (
+        "gcrm_fast/commands/options.py",
+        "import importlib.util\n",
+        "import importlib.util\nimport torch\n",
+        "tests/commands/test_options.py -k no_torch",
+    ),
+    "messages obeyed by the terminal": (
+        "gcrm_fast/common/errors.py",
+        "c if c.isprintable() else",
+        "c if True else",
+        "tests/commands/test_command_line.py -k terminal",
+    ),
+    "packaging: a wheel without the page's template": (
+        "pyproject.toml",
+        '"py.typed", "*.jinja"',
+        '"py.typed"',
+        "tests/test_packaging.py -k wheel",
+    ),
 }

@@ -51,8 +51,8 @@ FAULTS = {
     ),
     "vote: a Q-value at the threshold dropped": (
         "gcrm_fast/evaluation/voting.py",
-        "question.lowest_q() >= threshold",
-        "question.lowest_q() > threshold",
+        "question.lowest_q() >= threshold\n    if not any",
+        "question.lowest_q() > threshold\n    if not any",
         "tests/evaluation/test_vote.py -k at_the_threshold",
     ),
     "vote: the token that fell below saved too": (
@@ -87,9 +87,15 @@ FAULTS = {
     ),
     "vote: the released metric takes ties for wrong": (
         "gcrm_fast/evaluation/voting.py",
-        "len(answers) - len(wrong) >= max",
-        "len(answers) - len(wrong) > max",
+        "for i in kept) >= max(wrong",
+        "for i in kept) > max(wrong",
         "tests/evaluation/test_vote.py -k released_metric",
+    ),
+    "vote: the released accounting saves as ours": (
+        "gcrm_fast/evaluation/voting.py",
+        "len(q) - UNJUDGED - int(np.argmax",
+        "len(q) - UNJUDGED - 1 - int(np.argmax",
+        "tests/evaluation/test_vote.py -k savings_are_shares",
     ),
     "vote: the test counts questions that agree": (
         "gcrm_fast/evaluation/voting.py",

@@ -1,7 +1,9 @@
 """Bad data: files, records, fields, options that do not go with the data."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +171,9 @@ CASES = [
     Case("not on the hub", unknown_to_the_hub, r"no-such-owner/no-such-data: neither a file nor a dataset"),
     Case("empty file", raw(b""), r"pairs\.jsonl: contains no records"),
     Case("blank lines", raw(b" \n\n\t\n"), r"pairs\.jsonl: contains no records"),
+    Case("bzip2", raw(bz2.compress(LINE)), r"pairs\.jsonl: is bzip2: decompress it"),
+    Case("xz", raw(lzma.compress(LINE)), r"pairs\.jsonl: is xz: decompress it"),
+    Case("Zstandard", raw(b"(\xb5/\xfd$\0\x01\0\0"), r"pairs\.jsonl: is Zstandard: decompress it"),
     Case("empty gzip", raw(gzip.compress(b"")), r"pairs\.jsonl: contains no records"),
     Case("broken UTF-8", raw(LINE + b'{"prompt": "\xff"}\n'), AT + r"not UTF-8 text \(byte 12 of the line\)"),
     Case("UTF-16", raw(json.dumps(GOOD).encode("utf-16")), r"pairs\.jsonl:1: not UTF-8 text \(byte 0"),
