@@ -1,8 +1,10 @@
-"""Tests that take too long for `make test`: many kills at random moments, small disks, faults on several ranks.
+"""Tests that take too long for `make test`: many kills at random moments, small disks, faults on several ranks, a
+server under every kind of client.
 
-make torture        # pytest tests/torture.py; KILLS=50 by default
+make torture        # pytest tests/torture.py; KILLS=50 and SOAK_MINUTES=15 by default
 """
 
+import asyncio
 import contextlib
 import os
 import random
@@ -12,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +22,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from gcrm_fast import RewardModel
 from gcrm_fast.training.manifest import checkpoints
+from support.serving import write_served_model
+from support.soak import Soak, resident_bytes
 from support.training_runs import ROOT, arguments, assert_same, rows, start, torchrun, wait_for, workers
 
 KILLS = int(os.environ.get("KILLS", "50"))
+SOAK_MINUTES = float(os.environ.get("SOAK_MINUTES", "15"))
 
 
 def test_many_kills_at_random_moments_change_nothing(pair_file: Path, tmp_path: Path) -> None:
@@ -230,3 +237,30 @@ def test_an_output_that_can_no_longer_be_written(pair_file: Path, tmp_path: Path
         assert run.returncode != 0
         assert "gcrm train:" in stderr
         assert tracebacks(stderr) == 1, stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of a process is read from /proc")
+def test_a_server_under_every_kind_of_client(tmp_path: Path) -> None:
+    """Every answer is right, memory stays flat, and at the end the server stops in order."""
+    folder = write_served_model(tmp_path / "model")
+    command = [sys.executable, "-m", "gcrm_fast", "serve", str(folder), "--port", "0", "--timeout", "30"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        port = int(server.stdout.readline().partition(",")[0].rpartition(":")[2])
+        model = RewardModel.from_pretrained(folder)
+        memory = []
+        for share in (0.2, 0.8):  # buffers have their size after the first
+            soak = Soak(port, model, share * 60 * SOAK_MINUTES)
+            asyncio.run(soak.run())
+            assert soak.wrong == []
+            memory.append(resident_bytes(server.pid))
+            print(f"{dict(soak.counts)}, {memory[-1] / 2**20:.0f} MiB")
+            assert min(soak.counts[kind] for kind in ("mixed", "slow", "vanished", "malformed", "silent")) > 0
+        assert memory[1] < 1.05 * memory[0] + 10 * 2**20
+        server.send_signal(signal.SIGTERM)
+        _, errors = server.communicate(timeout=60)
+    assert server.returncode == 0
+    assert errors.count("\n") <= SOAK_MINUTES + 1, errors  # one line per minute

@@ -71,7 +71,7 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, limit: int, for_headers: float, for_reading: float, **more: Any) -> None:
         super().__init__(*args, **more)
         self._limit, self._for_headers, self._for_reading = limit, for_headers, for_reading
-        self._deadline: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # of the headers, of the next probe, or of the end
         self._stalled: asyncio.TimerHandle | None = None
         self._refused = self._half_closed = False
 
@@ -139,15 +139,15 @@ class Connection(H11Protocol):
         """Sends an interim response, which clients skip, but which resets a connection that is closed on both sides."""
         if self._busy and not self.cycle.response_started and self.scope["http_version"] == "1.1":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.loop.call_later(seconds, self._probe, 2 * seconds)
+            self._timer = self.loop.call_later(seconds, self._probe, 2 * seconds)
 
     def _wait_for_headers(self) -> None:
         self._cancel()
-        self._deadline = self.loop.call_later(self._for_headers, self._too_slow)
+        self._timer = self.loop.call_later(self._for_headers, self._too_slow)
 
     def _cancel(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _too_slow(self) -> None:
         self._refuse(408, f"the headers did not arrive within {self._for_headers:g} s")
@@ -172,7 +172,7 @@ class Connection(H11Protocol):
         with contextlib.suppress(OSError):  # the client is gone
             self.transport.write_eof()
         self._cancel()
-        self._deadline = self.loop.call_later(1.0, self.transport.abort)
+        self._timer = self.loop.call_later(1.0, self.transport.abort)
 
 
 class Server(uvicorn.Server):

@@ -207,4 +207,10 @@ FAULTS = {
         "    if True:\n",
         "tests/inference/test_ends.py -k foreign",
     ),
+    "server: clients that left are probed forever": (
+        "gcrm_fast/inference/connections.py",
+        "self._timer = self.loop.call_later(seconds, self._probe",
+        "self.loop.call_later(seconds, self._probe",
+        "tests/inference/test_connections.py -k left_is_forgotten",
+    ),
 }

@@ -1,6 +1,7 @@
 """Connections of gcrm serve, on raw sockets: too many, too slow, half closed, ambiguous, and never read."""
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -256,6 +258,22 @@ def test_a_half_closed_client_gets_its_answer(model: RewardModel, monkeypatch: p
         final = answer[answer.index(b"HTTP/1.1 200") :]
         assert len(json.loads(final.partition(b"\r\n\r\n")[2])["rewards"]) == 1
         assert server.open(0)
+
+
+def test_a_client_that_left_is_forgotten(model: RewardModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is not kept in memory by a timer, whatever the client waited for."""
+    stopped = Stopped(model, monkeypatch)
+    with running(model) as server:
+        with server.connect() as client:
+            client.sendall(REQUEST)
+            assert stopped.entered.wait(10)
+            (connection,) = map(weakref.ref, server.program.server_state.connections)
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(100).startswith(b"HTTP/1.1 100 Continue")
+        assert server.open(0)
+        stopped.go()
+        assert server.idle()
+        assert eventually(lambda: gc.collect() >= 0 and connection() is None)
 
 
 def test_an_old_half_closed_client_gets_no_interim_answer(model: RewardModel) -> None:

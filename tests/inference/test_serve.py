@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -320,8 +321,8 @@ def test_contents_that_are_read(server: Server, content_type: str) -> None:
 
 def test_a_missing_content_type(server: Server) -> None:
     with server.connect() as raw:
-        raw.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
-        answer = raw.recv(1000)
+        raw.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}")
+        answer = b"".join(iter(lambda: raw.recv(1000), b""))
     assert answer.startswith(b"HTTP/1.1 415")
     assert b"the header Content-Type is missing" in answer
 
@@ -599,3 +600,14 @@ def test_the_program_warns_serves_and_ends_in_order(folder: Path) -> None:
     assert process.returncode == 0
     assert errors.count("\n") == 1
     assert "warning: 0.0.0.0 can be reached" in errors
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_curl_commands_of_the_docs(server: Server) -> None:
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    commands = [line for line in text.splitlines() if line.startswith("    curl ")]
+    assert len(commands) == 7
+    for command in commands:
+        arguments = shlex.split(command.replace(":8000", f":{server.port}"))
+        result = subprocess.run([*arguments, "--fail-with-body", "-sS"], capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stdout + result.stderr
