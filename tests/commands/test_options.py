@@ -60,7 +60,7 @@ def test_help_has_groups_and_says_where_defaults_come_from(
     text = shown_help(capsys, monkeypatch, "train")
     titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles == ["options", *TrainConfig.GROUPS]
-    assert "default: 40000, from --preset arithmetic)" in text
+    assert "default: 50000, from --preset arithmetic)" in text
     (tmp_path / "c.toml").write_text("layers = 7\n")
     text = shown_help(capsys, monkeypatch, "train", "--data", "x.jsonl", "--config", str(tmp_path / "c.toml"))
     assert f"default: 7, from --config {tmp_path / 'c.toml'})" in text
