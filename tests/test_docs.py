@@ -75,3 +75,18 @@ def test_tests_that_a_page_names_exist(page: Path) -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8")))
     assert {name for name in named if f"def {name}(" not in tests} == set()
+
+
+def test_the_tour_names_every_module_and_no_other() -> None:
+    named = set(re.findall(r"\b\w+\.py\b", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")))
+    modules = {
+        path.name
+        for folder in ("gcrm_fast", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+        if path.parent.name != "commands" and path.name != "rewards.py" and not path.name.startswith("__")
+    }
+    everything = {
+        path.name for folder in ("gcrm_fast", "bench", "experiments", "tests") for path in (ROOT / folder).rglob("*.py")
+    }
+    assert modules - named == set()
+    assert named - modules - everything == set()
