@@ -50,6 +50,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
     """The whole run: build or resume, loop, evaluate, save. Every rank runs it; rank 0 writes.
 
     Raises:
+        SystemExit: a signal stopped the run; the code is that of a process that it ended.
         UserError: a checkpoint or log cannot be written, too many updates in a row are not finite, or the checkpoint
             to resume from is damaged or belongs to another run.
     """
@@ -90,7 +91,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
                     bar.close()
                     if run.log:
                         print(f"stopped after step {step} of {prepared.steps}; {run.resume_hint()}", flush=True)
-                    return
+                    interrupts.stop(PARENT if under_torchrun() and processes.local_rank() == 0 else None)
             run.checkpoints.wait()
         finish(run)
 
@@ -122,6 +123,10 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(m_mmap_threshold, 2**30)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 @contextlib.contextmanager
@@ -164,7 +169,7 @@ def run(config: TrainConfig) -> None:
     world_size = processes.world_size()
     if world_size % config.replicas:
         raise UserError(f"--replicas {config.replicas}: must divide the number of processes, {world_size}")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         end_with_parent(PARENT)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # --resume was obeyed before the restart
         config = replace(config, resume="auto")
@@ -190,7 +195,7 @@ def run(config: TrainConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
+    """Exit code 0, or 2 after one line on stderr for an error that the user can fix; SystemExit for a stopped run."""
     return exit_code("gcrm train", lambda: run(parse(sys.argv[1:] if argv is None else argv)))
 
 

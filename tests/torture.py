@@ -7,18 +7,20 @@ import contextlib
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from gcrm_fast.training.manifest import checkpoints
-from support.training_runs import arguments, assert_same, rows, start, torchrun, wait_for, workers
+from support.training_runs import ROOT, arguments, assert_same, rows, start, torchrun, wait_for, workers
 
 KILLS = int(os.environ.get("KILLS", "50"))
 
@@ -91,6 +93,79 @@ def test_three_processes_continue_from_two(pair_file: Path, tmp_path: Path) -> N
         assert second.returncode == 0, second.stderr
         logs.append([row["loss"] for row in rows(output) if "loss" in row])
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+def documented_launch(option: str) -> list[str]:
+    """torchrun's own options in the launch line of docs/clusters.md that has this one."""
+    section = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    words = shlex.split(next(line for line in section.splitlines() if option in line))
+    return words[words.index("torchrun") + 1 : words.index("gcrm_fast/train.py")]
+
+
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Popen[str]]:
+    """Starts the torchrun of one of two nodes, both here, by the launch line of docs/clusters.md; the first one leads."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    replaced = {"$FIRST_HOST:29500": endpoint, "4": "2"}
+    options = [replaced.get(word, word) for word in documented_launch("--rdzv-id mine")]
+
+    def started(*arguments: str) -> subprocess.Popen[str]:
+        run = start(*arguments, rendezvous=(), options=options)
+        address, port = endpoint.split(":")
+        wait_for(lambda: not socket.socket().connect_ex((address, int(port))), "the leading node's store")
+        return run
+
+    return started
+
+
+LONG = ("--steps", "300", "--log-every", "5", "--eval-every", "100", "--save-every", "3")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_node(
+    pair_file: Path, tmp_path: Path, node: Callable[..., subprocess.Popen[str]], victim: int
+) -> None:
+    """A node that follows is started again; after the leading one's death the others end, and all are started again."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert torchrun(*arguments(pair_file, whole, *LONG), processes=2).returncode == 0
+    nodes = [node(*arguments(pair_file, killed, *LONG)) for _ in range(2)]
+    wait_for(lambda: bool(checkpoints(killed)), "a checkpoint")
+    nodes[victim].kill()
+    nodes[victim].communicate()
+    if victim == 0:
+        nodes[1].communicate(timeout=60)
+        assert nodes[1].returncode > 0
+        nodes = [node(*arguments(pair_file, killed, *LONG)) for _ in range(2)]
+    else:
+        nodes[1] = node(*arguments(pair_file, killed, *LONG))
+    for run in nodes:
+        _, stderr = run.communicate(timeout=300)
+        assert run.returncode == 0, stderr
+    assert_same(whole, killed)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_stopped_node_stops_both(
+    pair_file: Path, tmp_path: Path, node: Callable[..., subprocess.Popen[str]], told: int
+) -> None:
+    """Within seconds, with a checkpoint; neither reports success; started again they finish."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert torchrun(*arguments(pair_file, whole, *LONG), processes=2).returncode == 0
+    nodes = [node(*arguments(pair_file, stopped, *LONG)) for _ in range(2)]
+    wait_for(lambda: bool(checkpoints(stopped)), "a checkpoint")
+    nodes[told].terminate()
+    outputs = [run.communicate(timeout=60) for run in nodes]  # torchrun's barrier takes 300 s
+    assert all(run.returncode > 0 for run in nodes)
+    assert sum("stopped after step" in stdout for stdout, _ in outputs) == 1
+    assert not (stopped / "model").exists()
+    nodes = [node(*arguments(pair_file, stopped, *LONG)) for _ in range(2)]
+    for run in nodes:
+        _, stderr = run.communicate(timeout=300)
+        assert run.returncode == 0, stderr
+    assert_same(whole, stopped)
 
 
 def tracebacks(stderr: str) -> int:

@@ -1,17 +1,20 @@
 """Signals, and processes whose parent is gone.
 
 ``torchrun`` starts every worker in its own session and forwards the signals in ``--signals-to-handle``; workers of a
-killed torchrun would continue without it, hence ``end_with_parent``.
+killed torchrun would continue without it, hence ``end_with_parent``. A torchrun that got no signal would wait for
+those of other machines and then report success without a model, hence ``stop``.
 """
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from enum import IntEnum
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -41,7 +44,7 @@ class Interrupts:
         """``group``: of CPU tensors (gloo), used for nothing else at the same time."""
         self.group = group
         self._own = Request.NONE
-        self._stop_time = 0.0
+        self._stop_time, self._signal = 0.0, 0
         self._pending: tuple[torch.Tensor, dist.Work | None] | None = None
 
     @contextlib.contextmanager
@@ -76,10 +79,20 @@ class Interrupts:
         self._pending = request, dist.all_reduce(request, dist.ReduceOp.MAX, group=self.group, async_op=True)
         return agreed
 
+    def stop(self, launcher: int | None) -> NoReturn:
+        """Ends this process as the signal would have, after ``agree`` returned STOP.
+
+        ``launcher``: the process id of the torchrun that this process ends too unless a signal came through it; None
+        for all processes of a machine but one, or without torchrun.
+        """
+        if launcher and not self._signal:
+            os.kill(launcher, signal.SIGTERM)
+        sys.exit(128 + (self._signal or signal.SIGTERM))
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self._own != Request.STOP:
-            self._own, self._stop_time = Request.STOP, now
+            self._own, self._stop_time, self._signal = Request.STOP, now, number
         elif now >= self._stop_time + REPEATED:
             os._exit(128 + number)
 

@@ -5,6 +5,7 @@ width of all query heads and of all key/value heads.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from gcrm_fast.common import processes
 from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.training.accounting import peak_memory
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.prepare import Prepared
 from gcrm_kernels.launch import HAS_TRITON
@@ -59,6 +61,7 @@ class MemoryShape:
     kernels: bool  # Triton's
     world_size: int
     several_packs: bool  # per step
+    evaluated_tokens: int = 0  # of the largest pack that runs without a backward
 
 
 def kept_for_backward(
@@ -81,7 +84,7 @@ def kept_for_backward(
 
 
 def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
-    """Bytes of tensors of one process at its peak, in the backward of the largest pack.
+    """Bytes of tensors of one process at its peak, in the backward of the largest pack or in an evaluation.
 
     Sharded weights and moments; weights whole, of the largest parts or with ``gather`` ``step`` of all; and either what
     the layers keep and what the backward of one block holds at a time, a recomputed part included, or, later, the
@@ -94,14 +97,16 @@ def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
     # last pack of a step, all gradients in float32.
     largest = config.vocab_size * h + 2 * config.parameters_per_layer()
     sharded = config.parameters() / shape.world_size
-    whole = (largest + (config.parameters() if gather == "step" else largest)) * width
-    whole += 4 * config.parameters() if shape.several_packs else 0
+    gathered = (config.parameters() if gather == "step" else largest) * width
+    gradients = largest * width + (4 * config.parameters() if shape.several_packs else 0)
     one_block = replace(config, num_hidden_layers=1)
     working = kept_for_backward(one_block, tokens, keys, tokens, "none", width, shape.kernels)
+    evaluation = working * shape.evaluated_tokens // tokens
     working += tokens * (2 * h + 3 * f) * width  # gradients on their way
     kept = kept_for_backward(config, tokens, keys, shape.read_rows, recompute, width, shape.kernels)
     held = int(sharded * (OPTIMIZER_BYTES[shape.optimizer] - GRADIENT_BYTES[shape.optimizer]))
-    return held + whole + max(kept + working, int(sharded * GRADIENT_BYTES[shape.optimizer]))
+    training = gradients + max(kept + working, int(sharded * GRADIENT_BYTES[shape.optimizer]))
+    return held + gathered + max(training, evaluation)
 
 
 def choose_plan(limit: int, shape: MemoryShape, recompute: str = "auto", gather: str = "auto") -> MemoryPlan:
@@ -116,28 +121,49 @@ def choose_plan(limit: int, shape: MemoryShape, recompute: str = "auto", gather:
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes that this process may count on: free memory of the GPU, or its share of the machine's memory."""
+    """Bytes that tensors may take: free memory of the GPU, or the rest of this process's share of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes.local_world_size()
+    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes.local_world_size()
+    return share - in_use(device)
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes of this process before the model is built that count as memory of the device."""
+    return peak_memory(device) if device.type == "cpu" else 0
+
+
+def largest_pack(sizes: Sequence[int], budget: int, global_batch_pairs: int, world_size: int) -> int:
+    """Upper bound of the size of a pack: pairs of ``sizes``, packs of up to ``budget``, steps of the largest pairs.
+
+    Packs of several processes are balanced to within the largest pair.
+    """
+    ordered = sorted(sizes, reverse=True)
+    share = -(-sum(ordered[:global_batch_pairs]) // world_size) + (ordered[0] if world_size > 1 else 0)
+    return min(budget, share)
 
 
 def memory_plan(
     prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device, limit: int
 ) -> MemoryPlan:
     """The fastest plan that ``limit`` bytes, the same on every rank, and the configuration allow."""
-    tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in prepared.train) / len(prepared.train)
-    pairs = prepared.budget.tokens / tokens  # in the largest pack
-    read_rows = prepared.budget.tokens if config.objective_variant == "dense" else int(pairs * (4 * config.samples + 2))
+    budget = prepared.budget
+    keys = [len(pair.chosen_ids) + len(pair.rejected_ids) for pair in prepared.train]
+    computed = [n - min(p.chosen_start, p.rejected_start) for n, p in zip(keys, prepared.train, strict=True)]
+    tokens = largest_pack(computed, budget.tokens, config.global_batch_pairs, world_size)
+    mean = sum(computed) / len(computed)
+    read_rows = tokens if config.objective_variant == "dense" else int(tokens / mean * (4 * config.samples + 2))
     shape = MemoryShape(
         config=prepared.model_config,
-        tokens=prepared.budget.tokens,
-        keys=prepared.budget.keys,
-        read_rows=min(read_rows, prepared.budget.tokens),
+        tokens=tokens,
+        keys=largest_pack(keys, budget.keys, config.global_batch_pairs, world_size),
+        read_rows=min(read_rows, tokens),
         optimizer=config.optimizer,
         width=compute_dtype(config.dtype, device, training=True).itemsize,
         kernels=HAS_TRITON and device.type == "cuda",
         world_size=world_size,
-        several_packs=tokens * config.global_batch_pairs > prepared.budget.tokens * world_size,
+        several_packs=mean * config.global_batch_pairs > budget.tokens * world_size,
+        evaluated_tokens=largest_pack(computed, budget.tokens, len(computed), world_size),
     )
-    return choose_plan(limit, shape, config.recompute, config.gather)
+    plan = choose_plan(limit, shape, config.recompute, config.gather)
+    return plan._replace(predicted=plan.predicted + in_use(device))

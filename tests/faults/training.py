@@ -79,6 +79,18 @@ FAULTS = {
         "raise",
         "tests/training/test_agreement.py -k family",
     ),
+    "predicted memory of the budget, whatever the data": (
+        "gcrm_fast/training/memory.py",
+        "return min(budget, share)",
+        "return budget",
+        "tests/training/test_step.py -k pack_is_no_larger",
+    ),
+    "a node that is not told to stop reports success": (
+        "gcrm_fast/training/interrupts.py",
+        "        sys.exit(128 + (self._signal or signal.SIGTERM))",
+        "        sys.exit(0)",
+        "tests/training/test_signals.py -k does_not_report",
+    ),
     "held-out passes in training mode": (
         "gcrm_fast/training/held_out.py",
         "    model.eval()\n",

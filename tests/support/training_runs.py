@@ -52,9 +52,13 @@ def write_pairs(path: Path, n: int = 21) -> Path:
 
 
 def start(
-    *arguments: str, processes: int = 1, options: Sequence[str] = (), script: str = "gcrm_fast/train.py"
+    *arguments: str,
+    processes: int = 1,
+    options: Sequence[str] = (),
+    script: str = "gcrm_fast/train.py",
+    rendezvous: Sequence[str] = ("--standalone",),
 ) -> subprocess.Popen[str]:
-    """torchrun (with further ``options`` of its own) of a script, whose output is read by ``communicate``.
+    """torchrun (with further ``options`` of its own) of a script; ``communicate`` reads its output.
 
     On CPUs, unless there are several GPUs: runs of one and of two processes are compared.
     """
@@ -62,7 +66,7 @@ def start(
         i = options.index("--shutdown-timeout")
         options = [*options[:i], *options[i + 2 :]]
     on_cpus = {"CUDA_VISIBLE_DEVICES": ""}
-    launch = ["--standalone", "--local-addr", "127.0.0.1", *options, "--nproc-per-node", str(processes)]
+    launch = [*rendezvous, "--local-addr", "127.0.0.1", *options, "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *launch, str(ROOT / script), *arguments],
         stdout=subprocess.PIPE,

@@ -87,6 +87,20 @@ def test_signals_save_and_stop(stopped: Path) -> None:
     assert read_manifest(newest)["facts"]["world_size"] == 2
 
 
+def test_a_stopped_run_does_not_report_success(pair_file: Path, tmp_path: Path) -> None:
+    """Without torchrun, which reports the signal itself."""
+    more = ("--steps", "100000", "--eval-every", "50000", "--save-every", "50000")
+    command = [sys.executable, "gcrm_fast/train.py", *arguments(pair_file, tmp_path, *more)]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(rows(tmp_path)) > 2, "the first steps")
+    run.terminate()
+    stdout, stderr = run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGTERM
+    assert "stopped after step" in stdout
+    assert "Traceback" not in stderr
+    assert len(checkpoints(tmp_path)) == 1
+
+
 @pytest.mark.slow
 def test_another_number_of_processes_continues_alike(stopped: Path, pair_file: Path, tmp_path: Path) -> None:
     """From a checkpoint of two processes: two more steps in two processes and in one."""

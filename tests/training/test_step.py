@@ -25,9 +25,9 @@ from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import linears
 from gcrm_fast.model.reward_model import LlamaRewardModel
-from gcrm_fast.training import held_out, parallel
+from gcrm_fast.training import held_out, memory, parallel
 from gcrm_fast.training.accounting import peak_flops, work
-from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.config import TrainConfig, parse
 from gcrm_fast.training.loader import Step, Steps, load
 from gcrm_fast.training.memory import (
     OPTIMIZER_BYTES,
@@ -35,12 +35,15 @@ from gcrm_fast.training.memory import (
     MemoryShape,
     choose_plan,
     kept_for_backward,
+    largest_pack,
+    memory_plan,
     predicted_memory,
 )
 from gcrm_fast.training.objectives import Objective, losses
 from gcrm_fast.training.optimizer import Updater, cast_weights
+from gcrm_fast.training.prepare import prepare
 from support.small import small_config, small_model
-from support.training_runs import torchrun
+from support.training_runs import arguments, torchrun
 
 CPU = torch.device("cpu")
 RECOMPUTE = tuple(dict.fromkeys(recompute for recompute, _ in PLANS))  # the less memory, the more work
@@ -238,6 +241,30 @@ def test_the_fastest_plan_that_fits_is_chosen() -> None:
     assert choose_plan(2**50, shape, gather="block")[:2] == ("none", "block")
     assert choose_plan(0, shape)[:2] == ("block", "block")
     assert choose_plan(0, shape, recompute="mlp")[:2] == ("mlp", "block")
+
+
+def test_a_pack_is_no_larger_than_the_pairs_of_a_step() -> None:
+    """A bound for any batch of 2 of these pairs, on one process and balanced over several, within the budget."""
+    sizes = [5, 30, 10, 20]
+    assert largest_pack(sizes, 1000, 2, 1) == 50
+    assert largest_pack(sizes, 1000, 2, 2) == 25 + 30
+    assert largest_pack(sizes, 40, 2, 1) == 40
+    assert largest_pack(sizes, 1000, 64, 1) == 65
+
+
+def test_predicted_memory_is_that_of_the_data(pair_file: Path, tmp_path: Path) -> None:
+    """A run on few short pairs needs little, however large a pack --tokens-per-batch allows."""
+    predicted = []
+    for tokens in ("16384", "1000000"):
+        options = [*arguments(pair_file, tmp_path), "--tokens-per-batch", tokens, "--goal-pairs", "8"]
+        config = parse(options)
+        prepared = prepare(config)
+        plan = memory_plan(prepared, config, 1, CPU, 2**40)
+        predicted.append(plan.predicted - memory.in_use(CPU))
+    assert predicted[0] == predicted[1]
+    total = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in prepared.train)
+    kept = kept_for_backward(prepared.model_config, total, total, total, "none", 4, False)
+    assert predicted[0] < 20 * prepared.model_config.parameters() + 2 * kept
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
