@@ -153,6 +153,9 @@ def prepare(config: TrainConfig) -> Prepared:
     check_unfinished(output, config)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is not a folder")
+    checkpoints = output / "checkpoints"
+    if checkpoints.is_symlink() and not checkpoints.is_dir():
+        raise UserError(f"{checkpoints}: links to no folder: make it or remove the link")
     model = open_model(config) if config.model else None
     tokenizer = open_tokenizer(config)  # before the records: its chat template renders those that are messages
     bad = BadRecords(skip=config.on_bad_record == "skip")

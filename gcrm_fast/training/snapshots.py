@@ -43,7 +43,7 @@ class Checkpoints:
         later ones, damaged or abandoned, are set aside (all of them removed with ``remove``)."""
         if dist.get_rank() == 0:
             if remove:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                self.remove_all()
             self.folder.mkdir(exist_ok=True)
             for pattern in ("*.partial", "*.old", f"*{REMOVED}"):
                 for leftover in self.folder.glob(pattern):
@@ -140,8 +140,12 @@ class Checkpoints:
         return sorted(good, key=lambda path: -values[path])
 
     def remove_all(self) -> None:
-        """On rank 0, once the run needs none of them."""
-        shutil.rmtree(self.folder)
+        """On rank 0, once the run needs none of them. A link to a folder elsewhere stays, and that folder too."""
+        if self.folder.is_symlink():
+            for path in self.folder.glob("step-*"):
+                shutil.rmtree(path)
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

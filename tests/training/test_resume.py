@@ -248,6 +248,23 @@ def test_a_run_that_is_killed_at_its_end_finishes_when_called_again(
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_checkpoints_may_be_a_link_to_another_disk(
+    unfinished: Path, undisturbed: Path, pair_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run resumes through the link and removes its checkpoints at the end; a link to nothing is refused at once."""
+    link, elsewhere = unfinished / "checkpoints", tmp_path / "elsewhere"
+    link.rename(elsewhere)
+    link.symlink_to(elsewhere)
+    assert main(arguments(pair_file, unfinished)) == 0
+    assert "step-00000008 after step 8" in capsys.readouterr().out
+    assert_same(undisturbed, unfinished)
+    assert link.is_symlink()
+    assert list(elsewhere.iterdir()) == []
+    elsewhere.rmdir()
+    assert main(["--data", "none", "--output", str(unfinished), "--overwrite"]) == 2
+    assert capsys.readouterr().err == f"gcrm train: {link}: links to no folder: make it or remove the link\n"
+
+
 def test_keep_0_writes_no_checkpoints(pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshots.Checkpoints, "save", None)
     assert main(arguments(pair_file, tmp_path, "--keep", "0")) == 0
