@@ -104,7 +104,7 @@ def documented_launch(option: str) -> list[str]:
 
 @pytest.fixture
 def node(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Popen[str]]:
-    """Starts the torchrun of one of two nodes, both here, by the launch line of docs/clusters.md; the first one leads."""
+    """Starts one of two torchruns, both here, by the launch line of docs/clusters.md; the first one leads."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
