@@ -31,6 +31,7 @@ import padded
 import records
 from gcrm_fast import train
 from gcrm_fast.data.encoding import Completion
+from gcrm_fast.data.ends import End
 from gcrm_fast.data.tokenization import train_tokenizer
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.model.llama import ModelConfig
@@ -97,7 +98,7 @@ def padded_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
 
 def our_model(config: ModelConfig, dtype: torch.dtype, device: torch.device, tokens: int) -> RewardModel:
     network = drawn.network(config, SEED, device, dtype).eval().requires_grad_(False)
-    return RewardModel(network, train_tokenizer(["text"], 259), device, "", {}, tokens)
+    return RewardModel(network, train_tokenizer(["text"], 259), device, "", {}, tokens, End())
 
 
 def computed_tokens(encoded: Sequence[Completion], size: int, is_sorted: bool) -> int:

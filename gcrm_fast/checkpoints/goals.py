@@ -13,16 +13,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gcrm_fast.checkpoints.reading import POLICIES
 from gcrm_fast.common.errors import UserError, one_line
+from gcrm_fast.data.ends import Kind
 
 GOAL_FILE = "goal.safetensors"  # of a model's folder
 DEFAULT = "default"
-END_POLICY = "completion ends with the tokenizer's eos token, which is scored"
 
 
-def write_goals(path: Path, goals: Mapping[str, Tensor], counts: Mapping[str, int], fingerprint: str) -> None:
-    """Writes goal states [D], each the mean over ``counts[name]`` completions, of the model with that fingerprint."""
-    metadata = {"fingerprint": fingerprint, "counts": json.dumps(dict(counts)), "end_policy": END_POLICY}
+def write_goals(
+    path: Path, goals: Mapping[str, Tensor], counts: Mapping[str, int], fingerprint: str, end: Kind = "eos"
+) -> None:
+    """Writes goal states [D], each the mean over ``counts[name]`` completions that end so, of the model with that
+    fingerprint."""
+    metadata = {"fingerprint": fingerprint, "counts": json.dumps(dict(counts)), "end_policy": POLICIES[end]}
     save_file({name: goal.float().contiguous() for name, goal in goals.items()}, path, metadata=metadata)
 
 
@@ -30,7 +34,7 @@ def read_goals(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[st
     """(goal states [D] float32 on the CPU, numbers of completions), by name, the default goal first.
 
     Raises:
-        UserError: not a readable goal file, or one of a model with another fingerprint or end-token policy.
+        UserError: not a readable goal file, or one of a model with another fingerprint, or with unknown ends.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -42,8 +46,10 @@ def read_goals(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[st
         raise UserError(f"{path}: not a goal file (no fingerprint in its metadata): make one with gcrm goals")
     if metadata["fingerprint"] != fingerprint:
         raise UserError(f"{path}: its goals are of another model's weights: make them with gcrm goals for this one")
-    if metadata.get("end_policy") != END_POLICY:
-        raise UserError(f"{path}: its goals are of completions that end otherwise: make them again with gcrm goals")
+    if metadata.get("end_policy") not in POLICIES.values():
+        raise UserError(
+            f"{path}: its goals are of completions that end in an unknown way: make them again with gcrm goals"
+        )
     goals = dict(sorted(goals.items(), key=lambda item: item[0] != DEFAULT))
     return goals, json.loads(metadata.get("counts", "{}"))
 

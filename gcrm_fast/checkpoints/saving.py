@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.checkpoints.config_json import huggingface_config
-from gcrm_fast.checkpoints.goals import DEFAULT, END_POLICY, GOAL_FILE, write_goals
+from gcrm_fast.checkpoints.goals import DEFAULT, GOAL_FILE, write_goals
 from gcrm_fast.checkpoints.locating import COMPANION, HEAD_FILE
+from gcrm_fast.checkpoints.reading import POLICIES
 from gcrm_fast.data.tokenization import save_tokenizer
 from gcrm_fast.model.llama import ModelConfig
 
@@ -78,7 +79,7 @@ def write_model(
     if companion:
         save_file(companion, folder / COMPANION, metadata={"format": "pt"})
     weights = fingerprint(state)
-    own = {"head": config.head, "projection_size": config.projection_size, "end_policy": END_POLICY}
+    own = {"head": config.head, "projection_size": config.projection_size, "end_policy": POLICIES["eos"]}
     gcrm = {**own, "fingerprint": weights, **(about or {})}
     (folder / HEAD_FILE).write_text(json.dumps(gcrm, indent=2) + "\n")
     raw = {**huggingface_config(config, tokenizer, dtype), **(fields or {})}

@@ -16,7 +16,7 @@ from gcrm_fast.model import heads
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.reward_model import LlamaRewardModel, RowReader, initial_value
 
-BESIDE = (COMPANION, "value_head.safetensors")  # files read beside the shards; the second is LLaMA-Factory's
+BESIDE = (COMPANION, "value_head.safetensors")  # files read with the shards; the second is LLaMA-Factory's
 # Where reward models keep one linear layer from H to 1, as NAME.weight and, in some, NAME.bias.
 HEADS = (
     "score",  # transformers' sequence and token classification, and with them OpenRLHF and veRL
@@ -87,7 +87,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights:
     """A reader of the rows of each parameter. Every tensor of the folder is used, known to be of no use, or an error.
 
-    Only the rows asked for are read. The trunk may have any one prefix (none, ``model.``, ``pretrained_model.model.``
+    Only the requested rows are read. The trunk may have any one prefix (none, ``model.``, ``pretrained_model.model.``
     ...), a linear reward head any name of HEADS. A head or projection that the folder lacks starts from
     ``initial_value`` with a note; without a ``seed`` it is an error.
 

@@ -17,6 +17,7 @@ import torch
 
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals, write_goals
 from gcrm_fast.checkpoints.locating import COMPANION, MODEL_FILES, locate
+from gcrm_fast.checkpoints.reading import POLICIES, where_read
 from gcrm_fast.checkpoints.saving import fingerprint, write_model
 from gcrm_fast.checkpoints.weights import open_reward_model, parameter_shapes
 from gcrm_fast.commands.options import ExportOptions
@@ -48,7 +49,7 @@ class Scale(NamedTuple):
 
 def measure(options: ExportOptions) -> Scale:
     """The scale of rewards over the completions of --standardize. Raises UserError if all are equal."""
-    model = RewardModel.from_pretrained(options.model)
+    model = RewardModel.from_pretrained(options.model, end=options.end)
     candidates = read_completions(
         options.standardize, columns=parse_columns(options.columns, COMPLETION_FORMATS), tokenizer=model.tokenizer
     )
@@ -85,15 +86,19 @@ def export(options: ExportOptions) -> None:
         )
     state = {name: weights.rows(name, shape, slice(None)) for name, shape in parameter_shapes(config).items()}
     tokenizer = load_tokenizer(folder)
-    choose_pad(tokenizer, config.vocab_size, options.model, config.family)
+    end, reading = where_read(folder, options.end)
+    if end.pad is None:
+        choose_pad(tokenizer, config.vocab_size, options.model, config.family)
+    else:  # it says where the reward is read
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end.pad)
     goal_file, before = folder / GOAL_FILE, fingerprint(state)
     goals, counts = read_goals(goal_file, before) if goal_file.is_file() else ({}, {})
     scale = measure(options) if options.standardize else None
     bias = torch.zeros(1, dtype=state["score.weight"].dtype) if options.format == "token-classification" else None
-    about: dict[str, Any] = {}
+    about: dict[str, Any] = {"end_policy": POLICIES[end.kind]}
     if scale:
         state["score.weight"] = (state["score.weight"].double() / scale.std).to(state["score.weight"].dtype)
-        about = {"standardized": {**scale._asdict(), "shift": scale.shift}}
+        about["standardized"] = {**scale._asdict(), "shift": scale.shift}
         if bias is not None:
             bias += scale.shift
 
@@ -102,12 +107,12 @@ def export(options: ExportOptions) -> None:
         fields = config_fields(options, config, scale)
         after = write_model(partial, state, config, tokenizer, bias=bias, fields=fields, about=about)
         if goals:  # states do not depend on the head, but the fingerprint does
-            write_goals(partial / GOAL_FILE, goals, counts, after)
+            write_goals(partial / GOAL_FILE, goals, counts, after, where_read(folder, "auto")[0].kind)
         if (folder / CARD).is_file():
             card = (folder / CARD).read_text(encoding="utf-8")
             lines = "".join(f"- {name}: {value}\n" for name, value in rows)
             (partial / CARD).write_text(f"{card}\n## Export\n\n{lines}", encoding="utf-8")
-    print(*weights.notes, table([*rows, ("saved", str(output))]), sep="\n", flush=True)
+    print(*weights.notes, *filter(None, [reading]), table([*rows, ("saved", str(output))]), sep="\n", flush=True)
 
 
 def _summary(options: ExportOptions, config: ModelConfig, scale: Scale | None) -> list[tuple[str, str]]:

@@ -108,7 +108,7 @@ def goals(options: GoalOptions) -> None:
     states[options.name] = model.goal_state(encoded, names=[c.label for c in chosen], progress=True)
     counts[options.name] = len(chosen)
     with written_aside(path) as partial:
-        write_goals(partial, states, counts, model.fingerprint)
+        write_goals(partial, states, counts, model.fingerprint, model.end.kind)
     print(
         f"{path}: goal {options.name!r} is the mean end state of {len(chosen)} completions; skipped {cut} cut "
         f"completions and {len(bad.skipped)} bad records"

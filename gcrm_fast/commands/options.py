@@ -25,6 +25,9 @@ class ModelOptions(Options):
     """Precision of the computation. auto is bfloat16 on a GPU, float32 elsewhere."""
     tokens_per_batch: AtLeastOne = 16384
     """Tokens computed at a time. More tokens need more memory."""
+    end: Literal["auto", "eos", "as-is"] = "auto"
+    """Where the reward is read. eos: at an end token, appended where there is none; as-is: at the last token of the
+    text as given; auto: where the model was trained to be read."""
     columns: str = ""
     """The records' names for the fields read here, as in prompt=instruction,completion=answer. No other fields are then
     read."""
@@ -170,6 +173,10 @@ class ExportOptions(Options):
     standardize: tuple[str, ...] = ()
     """Sources of completions (see gcrm score) over which rewards get mean 0 and standard deviation 1. The scale goes
     into score.weight; the shift, for which that head has no place, into the format's field for it and gcrm.json."""
+    end: Literal["auto", "eos", "as-is"] = "auto"
+    """Where the reward is read. eos: at an end token, appended where there is none; as-is: at the last token of the
+    text as given; auto: where the model was trained to be read. The choice is saved
+    with the model."""
     columns: str = ""
     """Their names for the fields read here, as in prompt=instruction,completion=answer."""
 
@@ -201,6 +208,9 @@ class ServeOptions(Options):
     timeout: Annotated[float, Range(above=0)] = 60.0
     """Maximum seconds for a request's body to arrive (else 408), for its answer (else 504), and to answer pending
     requests when the server stops."""
+    end: Literal["auto", "eos", "as-is"] = "auto"
+    """Where the reward is read. eos: at an end token, appended where there is none; as-is: at the last token of the
+    text as given; auto: where the model was trained to be read."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the computation. auto is bfloat16 on a GPU, float32 elsewhere."""
 

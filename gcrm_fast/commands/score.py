@@ -306,6 +306,7 @@ def score(options: ScoreOptions) -> None:
     goal = goal_of(options, model)
     made_by = {
         "model": model.fingerprint,
+        "--end": model.end.kind,
         "goal": hashlib.sha256(goal.numpy().tobytes()).hexdigest() if goal is not None else "",
         "device": model.device.type,
         "--per-token": options.per_token,

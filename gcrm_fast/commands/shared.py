@@ -20,7 +20,9 @@ PAIRED = {"chosen": True, "correct": True, "rejected": False, "incorrect": False
 
 def load(options: ModelOptions) -> RewardModel:
     """The model that MODEL names. Raises UserError."""
-    return RewardModel.from_pretrained(options.model, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch)
+    return RewardModel.from_pretrained(
+        options.model, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch, end=options.end
+    )
 
 
 def open_model(options: JudgingOptions) -> tuple[RewardModel, Tensor]:

@@ -6,94 +6,133 @@ starts no earlier than the first message in which the sides differ.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.common.errors import one_line
+from gcrm_fast.common.notes import warn_once
 from gcrm_fast.data import fields
 from gcrm_fast.data.fields import FieldError
+from gcrm_fast.data.messages import Messages, is_messages, messages_of, tools_of
 
-Messages = Sequence[dict[str, Any]]
 ANSWERING = ("assistant", "tool")  # roles of the messages that make up a completion
+PROBE = "§"  # an answer that no generation prompt begins with
 
 
-def as_text(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, completion: str | Messages) -> tuple[str, str]:
+class Rendered(str):
+    """Text that a chat template wrote, with all special tokens that belong in it."""
+
+
+class _Dialogue(NamedTuple):
+    """What a template writes out: messages and the tools that the assistant may call."""
+
+    messages: list[dict[str, Any]]
+    tools: Any  # a list of JSON objects, or None
+
+
+_PROBE_DIALOGUE = _Dialogue([{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}], None)
+# A dialogue that suits the template, for one that refuses the probe.
+_rendered: WeakKeyDictionary[PreTrainedTokenizerBase, _Dialogue] = WeakKeyDictionary()
+
+
+def as_text(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Messages,
+    completion: str | Messages,
+    *,
+    tools: Any = None,
+    system: str | None = None,
+) -> tuple[str, str]:
     """(prompt, completion) as text; unlike a record's, a sampled answer may be empty. Raises FieldError."""
-    text, [answer] = as_texts(tokenizer, prompt, {"completion": completion})
+    text, [answer] = as_texts(tokenizer, prompt, {"completion": completion}, tools=tools, system=system)
     return text, answer
 
 
 def as_texts(
-    tokenizer: PreTrainedTokenizerBase | None, prompt: Any, sides: Mapping[str, Any], *, prompt_name: str = "prompt"
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Any,
+    sides: Mapping[str, Any],
+    *,
+    prompt_name: str = "prompt",
+    tools: Any = None,
+    system: str | None = None,
 ) -> tuple[str, list[str]]:
     """The prompt, and each of ``sides``, completions under the names of their fields.
 
     Messages of the sides that come before the completion belong to the prompt. A prompt that is text, next to sides
-    that are messages, must repeat one of them.
+    that are messages, must repeat one of them; completions that are text, next to a prompt that is messages, a system
+    message or tools, are answers of the assistant.
 
     Raises:
         FieldError: neither text nor messages, messages that do not fit together or the chat template, or no template.
     """
-    if not isinstance(prompt, list) and not any(isinstance(side, list) for side in sides.values()):
+    tools, system = tools_of("tools", tools), fields.text("system", "" if system is None else system)
+    plain = not any(map(is_messages, sides.values()))
+    if plain and (is_messages(prompt) or tools or system.strip()):
+        if not is_messages(prompt):
+            prompt = [{"role": "user", "content": fields.text(prompt_name, prompt)}]
+        sides = {name: [{"role": "assistant", "content": fields.text(name, side)}] for name, side in sides.items()}
+    elif plain:
         return fields.text(prompt_name, prompt), [fields.text(*side) for side in sides.items()]
-    dialogues = {name: _messages(name, side) for name, side in sides.items()}
+    context, answers = _split(prompt, sides, prompt_name)
+    context = _with_system(context, system)
+    asked_name = prompt_name if is_messages(prompt) else next(iter(answers))
+    asked = _written(tokenizer, asked_name, _Dialogue(context, tools), ask=True)
+    wholes = {
+        name: _written(tokenizer, name, _Dialogue([*context, *answer], tools), ask=False)
+        for name, answer in answers.items()
+    }
+    if not all(whole.startswith(asked) for whole in wholes.values()):
+        asked = _common_start(tokenizer, asked_name, _Dialogue(context, tools), asked)
+    for name, whole in wholes.items():
+        if not asked or not whole.startswith(asked):
+            raise FieldError(name, "changes how the chat template writes the prompt: the answer has no start")
+    return asked, [Rendered(whole[len(asked) :]) for whole in wholes.values()]
+
+
+def is_empty(side: Any) -> bool:
+    """Whether a completion has nothing to score: blank text, or messages that end without text or calls."""
+    if not is_messages(side):
+        return not side.strip()
+    last = messages_of("completion", side)[-1]
+    return not (last["content"] or "").strip() and not last.get("tool_calls")
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a completion: eos, and the special tokens that the chat template, if any, writes after an answer."""
+    ends = {tokenizer.eos_token_id}
+    for dialogue in (_PROBE_DIALOGUE, _rendered.get(tokenizer)) if tokenizer.chat_template else ():
+        if dialogue is None:
+            continue
+        answer = (dialogue.messages[-1]["content"] or "").strip()
+        try:
+            text = _written(tokenizer, "", dialogue, ask=False)
+            tail = text[text.rindex(answer) + len(answer) :]
+        except (ValueError, FieldError):  # a template that expects other messages, or rewrites them
+            continue
+        added = tokenizer.added_tokens_decoder
+        return frozenset(ends.union(i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in added))
+    return frozenset(ends)
+
+
+def _split(
+    prompt: Any, sides: Mapping[str, Any], prompt_name: str
+) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """The messages of the prompt, and those of each completion."""
+    dialogues = {name: messages_of(name, side) for name, side in sides.items()}
     first = next(iter(dialogues))
-    count = _shared(dialogues, implicit=not isinstance(prompt, list))
+    count = _shared(dialogues, implicit=not is_messages(prompt))
     context = dialogues[first][:count]
-    if isinstance(prompt, list):
-        context = _messages(prompt_name, prompt) + context
+    if is_messages(prompt):
+        context = messages_of(prompt_name, prompt) + context
     elif prompt is not None and fields.text(prompt_name, prompt) not in [m["content"] for m in context]:
         raise FieldError(prompt_name, f"is text, and no message of '{first}' repeats it: give both as messages")
     if not context:
         raise FieldError(prompt_name, f"is missing, and '{first}' contains only the answer")
-    text = _written(tokenizer, prompt_name if isinstance(prompt, list) else first, context, ask=True)
-    completions = []
-    for name, messages in dialogues.items():
-        whole = _written(tokenizer, name, [*context, *messages[count:]], ask=False)
-        if not whole.startswith(text):
-            raise FieldError(name, "changes how the chat template writes the prompt: the answer has no start")
-        completions.append(whole[len(text) :])
-    return text, completions
-
-
-def is_empty(side: Any) -> bool:
-    """Whether a completion has nothing to score: blank text, or a last message without any."""
-    if isinstance(side, list):
-        return bool(side) and not str(side[-1]["content"]).strip()
-    return not side.strip()
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end a completion: eos, and what the chat template, if there is one, writes after an answer."""
-    ends = {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
-        answer = "answer"
-        messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-        try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-            tail = text[text.rindex(answer) + len(answer) :]
-        except Exception:  # a template that expects other messages; a record's error will say so
-            return frozenset(ends)
-        added = tokenizer.added_tokens_decoder
-        ends.update([i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in added][:1])
-    return frozenset(ends)
-
-
-def _messages(name: str, value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise FieldError(name, f"is {fields.kind(value)}, not a list of messages")
-    if not value:
-        raise FieldError(name, "is an empty list: it must contain messages with 'role' and 'content'")
-    messages = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise FieldError(f"{name}[{i}]", f"is {fields.kind(message)}, not a message")
-        for part in ("role", "content"):
-            fields.text(f"{name}[{i}].{part}", message.get(part))
-        # Tables give every message every key: null means absent.
-        messages.append({key: part for key, part in message.items() if part is not None})
-    return messages
+    return context, {name: messages[count:] for name, messages in dialogues.items()}
 
 
 def _shared(dialogues: Mapping[str, list[dict[str, Any]]], *, implicit: bool) -> int:
@@ -101,10 +140,11 @@ def _shared(dialogues: Mapping[str, list[dict[str, Any]]], *, implicit: bool) ->
     first, *others = dialogues
     counts = {}
     for name, messages in dialogues.items():
-        own = [i for i, message in enumerate(messages) if message["role"] not in ANSWERING]
-        counts[name] = own[-1] + 1 if own else 0
-        if counts[name] == len(messages):
-            name, role = f"{name}[{len(messages) - 1}].role", messages[-1]["role"]
+        foreign = [i for i, message in enumerate(messages) if message["role"] not in ANSWERING]
+        counts[name] = foreign[-1] + 1 if foreign else 0
+        if messages[-1]["role"] != "assistant":
+            role = messages[-1]["role"]
+            name = f"{name}[{len(messages) - 1}].role"
             raise FieldError(name, f"is {role[:20]!r}: the last message must be by the 'assistant'")
     count = counts[first]
     for name in others:
@@ -117,11 +157,48 @@ def _shared(dialogues: Mapping[str, list[dict[str, Any]]], *, implicit: bool) ->
     return count
 
 
-def _written(tokenizer: PreTrainedTokenizerBase | None, name: str, messages: Messages, *, ask: bool) -> str:
+def _with_system(context: list[dict[str, Any]], system: str) -> list[dict[str, Any]]:
+    if not system.strip() or context[0] == {"role": "system", "content": system}:
+        return context
+    if context[0]["role"] == "system":
+        raise FieldError("system", "differs from the system message of the prompt: keep one of them")
+    return [{"role": "system", "content": system}, *context]
+
+
+def _common_start(tokenizer: PreTrainedTokenizerBase | None, name: str, dialogue: _Dialogue, asked: str) -> str:
+    """The prompt of a template whose generation prompt begins the answer, with a thought for example: what it shares
+    with an answer that has none. "" where that does not contain the whole dialogue."""
+    answered = dialogue._replace(messages=[*dialogue.messages, {"role": "assistant", "content": PROBE}])
+    pairs = zip(asked, _written(tokenizer, name, answered, ask=False), strict=False)
+    common = asked[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
+    return common if common.startswith(_written(tokenizer, name, dialogue, ask=False)) else ""
+
+
+def _written(tokenizer: PreTrainedTokenizerBase | None, name: str, dialogue: _Dialogue, *, ask: bool) -> str:
     if tokenizer is None or not tokenizer.chat_template:
         raise FieldError(name, "is a list of messages, which needs a --model whose tokenizer has a chat template")
-    try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-    except Exception as error:  # a template is a program, and may fail in any way
-        raise FieldError(name, f"does not suit the chat template ({one_line(error)})") from None
-    return fields.text(name, text)
+
+    def render(messages: Sequence[dict[str, Any]], tools: Any = dialogue.tools) -> str:
+        try:
+            text = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=ask)
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise FieldError(name, f"does not suit the chat template ({one_line(error)})") from None
+        return fields.text(name, text)
+
+    messages = dialogue.messages
+    text = render(messages)
+    silent = [message["content"] is None for message in messages]
+    if any(silent):
+
+        def spelled(content: str) -> list[dict[str, Any]]:
+            return [{**m, "content": content} if none else m for m, none in zip(messages, silent, strict=True)]
+
+        if text == render(spelled("None")):  # Jinja's way to write null
+            text = render(spelled(""))
+        if text == render([{k: v for k, v in m.items() if k != "tool_calls"} for m in spelled("")]):
+            warn_once("the chat template of this model does not write tool calls: they are missing from the text")
+    if dialogue.tools and text == render(messages, None):
+        warn_once("the chat template of this model does not write tools: they are missing from the text")
+    if not ask and tokenizer not in _rendered and messages[-1]["content"]:
+        _rendered[tokenizer] = dialogue
+    return text

@@ -135,7 +135,10 @@ def _completion(
     # Text after the last end token is never dropped.
     own = bool(at_ends) and not text[_span(encoding, at_ends[-1])[1] :].strip()
     if own:
-        ids = ids[: at_ends[-1] + (not cut)]
+        last = at_ends[-1]
+        while cut and last > start and ids[last - 1] in ends:  # a turn may end with several tokens
+            last -= 1
+        ids = ids[: last + (not cut)]
     elif not cut:
         ids = [*ids, tokenizer.eos_token_id]
     if bos is not None and ids[:2] == [bos, bos]:

@@ -15,6 +15,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.data import fields as checked
 from gcrm_fast.data.chat import as_texts, is_empty
 from gcrm_fast.data.fields import FieldError, kind
+from gcrm_fast.data.messages import decoded, is_messages
 from gcrm_fast.data.sources import BadRecords, rows
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ COMPLETION_FORMATS = {
     "conversation": ("messages",),
 }
 PROMPTS, ORDERS = ("prompt", "question"), ("scores", "ranks")  # fields of a format that hold no completion
+CONTEXT = ("system", "tools")  # read next to any prompt
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -113,7 +115,7 @@ def known_fields(formats: Formats) -> list[str]:
     """All fields of a record that are read under these formats."""
     names = {name for needed in formats.values() for name in needed}
     cuts = {f"{name}_cut" for name in names.difference(PROMPTS, ORDERS)}
-    return sorted(names | cuts | ({"margin"} if formats is FORMATS else set()))
+    return sorted(names | cuts | set(CONTEXT) | ({"margin"} if formats is FORMATS else set()))
 
 
 def parse_columns(text: str, formats: Formats = FORMATS) -> dict[str, str]:
@@ -153,7 +155,7 @@ def layout_of(values: Mapping[str, Any], format_: str) -> str:
     """The format, and for pairs of text which of its layouts: all records of a source must have the same."""
     if format_ != "chosen and rejected":
         return format_
-    if isinstance(values["chosen"], list) or isinstance(values["rejected"], list):
+    if any(is_messages(decoded(values[name])) for name in ("chosen", "rejected")):
         return "messages"
     return "prompt, chosen, rejected" if "prompt" in values else "dialogue"
 
@@ -176,11 +178,14 @@ def sides_of(
     if not sides:
         raise FieldError("completions", "is an empty list: at least one completion is needed")
     prompt = values.get(prompt_name)
+    if all(is_messages(decoded(side)) for side in sides.values()):  # also those stored as JSON text
+        prompt, sides = decoded(prompt), {name: decoded(side) for name, side in sides.items()}
     if "chosen" in needed and layout_of(values, "chosen and rejected") == "dialogue":
         prompt, sides = _split_dialogues(sides)
     if names == ["messages"]:
-        checked.entries("messages", values["messages"])
-    text, completions = as_texts(tokenizer, prompt, sides, prompt_name=prompt_name)
+        checked.entries("messages", sides["messages"])
+    context = {name: values.get(name) for name in CONTEXT}
+    text, completions = as_texts(tokenizer, prompt, sides, prompt_name=prompt_name, **context)
     for name, side in sides.items():
         if is_empty(side):
             raise FieldError(name, "is empty: a completion needs text")
@@ -277,13 +282,14 @@ def _converted(
 
 
 def _renamed(raw: Any, columns: Mapping[str, str]) -> dict[str, Any]:
-    """The record under this project's field names; with ``columns`` without any other field."""
+    """The fields that a record has, under this project's names; with ``columns`` no others."""
     if not isinstance(raw, dict):
         raise UserError(f"a record must be a JSON object, this is {kind(raw)}")
     for name, column in columns.items():
         if column not in raw:
             raise UserError(f"field '{column}', named by --columns for '{name}', is missing")
-    return {name: raw[column] for name, column in columns.items()} or raw
+    named = {name: raw[column] for name, column in columns.items()} or raw
+    return {name: value for name, value in named.items() if value is not None}  # null means absent
 
 
 def _placed(error: UserError, where: str, columns: Mapping[str, str]) -> UserError:

@@ -4,6 +4,7 @@ Letters: N completions, n tokens of a completion, R read rows of a pack, G goals
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -17,12 +18,15 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals
 from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
+from gcrm_fast.checkpoints.reading import where_read
 from gcrm_fast.checkpoints.saving import add_tensor
 from gcrm_fast.checkpoints.weights import open_reward_model
 from gcrm_fast.common.devices import compute_dtype, default_device
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.processes import rank
 from gcrm_fast.data.batches import Budget, plan_packs
-from gcrm_fast.data.encoding import CHUNK, Completion, encode_completions
+from gcrm_fast.data.encoding import CHUNK, Completion
+from gcrm_fast.data.ends import Choice, End, encode_to
 from gcrm_fast.data.packing import Item, ScorePack, build_score_pack
 from gcrm_fast.data.tokenization import check_vocabulary, load_tokenizer
 from gcrm_fast.model.reward_model import LlamaRewardModel, goal_state, load
@@ -45,7 +49,7 @@ class RewardModel:
     """A reward model and its tokenizer, on one device, without gradients.
 
     ``config``, ``tokenizer``, ``network``, ``device``; ``fingerprint`` of the weights; ``goals``, the goal states of
-    the model's folder by name, [D] float32, "default" first.
+    the model's folder by name, [D] float32, "default" first; ``end``, where rewards are read.
     """
 
     def __init__(
@@ -56,9 +60,10 @@ class RewardModel:
         fingerprint: str,
         goals: dict[str, Tensor],
         tokens_per_batch: int,
+        end: End,
     ) -> None:
         self.network, self.config, self.tokenizer, self.device = network, network.config, tokenizer, device
-        self.fingerprint, self.goals = fingerprint, goals
+        self.fingerprint, self.goals, self.end = fingerprint, goals, end
         self.budget = Budget(tokens_per_batch, network.config.hidden_size)
 
     @classmethod
@@ -70,6 +75,7 @@ class RewardModel:
         dtype: str | torch.dtype = "auto",
         tokens_per_batch: int = 16384,
         attention: str = "auto",
+        end: Choice = "auto",
     ) -> Self:
         """Loads a folder or a hub repository, which ``gcrm train`` saved or the README lists, in evaluation mode.
 
@@ -78,12 +84,17 @@ class RewardModel:
             dtype: of the trunk; ``auto`` is bfloat16 on a GPU, else float32. The reward head is always float32.
             tokens_per_batch: maximum tokens per forward; memory grows with it.
             attention: see attention.py.
+            end: where rewards are read (see data/ends.py); ``auto`` is what gcrm.json says, or else where the model's
+                trainer read it. A model of another project says in one line, on the log, where that is.
 
         Raises:
             UserError: no such model, a language model without a reward head, or goals of other weights.
         """
         folder = locate(str(path_or_hub), "MODEL", MODEL_FILES)
         config, weights = open_reward_model(folder)
+        where, line = where_read(folder, end)
+        if line and rank() == 0:
+            logging.getLogger("gcrm_fast").warning(line)
         tokenizer = load_tokenizer(folder)
         check_vocabulary(tokenizer, config.vocab_size, str(folder))
         place = default_device() if device is None else torch.device(device)
@@ -99,14 +110,14 @@ class RewardModel:
         load(network.eval().requires_grad_(False), place, value)
         goal_file, fingerprint = folder / GOAL_FILE, digest.hexdigest()
         goals = read_goals(goal_file, fingerprint)[0] if goal_file.is_file() else {}
-        return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch)
+        return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch, where)
 
     # ------------------------------------------------------------------------------------------------------- texts
 
     def encode(
         self, prompts: Sequence[str], completions: Sequence[str], cuts: Sequence[bool] | None = None
     ) -> list[Completion]:
-        """The tokens that are scored: as in training, jointly tokenized and with an end token (see encoding.py).
+        """The tokens that are scored: as in training, jointly tokenized and up to where the reward is read (ends.py).
 
         ``cuts`` marks completions that a length limit cut: they have no end, and are scored at their last token.
 
@@ -124,7 +135,7 @@ class RewardModel:
         encoded: list[Completion] = []
         for a in range(0, len(prompts), CHUNK):
             part = slice(a, a + CHUNK)
-            encoded += encode_completions(self.tokenizer, prompts[part], completions[part], cuts[part])
+            encoded += encode_to(self.end, self.tokenizer, prompts[part], completions[part], cuts[part])
         return encoded
 
     def unfit(self, completion: Completion) -> str:

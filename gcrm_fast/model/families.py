@@ -1,7 +1,7 @@
-"""Model families: everything in which one differs from another, in one record each.
+"""Model families: all differences between them, in one record each.
 
-A record says how Hugging Face's config.json and classes name the family, what its layers have that others lack, and
-what an absent field of config.json means (transformers' own defaults). Everybody else asks the record.
+A record has the family's names in Hugging Face's config.json and classes, what its layers have that others lack, and
+the values of absent fields of config.json (transformers' own defaults).
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Family:
     # Tokens attend to the last 'sliding_window' tokens only: never; in all layers, unless that is null; or in some of
     # them, where 'use_sliding_window' says so.
     sliding_window: Literal["never", "all layers", "some layers"] = "never"
-    # What may pad, best first, where the tokenizer's own pad token cannot: tokens that never end a completion.
+    # What may pad, best first, in place of the tokenizer's own pad token: tokens that never end a completion.
     pad_tokens: tuple[str, ...] = ("<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "<unk>")
 
     def class_name(self, task: str) -> str:

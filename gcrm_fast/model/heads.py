@@ -1,4 +1,4 @@
-"""Reward heads: a class each, with all that other files ask of one. ``config.head`` names it in ``KINDS``."""
+"""Reward heads: one class each, with all that other files need of it. ``config.head`` names it in ``KINDS``."""
 
 import math
 from typing import ClassVar

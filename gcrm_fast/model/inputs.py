@@ -1,6 +1,6 @@
-"""What the network is given: a flat axis of packed tokens, and the rows of it that a loss reads.
+"""The network's input: a flat axis of packed tokens, and the rows of it that a loss reads.
 
-Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples a pair. See packing.py for the layout.
+Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples per pair. Layout: packing.py.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from torch import Tensor
 from gcrm_kernels import InverseIndex, RowTiles
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairRows:
-    """What the losses read, as indices into the read rows R of a pack (int64 unless noted)."""
+    """The rows that the losses read, as indices into the read rows R of a pack (int64 unless noted)."""
 
     end_2N: Tensor  # last token of chosen [0] and rejected [1]
     samples_4NS: Tensor  # sources, goals, negative sources, negative goals; S = 0 where all positions are compared
@@ -25,16 +25,16 @@ class PairRows:
     positions_inverse: InverseIndex
     positions_cu_seqlens: Tensor  # int32, [2N + 1]
     max_pair_length: int  # longest chosen + rejected among the positions
-    quantiles_2NQ: Tensor  # rows at 0..100 % of both sides and one before the end; or Q = 0
+    quantiles_2NQ: Tensor  # rows at 0..100 % of both sides and at the last token but one; or Q = 0
     has_positive_N: Tensor  # bool; False where the chosen completion has one token and so no (i < j)
     shared_negatives_N: Tensor  # float32, share of the negative goals that lie before the completions diverge
     margin_N: Tensor  # float32
     pair_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenAxis:
-    """What the trunk computes: packed tokens and the rows that are read of the last layer.
+    """The trunk's input: packed tokens, and the rows that are read of the last layer.
 
     All index tensors int64 except cu_seqlens, which are int32. The inverse indices are the gathers' backward: None
     where no gradient is taken.
@@ -52,15 +52,15 @@ class TokenAxis:
     read_inverse: InverseIndex | None
 
     def to(self, device: torch.device) -> Self:
-        """The same with every tensor on ``device``; does not wait for copies from pinned memory."""
+        """A copy with every tensor on ``device``; does not wait for copies from pinned memory."""
         return mapped(self, Tensor, lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """The same with every tensor in page-locked memory."""
+        """A copy with every tensor in page-locked memory."""
         return mapped(self, Tensor, Tensor.pin_memory)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pack(TokenAxis):
     """One micro-batch of training."""
 

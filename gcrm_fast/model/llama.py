@@ -131,8 +131,8 @@ def maybe_recomputed(again: bool, function: Callable[..., Any], *args: Any) -> A
 
 
 class _LinearsOfOneInput(torch.autograd.Function):
-    """Several linear layers of one input, whose gradients of the input add up in one buffer: each product adds to what
-    the one before it left, where autograd would write every one and then read them all again to add them."""
+    """Several linear layers of one input. Gradients of the input accumulate in one buffer inside the products, where
+    autograd would write each one and read them all again to add them."""
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, *weights_and_biases: Tensor | None) -> tuple[Tensor, ...]:

@@ -226,6 +226,6 @@ def segment_attention(
 ) -> Tensor:
     """The backend of the CPU, float32 and float64: one product over all segments of similar length.
 
-    An operator of its own because its Python loop over segment lengths would break a compiled graph.
+    A custom operator, because its Python loop over segment lengths would break a compiled graph.
     """
     return _segment_attention(q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k)[0]

@@ -8,8 +8,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from gcrm_fast.data.chat import Messages, as_text
+from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.encoding import CUT, Completion
+from gcrm_fast.data.ends import Choice
+from gcrm_fast.data.messages import Messages
 from gcrm_fast.inference.scoring import RewardModel
 
 
@@ -19,7 +21,8 @@ class RewardFunction:
     ``q_weight`` adds that many times the Q-value of the end state, its cosine to the goal state ``goal``: a second
     signal from the same forward. ``ends``: the policy's end tokens; where the trainer passes ``completion_ids`` (TRL
     does), a completion that does not end with one was cut by its length limit and is scored as such. Without ``ends``
-    every completion counts as ended. ``name`` is its name in logs.
+    every completion counts as ended. ``end``: where the reward of a model that is loaded is read, see
+    ``RewardModel.from_pretrained``. ``name`` is its name in logs.
     """
 
     def __init__(
@@ -29,9 +32,10 @@ class RewardFunction:
         q_weight: float = 0.0,
         goal: str | None = None,
         ends: Collection[int] = (),
+        end: Choice = "auto",
         name: str = "gcrm",
     ) -> None:
-        self.model = model if isinstance(model, RewardModel) else RewardModel.from_pretrained(model)
+        self.model = model if isinstance(model, RewardModel) else RewardModel.from_pretrained(model, end=end)
         self.q_weight = q_weight
         self.goals_GD = self.model.goal(goal)[None] if q_weight else None
         self.ends = frozenset(ends)
@@ -44,8 +48,13 @@ class RewardFunction:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float]:
-        """Rewards in the order of ``completions``; ``columns``, the data set's other columns, change nothing."""
-        texts = [as_text(self.model.tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+        """Rewards in the order of ``completions``. Of ``columns``, the data set's others, ``tools`` and ``system`` are
+        read, one per prompt; the rest changes nothing."""
+        context = [columns.get(name) or [None] * len(prompts) for name in ("tools", "system")]
+        texts = [
+            as_text(self.model.tokenizer, prompt, completion, tools=tools, system=system)
+            for prompt, completion, tools, system in zip(prompts, completions, *context, strict=True)
+        ]
         cuts = [False] * len(texts)
         if self.ends and completion_ids is not None:
             cuts = [bool(ids) and ids[-1] not in self.ends for ids in completion_ids]

@@ -37,7 +37,7 @@ BLOCK_ROWS = 256  # rows of a pair's cosines that the PyTorch path holds at a ti
 
 
 def _blocks(states_MD: Tensor, cu_seqlens: Tensor, temperature: float) -> Iterator[tuple[int, slice, Any]]:
-    """(pair, rows, what is known of them) for blocks of at most BLOCK_ROWS rows; see the names in the body."""
+    """(pair, rows, their statistics) for blocks of at most BLOCK_ROWS rows; see the names in the body."""
     cuts = cu_seqlens.tolist()
     for n, (a, b, c) in enumerate(zip(cuts[0:-1:2], cuts[1::2], cuts[2::2], strict=True)):
         z = states_MD[a:c]
@@ -160,7 +160,7 @@ def dense_contrastive_loss(
         ValueError: an even number of ``cu_seqlens``, or temperature <= 0.
     """
     if len(cu_seqlens) % 2 == 0:
-        raise ValueError(f"cu_seqlens of length {len(cu_seqlens)}: must be 2 N + 1, two segments a pair")
+        raise ValueError(f"cu_seqlens of length {len(cu_seqlens)}: must be 2 N + 1, two segments per pair")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be more than 0")
     loss_N, similarity_2N = _forward(states_MD, cu_seqlens.contiguous(), max_pair_length, temperature)

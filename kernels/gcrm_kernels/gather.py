@@ -3,7 +3,7 @@
     out[i] = x[index[i]]          dx[r] = sum of dout[i] over all i with index[i] == r
 
 PyTorch's index backward adds with atomics on CUDA, so its sum depends on the run. Here the host, which built
-``index``, also hands over its inverse in CSR form: the positions of row r are ``order[offsets[r]:offsets[r + 1]]``,
+``index``, also passes its inverse in CSR form: the positions of row r are ``order[offsets[r]:offsets[r + 1]]``,
 ascending. The backward reads them in that order: bitwise deterministic, no atomics, no host sync.
 
 Shapes: T rows of x, I gathered rows. Compulsory bytes: read I rows, write I rows, forward and backward alike.
@@ -87,7 +87,7 @@ _gather.register_autograd(_differentiate, setup_context=_save)
 def gather_rows(x: Tensor, index: Tensor, inverse: InverseIndex | None) -> Tensor:
     """``x[index]`` for x [T, ...] and index [I] int64, with a deterministic backward.
 
-    ``inverse`` is ``InverseIndex.of(index, T)`` on x's device. Differentiable once; for inference None will do.
+    ``inverse`` is ``InverseIndex.of(index, T)`` on x's device. Differentiable once; None suffices for inference.
     """
     if inverse is None:
         return x.index_select(0, index)

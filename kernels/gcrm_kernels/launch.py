@@ -24,7 +24,7 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Columns a program takes at a time, warps a program, loads in flight."""
+    """Columns that a program takes at a time, warps per program, loads in flight."""
 
     block: int
     num_warps: int
@@ -52,10 +52,10 @@ def operator_body(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Con
 
 
 def pick(key: Hashable, candidates: Sequence[LaunchConfig], run: Callable[[LaunchConfig], object]) -> LaunchConfig:
-    """The first of ``candidates``; with GCRM_AUTOTUNE=1 the fastest, timed once for each ``key`` and process: the order
+    """The first of ``candidates``; with GCRM_AUTOTUNE=1 the fastest, timed once per ``key`` and process: the order
     of sums may then differ from run to run.
 
-    Timing is outside the kernel's decorator, because ``triton.autotune`` needs a driver where it is written.
+    Timing is outside the kernel's decorator, because ``triton.autotune`` needs a driver at import.
     """
     if os.environ.get("GCRM_AUTOTUNE") != "1":
         return candidates[0]

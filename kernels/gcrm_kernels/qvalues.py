@@ -49,11 +49,11 @@ def q_values(hidden_TH: Tensor, goals: Tensor, projection_DH: Tensor | None = No
 
     Args:
         hidden_TH: states, [T, H], any float dtype.
-        goals: goal states, [G, H], or [G, D] with a projection; float32 as a rule.
+        goals: goal states, [G, H], or [G, D] with a projection; usually float32.
         projection_DH: W [D, H]; goals are then compared with W h.
 
     Raises:
-        ValueError: goals whose width is not that of the states that they are compared with.
+        ValueError: goals and states of different widths.
     """
     states = hidden_TH if projection_DH is None else F.linear(hidden_TH, projection_DH.to(hidden_TH.dtype))
     if goals.shape[1] != states.shape[1]:

@@ -1,6 +1,6 @@
 """Every op of this package in plain PyTorch: slow, differentiable by autograd, exact in float64. The tests' yardstick.
 
-Letters: R rows of hidden states, H their width, D width after a projection, N pairs, S samples a pair, M positions of
+Letters: R rows of hidden states, H their width, D width after a projection, N pairs, S samples per pair, M positions of
 dense pairs, T tokens, G goal states.
 
     cos(a, b) = a.b / (max(|a|, eps) max(|b|, eps)),  eps = 1e-8
@@ -80,7 +80,7 @@ def dense_contrastive_loss(states_MD: Tensor, cu_seqlens: Tensor, *, temperature
 
 
 def q_values(hidden_TH: Tensor, goals: Tensor, projection_DH: Tensor | None = None) -> Tensor:
-    """Cosine of every row of hidden_TH [T, H], projected if asked, to each goal state [G, H or D]: [T, G]."""
+    """Cosine of every row of hidden_TH [T, H], projected with W if given, to each goal state [G, H or D]: [T, G]."""
     return unit_rows(_project(hidden_TH, projection_DH)) @ unit_rows(goals).mT
 
 

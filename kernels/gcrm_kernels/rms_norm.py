@@ -4,7 +4,7 @@
     ds_th = r_t (w_h dy_th - r_t s_th m_t) + (gradient that arrives through s),   m_t = mean_h(w_h dy_th r_t s_th)
     dx = dresidual = ds,   dw_h = sum_t dy_th r_t s_th
 
-s is rounded to the dtype of x before it is normalized, as if the addition were an operator of its own: the backward
+s is rounded to the dtype of x before it is normalized, as if the addition were a separate operator: the backward
 reads that s again, and r. Sums over rows have an order that the shape alone decides (parts of consecutive rows, then
 the sum of the parts): bitwise deterministic, no atomics.
 

@@ -1,4 +1,4 @@
-"""SwiGLU: silu(gate) up, whose backward computes the product's factors again from gate and up.
+"""SwiGLU: silu(gate) up; the backward recomputes the product's factors from gate and up.
 
     y = g sigmoid(g) u,   dg = dy u sigmoid(g) (1 + g (1 - sigmoid(g))),   du = dy g sigmoid(g)
 
@@ -61,7 +61,7 @@ def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """silu(gate) up, of the inputs' shape and dtype. Differentiable in both, by the kernels once.
 
     Args:
-        gate_TF, up_TF: two tensors of one shape and one float dtype, [T, F] as a rule.
+        gate_TF, up_TF: two tensors of one shape and one float dtype, usually [T, F].
 
     Raises:
         ValueError: shapes or dtypes that differ.

@@ -1,15 +1,15 @@
 """Triton kernels of the contrastive loss of sampled positions: one launch forward (two where pairs are few), one
 backward. Maths, shapes, dtypes and bytes: contrastive.py.
 
-Forward: a program a pair. It walks over H once for the positives and once for the negatives, gathering S source and S
-goal rows of BLOCK_H columns, and keeps S x S dot products and 2 S squared norms in registers; then cosines, loss,
+Forward: one program per pair. It walks over H once for the positives and once for the negatives, gathering S source and
+S goal rows of BLOCK_H columns, and keeps S x S dot products and 2 S squared norms in registers; then cosines, loss,
 weights and own coefficients. Dot products of 16-bit states are exact products summed in float32 on tensor cores; those
 of float32 states are IEEE float32.
-Where pairs are too few to keep a GPU busy (``column_parts``), positives, negatives and parts of H get programs of their
-own, which write partial dot products and squared norms [2N, parts, SP SP + 2 SP] (paired: 3 SP) in float32; a second
-launch, a program a pair again, adds them part after part and goes on as above.
+Where pairs are too few to keep a GPU busy (``column_parts``), positives, negatives and parts of H get separate
+programs, which write partial dot products and squared norms [2N, parts, SP SP + 2 SP] (paired: 3 SP) in float32; a
+second launch, again one program per pair, adds the parts in order and then continues as above.
 
-Backward: a program a tile of consecutive gradient rows and BLOCK_H columns. For each unit (a pair's positives or
+Backward: one program per tile of consecutive gradient rows and BLOCK_H columns. For each unit (a pair's positives or
 negatives) that touches the tile, the tile's rows look up their rows of w, repeated samples one after another, and
 w [tile rows, S] @ partners [S, BLOCK_H] is added. Every gradient row, also one that no sample names, is written exactly
 once: no atomics, no zero-filled buffer.
@@ -348,7 +348,7 @@ def _padded(samples: int) -> int:
 
 def forward_candidates(samples: int, itemsize: int, grid: bool) -> list[LaunchConfig]:
     """8 KiB of each operand per step: four or five programs per multiprocessor then keep enough loads in flight to
-    cover memory latency. First the rule, then what autotuning tries besides.
+    cover memory latency. First the rule, then the further candidates of autotuning.
 
     On an H100, S = 16 in bfloat16: a product of 16 rows is done sooner by two warps (0.19 ms against 0.26 by four at
     N = 512, H = 4096), row by row by eight (0.096 against 0.112).

@@ -53,7 +53,8 @@ def _q_kernel(
 
 
 def candidates(itemsize: int) -> list[LaunchConfig]:
-    """8 KiB of states per step, of 64, 32 or 16 tokens. First the rule, then what autotuning tries besides."""
+    """8 KiB of states per step, of 64, 32 or 16 tokens. First the rule, then the further candidates of
+    autotuning."""
     block = 128 // itemsize
     return [LaunchConfig(block, 4, 3), LaunchConfig(2 * block, 4, 3), LaunchConfig(4 * block, 4, 3)]
 

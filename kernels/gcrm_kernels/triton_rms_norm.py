@@ -1,9 +1,10 @@
 """Triton kernels of RMSNorm: one launch forward, one backward. Maths, shapes, dtypes and bytes: rms_norm.py.
 
-Forward: a program a row, which stays in registers between the sum of squares and the product. Backward: a program takes
-consecutive rows, writes their gradient and keeps its part of the weight's gradient in registers; the parts [P, H] in
-float32 are then summed. The weight is read again for each row, from the cache: kept, it would take as many registers as
-the row. A whole row is one block of the next power of two, 2^20 columns at most; up to 16384 it fits in registers.
+Forward: one program per row, which stays in registers between the sum of squares and the product. Backward: a program
+takes consecutive rows, writes their gradient and keeps its part of the weight's gradient in registers; the parts [P,
+H] in float32 are then summed. The weight is read again for each row, from the cache: kept, it would take as many
+registers as the row. A whole row is one block of the next power of two, 2^20 columns at most; up to 16384 it fits in
+registers.
 """
 
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from gcrm_kernels.launch import LaunchConfig, pick
 
-# Programs of the backward: about what a large GPU runs at once, and so few that their float32 parts are small beside
-# the rows (8 MiB at H = 4096, where 8192 rows of bfloat16 are 64 MiB). Not asked of the device: the order of the sums
-# is then the same everywhere.
+# Programs of the backward: about what a large GPU runs at once, and so few that their float32 parts are small next to
+# the rows (8 MiB at H = 4096, where 8192 rows of bfloat16 are 64 MiB). Not queried from the device: the order of the
+# sums is then the same everywhere.
 PARTS = 512
 LANES = 64 if torch.version.hip else 32  # of a warp
 
@@ -89,8 +90,8 @@ def _rms_norm_backward_kernel(
 
 
 def candidates(width: int, lanes: int) -> list[LaunchConfig]:
-    """Sixteen columns a lane, two loads of 16 bytes in 16-bit dtypes, and at most 1024 lanes. First the rule, then what
-    autotuning tries besides."""
+    """Sixteen columns a lane, two loads of 16 bytes in 16-bit dtypes, and at most 1024 lanes. First the rule,
+    then the further candidates of autotuning."""
     block, most = triton.next_power_of_2(width), 1024 // lanes
     warps = min(most, max(1, block // (16 * lanes)))
     return [LaunchConfig(block, count, 1) for count in (warps, max(1, warps // 2), min(most, 2 * warps))]

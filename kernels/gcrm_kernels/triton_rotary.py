@@ -225,7 +225,7 @@ def _rotary_backward_kernel(
 
 def candidates(heads: int, half: int, lanes: int) -> list[LaunchConfig]:
     """A block of all pairs of a row, sixteen pairs a lane (four loads of 16 bytes in 16-bit dtypes), and at most 1024
-    lanes. First the rule, then what autotuning tries besides."""
+    lanes. First the rule, then the further candidates of autotuning."""
     block, most = triton.next_power_of_2(heads) * triton.next_power_of_2(half), 1024 // lanes
     warps = min(most, max(1, block // (16 * lanes)))
     return [LaunchConfig(block, count, 1) for count in (warps, max(1, warps // 2), min(most, 2 * warps))]

@@ -30,7 +30,7 @@ def _swiglu_backward_kernel(grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, coun
 
 
 def candidates() -> list[LaunchConfig]:
-    """Eight elements a lane: 16 bytes in 16-bit dtypes. First the rule, then what autotuning tries besides."""
+    """Eight elements per lane: 16 bytes in 16-bit dtypes. First the rule, then autotuning's further candidates."""
     return [LaunchConfig(1024, 4, 1), LaunchConfig(2048, 4, 1), LaunchConfig(2048, 8, 1)]
 
 

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from gcrm_fast.common.torch_compat import TorchDispatchMode
 from gcrm_fast.training import accounting, parallel
 from gcrm_fast.training.config import TrainConfig
 from support.small import small_config
@@ -80,21 +79,13 @@ class Moved(TorchDispatchMode):
 @pytest.mark.parametrize("gather", ["step", "block"])
 @pytest.mark.parametrize("pairs_per_pack", [1, 3])
 def test_fsdp_copies_what_the_model_of_a_step_says(
-    step_model: ModuleType, our_step: ModuleType, monkeypatch: pytest.MonkeyPatch, gather: str, pairs_per_pack: int
+    step_model: ModuleType, our_step: ModuleType, gather: str, pairs_per_pack: int
 ) -> None:
-    moved = Moved()
-    for name in ("wait_for_unshard", "post_backward"):
-        original = getattr(FSDPParamGroup, name)
-
-        def counted(*args: Any, original: Any = original) -> Any:
-            with moved:
-                return original(*args)
-
-        monkeypatch.setattr(FSDPParamGroup, name, counted)
     config = small_config(vocab_size=32_000, intermediate_size=8192)  # most weights are the blocks'
     packs = step_model.packs_of(config, 20, 30, 3, 80 * pairs_per_pack + 10)
     assert [pack.n_pairs for pack in packs] == 3 // pairs_per_pack * [pairs_per_pack]
     with parallel.process_group() as (mesh, device):
         ours = our_step.Ours(config, TrainConfig(gather=gather), torch.bfloat16, mesh, device)
-        ours.accumulate(packs, 3)
+        with Moved() as moved:
+            ours.accumulate(packs, 3)
     assert moved.bytes == pytest.approx(step_model.fsdp_bytes(config, len(packs), gather), rel=0.01)

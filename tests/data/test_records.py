@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.notes import warn_once
+from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.encoding import tokenize_pairs
 from gcrm_fast.data.overlap import Overlap, overlap
 from gcrm_fast.data.records import Pair, ordered_pairs, read_pairs
@@ -223,6 +225,155 @@ def test_only_the_last_message_is_the_completion(tmp_path):
     [pair] = read(tmp_path, record, tokenizer=chat_tokenizer(CHATML))
     assert pair.prompt.count("yes") == 1
     assert (pair.chosen, pair.rejected) == ("no<|im_end|>\n", "yes<|im_end|>\n")
+
+
+# Writes tools and calls, and null as text; the turn ends with two tokens; earlier thoughts are dropped.
+TOOLS = (
+    "{% if tools %}<|start_header_id|>{{ tools | map(attribute='name') | join(',') }}<|end_header_id|>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.city }}]{% endfor %}"
+    "<|im_end|>{% if m.role == 'assistant' %}<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Its generation prompt opens a thought, which the answers of a finished dialogue do not have.
+THOUGHT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"type": "function", "function": {"name": "wx", "arguments": {"city": "Oslo"}}}],
+}
+AFTER_CALL = [USER, CALL, {"role": "tool", "content": "7"}]
+WRITTEN_USER, WRITTEN_CALL = "<|im_start|>user\nq<|im_end|>", "<|im_start|>assistant\n[wx Oslo]<|im_end|><|eot_id|>"
+ASK, END_OF_TURN = "<|im_start|>assistant\n", "<|im_end|><|eot_id|>"
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "chosen"),
+    [
+        (
+            {"prompt": [USER], "chosen": [YES], "rejected": [NO], "tools": [{"name": "wx", "default": None}]},
+            f"<|start_header_id|>wx<|end_header_id|>{WRITTEN_USER}{ASK}",
+            f"yes{END_OF_TURN}",
+        ),
+        (
+            {"prompt": [USER], "chosen": [YES], "rejected": [NO], "tools": '[{"name": "a"}, {"name": "b"}]'},
+            f"<|start_header_id|>a,b<|end_header_id|>{WRITTEN_USER}{ASK}",
+            f"yes{END_OF_TURN}",
+        ),
+        (
+            {"prompt": AFTER_CALL, "chosen": [YES], "rejected": [NO]},
+            f"{WRITTEN_USER}{WRITTEN_CALL}<|im_start|>tool\n7<|im_end|>{ASK}",
+            f"yes{END_OF_TURN}",
+        ),
+        (
+            {"chosen": [*AFTER_CALL, YES], "rejected": [*AFTER_CALL, NO]},
+            f"{WRITTEN_USER}{WRITTEN_CALL}<|im_start|>tool\n7<|im_end|>{ASK}",
+            f"yes{END_OF_TURN}",
+        ),
+        (
+            {"prompt": [USER], "chosen": [*AFTER_CALL[1:], YES], "rejected": [NO]},
+            f"{WRITTEN_USER}{ASK}",
+            f"[wx Oslo]{END_OF_TURN}<|im_start|>tool\n7<|im_end|>{ASK}yes{END_OF_TURN}",
+        ),
+        ({"prompt": [USER], "chosen": [CALL], "rejected": [NO]}, f"{WRITTEN_USER}{ASK}", f"[wx Oslo]{END_OF_TURN}"),
+        (
+            {"prompt": "q", "chosen": "yes", "rejected": "no", "system": "s"},
+            f"<|im_start|>system\ns<|im_end|>{WRITTEN_USER}{ASK}",
+            f"yes{END_OF_TURN}",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}
+            | {"chosen": [YES], "rejected": [NO]},
+            f"<|im_start|>user\nab<|im_end|>{ASK}",
+            f"yes{END_OF_TURN}",
+        ),
+        (
+            {"prompt": json.dumps([USER]), "chosen": json.dumps([YES]), "rejected": json.dumps([NO])},
+            f"{WRITTEN_USER}{ASK}",
+            f"yes{END_OF_TURN}",
+        ),
+        (
+            {
+                "prompt": [{"from": "human", "value": "q"}],
+                "chosen": {"from": "gpt", "value": "yes"},
+                "rejected": {"from": "gpt", "value": "no"},
+            },
+            f"{WRITTEN_USER}{ASK}",
+            f"yes{END_OF_TURN}",
+        ),
+        ({"prompt": [USER], "chosen": "yes", "rejected": "no"}, f"{WRITTEN_USER}{ASK}", f"yes{END_OF_TURN}"),
+    ],
+    ids=[
+        "tools",
+        "tools as JSON text",
+        "call in the prompt",
+        "call in both dialogues",
+        "answer of several messages",
+        "answer that is a call",
+        "system next to text",
+        "parts of text",
+        "messages as JSON text",
+        "from and value",
+        "answers as text",
+    ],
+)
+def test_what_a_dialogue_may_hold(tmp_path, record, prompt, chosen):
+    tokenizer = chat_tokenizer(TOOLS)
+    pairs = read(tmp_path, record, tokenizer=tokenizer)
+    assert [(pair.prompt, pair.chosen) for pair in pairs] == [(prompt, chosen)]
+    [pair], report = tokenize_pairs(tokenizer, pairs, 1000)
+    assert tokenizer.decode(pair.chosen_ids[-2:]) == END_OF_TURN
+    assert report.ending_summary() == "2 of their own, 0 with eos added, 0 cut"
+    sides = {name: record[name] for name in ("chosen", "rejected")}
+    if "rejected_cut" not in record and isinstance(record.get("prompt"), list):
+        for name, expected in (("chosen", chosen), ("rejected", f"no{END_OF_TURN}")):
+            text = as_text(tokenizer, record["prompt"], sides[name], tools=record.get("tools"))
+            assert text == (prompt, expected)
+
+
+def test_cut_answer_loses_both_tokens_that_end_its_turn(tmp_path):
+    tokenizer = chat_tokenizer(TOOLS)
+    record = {"prompt": [USER], "chosen": [YES], "rejected": [NO], "chosen_cut": True}
+    [pair], _ = tokenize_pairs(tokenizer, read(tmp_path, record, tokenizer=tokenizer), 1000)
+    assert tokenizer.decode(pair.chosen_ids[pair.chosen_start :]) == "yes"
+
+
+@pytest.mark.parametrize("thought", ["", "<think>\nhm</think>"])
+def test_generation_prompt_that_opens_a_thought(tmp_path, thought):
+    answer = YES | {"content": thought + "yes"}
+    record = {"prompt": [USER], "chosen": [answer], "rejected": [NO]}
+    pairs = read(tmp_path, record, tokenizer=chat_tokenizer(THOUGHT))
+    assert sides(pairs) == [(WRITTEN_USER + ASK, "yes<|im_end|>", "no<|im_end|>")]
+
+
+def test_ends_of_turns_come_from_the_record_where_the_probe_is_refused(tmp_path):
+    tokenizer = chat_tokenizer(
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHATML
+    )
+    record = {"prompt": [USER], "chosen": [YES], "rejected": [NO], "system": "s"}
+    pairs = read(tmp_path, record, tokenizer=tokenizer)
+    _, report = tokenize_pairs(tokenizer, pairs, 1000)
+    assert report.ending_summary() == "2 of their own, 0 with eos added, 0 cut"
+
+
+def test_template_that_does_not_write_tools_is_named_once(tmp_path, capsys):
+    warn_once.cache_clear()
+    record = {"prompt": AFTER_CALL, "chosen": [YES], "rejected": [NO], "tools": [{"name": "wx"}]}
+    [pair, _] = read(tmp_path, record, record, tokenizer=chat_tokenizer(CHATML))
+    assert "None" not in pair.prompt
+    assert capsys.readouterr().err.splitlines() == [
+        f"gcrm: warning: the chat template of this model does not write {what}: they are missing from the text"
+        for what in ("tool calls", "tools")
+    ]
+
+
+def test_null_means_absent(tmp_path):
+    optional = {"margin": None, "chosen_cut": None, "tools": None, "system": None, "completions": None}
+    [pair] = read(tmp_path, GOOD | optional)
+    assert (pair.margin, pair.chosen_cut) == (0.0, False)
 
 
 # ------------------------------------------------------------------------------------------------------ bad records

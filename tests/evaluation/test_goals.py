@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from gcrm_fast.checkpoints.goals import END_POLICY, read_goals, write_goals
+from gcrm_fast.checkpoints.goals import read_goals, write_goals
+from gcrm_fast.checkpoints.reading import POLICIES
 from gcrm_fast.commands.goals import Condition, is_preferred
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.records import Candidate
@@ -64,11 +65,11 @@ def test_files_keep_several_goals_and_say_whose_they_are(tmp_path: Path) -> None
     assert torch.equal(goals["a few"], few)
     assert counts == {"a few": 20, "default": 7}
     with safe_open(path, framework="pt") as file:
-        assert file.metadata()["end_policy"] == END_POLICY
+        assert file.metadata()["end_policy"] == POLICIES["eos"]
     with pytest.raises(UserError, match="its goals are of another model's weights: make them"):
         read_goals(path, "abd")
     save_file({"default": default}, path, metadata={"fingerprint": "abc", "end_policy": "none"})
-    with pytest.raises(UserError, match="completions that end otherwise"):
+    with pytest.raises(UserError, match="completions that end in an unknown way"):
         read_goals(path, "abc")
     save_file({"default": default}, path)
     with pytest.raises(UserError, match="not a goal file"):

@@ -87,14 +87,14 @@ FAULTS = {
     ),
     "data: what follows the end token kept": (
         "gcrm_fast/data/encoding.py",
-        "ids = ids[: at_ends[-1] + (not cut)]",
+        "ids = ids[: last + (not cut)]",
         "pass",
         "tests/data/test_encoding.py",
     ),
     "data: end of turn ends nothing": (
         "gcrm_fast/data/chat.py",
-        "if i in added][:1]",
-        "if i in added][:0]",
+        '["input_ids"] if i in added)',
+        '["input_ids"] if i in ())',
         "tests/data/test_encoding.py",
     ),
     "data: eos after a cut completion": (
@@ -129,9 +129,45 @@ FAULTS = {
     ),
     "data: earlier turns lost": (
         "gcrm_fast/data/chat.py",
-        "_messages(prompt_name, prompt) + context",
-        "_messages(prompt_name, prompt)",
+        "messages_of(prompt_name, prompt) + context",
+        "messages_of(prompt_name, prompt)",
         "tests/data/test_records.py",
+    ),
+    "data: tools do not reach the template": (
+        "gcrm_fast/data/chat.py",
+        "list(messages), tools=tools,",
+        "list(messages), tools=None,",
+        "tests/data/test_records.py -k dialogue",
+    ),
+    "data: a thought belongs to the prompt": (
+        "gcrm_fast/data/chat.py",
+        "asked = _common_start(tokenizer, asked_name, _Dialogue(context, tools), asked)",
+        "pass",
+        "tests/data/test_records.py -k thought",
+    ),
+    "data: shared calls belong to the completion": (
+        "gcrm_fast/data/chat.py",
+        "if implicit and others:",
+        "if False:",
+        "tests/data/test_records.py -k dialogue",
+    ),
+    "data: half of an end of turn after a cut answer": (
+        "gcrm_fast/data/encoding.py",
+        "last > start and ids[last - 1] in ends",
+        "False",
+        "tests/data/test_records.py -k cut_answer",
+    ),
+    "data: ends of turns from the probe alone": (
+        "gcrm_fast/data/chat.py",
+        "_rendered[tokenizer] = dialogue",
+        "pass",
+        "tests/data/test_records.py -k probe",
+    ),
+    "data: null taken for a value": (
+        "gcrm_fast/data/records.py",
+        "if value is not None}  # null means absent",
+        "}",
+        "tests/data/test_records.py -k null",
     ),
     "data: ranks taken for scores": (
         "gcrm_fast/data/records.py",

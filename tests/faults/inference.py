@@ -183,4 +183,28 @@ FAULTS = {
         "if isinstance(completions, bytes):",
         "tests/inference/test_scoring.py -k no_list_of_texts",
     ),
+    "ends: foreign models are read at an appended eos": (
+        "gcrm_fast/checkpoints/reading.py",
+        'kind = "transformers" if classifier else "eos"',
+        'kind = "eos"',
+        "tests/inference/test_ends.py -k foreign",
+    ),
+    "ends: the reward is read at a pad": (
+        "gcrm_fast/data/ends.py",
+        "while end > 1 and ids[end - 1] == pad:",
+        "while False:",
+        "tests/inference/test_ends.py -k foreign",
+    ),
+    "ends: what a chat template wrote gets bos": (
+        "gcrm_fast/data/chat.py",
+        "Rendered(whole[len(text) :])",
+        "whole[len(text) :]",
+        "tests/inference/test_ends.py -k bos",
+    ),
+    "ends: an export has another pad than the model was read with": (
+        "gcrm_fast/commands/export.py",
+        "    if end.pad is None:\n",
+        "    if True:\n",
+        "tests/inference/test_ends.py -k foreign",
+    ),
 }

@@ -488,7 +488,7 @@ def test_dense_loss_is_the_expectation_of_samples(path: str) -> None:
 
 
 def test_dense_arguments_are_checked() -> None:
-    with pytest.raises(ValueError, match="two segments a pair"):
+    with pytest.raises(ValueError, match="two segments per pair"):
         dense_contrastive_loss(torch.ones(3, 2), torch.tensor([0, 3]), 3)
     with pytest.raises(ValueError, match="temperature"):
         dense_contrastive_loss(torch.ones(3, 2), torch.tensor([0, 2, 3]), 3, temperature=-1.0)

@@ -60,6 +60,15 @@ def test_messages(model: RewardModel) -> None:
     np.testing.assert_allclose(RewardFunction(model)(prompts, answers), expected, rtol=1e-6)
 
 
+def test_tools_and_system_messages_are_columns(model: RewardModel) -> None:
+    prompts = [[{"role": "user", "content": "hello?"}]] * 2
+    answers = [[{"role": "assistant", "content": " yes."}]] * 2
+    found = RewardFunction(model)(prompts, answers, system=["world", None], tools=None)
+    system = "<|im_start|>system\nworld<|im_end|>\n"
+    asked = "<|im_start|>user\nhello?<|im_end|>\n<|im_start|>assistant\n"
+    np.testing.assert_allclose(found, model.score([system + asked, asked], [" yes.<|im_end|>\n"] * 2), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("template", "prompt", "completion", "message"),
     [
@@ -68,7 +77,12 @@ def test_messages(model: RewardModel) -> None:
         (CHATML, "a", "\ud800", "surrogate"),
         (LLAMA2, [{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}], "'user': the last"),
         (LLAMA2, [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}], "must alternate"),
-        ("{{ messages | length }}", [{"role": "user", "content": "a"}], [{"role": "tool", "content": "b"}], "no start"),
+        (
+            "{{ messages | length }}",
+            [{"role": "user", "content": "a"}],
+            [{"role": "assistant", "content": "b"}],
+            "no start",
+        ),
     ],
 )
 def test_what_is_no_text(template: str | None, prompt: object, completion: object, message: str) -> None:

@@ -187,7 +187,7 @@ CASES = [
         r"Parquet data is damaged",
     ),
     Case("Parquet with text that is none", not_text_in_parquet, r"pairs\.parquet:2: the row cannot be read"),
-    Case("Parquet with a null", table(GOOD, GOOD | {"chosen": None}), r"parquet:2: field 'chosen' is null"),
+    Case("Parquet with a null", table(GOOD, GOOD | {"chosen": None}), r"parquet:2: field 'chosen' is missing"),
     Case("Parquet without rows", table(), r"pairs\.parquet: contains no records"),
     Case("saved splits, none named", no_split, r"saved: has several splits: .*saved:train"),
     Case("saved splits, another named", no_such_split, r"saved:test: has several splits: .*saved:train"),
@@ -208,7 +208,7 @@ CASES = [
     Case("dialogue among pairs", lines(GOOD, DIALOGUE), AT + "has the format 'dialogue', but"),
     # ---- a field's value
     Case("number for text", after(GOOD, prompt=1), AT + "field 'prompt' is int, not a string"),
-    Case("null for text", after(GOOD, rejected=None), AT + "field 'rejected' is null, not a string"),
+    Case("null for text", after(GOOD, rejected=None), AT + "field 'rejected' is missing"),
     Case("object for text", after(GOOD, chosen={"text": "yes"}), AT + "field 'chosen' is dict, not a string"),
     Case("empty completion", after(GOOD, chosen=""), AT + "field 'chosen' is empty"),
     Case("blank completion", after(GOOD, rejected=" \n\t"), AT + "field 'rejected' is empty"),
@@ -234,12 +234,12 @@ CASES = [
     Case("text for a margin", after(GOOD, margin="1"), AT + "field 'margin' is str, not a finite number"),
     Case("boolean for a margin", after(GOOD, margin=True), AT + "field 'margin' is bool, not a finite number"),
     Case("number for a cut", after(GOOD, chosen_cut=1), AT + "field 'chosen_cut' is int, not true or false"),
-    Case("question is null", after(QUESTION, question=None), AT + "field 'question' is null, not a string"),
+    Case("question is null", after(QUESTION, question=None), AT + "field 'question' is missing"),
     Case("incorrect is empty", after(QUESTION, incorrect=""), AT + "field 'incorrect' is empty"),
     Case("every chosen one cut", lines(GOOD | {"chosen_cut": True}), r"--data pairs\.jsonl: every chosen .* is cut"),
     # ---- completions with scores or ranks
     Case("completions no list", after(SCORED, completions="yes"), AT + "field 'completions' is str, not a list"),
-    Case("scores null", after(SCORED, scores=None), AT + "field 'scores' is null, not a list"),
+    Case("scores null", after(SCORED, scores=None), AT + "field 'scores' is missing"),
     Case("a score too few", after(SCORED, scores=[1]), AT + "field 'scores' has 1 entries for 2 completions"),
     Case(
         "one completion",
@@ -290,6 +290,36 @@ CASES = [
         "null content",
         chat(CHATML, CHAT, {**CHAT, "rejected": [{**NO, "content": None}]}),
         AT + r"field 'rejected\[0\].content' is null, not a string",
+    ),
+    Case(
+        "picture in a message",
+        chat(CHATML, CHAT, {**CHAT, "prompt": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}),
+        AT + r"field 'prompt\[0\].content\[0\]' is of type 'image': only parts of type 'text' are read",
+    ),
+    Case(
+        "number for a part of a message",
+        chat(CHATML, CHAT, {**CHAT, "chosen": [{**YES, "content": [7]}]}),
+        AT + r"field 'chosen\[0\].content\[0\]' is of type 'int'",
+    ),
+    Case(
+        "call without an object",
+        chat(CHATML, CHAT, {**CHAT, "chosen": [{**YES, "tool_calls": [7]}]}),
+        AT + r"field 'chosen\[0\].tool_calls\[0\]' is int, not a call",
+    ),
+    Case(
+        "arguments of a call that are no JSON",
+        chat(CHATML, CHAT, {**CHAT, "chosen": [{**YES, "tool_calls": [{"function": {"arguments": "{"}}]}]}),
+        AT + r"field 'chosen\[0\].tool_calls\[0\].function.arguments' is text, but not valid JSON",
+    ),
+    Case("tools no list", chat(CHATML, CHAT, {**CHAT, "tools": {"a": 1}}), AT + "field 'tools' is not a list of tools"),
+    Case("tools no JSON", chat(CHATML, CHAT, {**CHAT, "tools": "wx"}), AT + "field 'tools' is text, but not a JSON"),
+    Case(
+        "two system messages",
+        chat(CHATML, CHAT, {**CHAT, "prompt": [{"role": "system", "content": "a"}, USER], "system": "b"}),
+        AT + "field 'system' differs from the system message of the prompt",
+    ),
+    Case(
+        "system without a template", lines(GOOD | {"system": "s"}), "field 'prompt' is a list of messages, which needs"
     ),
     Case(
         "no role",

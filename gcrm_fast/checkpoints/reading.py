@@ -1,0 +1,49 @@
+"""Where a model's rewards are read: what its folder says, or what can be inferred from its config.json."""
+
+from pathlib import Path
+from typing import get_args
+
+from gcrm_fast.checkpoints.config_json import read_json
+from gcrm_fast.checkpoints.locating import HEAD_FILE
+from gcrm_fast.data.ends import Choice, End, Kind
+
+# gcrm.json's and a goal file's 'end_policy'
+POLICIES: dict[Kind, str] = {
+    "eos": "completion ends with the tokenizer's eos token, which is scored",
+    "transformers": "last token that is not pad_token_id is scored, after an eos that plain text is given",
+    "as-is": "last token that is not pad_token_id is scored, nothing is appended",
+}
+WHERE: dict[Kind, str] = {
+    "eos": "at an end token, appended where there is none",
+    "transformers": "as transformers reads them, at the last token (plain text is given eos)",
+    "as-is": "at the last token of the text as it is given",
+}
+
+
+def where_read(folder: Path, choice: Choice) -> tuple[End, str]:
+    """(end, a line that says where rewards are read and why, or "" for a model of this project as it was trained).
+
+    Raises:
+        UserError: config.json or gcrm.json cannot be read.
+    """
+    raw = read_json(folder / "config.json", "name the folder of a Hugging Face model")
+    classifier = "ForSequenceClassification" in str(raw.get("architectures"))
+    pad, eos = raw.get("pad_token_id"), raw.get("eos_token_id")
+    pad = pad if classifier and isinstance(pad, int) else None
+    before_eos = pad is not None and pad in (eos if isinstance(eos, list) else [eos])
+    kind: Kind
+    if choice != "auto":
+        kind, why = choice, f"--end {choice}"
+    elif (folder / HEAD_FILE).is_file():
+        policy = read_json(folder / HEAD_FILE, "save the model again").get("end_policy")
+        kind = next((kind for kind in get_args(Kind) if POLICIES[kind] == policy), "eos")
+        if kind == "eos":
+            return End(), ""
+        why = f"{HEAD_FILE} says so"
+    else:
+        kind = "transformers" if classifier else "eos"
+        why = f"there is no {HEAD_FILE}, and config.json names {'a' if classifier else 'no'} sequence classifier"
+    where = WHERE[kind]
+    if kind != "eos" and before_eos:
+        where, why = f"{where}, which is the one before eos", f"{why} with pad_token_id = eos_token_id"
+    return End(kind, None if kind == "eos" else pad), f"{folder}: rewards are read {where}: {why} (see --end)"
