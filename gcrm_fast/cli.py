@@ -19,7 +19,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train a reward model on preference pairs", "training.config:TrainConfig", "train:run"),
+    "train": Command(
+        "train a reward model on preference pairs", "training.config:TrainConfig", "train:train_reward_model"
+    ),
     "score": Command("write the rewards of completions", "commands.options:ScoreOptions", "commands.score:score"),
     "goals": Command("make a goal state for Q-values", "commands.options:GoalOptions", "commands.goals:goals"),
     "evaluate": Command(

@@ -16,7 +16,7 @@ import platform
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PARENT = os.getppid()  # noted first: torchrun may end during the imports below, which take seconds
@@ -46,8 +46,9 @@ LONE_ERROR_WAIT = 5.0  # seconds in which torchrun ends this process where its m
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe|Socket closed")  # gloo
 
 
-def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: torch.device) -> None:
-    """The whole run: build or resume, loop, evaluate, save. Every rank runs it; rank 0 writes.
+def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: torch.device) -> dict[str, float]:
+    """The whole run: build or resume, loop, evaluate, save. Every rank runs it; rank 0 writes. Returns the metrics of
+    the last evaluation.
 
     Raises:
         SystemExit: a signal stopped the run; the code is that of a process that it ended.
@@ -93,7 +94,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
                         print(f"stopped after step {step} of {prepared.steps}; {run.resume_hint()}", flush=True)
                     interrupts.stop(PARENT if under_torchrun() and processes.local_rank() == 0 else None)
             run.checkpoints.wait()
-        finish(run)
+        return finish(run)
 
 
 def accumulate(
@@ -140,7 +141,7 @@ def locked(output: Path) -> Iterator[None]:
         raise UserError(f"{output}: another run is using this folder: wait for it or choose another --output") from None
 
 
-def run_ranks(config: TrainConfig, prepared: Prepared) -> None:
+def run_ranks(config: TrainConfig, prepared: Prepared) -> dict[str, float]:
     """Trains in this rank of the process group. Raises UserError, also for out-of-memory errors and lost processes."""
     is_first = processes.rank() == 0
     with locked(prepared.output) if is_first else contextlib.nullcontext():
@@ -148,7 +149,7 @@ def run_ranks(config: TrainConfig, prepared: Prepared) -> None:
             check_unfinished(prepared.output, config)  # again: another run may have finished since
         try:
             with parallel.process_group(replicas=config.replicas, timeout=config.timeout) as (mesh, device):
-                train(config, prepared, mesh, device)
+                return train(config, prepared, mesh, device)
         except (RuntimeError, MemoryError) as error:
             message = str(error)
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message:
@@ -164,8 +165,20 @@ def run_ranks(config: TrainConfig, prepared: Prepared) -> None:
             raise
 
 
-def run(config: TrainConfig) -> None:
-    """Checks all inputs on every rank before the process group starts, then trains. Raises UserError."""
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """A finished run: its folder, the model in it, the best one with ``keep_best``, metrics of the last evaluation."""
+
+    folder: Path
+    model: Path
+    best: Path | None
+    metrics: dict[str, float]
+
+
+def train_reward_model(config: TrainConfig) -> TrainResult | None:
+    """Trains as ``gcrm train`` does: checks all inputs on every rank before the process group starts, then trains.
+    Returns None after ``dry_run``. Raises UserError."""
+    config.check()
     world_size = processes.world_size()
     if world_size % config.replicas:
         raise UserError(f"--replicas {config.replicas}: must divide the number of processes, {world_size}")
@@ -185,18 +198,24 @@ def run(config: TrainConfig) -> None:
         if config.dry_run:
             print(describe(prepared, config, world_size))
     if config.dry_run:
-        return
+        return None
     keep_freed_memory()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    run_ranks(config, prepared)
+    metrics, folder = run_ranks(config, prepared), prepared.output
+    best = folder / "model_best" if config.keep_best else None
+    return TrainResult(folder=folder, model=folder / "model", best=best, metrics=metrics)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 2 after one line on stderr for an error that the user can fix; SystemExit for a stopped run."""
-    return exit_code("gcrm train", lambda: run(parse(sys.argv[1:] if argv is None else argv)))
+
+    def work() -> None:
+        train_reward_model(parse(sys.argv[1:] if argv is None else argv))
+
+    return exit_code("gcrm train", work)
 
 
 if __name__ == "__main__":

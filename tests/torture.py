@@ -103,15 +103,15 @@ def test_three_processes_continue_from_two(pair_file: Path, tmp_path: Path) -> N
 
 
 def documented_launch(option: str) -> list[str]:
-    """The README's launch line with this option: torchrun's own options."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Runs that survive")[2]
+    """torchrun's own options in the launch line of docs/clusters.md that has this one."""
+    section = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
     words = shlex.split(next(line for line in section.splitlines() if option in line))
     return words[words.index("torchrun") + 1 : words.index("gcrm_fast/train.py")]
 
 
 @pytest.fixture
 def node(monkeypatch: pytest.MonkeyPatch) -> Callable[..., subprocess.Popen[str]]:
-    """Starts the torchrun of one of two nodes, both here, by the README's launch line; the first one leads."""
+    """Starts one of two torchruns, both here, by the launch line of docs/clusters.md; the first one leads."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -31,6 +31,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     _remove(partial)
     try:
         yield partial
+        _apply_umask(partial)
         if path.is_dir():
             _remove(old)
             path.rename(old)
@@ -38,6 +39,15 @@ def written_aside(path: Path) -> Iterator[Path]:
         _remove(old)
     finally:
         _remove(partial)
+
+
+def _apply_umask(path: Path) -> None:
+    """Makes files readable as the umask allows: safetensors lets only their owner read them."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in [path, *path.rglob("*")]:
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
 
 
 def _remove(path: Path) -> None:

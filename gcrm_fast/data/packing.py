@@ -145,7 +145,8 @@ def build_pack(
 ) -> Pack:
     """The pack of ``groups``; no groups give a dummy of one token and no pairs, which counts for nothing.
 
-    ``quantiles`` adds the rows at 0, 10, ..., 100 % of both completions (index max(n * i // 10 - 1, 0) of n).
+    ``quantiles`` adds the rows at 0, 10, ..., 100 % of both completions (index max(n * i // 10 - 1, 0) of n), and at
+    the last token but one.
     """
     layout = _Layout()
     pairs, wanted = [], []
@@ -206,7 +207,9 @@ def _wanted_rows(
         end_2=[chosen[-1], rejected[-1]],
         samples_4S=samples_4S,
         positions=positions,
-        quantiles_2Q=[c[quantile_positions(len(c))] if quantiles else c[:0] for c in (chosen, rejected)],
+        quantiles_2Q=[
+            c[[*quantile_positions(len(c)), max(len(c) - 2, 0)]] if quantiles else c[:0] for c in (chosen, rejected)
+        ],
         shared_negatives=(negative_goals < divergence(pair) - pair.rejected_start).mean(),
     )
 

@@ -25,7 +25,7 @@ class PairRows:
     positions_inverse: InverseIndex
     positions_cu_seqlens: Tensor  # int32, [2N + 1]
     max_pair_length: int  # longest chosen + rejected among the positions
-    quantiles_2NQ: Tensor  # rows at 0..100 % of chosen and rejected; Q = 0 unless requested
+    quantiles_2NQ: Tensor  # rows at 0..100 % of both sides and at the last token but one; or Q = 0
     has_positive_N: Tensor  # bool; False where the chosen completion has one token and so no (i < j)
     shared_negatives_N: Tensor  # float32, share of the negative goals that lie before the completions diverge
     margin_N: Tensor  # float32

@@ -13,6 +13,7 @@ from gcrm_fast.training.memory import memory_limit, memory_plan
 from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.prepare import Prepared, steps_of
 
+MANY_DROPPED = 0.1  # of the training pairs
 HELD_OUT = {
     "AUROC": "auroc",
     "pair accuracy": "accuracy",
@@ -39,6 +40,18 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
     ]
     if prepared.bad.skipped:
         rows.append(("bad records", f"{len(prepared.bad.skipped)} skipped; the first: {prepared.bad.skipped[0]}"))
+    dropped = report.dropped / (report.dropped + len(prepared.train))
+    if dropped > MANY_DROPPED:
+        rows.append(("warning", f"{dropped:.0%} of the training pairs are dropped: raise --max-length"))
+    short = sum(len(pair.chosen_ids) - pair.chosen_start <= 2 for pair in prepared.train) / len(prepared.train)
+    if config.objective == "gcrm" and short > 0.5:
+        rows.append(
+            (
+                "warning",
+                f"{short:.0%} of the chosen completions are one token and its end token: the contrastive loss compares "
+                "little but the end token; --objective ranking omits it",
+            )
+        )
     if prepared.bad.tied:
         rows.append(("records without a pair", f"{prepared.bad.tied}: all their completions tie"))
     longest = max(len(ids) for pair in prepared.train for ids in (pair.chosen_ids, pair.rejected_ids))
@@ -48,6 +61,18 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
             ("longer than the model knows", f"up to {longest} tokens: its max_position_embeddings is {positions}")
         )
     return rows
+
+
+def q_verdict(evaluation: Mapping[str, float], n_pairs: int) -> str:
+    """Whether Q-values say more than the end token, in words: AUROC one token before the end, against three standard
+    errors of an AUROC of 0.5 between ``n_pairs`` chosen and as many rejected completions."""
+    before, chance = evaluation["eval/auroc_q_at/before_end"], 3 * math.sqrt((2 * n_pairs + 1) / 12) / n_pairs
+    if before > 0.5 + chance:
+        return f"Q tells chosen from rejected before the end token too (AUROC {before:.3f} one token before it)"
+    return (
+        f"Q says nothing before the end token (AUROC {before:.3f} one token before it, where chance gives 0.5 +- "
+        f"{chance:.3f}): do not use Q-values inside completions"
+    )
 
 
 def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
@@ -80,6 +105,11 @@ def held_out_rows(log: MetricsLog, evaluation: Mapping[str, float]) -> list[tupl
         (f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {evaluation.get(f'eval/{key}', math.nan):.3f}")
         for name, key in HELD_OUT.items()
     ]
+    places = {"_at/50": "at 50% of the completion", "_at/90": "at 90%", "_at/before_end": "one token before the end"}
+    of_q = [
+        f"{evaluation.get(f'eval/auroc_q{at}', math.nan):.3f} {place}" for at, place in (places | {"": "at it"}).items()
+    ]
+    rows.append(("held-out AUROC of Q", ", ".join(of_q)))
     prefix = "eval/auroc/"
     groups = {key.removeprefix(prefix): value for key, value in evaluation.items() if key.startswith(prefix)}
     return rows + [(f"  AUROC {name}", f"{value:.3f}") for name, value in groups.items()]

@@ -1,9 +1,11 @@
 """Held-out metrics of a reward model during training, and the shortcuts it is compared with.
 
-Letters: N pairs, Q quantiles of a completion (0, 10, ..., 100 %), D width of the compared states.
+Letters: N pairs, Q quantiles of a completion (0, 10, ..., 100 %) and its last token but one, D width of the compared
+states.
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.statistics import auroc as auroc_of
@@ -26,6 +29,7 @@ from gcrm_kernels import q_values
 
 EVALUATION_EPOCH = 2**32  # sampling counter that no training epoch reaches
 NOT_FINITE_REMEDY = "lower --lr, or fix --model's weights"
+BAR_DELAY = 2.0  # seconds before a progress bar is shown
 SHORTCUT_PAIRS = 4096  # training pairs that the bag-of-tokens classifier sees
 
 
@@ -57,13 +61,14 @@ class Scores:
 
 def _packs(
     pairs: Sequence[TokenizedPair], budget: Budget, sampling: Sampling, device: torch.device, *, quantiles: bool
-) -> list[Pack]:
-    """This rank's packs of ``pairs``; every rank gets the same number."""
+) -> Iterator[Pack]:
+    """This rank's packs of ``pairs``, one by one, with a progress bar where they take long; every rank gets the same
+    number."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    plan = plan_packs([[pair] for pair in pairs], budget, world)
-    return [
-        build_pack(groups, sampling, EVALUATION_EPOCH, quantiles=quantiles).to(device) for groups in plan[rank::world]
-    ]
+    plan = plan_packs([[pair] for pair in pairs], budget, world)[rank::world]
+    what = "evaluation" if quantiles else "goal state"
+    for groups in tqdm(plan, what, disable=rank > 0, delay=BAR_DELAY, leave=False, unit="pack", dynamic_ncols=True):
+        yield build_pack(groups, sampling, EVALUATION_EPOCH, quantiles=quantiles).to(device)
 
 
 def end_states(
@@ -143,9 +148,12 @@ def metrics(scores: Scores) -> dict[str, float]:
     """``eval/...`` values of a log row."""
     row = {f"eval/{name}": value for name, value in scores.statistics.items()}
     row["eval/auroc"] = auroc(scores.reward_2N)
-    row["eval/auroc_q"] = auroc(scores.q_2NQ[..., -1])
+    q_2NQ, before_end_2N = scores.q_2NQ[..., :-1], scores.q_2NQ[..., -1]
+    row["eval/auroc_q"] = auroc(q_2NQ[..., -1])
+    row |= {f"eval/auroc_q_at/{10 * i}": auroc(q_2NQ[..., i]) for i in (5, 9)}
+    row["eval/auroc_q_at/before_end"] = auroc(before_end_2N)
     for side, name in enumerate(("chosen", "rejected")):
-        for i, value in enumerate(scores.q_2NQ[side].mean(0)):
+        for i, value in enumerate(q_2NQ[side].mean(0)):
             row[f"eval/q_{name}/{10 * i}"] = float(value)
     return row
 
@@ -164,6 +172,7 @@ def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair],
     """Held-out AUROC of what needs no understanding: completion length (either sign), and logistic regression on the
     token counts of a completion, fitted on the first training pairs. A reward model should beat both."""
     from scipy.sparse import csr_matrix  # here, and sklearn: a fifth of the start of every process
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     def completions(pairs: Sequence[TokenizedPair]) -> list[np.ndarray]:
@@ -178,7 +187,9 @@ def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair],
         return matrix
 
     fitted = train[:SHORTCUT_PAIRS]
-    classifier = LogisticRegression(max_iter=1000).fit(counts(fitted), np.repeat([1, 0], len(fitted)))
+    with warnings.catch_warnings():  # its last digits do not matter here
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        classifier = LogisticRegression(max_iter=1000).fit(counts(fitted), np.repeat([1, 0], len(fitted)))
     bag = classifier.decision_function(counts(held_out)).reshape(2, -1)
     length = auroc(np.array([len(t) for t in completions(held_out)]).reshape(2, -1))
     return {"baseline/auroc_length": max(length, 1 - length), "baseline/auroc_bag_of_tokens": auroc(bag)}

@@ -1,5 +1,6 @@
 """AdamW, its schedule, and updates that are skipped if not finite, all without waiting for the device."""
 
+import logging
 import math
 from typing import Any
 
@@ -58,6 +59,8 @@ class Updater:
         if self.can_skip:
             self.optimizer = torch.optim.AdamW(self.parameters, **values, fused=True)
         else:
+            for name in ("torchao", "torch.utils._pytree"):  # they report kernels that are not used here
+                logging.getLogger(name).setLevel(logging.ERROR)
             from torchao.optim import AdamW8bit, _AdamW
 
             kind = AdamW8bit if config.optimizer == "adamw-8bit" else _AdamW

@@ -20,7 +20,7 @@ from gcrm_fast.training.accounting import Meter, peak_flops, peak_memory
 from gcrm_fast.training.agreement import check_agreement
 from gcrm_fast.training.config import TrainConfig, to_toml
 from gcrm_fast.training.curves import plot_curves
-from gcrm_fast.training.describe import data_rows, held_out_rows
+from gcrm_fast.training.describe import data_rows, held_out_rows, q_verdict
 from gcrm_fast.training.held_out import (
     NOT_FINITE_REMEDY,
     Scores,
@@ -127,7 +127,8 @@ class Run:
                 f"loss or gradient is not finite at {in_a_row} steps in a row, up to step {step}: lower --lr, or fix "
                 f"--model's weights or the records that metrics.jsonl names; {self.resume_hint()}"
             )
-        shown = {"loss": f"{row['loss']:.3f}"}
+        per_step = self.config.global_batch_pairs / row["pairs_per_s"]  # without evaluations and checkpoints
+        shown = {"s/step": f"{per_step:.3g}", "loss": f"{row['loss']:.3f}"}
         if self.log and self.prepared.held_out:
             shown["held-out AUROC"] = f"{self.log.series('eval/auroc')[-1]:.3f}"
         return shown
@@ -232,9 +233,9 @@ def list_skipped(prepared: Prepared) -> None:
         path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # file names need not be UTF-8
 
 
-def finish(run: Run) -> None:
-    """Last evaluation, curves, models and summary. ``model``, which marks the run as finished, is written last, and
-    then the checkpoints are removed."""
+def finish(run: Run) -> dict[str, float]:
+    """Last evaluation, which it returns, curves, models and summary. ``model``, which marks the run as finished, is
+    written last, and then the checkpoints are removed."""
     prepared, log, output = run.prepared, run.log, run.prepared.output
     last = run.full_model()
     evaluation = run.evaluate(prepared.steps, last.goal)
@@ -257,9 +258,12 @@ def finish(run: Run) -> None:
         run.write_model("model", last, rows, evaluation)
         log.close()
         run.checkpoints.remove_all()
+        if evaluation:
+            rows.append(("Q-values", q_verdict(evaluation, len(prepared.held_out))))
         memory = f"{peak_memory(run.device) / 2**30:.2f} GiB per process"
         print(f"\n{table([*rows, ('peak memory', memory), ('saved', str(output / 'model'))])}", flush=True)
     dist.barrier()
+    return evaluation
 
 
 def write_best(run: Run, last: FullModel, evaluation: dict[str, float], rows: Rows) -> tuple[str, str]:

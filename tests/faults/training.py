@@ -97,6 +97,30 @@ FAULTS = {
         "if False:",
         "tests/training/test_resume.py -k link",
     ),
+    "Q before the end token read at it": (
+        "gcrm_fast/data/packing.py",
+        "max(len(c) - 2, 0)",
+        "len(c) - 1",
+        "tests/data/test_packing.py",
+    ),
+    "Q that is chance called more than the end token": (
+        "gcrm_fast/training/describe.py",
+        "if before > 0.5 + chance:",
+        "if before > 0.5:",
+        "tests/training/test_train.py -k evaluations_say",
+    ),
+    "dropped pairs without a warning": (
+        "gcrm_fast/training/describe.py",
+        "if dropped > MANY_DROPPED:",
+        "if False:",
+        "tests/training/test_train.py -k warned_of",
+    ),
+    "models that only their owner may read": (
+        "gcrm_fast/common/files.py",
+        "        _apply_umask(partial)\n",
+        "",
+        "tests/training/test_train.py -k umask",
+    ),
     "held-out passes in training mode": (
         "gcrm_fast/training/held_out.py",
         "    model.eval()\n",

@@ -1,5 +1,6 @@
 """The program as people run it: real subprocesses under torchrun, its files, its errors."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,12 +17,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from gcrm_fast import train
+from gcrm_fast import RewardModel, TrainConfig, train, train_reward_model
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.model import heads
 from gcrm_fast.train import locked, main
-from gcrm_fast.training.config import TrainConfig, parse, to_toml
-from support.training_runs import ROOT, TIMES, TINY, Gcrm, rows, torchrun
+from gcrm_fast.training.config import parse, to_toml
+from gcrm_fast.training.describe import q_verdict
+from support.training_runs import ROOT, TIMES, TINY, Gcrm, arguments, rows, torchrun
 
 
 @pytest.fixture
@@ -51,6 +53,76 @@ def test_default_run_learns_what_shortcuts_cannot(finished: Path) -> None:
         assert 0 < row["tokens_per_s"] <= row["padded_equivalent_tokens_per_s"]
         assert 0 <= row["data_wait"] < 1
     assert steps[-1]["lr"] < 0.01 * max(row["lr"] for row in steps)
+
+
+def test_evaluations_say_whether_q_is_more_than_the_end_token(pair_file: Path, tmp_path: Path, gcrm: Gcrm) -> None:
+    """In every evaluation, and in words at the end of the run."""
+    result = gcrm(*arguments(pair_file, tmp_path))
+    for evaluation in (row for row in rows(tmp_path) if "eval/auroc" in row):
+        assert {"eval/auroc_q_at/50", "eval/auroc_q_at/90", "eval/auroc_q_at/before_end"} <= evaluation.keys()
+    assert re.search(
+        r"held-out AUROC of Q +[01]\.\d+ at 50% of the completion, .* one token before the end", result.stdout
+    )
+    assert re.search(r"Q-values +Q (says nothing|tells chosen from rejected) before the end token", result.stdout)
+    small = {"eval/auroc_q_at/before_end": 0.52}
+    assert "nothing before the end token (AUROC 0.520" in q_verdict(small, 21)
+    assert "before the end token too (AUROC 0.520" in q_verdict(small, 100_000)
+
+
+def test_training_from_python(pair_file: Path, tmp_path: Path) -> None:
+    config = parse(arguments(pair_file, tmp_path / "run", "--keep-best", "eval/auroc"))
+    result = train_reward_model(config)
+    assert result is not None
+    assert (result.folder, result.model) == (tmp_path / "run", tmp_path / "run" / "model")
+    assert result.best == tmp_path / "run" / "model_best"
+    assert result.metrics["eval/auroc"] == [row["eval/auroc"] for row in rows(result.folder) if "eval/auroc" in row][-1]
+    assert RewardModel.from_pretrained(result.model)
+    with pytest.raises(UserError, match="holds a finished model"):
+        train_reward_model(config)
+    with pytest.raises(UserError, match="--keep-best"):
+        train_reward_model(TrainConfig(data=("x.jsonl",), keep_best="eval/auroc"))
+    assert train_reward_model(dataclasses.replace(config, output=str(tmp_path / "dry"), dry_run=True)) is None
+
+
+def test_dropped_pairs_and_short_completions_are_warned_of(tmp_path: Path, gcrm: Gcrm) -> None:
+    data = tmp_path / "pairs.jsonl"
+    records = [{"prompt": f"p{i}", "chosen": "y" * 50 ** (i > 7), "rejected": "n"} for i in range(10)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    stdout = gcrm("--data", data, "--vocab-size", "259", "--max-length", "32", "--dry-run", "--cache", "none").stdout
+    assert "20% of the training pairs are dropped: raise --max-length" in stdout
+    assert "100% of the chosen completions are one token and its end token" in stdout
+
+
+def test_a_models_files_are_readable_as_the_umask_says(pair_file: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        assert main(arguments(pair_file, tmp_path / "run", "--steps", "1")) == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run" / "model").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw-bf16"])
+def test_no_librarys_warnings_on_the_terminal(pair_file: Path, tmp_path: Path, optimizer: str) -> None:
+    """Neither torchao's about its kernels nor scikit-learn's about the convergence of the shortcut."""
+    if optimizer != "adamw":
+        pytest.importorskip("torchao")
+    code = """
+import sys, torch, sklearn.linear_model
+from functools import partial
+sklearn.linear_model.LogisticRegression = partial(sklearn.linear_model.LogisticRegression)
+fit = sklearn.linear_model.LogisticRegression.func.fit
+sklearn.linear_model.LogisticRegression.func.fit = lambda self, *data: fit(self.set_params(max_iter=1), *data)
+from gcrm_fast.train import main
+with torch.compiler.set_stance("force_eager"):
+    sys.exit(main(sys.argv[1:]))
+"""
+    options = arguments(pair_file, tmp_path, "--optimizer", optimizer, "--steps", "1")
+    done = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in re.split(r"[\r\n]", done.stderr) if line.strip()]
+    assert [line for line in lines if not re.search("step/s|s/step", line)] == []
 
 
 def test_run_leaves_its_files_and_nothing_else(finished: Path) -> None:
