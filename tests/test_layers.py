@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gcrm_fast"
-WINGS = ("common", "model", "data", "checkpoints", "training", "inference", "evaluation", "rlhf", "commands")
+WINGS = ("common", "model", "data", "checkpoints", "evaluation", "training", "inference", "rlhf", "commands")
 FILES = sorted(path for wing in WINGS for path in (PACKAGE / wing).rglob("*.py"))
 
 

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from gcrm_fast.commands.options import InspectOptions
@@ -13,7 +12,7 @@ from gcrm_fast.commands.shared import PAIRED, limited, open_model, records
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
 from gcrm_fast.data.records import Candidate
-from gcrm_fast.evaluation.page import Column, Record, first_difference, margin, page, step_starts
+from gcrm_fast.evaluation.page import Column, Record, margin, marks_of, page, selected
 from gcrm_fast.inference.candidates import encoded, judge
 from gcrm_fast.inference.scoring import RewardModel
 
@@ -60,34 +59,27 @@ def is_right(candidate: Candidate) -> bool | None:
 def shown(
     model: RewardModel, chosen: Sequence[list[Candidate]], goal_D: Tensor, options: InspectOptions
 ) -> list[Record]:
-    """Records with the values of their tokens. The first completion is compared with the second, all others with the
-    first."""
+    """Records with the values of their tokens."""
     judged = iter(judge(model, [candidate for candidates in chosen for candidate in candidates], goal_D))
     result = []
     for candidates in chosen:
         of_record = [next(judged) for _ in candidates]
-        columns = []
-        for i, (candidate, (tokens, reward_n, q_n)) in enumerate(zip(candidates, of_record, strict=True)):
-            text_n = model.texts(tokens)
-            marks: dict[int, list[str]] = {}
-            other = of_record[0] if i else of_record[1] if len(of_record) == 2 else None
-            difference = first_difference(tokens, other.tokens) if other else None
-            if difference is not None:
-                marks[difference] = ["first difference"]
-            step = error_step(candidate, options.error_field, options.count_from)
-            starts = step_starts(text_n, options.step_end)
-            if step is not None and step < len(starts):
-                marks.setdefault(starts[step], []).append(f"error: step {step + 1}")
-            column = Column(
+        completions = [one.tokens for one in of_record]
+        texts = [model.texts(tokens) for tokens in completions]
+        errors = [error_step(candidate, options.error_field, options.count_from) for candidate in candidates]
+        marks = marks_of(completions, texts, errors, options.step_end)
+        columns = [
+            Column(
                 title=candidate.name + (", cut" if candidate.cut else ""),
-                text_n=text_n,
-                q_n=q_n,
-                reward_n=reward_n,
+                text_n=texts[i],
+                q_n=of_record[i].q_n,
+                reward_n=of_record[i].reward_n,
                 right=is_right(candidate),
-                marks=marks,
+                marks=marks[i],
                 step_end=options.step_end,
             )
-            columns.append(column)
+            for i, candidate in enumerate(candidates)
+        ]
         title = f"Record {candidates[0].row} ({Path(candidates[0].where).name})"
         result.append(Record(title=title, prompt=candidates[0].prompt, columns=columns))
     return result
@@ -104,22 +96,15 @@ def select(model: RewardModel, options: InspectOptions) -> tuple[dict[str, list[
     flat = [candidate for of_record in pool for candidate in of_record]
     scores = iter(model.judge(encoded(flat, model), names=[c.label for c in flat], progress=True))
     margins = [margin([(is_right(candidate), next(scores).reward) for candidate in of_record]) for of_record in pool]
-    known = sorted((value, i) for i, value in enumerate(margins) if value is not None)
-    worst = [i for _, i in known[: options.worst]]
-    others = [i for i in range(len(pool)) if i not in set(worst)]
-    random = [others[i] for i in np.random.default_rng(0).permutation(len(others))[: options.random]]
-    random.sort(key=lambda i: (margins[i] is None, margins[i] or 0.0))
+    known = [value for value in margins if value is not None]
     about = f"{len(pool)} of {len(everything)} records scored"
     if known:
-        won = sum(value > 0 for value, _ in known)
+        won = sum(value > 0 for value in known)
         about += f"; the right completion has the higher reward in {won} of {len(known)}"
     elif options.worst:
         print("no record has a right and a wrong completion: --worst shows none", file=sys.stderr)
-    groups = {
-        f"Lowest {len(worst)} margins": worst,
-        f"{len(random)} {'others, ' if worst else ''}drawn at random": random,
-    }
-    return {heading: [pool[i] for i in rows] for heading, rows in groups.items() if rows}, about
+    groups = selected(margins, options.worst, options.random)
+    return {heading: [pool[i] for i in rows] for heading, rows in groups.items()}, about
 
 
 def inspect(options: InspectOptions) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import tokenizers
 from tokenizers import Encoding
+from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -93,6 +94,14 @@ def _summary(lengths: list[int]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- one completion
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> list[str]:
+    """The text of each completion token, special ones included; the completion when joined. A character of several
+    tokens is in the text of its last."""
+    stream, backend = DecodeStream(skip_special_tokens=False), tokenizer.backend_tokenizer
+    pieces = [stream.step(backend, int(token)) or "" for token in completion.ids]
+    return pieces[completion.start :]
 
 
 def encode_completions(

@@ -22,6 +22,7 @@ COLORED = (0.02, 0.98)  # quantiles of the values at the ends of the colors
 LONG = 200  # tokens from which the charts show means per step
 WINDOWS = 40  # of equal length, instead of steps, in a long completion with fewer than MIN_STEPS
 MIN_STEPS = 4
+DIFFERENCE = "first difference"
 KEPT = 12  # shared tokens that stay visible in front of the first difference; more are folded
 FOLDED_PROMPT = 400  # characters from which the prompt is folded
 
@@ -45,7 +46,7 @@ class Column:
     @property
     def means(self) -> str:
         """Mean Q-values before and from the error, or the first difference; "" without either."""
-        at = min((i for i, names in self.marks.items() if "first difference" not in names), default=None)
+        at = min((i for i, names in self.marks.items() if names != [DIFFERENCE]), default=None)
         what = "the error" if at is not None else "the first difference"
         at = min(self.marks, default=None) if at is None else at
         if not at or at >= len(self.q_n):
@@ -118,6 +119,39 @@ def step_starts(text_n: Sequence[str], step_end: str = "") -> list[int]:
     lengths = [len(part) + len(end) for part in text.split(end)]
     positions = np.cumsum([0, *lengths[:-1]])
     return np.searchsorted(np.cumsum([len(piece) for piece in text_n]), positions, "right").tolist()
+
+
+def selected(margins: Sequence[float | None], worst: int, random: int) -> dict[str, list[int]]:
+    """Indices of records by heading: those of the lowest margins, and others drawn at random, the same each time. Both
+    in the order of their margins."""
+    order = sorted((i for i, value in enumerate(margins) if value is not None), key=lambda i: margins[i] or 0.0)
+    lowest = order[:worst]
+    others = [*order[worst:], *(i for i, value in enumerate(margins) if value is None)]
+    drawn = sorted(np.random.default_rng(0).permutation(len(others))[:random].tolist())
+    groups = {
+        f"Lowest {len(lowest)} margins": lowest,
+        f"{len(drawn)} {'others, ' if lowest else ''}drawn at random": [others[i] for i in drawn],
+    }
+    return {heading: chosen for heading, chosen in groups.items() if chosen}
+
+
+def marks_of(
+    completions: Sequence[Completion], texts: Sequence[Sequence[str]], errors: Sequence[int | None], step_end: str = ""
+) -> list[dict[int, list[str]]]:
+    """The marks of a prompt's completions: their first difference (of the first from the second, of all others from the
+    first) and the start of the wrong step, a number from 0."""
+    result = []
+    for i, (completion, text_n, error) in enumerate(zip(completions, texts, errors, strict=True)):
+        marks: dict[int, list[str]] = {}
+        other = completions[0] if i else completions[1] if len(completions) == 2 else None
+        difference = first_difference(completion, other) if other else None
+        if difference is not None:
+            marks[difference] = [DIFFERENCE]
+        starts = step_starts(text_n, step_end)
+        if error is not None and error < len(starts):
+            marks.setdefault(starts[error], []).append(f"error: step {error + 1}")
+        result.append(marks)
+    return result
 
 
 def first_difference(one: Completion, other: Completion) -> int | None:

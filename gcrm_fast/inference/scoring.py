@@ -11,7 +11,6 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +24,7 @@ from gcrm_fast.common.devices import compute_dtype, default_device
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.processes import rank
 from gcrm_fast.data.batches import Budget, plan_packs
-from gcrm_fast.data.encoding import CHUNK, Completion
+from gcrm_fast.data.encoding import CHUNK, Completion, token_texts
 from gcrm_fast.data.ends import Choice, End, encode_to
 from gcrm_fast.data.packing import Item, ScorePack, build_score_pack
 from gcrm_fast.data.tokenization import check_vocabulary, load_tokenizer
@@ -151,13 +150,8 @@ class RewardModel:
         return ""
 
     def texts(self, completion: Completion) -> list[str]:
-        """The text of each completion token, special ones included; the completion when joined.
-
-        A character of several tokens is in the text of its last.
-        """
-        stream, backend = DecodeStream(skip_special_tokens=False), self.tokenizer.backend_tokenizer
-        pieces = [stream.step(backend, int(token)) or "" for token in completion.ids]
-        return pieces[completion.start :]
+        """The text of each completion token (see encoding.token_texts)."""
+        return token_texts(self.tokenizer, completion)
 
     def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         """Rewards [N] float32."""

@@ -5,7 +5,8 @@ Letters: N pairs, Q quantiles of a completion (0, 10, ..., 100 %), D width of th
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from gcrm_kernels import q_values
 EVALUATION_EPOCH = 2**32  # sampling counter that no training epoch reaches
 NOT_FINITE_REMEDY = "lower --lr, or fix --model's weights"
 SHORTCUT_PAIRS = 4096  # training pairs that the bag-of-tokens classifier sees
+
+
+TokenScores = tuple[np.ndarray, np.ndarray]  # of chosen and rejected, [2, n] float32: running rewards, Q-values
 
 
 @contextlib.contextmanager
@@ -103,6 +107,31 @@ def score_pairs(
     if not np.isfinite(values).all():
         raise UserError(f"rewards or Q-values are not finite: {NOT_FINITE_REMEDY}")
     return Scores(pairs=pairs, reward_2N=values[..., 0], q_2NQ=values[..., 1:], statistics=total.means(len(pairs)))
+
+
+def score_tokens(
+    model: nn.Module,
+    pairs: Sequence[TokenizedPair],
+    goal_D: Tensor,
+    budget: Budget,
+    sampling: Sampling,
+    device: torch.device,
+) -> dict[int, TokenScores]:
+    """Running rewards and Q-values at every completion token, by pair id, gathered on every rank."""
+    scores: dict[int, TokenScores] = {}
+    with evaluating(model):
+        for pack in _packs(pairs, budget, replace(sampling, variant="dense"), device, quantiles=False):
+            rows_M = pack.pairs.positions_M
+            # The model gives rewards at end rows: here every row is one.
+            output = model(replace(pack, pairs=replace(pack.pairs, end_2N=rows_M.expand(2, -1))))
+            q_M = q_values(output.z_RD, goal_D[None])[:, 0][rows_M]
+            values_2M = torch.stack([output.reward_2N[0].float(), q_M.float()]).cpu().numpy()
+            bounds = pack.pairs.positions_cu_seqlens.tolist()
+            sides = [values_2M[:, a:b] for a, b in pairwise(bounds)]
+            scores |= {name: (sides[2 * i], sides[2 * i + 1]) for i, name in enumerate(pack.pairs.pair_ids)}
+    gathered: list[dict[int, TokenScores]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, scores)
+    return {name: values for part in gathered for name, values in part.items()}
 
 
 def auroc(score_2N: np.ndarray) -> float:

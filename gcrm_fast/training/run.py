@@ -21,7 +21,16 @@ from gcrm_fast.training.agreement import check_agreement
 from gcrm_fast.training.config import TrainConfig, to_toml
 from gcrm_fast.training.curves import plot_curves
 from gcrm_fast.training.describe import data_rows, held_out_rows
-from gcrm_fast.training.held_out import NOT_FINITE_REMEDY, breakdown, end_states, metrics, score_pairs, shortcuts
+from gcrm_fast.training.held_out import (
+    NOT_FINITE_REMEDY,
+    Scores,
+    breakdown,
+    end_states,
+    metrics,
+    score_pairs,
+    score_tokens,
+    shortcuts,
+)
 from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.manifest import checkpoints, first_intact
 from gcrm_fast.training.memory import memory_limit, memory_plan
@@ -30,6 +39,7 @@ from gcrm_fast.training.model_card import Rows, model_card
 from gcrm_fast.training.objectives import STATISTICS, Objective
 from gcrm_fast.training.optimizer import Updater, cast_weights
 from gcrm_fast.training.prepare import Prepared, objective_of, steps_of
+from gcrm_fast.training.report import shown_pairs, write_report
 from gcrm_fast.training.resume import RunState, Window, facts, find_checkpoint, with_dtype
 from gcrm_fast.training.snapshots import Checkpoints
 
@@ -58,6 +68,7 @@ class Run:
     steps: Steps
     meter: Meter
     log: MetricsLog | None
+    scores: Scores | None = None  # of the last evaluation
 
     def is_due(self, step: int, every: int) -> bool:
         """Whether what happens every ``every`` steps (0: eight times per run) happens after ``step``; never after the
@@ -87,6 +98,7 @@ class Run:
                 prepared.sampling,
                 self.device,
             )
+        self.scores = scores
         row = metrics(scores)
         if step == prepared.steps:
             row |= {f"eval/auroc/{k}": v for k, v in breakdown(scores, self.config.eval_by).items()}
@@ -139,6 +151,16 @@ class Run:
         """The current model; every rank must call it."""
         weights = parallel.full_state(self.state.model, compute_dtype(self.config.dtype, self.device))
         return FullModel(weights, *self.goal())
+
+    def write_report(self, goal: Tensor) -> None:
+        """Writes inspect.html, from the last evaluation; every rank must call it. Nothing without held-out pairs."""
+        if not self.scores:
+            return
+        prepared, scores = self.prepared, self.scores
+        pairs = [scores.pairs[i] for indices in shown_pairs(scores).values() for i in indices]
+        values = score_tokens(self.state.model, pairs, goal, prepared.budget, prepared.sampling, self.device)
+        if self.log:
+            write_report(prepared.output / "inspect.html", prepared.output.name, scores, values, prepared.tokenizer)
 
     def write_model(self, name: str, model: FullModel, rows: Rows, evaluation: Mapping[str, float]) -> None:
         """Saves a model, with its card, to the output folder; on rank 0."""
@@ -227,6 +249,7 @@ def finish(run: Run) -> None:
             ]
         plot_curves(log.rows, output / "curves.png")
         (output / "config.toml").write_text(to_toml(run.config))
+    run.write_report(last.goal)
     if run.config.keep_best:
         rows.append(write_best(run, last, evaluation, rows))
     if log:

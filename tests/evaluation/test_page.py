@@ -17,6 +17,7 @@ from gcrm_fast.evaluation.page import Column, Record
 from gcrm_fast.inference.scoring import RewardModel
 from support import models
 from support.judged import samples, write
+from support.training_runs import torchrun
 
 PAIR = {
     "prompt": "<b>one</b>\ntwo",
@@ -288,3 +289,26 @@ def test_bad_input_of_inspect(
     assert re.search(message, err), err
     assert cli.run("inspect", [str(model), str(file), "--row", "0", "-o", str(tmp_path)]) == 2
     assert sorted(tmp_path.iterdir()) == [file]
+
+
+def test_a_run_writes_a_report_of_its_held_out_pairs(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    sizes = ["--steps", "4", "--train-pairs", "300", "--eval-pairs", "40", "--goal-pairs", "50"]
+    result = torchrun("--dtype", "float32", "--output", str(out), *sizes, processes=2)
+    assert result.returncode == 0, result.stderr
+    text = (out / "inspect.html").read_text()
+    assert re.findall(r"<h2>([^<]+)</h2>", text) == ["Lowest 20 margins", "10 others, drawn at random"]
+    margins = [float(number) for number in re.findall(r"<span>margin ([+-][\d.]+)</span>", text)]
+    assert margins[:20] == sorted(margins[:20])
+    assert "error: step" in text
+    # What the sharded model computes is what the saved one gives.
+    read = Reader(text)
+    prompt = re.findall(r'<div class="prompt">([^<]*)</div>', text)[0]
+    model = RewardModel.from_pretrained(out / "model")
+    sides = [section.removesuffix("<|eos|>") for section in read.sections[:2]]
+    q_n = np.concatenate(model.q_values([prompt] * 2, sides))
+    tips = [str(attributes["title"]) for _, attributes in read.tags if str(attributes.get("class")).startswith("t ")]
+    shown = [re.search(r"Q (\S+), reward so far (\S+)", tip) for tip in tips[: len(q_n)]]
+    assert [float(match[1]) for match in shown if match] == pytest.approx(q_n.tolist(), abs=2e-3)
+    chosen, rejected = model.score([prompt] * 2, sides).tolist()
+    assert margins[0] == pytest.approx(chosen - rejected, abs=0.011)

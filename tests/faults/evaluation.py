@@ -128,9 +128,9 @@ FAULTS = {
         "tests/evaluation/test_page.py -k last_token",
     ),
     "inspect: the highest margins first": (
-        "gcrm_fast/commands/inspect.py",
-        "known[: options.worst]",
-        "known[::-1][: options.worst]",
+        "gcrm_fast/evaluation/page.py",
+        "lowest = order[:worst]",
+        "lowest = order[::-1][:worst]",
         "tests/evaluation/test_page.py -k lowest_margins",
     ),
     "inspect: the margin to the worst wrong one": (
@@ -144,6 +144,12 @@ FAULTS = {
         "shared - KEPT if shared",
         "shared if shared",
         "tests/evaluation/test_page.py -k folded",
+    ),
+    "inspect: Q-values of a run read from other rows": (
+        "gcrm_fast/training/held_out.py",
+        "[:, 0][rows_M]",
+        "[:, 0][rows_M.flip(0)]",
+        "tests/evaluation/test_page.py -k run_writes",
     ),
     "halves: every held-out problem in the same one": (
         "gcrm_fast/evaluation/measures.py",
