@@ -155,7 +155,7 @@ def evaluate(options: EvaluateOptions) -> None:
             "intervals": f"{100 * COVERAGE:.0f} %, bootstrap of {RESAMPLES} draws of questions (told apart by {unit})",
         }
         write_rows(folder, rows, about)
-        plot_roc(scored, folder / "roc.png")
-        plot_partial(rows, folder / "partial.png")
+        plot_roc(scored, rows, folder / "roc.png")
+        plot_partial(scored, rows, folder / "partial.png")
         plot_histograms(scored, folder / "histograms.png")
     print(table(rows))

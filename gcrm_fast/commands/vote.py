@@ -175,7 +175,7 @@ def vote(options: VoteOptions) -> None:
             own_questions, own_answers = [questions[i] for i in own], [answers[i] for i in own]
             of_group = gather(own_questions, own_answers, expected, [correct[i] for i in own], [judged[i] for i in own])
             elections.append(elect(group, of_group, options.threshold, options.top_k))
-        plot_savings({e.group: (e.results[0].accuracy, e.saving, e.curve) for e in elections}, folder / "savings.png")
+        plot_savings({e.group: (e.results, e.saving, e.curve) for e in elections}, folder / "savings.png")
         about = {
             "model": options.model,
             "fingerprint": model.fingerprint,

@@ -12,10 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from sklearn.metrics import roc_curve
 
-from gcrm_fast.common.statistics import auroc
-from gcrm_fast.evaluation.measures import PERCENT, Labeled
-from gcrm_fast.evaluation.results import Row
-from gcrm_fast.evaluation.voting import Saving
+from gcrm_fast.evaluation.measures import COVERAGE, PERCENT, Labeled, auroc_interval
+from gcrm_fast.evaluation.results import Row, with_interval
+from gcrm_fast.evaluation.voting import Result, Saving
 
 ACROSS = 3  # panels side by side
 
@@ -33,7 +32,8 @@ def _panels(path: Path, sources: int, across: int, width: float, height: float) 
     yield panels[:sources]
     for axes in panels[:sources]:
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if not axes.get_legend():
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -43,42 +43,58 @@ def _title(source: str) -> str:
     return name if len(name) <= 40 else name[:39] + "…"
 
 
-def plot_roc(scored: Mapping[str, Labeled], path: Path) -> None:
+def _of_sources(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """The rows of whole sources, by source and measure."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row.group == "all":
+            found.setdefault(row.source, {})[row.measure] = row
+    return found
+
+
+def plot_roc(scored: Mapping[str, Labeled], rows: Sequence[Row], path: Path) -> None:
     """ROC of the reward, of Q at the last token, and of length in the better direction."""
+    found = _of_sources(rows)
     with _panels(path, len(scored), min(len(scored), ACROSS), 4.2, 4) as panels:
         for axes, (source, labeled) in zip(panels, scored.items(), strict=True):
-            length_N, longer = labeled.lengths_N, auroc(labeled.right_N, labeled.lengths_N) >= 0.5
+            kind, sign = ("longer", 1) if found[source]["auroc_longer"].value >= 0.5 else ("shorter", -1)
             curves = [
-                ("reward", "-", labeled.reward_NP[:, -1]),
-                ("Q", "-", labeled.q_NP[:, -1]),
-                ("longer" if longer else "shorter", ":", length_N if longer else -length_N),
+                ("reward", "-", labeled.reward_NP[:, -1], found[source]["auroc_reward"]),
+                ("Q at the last token", "-", labeled.q_NP[:, -1], found[source]["auroc_q"]),
+                (f"{kind} is better", ":", sign * labeled.lengths_N, found[source]["baseline_length"]),
             ]
-            for name, style, score_N in curves:
+            for name, style, score_N, row in curves:
                 wrong, right, _ = roc_curve(labeled.right_N, score_N)
-                value = auroc(labeled.right_N, score_N)
-                axes.plot(wrong, right, style, label=f"{name} {value:.3f}", linewidth=1.4)
+                axes.plot(wrong, right, style, label=f"{name}: {with_interval(row)}", linewidth=1.4)
             axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
-            axes.set(title=_title(source), xlabel="share of wrong ones above", ylabel="share of right ones above")
+            axes.set(title=_title(source), xlabel="wrong completions accepted", ylabel="right completions accepted")
+            axes.legend(title="AUROC", fontsize=8, loc="lower right")
             axes.set_aspect("equal")
 
 
-def plot_partial(rows: Sequence[Row], path: Path) -> None:
-    """AUROC of reward, Q and position-only Q at the first p % of each completion."""
-    values: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row.group == "all":
-            values.setdefault(row.source, {})[row.measure] = row.value
-    with _panels(path, len(values), min(len(values), ACROSS), 4.2, 3.6) as panels:
-        for axes, (source, found) in zip(panels, values.items(), strict=True):
-            for name, label, style in (
-                ("auroc_reward", "reward", "o-"),
-                ("auroc_q", "Q", "o-"),
-                ("baseline_position_q", "Q by position alone", "o:"),
+def plot_partial(scored: Mapping[str, Labeled], rows: Sequence[Row], path: Path) -> None:
+    """AUROC of reward, Q and position-only Q at the first p % of each completion, with intervals."""
+    found = _of_sources(rows)
+    with _panels(path, len(scored), min(len(scored), ACROSS), 4.6, 3.8) as panels:
+        for axes, (source, labeled) in zip(panels, scored.items(), strict=True):
+            values = found[source]
+            for name, label, score_NP in (
+                ("auroc_reward", "running reward", labeled.reward_NP),
+                ("auroc_q", "Q-value", labeled.q_NP),
             ):
-                axes.plot(PERCENT, [found[f"{name}@{p}"] for p in PERCENT], style, label=label, markersize=3)
-            axes.axhline(found["baseline_length"], color="tab:red", linestyle=":", linewidth=1, label="length, known")
+                [line] = axes.plot(
+                    PERCENT, [values[f"{name}@{p}"].value for p in PERCENT], "o-", label=label, markersize=3
+                )
+                bounds = [auroc_interval(labeled.right_N, score_N, labeled.question_N) for score_N in score_NP.T]
+                axes.fill_between(PERCENT, *np.array(bounds).T, color=line.get_color(), alpha=0.15, linewidth=0)
+            by_position = [values[f"baseline_position_q@{p}"].value for p in PERCENT]
+            axes.plot(PERCENT, by_position, ":", color="tab:orange", label="Q-value by position alone")
+            length = values["baseline_length"].value
+            axes.axhline(length, color="tab:red", linestyle=":", linewidth=1, label="final length alone")
             axes.axhline(0.5, color="0.7", linewidth=0.8)
-            axes.set(title=_title(source), xlabel="% of the completion read", ylabel="AUROC")
+            axes.set(
+                title=_title(source), xlabel="% of the completion read", ylabel=f"AUROC, {100 * COVERAGE:.0f}% interval"
+            )
 
 
 def plot_histograms(scored: Mapping[str, Labeled], path: Path) -> None:
@@ -96,16 +112,30 @@ def plot_histograms(scored: Mapping[str, Labeled], path: Path) -> None:
             axes.set(title=_title(source), xlabel=f"{name} at the last token", ylabel="density")
 
 
-def plot_savings(groups: Mapping[str, tuple[float, Saving, Sequence[Saving]]], path: Path) -> None:
-    """Accuracy of the filtered majority against tokens saved, over thresholds. ``groups``: by name (accuracy of the
-    plain majority, the result at the threshold in use, the results at all thresholds)."""
-    with _panels(path, len(groups), min(len(groups), ACROSS), 4.8, 3.6) as panels:
-        for axes, (group, (plain, chosen, curve)) in zip(panels, groups.items(), strict=True):
-            saved, accuracy = [100 * s.saved for s in curve], [s.accuracy for s in curve]
-            axes.plot(saved, accuracy, color="0.8", linewidth=0.8)  # the order of the thresholds
-            points = axes.scatter(saved, accuracy, c=[s.threshold for s in curve], s=14, zorder=3, label="filtered")
-            axes.figure.colorbar(points, ax=axes, label="threshold")
-            label = f"Q >= {chosen.threshold:.3f}"
-            axes.plot(100 * chosen.saved, chosen.accuracy, "D", color="tab:red", zorder=4, label=label)
-            axes.axhline(plain, color="0.4", linestyle=":", linewidth=1.2, label="plain majority")
-            axes.set(title=group, xlabel="% of all completion tokens saved", ylabel="accuracy")
+def plot_savings(groups: Mapping[str, tuple[Sequence[Result], Saving, Sequence[Saving]]], path: Path) -> None:
+    """Over thresholds on Q: accuracy of every method, and what filtering drops and saves. ``groups``: by name (results
+    of the methods, the result at the threshold in use, the results at all thresholds)."""
+    with _panels(path, 2 * len(groups), 2, 5.4, 3.6) as panels:
+        for accuracy, shares, (group, (results, chosen, curve)) in zip(
+            panels[::2], panels[1::2], groups.items(), strict=True
+        ):
+            thresholds = [point.threshold for point in curve]
+            accuracy.plot(thresholds, [point.accuracy for point in curve], color="k", label="Q-filtered majority")
+            fixed = [
+                result for result in results if result.name != "Q-filtered majority" and "released" not in result.name
+            ]
+            for i, result in enumerate(fixed):
+                accuracy.axhline(result.accuracy, color=f"C{i}", linestyle="--", linewidth=1.2, label=result.name)
+            for name, label in (
+                ("saved", "tokens saved"),
+                ("dropped", "samples dropped"),
+                ("none_left", "questions unfiltered"),
+            ):
+                shares.plot(thresholds, [100 * getattr(point, name) for point in curve], label=label)
+            for axes in (accuracy, shares):
+                axes.axvline(
+                    chosen.threshold, color="0.5", linestyle=":", label=f"threshold in use, {chosen.threshold:.2f}"
+                )
+                axes.set(title=_title(group), xlabel="threshold: samples with a lower Q-value are dropped")
+            accuracy.set_ylabel("accuracy")
+            shares.set_ylabel("%")

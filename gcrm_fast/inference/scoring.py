@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from gcrm_fast.model.reward_model import LlamaRewardModel, goal_state, load
 from gcrm_kernels import q_values
 
 NOT_FINITE_REMEDY = "fix the model's weights, or use float32"
+if TYPE_CHECKING:
+    from gcrm_fast.evaluation.page import Page
+
 PLANNED_GROUPS = 1024  # prompts whose packs are planned together
 
 
@@ -167,6 +170,36 @@ class RewardModel:
         state = goal if isinstance(goal, Tensor) else self.goal(goal)
         judged = self.judge(self.encode(prompts, completions), goals_GD=state[None])
         return [j.q_Gn[0] for j in judged if j.q_Gn is not None]
+
+    def inspect(
+        self, prompts: str | Sequence[str], completions: str | Sequence[str], goal: Tensor | str | None = None
+    ) -> "Page":
+        """A page with Q-value and running reward of every token, which shows itself in a notebook; ``.save(path)``
+        writes it. Completions of one prompt are compared; a single prompt goes with all completions.
+
+        ``goal``: as of ``q_values``.
+        """
+        from gcrm_fast.evaluation.page import Column, Record, marks_of, page  # here: scoring alone needs none of it
+
+        texts = [completions] if isinstance(completions, str) else list(completions)
+        questions = [prompts] * len(texts) if isinstance(prompts, str) else list(prompts)
+        encoded = self.encode(questions, texts)
+        state = goal if isinstance(goal, Tensor) else self.goal(goal)
+        judged = self.judge(encoded, goals_GD=state[None], per_token=True)
+        records: list[Record] = []
+        for prompt in dict.fromkeys(questions):
+            own = [i for i, question in enumerate(questions) if question == prompt]
+            tokens = [self.texts(encoded[i]) for i in own]
+            marks = marks_of([encoded[i] for i in own], tokens, [None] * len(own))
+            columns = []
+            for i, text_n, marks_n in zip(own, tokens, marks, strict=True):
+                reward_n, q_Gn = judged[i].rewards_n, judged[i].q_Gn
+                assert reward_n is not None
+                assert q_Gn is not None
+                title = f"completion {i}"
+                columns.append(Column(title=title, text_n=text_n, reward_n=reward_n, q_n=q_Gn[0], marks=marks_n))
+            records.append(Record(title=f"Prompt {len(records)}", prompt=prompt, columns=columns))
+        return page(title=f"{len(texts)} completions, token by token", about=[], groups={"": records})
 
     def goal(self, name: str | None = None) -> Tensor:
         """The goal state [D] of that name, or the first of ``goals``. Raises UserError where there is none."""

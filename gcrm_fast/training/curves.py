@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 
 # Title of a panel -> name of a metric -> its label; the log has the held-out values under "eval/" and the name.
 PANELS = {
-    "Loss per pair (nats)": {"loss/ranking": "ranking", "loss/contrastive": "contrastive"},
+    "Ranking loss per pair (nats)": {"loss/ranking": "ranking"},
+    "Contrastive loss per pair (nats)": {"loss/contrastive": "contrastive"},
     "Pair accuracy and AUROC": {"accuracy": "pair accuracy", "auroc": "AUROC"},
+    "Gradient norm": {"grad_norm": "gradient norm"},
     "Mean cosine similarity": {"similarity/positive": "positive", "similarity/negative": "negative"},
 }
 
@@ -28,17 +30,17 @@ def _plot(axes: Axes, rows: list[dict[str, Any]], names: Mapping[str, str]) -> N
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     """Losses, accuracy and AUROC, similarities, and Q along the completion at the last evaluation."""
-    figure, grid = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    figure, grid = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
+    figure.suptitle(f"Run {path.resolve().parent.name}")
     for axes, (title, names) in zip(grid.flat, PANELS.items(), strict=False):
         _plot(axes, rows, names)
         axes.set(title=title, xlabel="optimizer step")
-    grid[0, 1].set_ylim(0.4, 1.01)
     last = next((row for row in reversed(rows) if "eval/auroc" in row), None)
     if last:
         for side in ("chosen", "rejected"):
             values = [last[f"eval/q_{side}/{percent}"] for percent in range(0, 101, 10)]
-            grid[1, 1].plot(range(0, 101, 10), values, "o-", label=side, markersize=3)
-    grid[1, 1].set(title="Mean Q-value along held-out completions, last evaluation", xlabel="% of the completion")
+            grid[1, 2].plot(range(0, 101, 10), values, "o-", label=side, markersize=3)
+    grid[1, 2].set(title="Mean Q-value at the last evaluation", xlabel="% of the held-out completion")
     for axes in grid.flat:
         axes.grid(alpha=0.3)
         if axes.lines:

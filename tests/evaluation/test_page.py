@@ -312,3 +312,17 @@ def test_a_run_writes_a_report_of_its_held_out_pairs(tmp_path: Path) -> None:
     assert [float(match[1]) for match in shown if match] == pytest.approx(q_n.tolist(), abs=2e-3)
     chosen, rejected = model.score([prompt] * 2, sides).tolist()
     assert margins[0] == pytest.approx(chosen - rejected, abs=0.011)
+
+
+def test_a_model_inspects_completions_in_a_notebook(model: Path) -> None:
+    scored = RewardModel.from_pretrained(model)
+    made = scored.inspect("one", ["two three", "two four"])
+    read = Reader(made.html)
+    assert read.sections == ["two three<|eos|>", "two four<|eos|>"]
+    assert len([name for _, name, _ in read.marks if name == "first difference"]) == 2
+    assert made._repr_html_().startswith("<iframe srcdoc=")
+    q_n = scored.q_values(["one"], ["two three"])[0]
+    assert f"Q {q_n[0]:.3f}" in made.html
+    assert made.html.count('<details class="record"') == 1
+    assert scored.inspect(["one", "six"], ["two", "two"]).html.count('<details class="record"') == 2
+    assert Reader(scored.inspect("one", "two").html).sections == ["two<|eos|>"]

@@ -127,7 +127,7 @@ with torch.compiler.set_stance("force_eager"):
 
 def test_run_leaves_its_files_and_nothing_else(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names - {".lock"} == {"config.toml", "curves.png", "metrics.jsonl", "model", "tensorboard"}
+    assert names - {".lock"} == {"config.toml", "curves.png", "inspect.html", "metrics.jsonl", "model", "tensorboard"}
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert parse(["--config", str(finished / "config.toml"), "--overwrite"]).arithmetic_steps == 2
 
