@@ -152,7 +152,7 @@ def evaluate(options: EvaluateOptions) -> None:
             "fingerprint": model.fingerprint,
             "goal": options.goal or "the model's own",
             "limit": options.limit,
-            "intervals": f"{100 * COVERAGE:.0f} %, bootstrap of {RESAMPLES} draws of questions (told apart by {unit})",
+            "intervals": f"{100 * COVERAGE:.0f} %, bootstrap of {RESAMPLES} draws of questions (identified by {unit})",
         }
         write_rows(folder, rows, about)
         plot_roc(scored, rows, folder / "roc.png")

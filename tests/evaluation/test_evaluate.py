@@ -158,8 +158,8 @@ def test_what_cannot_be_read_or_written_is_said_first(
 ) -> None:
     file, empty = write(tmp_path / "good.jsonl", samples()), write(tmp_path / "empty.jsonl", [])
     for arguments, message in (
-        ([str(empty), "-o", str(tmp_path / "out")], "empty.jsonl: holds no records"),
-        (["-o", str(tmp_path / "out")], "name at least one source|required"),
+        ([str(empty), "-o", str(tmp_path / "out")], "empty.jsonl: contains no records"),
+        (["-o", str(tmp_path / "out")], "FILE is missing"),
         ([str(file), "-o", str(empty)], "empty.jsonl: is not a folder"),
     ):
         assert cli.run("evaluate", [str(model), *arguments]) == 2

@@ -519,7 +519,7 @@ def test_damaged_gzip_and_wrong_calls(gcrm: Gcrm, tmp_path: Path) -> None:
         ([tmp_path / "a", "-o", out, "--goal", "x", "--per-token"], "x: not a readable goal file"),
         ([tmp_path / "a", "-o", out, "--tokens-per-batch", "9"], r"a:\d+: field 'completion' needs \d+ tokens, more"),
         ([tmp_path / "a", "-o", out, "--tokens-per-batch", "0"], "--tokens-per-batch 0: must be at least 1"),
-        (["-o", out], "name at least one source of records"),
+        (["-o", out], "FILE is missing"),
     ):
         result = gcrm(*arguments)
         assert result.returncode == 2
