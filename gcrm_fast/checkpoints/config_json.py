@@ -132,6 +132,8 @@ def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | N
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
     """A JSON object from a file, or a UserError that ends in ``hint``."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a file: {hint}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -19,6 +19,7 @@ from gcrm_fast.data.ends import Kind
 
 GOAL_FILE = "goal.safetensors"  # of a model's folder
 DEFAULT = "default"
+FACTS = "gcrm"  # of the file's metadata
 
 
 def write_goals(
@@ -26,8 +27,11 @@ def write_goals(
 ) -> None:
     """Writes goal states [D], each the mean over ``counts[name]`` completions that end so, of the model with that
     fingerprint."""
-    metadata = {"fingerprint": fingerprint, "counts": json.dumps(dict(counts)), "end_policy": POLICIES[end]}
-    save_file({name: goal.float().contiguous() for name, goal in goals.items()}, path, metadata=metadata)
+    facts = {"fingerprint": fingerprint, "counts": json.dumps(dict(counts)), "end_policy": POLICIES[end]}
+    # One entry, as safetensors writes several in another order each time.
+    save_file(
+        {name: goal.float().contiguous() for name, goal in goals.items()}, path, metadata={FACTS: json.dumps(facts)}
+    )
 
 
 def read_goals(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, int]]:
@@ -39,6 +43,7 @@ def read_goals(path: Path, fingerprint: str) -> tuple[dict[str, Tensor], dict[st
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            metadata |= json.loads(metadata.get(FACTS, "{}"))  # older files have an entry for each
             goals = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable goal file ({one_line(error)}): make one with gcrm goals") from None

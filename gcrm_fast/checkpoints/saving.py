@@ -9,9 +9,10 @@ with one label, plus
     README.md            the model card, of a run (see model_card.py)
 """
 
+import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from gcrm_fast.checkpoints.config_json import huggingface_config
 from gcrm_fast.checkpoints.goals import DEFAULT, GOAL_FILE, write_goals
 from gcrm_fast.checkpoints.locating import COMPANION, HEAD_FILE
 from gcrm_fast.checkpoints.reading import POLICIES
+from gcrm_fast.data.chat import ending_at_the_reward
+from gcrm_fast.data.ends import Kind
 from gcrm_fast.data.tokenization import save_tokenizer
 from gcrm_fast.model.llama import ModelConfig
 
@@ -65,24 +68,38 @@ def write_model(
     bias: Tensor | None = None,
     fields: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
+    end: Kind = "eos",
 ) -> str:
     """Writes weights, configuration and tokenizer; returns the fingerprint of the weights.
 
     For other programs (see commands/export.py): ``bias`` [1] of the reward head, which has none here; ``fields`` and
-    ``about``, further fields of config.json and of gcrm.json.
+    ``about``, further fields of config.json and of gcrm.json; ``end``, where rewards are read.
     """
     folder.mkdir(parents=True)
     held = {k: v for k, v in state.items() if k.startswith("model.") or k == "score.weight"}
     companion = {k: v for k, v in state.items() if k not in held}
     dtype = next(iter(held.values())).dtype
     save_torch_state_dict(held if bias is None else held | {"score.bias": bias}, folder, max_shard_size="5GB")
+    _index(folder, [*held, *(["score.bias"] if bias is not None else [])])
     if companion:
         save_file(companion, folder / COMPANION, metadata={"format": "pt"})
     weights = fingerprint(state)
-    own = {"head": config.head, "projection_size": config.projection_size, "end_policy": POLICIES["eos"]}
+    own = {"head": config.head, "projection_size": config.projection_size, "end_policy": POLICIES[end]}
     gcrm = {**own, "fingerprint": weights, **(about or {})}
     (folder / HEAD_FILE).write_text(json.dumps(gcrm, indent=2) + "\n")
     raw = {**huggingface_config(config, tokenizer, dtype), **(fields or {})}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    if end == "eos":
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = ending_at_the_reward(tokenizer)
     save_tokenizer(tokenizer, folder)
     return weights
+
+
+def _index(folder: Path, names: Iterable[str]) -> None:
+    """An index also for a single file: without one vLLM reads every safetensors file of the folder, the goal's too."""
+    path = folder / "model.safetensors.index.json"
+    if not path.exists():
+        single = folder / "model.safetensors"
+        index = {"metadata": {"total_size": single.stat().st_size}, "weight_map": dict.fromkeys(names, single.name)}
+        path.write_text(json.dumps(index, indent=2) + "\n")

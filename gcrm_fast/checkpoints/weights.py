@@ -35,6 +35,7 @@ SKIPPED = {  # tensors without a use here: a pattern of their names, after a dot
 }
 BIAS_SKIPPED = "it moves all rewards alike, so that no comparison changes"
 FIRST_TENSOR = "layers.0.input_layernorm.weight"  # what stands before it is the trunk's prefix
+MOST_LAYERS = 1000  # a config.json that names more is compared with the files first
 FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -79,13 +80,17 @@ def read_heads(folder: Path) -> tuple[str, int]:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Of the whole network, by name."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in LlamaRewardModel(config).named_parameters()}
+    """Of the whole network, by name. Raises UserError for sizes that no machine can hold."""
+    try:
+        with torch.device("meta"):
+            return {name: p.shape for name, p in LlamaRewardModel(config).named_parameters()}
+    except (RuntimeError, OverflowError, TypeError):  # as torch refuses numbers beyond 64 bits
+        sizes = f"{config.vocab_size} x {config.hidden_size} x {config.intermediate_size}, {config.projection_size}"
+        raise UserError(f"the model's sizes ({sizes}) are too large: check config.json and gcrm.json") from None
 
 
 def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights:
-    """A reader of the rows of each parameter. Every tensor of the folder is used, known to be of no use, or an error.
+    """A reader of the rows of each parameter. Every tensor of the folder is used, known to be useless, or an error.
 
     Only the requested rows are read. The trunk may have any one prefix (none, ``model.``, ``pretrained_model.model.``
     ...), a linear reward head any name of HEADS. A head or projection that the folder lacks starts from
@@ -96,6 +101,10 @@ def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights
             a head of another kind than ``config`` has.
     """
     stored = _scan(_weight_files(folder))
+    layers = sum(key.endswith(".input_layernorm.weight") for key in stored)
+    if config.num_hidden_layers > max(layers, MOST_LAYERS):  # before a network of that many is built
+        what = f"field 'num_hidden_layers' is {config.num_hidden_layers}, but the files hold {layers} layers"
+        raise UserError(f"{folder / 'config.json'}: {what}: download it again")
     source, notes = _match(stored, parameter_shapes(config), folder, config, seed)
 
     def rows(name: str, shape: torch.Size, rows: slice) -> Tensor:

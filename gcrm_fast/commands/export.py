@@ -17,7 +17,7 @@ import torch
 
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals, write_goals
 from gcrm_fast.checkpoints.locating import COMPANION, MODEL_FILES, locate
-from gcrm_fast.checkpoints.reading import POLICIES, where_read
+from gcrm_fast.checkpoints.reading import where_read
 from gcrm_fast.checkpoints.saving import fingerprint, write_model
 from gcrm_fast.checkpoints.weights import open_reward_model, parameter_shapes
 from gcrm_fast.commands.options import ExportOptions
@@ -95,17 +95,17 @@ def export(options: ExportOptions) -> None:
     goals, counts = read_goals(goal_file, before) if goal_file.is_file() else ({}, {})
     scale = measure(options) if options.standardize else None
     bias = torch.zeros(1, dtype=state["score.weight"].dtype) if options.format == "token-classification" else None
-    about: dict[str, Any] = {"end_policy": POLICIES[end.kind]}
+    about: dict[str, Any] = {}
     if scale:
         state["score.weight"] = (state["score.weight"].double() / scale.std).to(state["score.weight"].dtype)
-        about["standardized"] = {**scale._asdict(), "shift": scale.shift}
+        about = {"standardized": {**scale._asdict(), "shift": scale.shift}}
         if bias is not None:
             bias += scale.shift
 
     rows = _summary(options, config, scale)
     with written_aside(output) as partial:
         fields = config_fields(options, config, scale)
-        after = write_model(partial, state, config, tokenizer, bias=bias, fields=fields, about=about)
+        after = write_model(partial, state, config, tokenizer, bias=bias, fields=fields, about=about, end=end.kind)
         if goals:  # states do not depend on the head, but the fingerprint does
             write_goals(partial / GOAL_FILE, goals, counts, after, where_read(folder, "auto")[0].kind)
         if (folder / CARD).is_file():

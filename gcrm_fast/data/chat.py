@@ -118,6 +118,23 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(ends)
 
 
+def ending_at_the_reward(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The chat template, without white space after the end of the last turn, where other programs would read the
+    reward; as it is, where the template writes none or writes more."""
+    template, messages = tokenizer.chat_template, [{"role": r, "content": r} for r in ("user", "assistant")]
+    if not isinstance(template, str):
+        return template
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a template that expects other messages
+        return template
+    ids = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
+    if text == text.rstrip() or not ids or ids[-1] not in end_tokens(tokenizer):
+        return template
+    ended = "{{ written if add_generation_prompt else written.rstrip() }}"
+    return f"{{% set written %}}{template}{{% endset %}}{ended}"
+
+
 def _split(
     prompt: Any, sides: Mapping[str, Any], prompt_name: str
 ) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:

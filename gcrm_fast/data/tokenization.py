@@ -17,6 +17,11 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # of a tokenizer that is traine
 PROBES = (" a", "Hello  world 12", "a\n\nb", "naïve ﬁ 漢字", "tab\tand trailing ")
 # Of tokenizer_config.json: what both transformers 4 and 5 read. All else is in tokenizer.json.
 PORTABLE = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "model_max_length")
+# Without the second, some versions of transformers return token_type_ids, which these models do not take.
+PORTABLE_VALUES = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_input_names": ["input_ids", "attention_mask"],
+}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -122,8 +127,11 @@ def choose_pad(
     """
     check_vocabulary(tokenizer, vocab_size, where)
     vocab = tokenizer.get_vocab()
-    known = (tokenizer.pad_token, *family.pad_tokens, tokenizer.bos_token)
-    for token in known:
+    template = str(tokenizer.chat_template)
+    own = (tokenizer.bos_token, tokenizer.eos_token)
+    spare = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content not in template]
+    reserved = sorted((t for t in spare if t not in own), key=lambda t: "reserved" not in t)
+    for token in (tokenizer.pad_token, *family.pad_tokens, *reserved, tokenizer.bos_token):
         if token is not None and token in vocab and token != tokenizer.eos_token:
             tokenizer.pad_token = token
             return int(vocab[token])
@@ -140,7 +148,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
     portable = {name: saved[name] for name in PORTABLE if name in saved}
-    path.write_text(json.dumps({**portable, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+    path.write_text(json.dumps({**portable, **PORTABLE_VALUES}, indent=2) + "\n")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

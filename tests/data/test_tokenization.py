@@ -145,12 +145,14 @@ def test_tokens_must_fit_the_embedding() -> None:
         choose_pad(mine, len(mine) - 1, "test")
 
 
-def test_pad_falls_back_on_unk_then_bos(llama2: Path) -> None:
+def test_pad_falls_back_on_unk_then_an_unused_token_then_bos(llama2: Path) -> None:
     mine = load_tokenizer(llama2)
     assert choose_pad(mine, 380, "test") == mine.unk_token_id
     bare = train_tokenizer(["one two three"] * 30, 270).backend_tokenizer.to_str().replace("<|pad|>", "<|other|>")
     backend = PreTrainedTokenizerFast(tokenizer_object=type(tokenizer().backend_tokenizer).from_str(bare))
     backend.bos_token, backend.eos_token = "<|bos|>", "<|eos|>"
+    assert choose_pad(backend, VOCAB * 9, "test") == backend.convert_tokens_to_ids("<|other|>")
+    backend.pad_token, backend.chat_template = None, "{{ messages }}<|other|>"
     assert choose_pad(backend, VOCAB * 9, "test") == backend.bos_token_id
 
 

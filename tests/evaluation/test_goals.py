@@ -1,6 +1,7 @@
 """Goal files and ``gcrm goals``: which completions make a goal, and whose goal it is."""
 
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def test_files_keep_several_goals_and_say_whose_they_are(tmp_path: Path) -> None
     assert torch.equal(goals["a few"], few)
     assert counts == {"a few": 20, "default": 7}
     with safe_open(path, framework="pt") as file:
-        assert file.metadata()["end_policy"] == POLICIES["eos"]
+        assert json.loads(file.metadata()["gcrm"])["end_policy"] == POLICIES["eos"]
     with pytest.raises(UserError, match="its goals are of another model's weights: make them"):
         read_goals(path, "abd")
     save_file({"default": default}, path, metadata={"fingerprint": "abc", "end_policy": "none"})

@@ -103,4 +103,22 @@ FAULTS = {
         "if False:",
         "tests/evaluation/test_goals.py -k another",
     ),
+    "saved: a single file without an index": (
+        "gcrm_fast/checkpoints/saving.py",
+        "    if not path.exists():\n",
+        "    if False:\n",
+        "tests/checkpoints/test_saved_for_others.py -k vllm",
+    ),
+    "saved: the template ends in a newline after the reward": (
+        "gcrm_fast/checkpoints/saving.py",
+        "tokenizer.chat_template = ending_at_the_reward(tokenizer)",
+        "pass",
+        "tests/checkpoints/test_saved_for_others.py -k template",
+    ),
+    "a million layers are built before the files are read": (
+        "gcrm_fast/checkpoints/weights.py",
+        "if config.num_hidden_layers > max(layers, MOST_LAYERS):",
+        "if False:",
+        "tests/checkpoints/test_saved_for_others.py -k sizes",
+    ),
 }

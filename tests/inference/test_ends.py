@@ -174,5 +174,5 @@ def test_the_template_writes_bos_or_nobody_does(tmp_path: Path) -> None:
 def test_goals_say_how_their_completions_ended(tmp_path: Path) -> None:
     write_goals(tmp_path / GOAL_FILE, {"default": torch.ones(3)}, {"default": 1}, "abc", "transformers")
     with safe_open(tmp_path / GOAL_FILE, framework="pt") as file:
-        assert file.metadata()["end_policy"].startswith("last token that is not pad_token_id")
+        assert json.loads(file.metadata()["gcrm"])["end_policy"].startswith("last token that is not pad_token_id")
     assert read_goals(tmp_path / GOAL_FILE, "abc")[1] == {"default": 1}
