@@ -90,7 +90,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights:
-    """A reader of the rows of each parameter. Every tensor of the folder is used, known to be of no use, or an error.
+    """A reader of the rows of each parameter. Every tensor of the folder is used, known to be useless, or an error.
 
     Only the requested rows are read. The trunk may have any one prefix (none, ``model.``, ``pretrained_model.model.``
     ...), a linear reward head any name of HEADS. A head or projection that the folder lacks starts from

@@ -21,7 +21,7 @@ class Family:
     # Tokens attend to the last 'sliding_window' tokens only: never; in all layers, unless that is null; or in some of
     # them, where 'use_sliding_window' says so.
     sliding_window: Literal["never", "all layers", "some layers"] = "never"
-    # What may pad, best first, in place of the tokenizer's own pad token: tokens that never end a completion.
+    # What may pad, best first, instead of the tokenizer's own pad token: tokens that never end a completion.
     pad_tokens: tuple[str, ...] = ("<|pad|>", "<|finetune_right_pad_id|>", "<pad>", "<unk>")
 
     def class_name(self, task: str) -> str:

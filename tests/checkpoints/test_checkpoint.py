@@ -31,7 +31,7 @@ PAIR = '{"prompt": "one", "chosen": " two", "rejected": " six"}\n'
 
 
 def behind(prefix: str) -> dict[str, Tensor]:
-    """The trunk with ``prefix`` in place of ``model.``"""
+    """The trunk with ``prefix`` instead of ``model.``"""
     return {prefix + name.removeprefix("model."): tensor for name, tensor in trunk().items()}
 
 
@@ -85,7 +85,7 @@ def test_reward_heads_of_other_projects(prefix: str, head: str, bias: float | No
 
 
 def test_head_in_a_file_of_its_own(tmp_path: Path) -> None:
-    """LLaMA-Factory's value_head.safetensors beside a language model."""
+    """LLaMA-Factory's value_head.safetensors next to a language model."""
     weight = torch.randn(1, H)
     llama(tmp_path)
     save_file(

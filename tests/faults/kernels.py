@@ -7,7 +7,7 @@ FAULTS = {
         ".index_copy_(0, index, exact)",
         "tests/kernels/test_kernels.py -k gather",
     ),
-    "gather kernel: positions in place of their order": (
+    "gather kernel: positions instead of their order": (
         "kernels/gcrm_kernels/triton_gather.py",
         "position = tl.load(order_ptr + i)",
         "position = i",
@@ -277,7 +277,7 @@ FAULTS = {
         "(b * cos - a * sin)",
         "tests/kernels/test_rotary.py -k triton and not any_shape",
     ),
-    "rotary kernel: the last position in place of the sum": (
+    "rotary kernel: the last position instead of the sum": (
         "kernels/gcrm_kernels/triton_rotary.py",
         "v_a += _load",
         "v_a = _load",
