@@ -197,8 +197,8 @@ FAULTS = {
     ),
     "ends: what a chat template wrote gets bos": (
         "gcrm_fast/data/chat.py",
-        "Rendered(whole[len(text) :])",
-        "whole[len(text) :]",
+        "Rendered(whole[len(asked) :])",
+        "whole[len(asked) :]",
         "tests/inference/test_ends.py -k bos",
     ),
     "ends: an export has another pad than the model was read with": (
