@@ -139,7 +139,7 @@ def _completion(
     if ids and ids[-1] == tokenizer.eos_token_id and _span(encoding, len(ids) - 1) == (0, 0):
         ids = ids[:-1]
     start = _first_after(encoding, prompt_length, len(text), len(ids))
-    # Most completions contain no end token, which a set shows faster than a look at every token.
+    # Few completions contain an end token, which a set shows faster than a look at every token.
     at_ends = [] if ends.isdisjoint(ids) else [k for k in range(start, len(ids)) if ids[k] in ends]
     # Text after the last end token is never dropped.
     own = bool(at_ends) and not text[_span(encoding, at_ends[-1])[1] :].strip()

@@ -1,4 +1,4 @@
-"""Records of public data sets, rewritten in this project's fields; the names of their fields tell them apart."""
+"""Records of public data sets, rewritten in this project's fields; the names of their fields identify them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

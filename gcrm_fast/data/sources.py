@@ -105,7 +105,7 @@ def _json_rows(name: object, file: BinaryIO | gzip.GzipFile, bad: BadRecords) ->
         if number == 1 and line.lstrip().startswith(b"["):
             yield from _array_rows(name, line, file)
             return
-        if not line.strip():
+        if len(line) <= MAX_LINE and not line.strip():
             continue
         try:
             if len(line) > MAX_LINE:

@@ -66,7 +66,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _from_json(folder: Path) -> PreTrainedTokenizerBase:
-    """AutoTokenizer's, with the text rules of tokenizer.json as they stand, under transformers 4 and 5 alike.
+    """AutoTokenizer's, with the text rules of tokenizer.json unchanged, under transformers 4 and 5 alike.
 
     transformers 5 gives a Llama tokenizer that 4 saved another rule for leading spaces. transformers 4 knows neither
     the class nor the list of extra special tokens that 5 writes (which tokenizer.json has too).
@@ -139,7 +139,7 @@ def choose_pad(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes the tokenizer so that transformers 4 and 5 both load tokenizer.json as it stands.
+    """Writes the tokenizer so that transformers 4 and 5 both load tokenizer.json unchanged.
 
     By itself, transformers 5 names a class that 4 does not know, lists special tokens in a way that 4 cannot read, and
     rebuilds a LlamaTokenizer that 4 saved with another rule for leading spaces.

@@ -154,6 +154,10 @@ def test_pad_falls_back_on_unk_then_an_unused_token_then_bos(llama2: Path) -> No
     assert choose_pad(backend, VOCAB * 9, "test") == backend.convert_tokens_to_ids("<|other|>")
     backend.pad_token, backend.chat_template = None, "{{ messages }}<|other|>"
     assert choose_pad(backend, VOCAB * 9, "test") == backend.bos_token_id
+    backend.pad_token = None
+    backend.add_special_tokens({"additional_special_tokens": ["<|reserved_special_token_1|>"]})
+    reserved = backend.convert_tokens_to_ids("<|reserved_special_token_1|>")
+    assert choose_pad(backend, VOCAB * 9, "test") == reserved
 
 
 def test_code_of_a_folder_never_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,7 @@ FAULTS = {
         "if abs(value) > LARGEST:",
         "tests/data/test_bad_input.py -k NaN",
     ),
-    "data: bad records skipped unasked": (
+    "data: bad records skipped without being asked": (
         "gcrm_fast/data/sources.py",
         "if not self.skip:",
         "if False:",

@@ -206,6 +206,12 @@ CASES = [
     Case("deep nesting", raw(LINE + b"[" * 100_000 + b"\n"), AT + "not valid JSON"),
     Case("number too long to read", raw(LINE + b'{"margin": ' + b"9" * 5000 + b"}\n"), AT + "not valid JSON"),
     Case("huge row", raw(LINE + b'{"prompt": "' + b"x" * 2**24 + b'"}\n'), AT + "the line has more than 16 MiB"),
+    Case("spaces before a record", raw(LINE + b" " * 2**24 + LINE), AT + "the line has more than 16 MiB"),
+    Case(
+        "100,000 fields, two of one name",
+        raw(b"{" + b"".join(b'"%d":0,' % i for i in range(100_000)) + b'"7":1}\n'),
+        r"jsonl:1: not valid JSON \(field '7' occurs twice",
+    ),
     Case("no line feed in sight", raw(LINE + gzip.compress(bytes(1)) * 2**20), AT + "the line has more than 16 MiB"),
     Case("gzip that unpacks to one line", raw(gzip.compress(b"x" * 2**26)), r"jsonl:1: the line has more than 16 MiB"),
     Case("gzip cut in the middle", raw(PACKED[:-20]), r"jsonl:\d+: gzip data is damaged"),
