@@ -94,7 +94,7 @@ def test_a_limit_draws_the_same_whole_records_every_time() -> None:
     assert shared.limited(of_records, rows, 0) == shared.limited(of_records, rows, 99) == of_records
 
 
-def test_results_do_not_replace_what_is_there_unasked(tmp_path: Path) -> None:
+def test_results_replace_nothing_unless_forced(tmp_path: Path) -> None:
     results.check_folder(tmp_path, overwrite=False)
     results.check_folder(tmp_path / "new", overwrite=False)
     (tmp_path / "results.json").touch()

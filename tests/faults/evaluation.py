@@ -35,7 +35,7 @@ FAULTS = {
         "gcrm_fast/evaluation/results.py",
         "    if others:",
         "    if not others and others:",
-        "tests/evaluation/test_evaluate.py -k unasked",
+        "tests/evaluation/test_evaluate.py -k unless_forced",
     ),
     "vote: samples without an answer are left alone": (
         "gcrm_fast/evaluation/voting.py",
