@@ -122,7 +122,7 @@ class RewardModel:
         ``cuts`` marks completions that a length limit cut: they have no end, and are scored at their last token.
 
         Raises:
-            TypeError: a text in place of a list of texts.
+            TypeError: a text instead of a list of texts.
             ValueError: ``prompts``, ``completions`` and ``cuts`` differ in length.
         """
         if isinstance(prompts, str) or isinstance(completions, str):
