@@ -43,7 +43,13 @@ def is_right(candidate: Candidate, label: str) -> bool:
 
 def read_source(source: str, model: RewardModel, options: EvaluateOptions) -> Source:
     """Raises UserError for a record without label, question or group, and if all completions are right, or wrong."""
-    candidates = [candidate for of_record in records([source], model, options) for candidate in of_record]
+
+    def check(candidate: Candidate) -> None:
+        is_right(candidate, options.label)
+        questions_of([candidate], options.question)
+        groups_of([candidate], options.by)
+
+    candidates = [candidate for of_record in records([source], model, options, check) for candidate in of_record]
     candidates = limited(candidates, [candidate.row for candidate in candidates], options.limit)
     right_N = np.array([is_right(candidate, options.label) for candidate in candidates], dtype=bool)
     if right_N.all() or not right_N.any():

@@ -1,7 +1,7 @@
 """What the commands share that run a model over records: the model, the completions of files, fields of records."""
 
 import sys
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -39,10 +39,23 @@ def read(
     return completions_of_records(sources, fields=("*",), columns=columns, tokenizer=model.tokenizer, bad=bad)
 
 
-def records(sources: Sequence[str], model: RewardModel, options: ModelOptions) -> Records:
-    """The completions of one record after another; records that do not fit the model count as bad ones."""
+def records(
+    sources: Sequence[str],
+    model: RewardModel,
+    options: ModelOptions,
+    check: Callable[[Candidate], object] = lambda candidate: None,
+) -> Records:
+    """The completions of one record after another. Records that do not fit the model count as bad, and so do those with
+    a completion for which ``check`` raises UserError."""
     bad = BadRecords(skip=options.on_bad_record == "skip")
-    yield from fit(read(sources, model, options, bad), model, bad)
+    for record in fit(read(sources, model, options, bad), model, bad):
+        try:
+            for candidate in record:
+                check(candidate)
+        except UserError as error:
+            bad.add(error)
+        else:
+            yield record
     if bad.skipped:
         print(f"{len(bad.skipped)} bad records skipped; the first: {printable(bad.skipped[0])}", file=sys.stderr)
 

@@ -153,7 +153,15 @@ def vote(options: VoteOptions) -> None:
     """Reads and checks the file, then scores it. Raises UserError."""
     check_folder(options.output, options.overwrite)
     model, goal_D = open_model(options)
-    candidates = [candidate for of_record in records(options.data, model, options) for candidate in of_record]
+
+    def check(candidate: Candidate) -> None:
+        questions_of([candidate], options.question)
+        answer_of(candidate, options.answer)
+        expected_of([candidate], [candidate.prompt], options.expected)
+        label_of(candidate, right=False)
+        groups_of([candidate], options.by)
+
+    candidates = [candidate for of_record in records(options.data, model, options, check) for candidate in of_record]
     candidates = limited(candidates, questions_of(candidates, options.question), options.limit)
     questions = questions_of(candidates, options.question)
     answers = [answer_of(candidate, options.answer) for candidate in candidates]

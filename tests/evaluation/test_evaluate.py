@@ -94,6 +94,29 @@ def test_a_limit_draws_the_same_whole_records_every_time() -> None:
     assert shared.limited(of_records, rows, 0) == shared.limited(of_records, rows, 99) == of_records
 
 
+def test_records_without_what_is_asked_are_skipped(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = labeled()
+    records[3]["is_correct"] = None
+    del records[7]["family"]
+    (tmp_path / "good").mkdir()
+    file, out = str(write(tmp_path / "labeled.jsonl", records)), tmp_path / "out"
+    call = [str(model), file, "-o", str(out), "--by", "family"]
+    assert cli.run("evaluate", call) == 2
+    assert "labeled.jsonl:4: field 'is_correct' is 'None', not true or false" in capsys.readouterr().err
+    assert cli.run("evaluate", [*call, "--on-bad-record", "skip"]) == 0
+    assert "2 bad records skipped; the first: " in capsys.readouterr().err
+    good = [record for i, record in enumerate(records) if i not in (3, 7)]
+    call[1:4] = [str(write(tmp_path / "good" / "labeled.jsonl", good)), "-o", str(tmp_path / "without")]
+    assert cli.run("evaluate", call) == 0
+    tables = []
+    for folder in (out, tmp_path / "without"):
+        with (folder / "results.csv").open() as table:
+            tables.append([row | {"source": ""} for row in csv.DictReader(table)])
+    assert tables[0] == tables[1]
+
+
 def test_results_replace_nothing_unless_forced(tmp_path: Path) -> None:
     results.check_folder(tmp_path, overwrite=False)
     results.check_folder(tmp_path / "new", overwrite=False)
