@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 __all__ = [
+    "PYTREE_LOGGER",
     "FakeTensorMode",
     "TorchDispatchMode",
     "cpu_flash_attention",
@@ -25,6 +26,9 @@ __all__ = [
     "tree_leaves",
     "varlen_attention",
 ]
+
+# Where torch warns of what packages register with it.
+PYTREE_LOGGER = "torch.utils._pytree"
 
 # The CPU's flash kernel below autograd, where scaled_dot_product_attention itself would have no backward.
 cpu_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -194,7 +194,7 @@ def _needed(module: str, source: object) -> ModuleType:
 def _folder_rows(source: str, folder: str, split: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
     """Parquet shards as the Hub lays them out, data/SPLIT-00000-of-00001.parquet; else what datasets saved."""
     shards: dict[str, list[Path]] = {}
-    for path in sorted(Path(folder).rglob("*.parquet")):
+    for path in sorted([*Path(folder).glob("*.parquet"), *Path(folder).glob("data/*.parquet")]):
         shards.setdefault(path.stem.split("-")[0], []).append(path)
     if not shards:
         yield from _saved_rows(source, folder, split)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from gcrm_fast.common.torch_compat import PYTREE_LOGGER
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training.config import TrainConfig
 
@@ -59,7 +60,7 @@ class Updater:
         if self.can_skip:
             self.optimizer = torch.optim.AdamW(self.parameters, **values, fused=True)
         else:
-            for name in ("torchao", "torch.utils._pytree"):  # they report kernels that are not used here
+            for name in ("torchao", PYTREE_LOGGER):  # they report kernels that are not used here
                 logging.getLogger(name).setLevel(logging.ERROR)
             from torchao.optim import AdamW8bit, _AdamW
 

@@ -1,7 +1,9 @@
 """Each private name of torch that the project uses still does what it is used for."""
 
+import importlib
 import inspect
 import subprocess
+from logging import Logger
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,11 @@ def test_fake_tensors_take_no_memory() -> None:
 
 def test_leaves_of_nested_state() -> None:
     assert torch_compat.tree_leaves({"a": [1, (2, 3)], "b": 4}) == [1, 2, 3, 4]
+
+
+def test_the_logger_of_pytrees() -> None:
+    module = importlib.import_module(torch_compat.PYTREE_LOGGER)
+    assert torch_compat.PYTREE_LOGGER in {value.name for value in vars(module).values() if isinstance(value, Logger)}
 
 
 def test_no_other_module_uses_private_names_of_torch() -> None:

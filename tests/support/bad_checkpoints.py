@@ -117,6 +117,11 @@ def with_nothing_to_pad(folder: Path) -> None:
     with_tokenizer(folder, eos_token=BOS, pad_token=BOS)
     for path in folder.glob("*token*"):
         path.write_text(path.read_text().replace(PAD, "<|other|>"))
+    path = folder / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    for token in raw["added_tokens"]:
+        token["special"] = token["content"] == BOS
+    path.write_text(json.dumps(raw))
 
 
 def with_fewer_rows(folder: Path) -> None:
@@ -177,7 +182,7 @@ CASES = [
     Case("--tokenizer: no such folder", _bad_tokenizer_name, r"--tokenizer no/such/tokenizer: no such folder"),
     # ---- config.json
     damaged("config: missing", r"m/config\.json: cannot be read \(No such", lambda m: (m / "config.json").unlink()),
-    damaged("config: a folder", r"m/config\.json: cannot be read \(Is a directory", lambda m: move(m, "config.json")),
+    damaged("config: a folder", r"m/config\.json: is not a file", lambda m: move(m, "config.json")),
     damaged("config: not JSON", r"m/config\.json: not valid JSON", lambda m: (m / "config.json").write_text("{")),
     damaged(
         "config: not UTF-8",
