@@ -39,10 +39,11 @@ from gcrm_fast.training.interrupts import Interrupts, Request, end_with_parent
 from gcrm_fast.training.loader import load
 from gcrm_fast.training.objectives import Objective, Statistics, losses
 from gcrm_fast.training.prepare import Prepared, check_unfinished, prepare
+from gcrm_fast.training.resume import with_template_date
 from gcrm_fast.training.run import finish, set_up
 
 LOCK_WAIT = 10.0  # seconds: longer than the processes of a killed torchrun take to notice
-LONE_ERROR_WAIT = 5.0  # seconds in which torchrun ends this process where its machine's first one has failed alike
+LONE_ERROR_WAIT = 20.0  # seconds in which torchrun ends this process where its machine's first one has failed alike
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe|Socket closed")  # gloo
 
 
@@ -186,6 +187,7 @@ def train_reward_model(config: TrainConfig) -> TrainResult | None:
         end_with_parent(PARENT)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # --resume was obeyed before the restart
         config = replace(config, resume="auto")
+    config = with_template_date(config)
     try:
         prepared = prepare(config)
     except UserError as error:

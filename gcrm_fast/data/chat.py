@@ -5,7 +5,10 @@ what follows the last message by anyone but the assistant and its tools; where n
 starts no earlier than the first message in which the sides differ.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from itertools import takewhile
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -91,6 +94,18 @@ def as_texts(
         if not asked or not whole.startswith(asked):
             raise FieldError(name, "changes how the chat template writes the prompt: the answer has no start")
     return asked, [Rendered(whole[len(asked) :]) for whole in wholes.values()]
+
+
+# How a template writes today's date: strftime_now("%d %b %Y").
+TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
+
+
+def with_date(tokenizer: PreTrainedTokenizerBase, day: date) -> None:
+    """Makes the chat template write ``day`` where it writes the day on which it runs."""
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = TODAY.sub(
+            lambda match: json.dumps(day.strftime(match["format"])), tokenizer.chat_template
+        )
 
 
 def is_empty(side: Any) -> bool:

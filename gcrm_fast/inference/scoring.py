@@ -22,8 +22,10 @@ from gcrm_fast.checkpoints.saving import add_tensor
 from gcrm_fast.checkpoints.weights import open_reward_model
 from gcrm_fast.common.devices import compute_dtype, default_device
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.notes import warn_once
 from gcrm_fast.common.processes import rank
 from gcrm_fast.data.batches import Budget, plan_packs
+from gcrm_fast.data.chat import TODAY
 from gcrm_fast.data.encoding import CHUNK, Completion, token_texts
 from gcrm_fast.data.ends import Choice, End, encode_to
 from gcrm_fast.data.packing import Item, ScorePack, build_score_pack
@@ -98,6 +100,8 @@ class RewardModel:
         if line and rank() == 0:
             logging.getLogger("gcrm_fast").warning(line)
         tokenizer = load_tokenizer(folder)
+        if TODAY.search(str(tokenizer.chat_template)):
+            warn_once(f"{folder}: the chat template writes today's date: rewards of messages depend on the day")
         check_vocabulary(tokenizer, config.vocab_size, str(folder))
         place = default_device() if device is None else torch.device(device)
         with torch.device("meta"):

@@ -3,10 +3,12 @@
 Order of precedence: command line, ``--config`` file, ``--preset``, the defaults below.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import tomllib
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,6 +22,12 @@ ARITHMETIC = "arithmetic"
 
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
+
+
+def _is_date(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return date.fromisoformat(text).isoformat() == text
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +114,9 @@ class TrainConfig(Options):
     tokenizer: str = ""
     """Tokenizer: a folder, or a name on the Hub. The default is that of --model; without --model a tokenizer is trained
     on the training text."""
+    template_date: str = ""
+    """Date, as in 2026-01-31, that a chat template writes as today's, in the run and in its model. The default is that
+    of the checkpoint to resume from, or else today."""
     hidden_size: Annotated[int, Range(least=1, greatest=2**16)] = 128
     """Width of a model without --model."""
     layers: Annotated[int, Range(least=1, greatest=1000)] = 4
@@ -257,6 +268,7 @@ class TrainConfig(Options):
         need(bool(self.data) and all(self.data), "data", "at least one source")
         need(all(self.eval_data), "eval_data", "names of sources")
         need(bool(self.cache), "cache", "a folder, auto or none")
+        need(not self.template_date or _is_date(self.template_date), "template_date", "a date as in 2026-01-31")
         need(bool(self.resume), "resume", "auto, never or the folder of a checkpoint")
         if self.objective_variant == "dense":
             need(self.pairing in ("auto", "paired"), "pairing", "paired with --objective-variant dense")

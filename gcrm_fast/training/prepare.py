@@ -5,6 +5,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from gcrm_fast.checkpoints.weights import Weights, fresh_weights, open_weights
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data import arithmetic
 from gcrm_fast.data.batches import Budget, batches_per_epoch, split_to_budget
-from gcrm_fast.data.chat import end_tokens
+from gcrm_fast.data.chat import end_tokens, with_date
 from gcrm_fast.data.encoding import TokenizedPair, TokenReport, tokenize_pairs
 from gcrm_fast.data.overlap import Overlap, overlap
 from gcrm_fast.data.records import Pair, parse_columns, read_pairs
@@ -93,7 +94,12 @@ def load_pairs(
 def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
     """The tokenizer of --tokenizer, or else of --model; None without either."""
     flag, name = ("--tokenizer", config.tokenizer) if config.tokenizer else ("--model", config.model)
-    return load_tokenizer(locate(name, flag, TOKENIZER_FILES)) if name else None
+    if not name:
+        return None
+    tokenizer = load_tokenizer(locate(name, flag, TOKENIZER_FILES))
+    if config.template_date:
+        with_date(tokenizer, date.fromisoformat(config.template_date))
+    return tokenizer
 
 
 def open_model(config: TrainConfig) -> tuple[ModelConfig, Weights]:

@@ -1,7 +1,9 @@
 """What a checkpoint of a run holds, and how a run resumes from one."""
 
+import contextlib
 import dataclasses
 import math
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ FREE = frozenset(
         "resume",
         "resume_force",
         "save_every",
+        "template_date",
         "timeout",
         "tokens_per_batch",
         "workers",
@@ -172,6 +175,22 @@ def with_dtype(
     decided: list[Any] = [checkpoint.facts["config"]["dtype"] if checkpoint else own]
     dist.broadcast_object_list(decided, src=0, group=group)
     return dataclasses.replace(config, dtype=decided[0])
+
+
+def with_template_date(config: TrainConfig) -> TrainConfig:
+    """The configuration with the date that a chat template writes: the given one, else that of the checkpoint to resume
+    from, so that a run reads the same text on each of its days, else today's."""
+    if config.template_date or not (config.model or config.tokenizer):
+        return config
+    folders = [Path(config.resume)] if config.resume not in ("auto", "never") else []
+    if config.resume == "auto":
+        folders = checkpoints(Path(config.output))[::-1]
+    day = date.today().isoformat()
+    for folder in folders:
+        with contextlib.suppress(UserError):  # a damaged one, which is named when the run resumes
+            day = read_manifest(folder)["facts"]["config"].get("template_date") or day
+            break
+    return dataclasses.replace(config, template_date=day)
 
 
 def find_checkpoint(

@@ -1,5 +1,7 @@
 """Tokenizers, the start and the end of a completion, over-long pairs."""
 
+from datetime import date
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.data.chat import end_tokens
+from gcrm_fast.data.chat import as_text, end_tokens, with_date
 from gcrm_fast.data.encoding import CUT, encode_completions, tokenize_pairs
 from gcrm_fast.data.records import Pair
 from gcrm_fast.data.sources import BadRecords
@@ -254,3 +256,11 @@ def test_sides_that_differ_as_text_only():
     bad = BadRecords(skip=True)
     assert [p.pair_id for p in tokenize_pairs(TOKENIZER, pairs, 100, bad=bad)[0]] == [1]
     assert [line.split(": ")[0] for line in bad.skipped] == ["f:7"]
+
+
+def test_a_date_in_the_chat_template_is_that_of_the_run() -> None:
+    today = "{{ strftime_now('%d %b %Y') if strftime_now is defined }}|{% if strftime_now is defined %}"
+    tokenizer = chat_tokenizer(today + '{% set year = strftime_now( "%Y" ) %}{{ year }}{% endif %}|' + CHATML)
+    with_date(tokenizer, date(2024, 2, 29))
+    prompt, _ = as_text(tokenizer, [{"role": "user", "content": "a"}], "b")
+    assert prompt.startswith("29 Feb 2024|2024|")

@@ -325,4 +325,10 @@ FAULTS = {
         "value == field.default",
         "tests/training/test_model_card.py -k command",
     ),
+    "template date: today's, whatever the checkpoint says": (
+        "gcrm_fast/training/resume.py",
+        '.get("template_date") or day',
+        '.get("no_date") or day',
+        "tests/training/test_resume.py -k next_day",
+    ),
 }

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +19,13 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.tokenization import load_tokenizer
 from gcrm_fast.train import main
-from gcrm_fast.training import run, snapshots
+from gcrm_fast.training import resume, run, snapshots
 from gcrm_fast.training.manifest import checkpoints, read_manifest
 from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.optimizer import Updater
+from support.chat import CHATML, chat_tokenizer
 from support.training_runs import arguments, assert_same
 
 
@@ -131,6 +135,35 @@ def test_a_restart_continues_whatever_resume_was(
     assert main(arguments(pair_file, unfinished, "--resume", asked)) == 0
     assert "step-00000008 after step 8" in capsys.readouterr().out
     assert_same(undisturbed, unfinished)
+
+
+def test_a_template_with_a_date_is_read_alike_on_the_next_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat_tokenizer("{{ strftime_now('%d %b %Y') }}|" + CHATML).save_pretrained(tmp_path / "tokenizer")
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for i in range(21):
+            sides = {
+                side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "b"), ("rejected", "c"))
+            }
+            file.write(json.dumps({"prompt": [{"role": "user", "content": f"question {i}"}], **sides}) + "\n")
+    options = ["--tokenizer", str(tmp_path / "tokenizer"), "--cache", "none"]
+    call = [*arguments(tmp_path / "pairs.jsonl", tmp_path / "out"), *options]
+    update = Updater.update
+
+    def ending(self: Updater, step: int, loss: torch.Tensor) -> Any:
+        if step == 9:
+            raise Ended
+        return update(self, step, loss)
+
+    for day, kind in ((date(2026, 1, 31), ending), (date(2026, 2, 1), update)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Updater, "update", kind)
+            patch.setattr(resume, "date", SimpleNamespace(today=lambda day=day: day))
+            if kind is ending:
+                with pytest.raises(Ended):
+                    main(call)
+            else:
+                assert main(call) == 0
+    assert '"31 Jan 2026"|' in load_tokenizer(tmp_path / "out" / "model").chat_template.replace(" }}", "")
 
 
 def test_another_configuration_is_refused_with_the_difference(
