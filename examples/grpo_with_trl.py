@@ -78,7 +78,7 @@ def run(folder: str, steps: int = 30) -> Gain:
     model = RewardModel.from_pretrained(folder)
     tokenizer = model.tokenizer
     reward: Any = RewardFunction(model, q_weight=1.0, ends=[tokenizer.eos_token_id])
-    pairs = [pair for pair in generate(4000, 0, seed=1, max_steps=2)[0] if pair.fields["steps"] == 1]
+    pairs = [pair for pair in generate(8000, 0, seed=1, max_steps=2)[0] if pair.fields["steps"] == 1]
     prompts = sorted({pair.prompt for pair in pairs})[3::60]
     policy = small_policy(tokenizer)
     imitate(policy, tokenizer, [pair for pair in pairs if pair.prompt in prompts], 180)
