@@ -8,7 +8,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gcrm_fast.commands.options import EvaluateOptions
-from gcrm_fast.commands.shared import PAIRED, groups_of, limited, members_of, open_model, questions_of, records
+from gcrm_fast.commands.shared import (
+    PAIRED,
+    groups_of,
+    limited,
+    members_of,
+    open_model,
+    questions_of,
+    records,
+    truth_of,
+)
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import columns, number
@@ -35,10 +44,7 @@ def is_right(candidate: Candidate, label: str) -> bool:
     """Whether a completion is right, by its place in a pair or its label."""
     if candidate.name in PAIRED:
         return PAIRED[candidate.name]
-    value = candidate.field(label, "named by --label")
-    if value not in (True, False):  # 1 and 0 too
-        raise UserError(f"{candidate.where}: field '{label}' is {str(value)[:20]!r}, not true or false")
-    return bool(value)
+    return truth_of(candidate, label, "named by --label")
 
 
 def read_source(source: str, model: RewardModel, options: EvaluateOptions) -> Source:

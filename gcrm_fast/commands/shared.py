@@ -78,6 +78,14 @@ def text_of(candidate: Candidate, name: str, option: str) -> str:
     return str(value).strip()
 
 
+def truth_of(candidate: Candidate, name: str, asked: str) -> bool:
+    """A field that holds true or false, or 1 or 0; ``asked`` says who needs it."""
+    value = candidate.field(name, asked)
+    if value not in (True, False):
+        raise UserError(f"{candidate.where}: field '{name}' is {str(value)[:20]!r}, not true or false")
+    return bool(value)
+
+
 def questions_of(candidates: Sequence[Candidate], field: str) -> list[str]:
     """The question of each completion: a field, or the prompt."""
     return [text_of(c, field, "--question") if field else c.prompt for c in candidates]

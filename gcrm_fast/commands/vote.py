@@ -7,7 +7,16 @@ from typing import Literal
 import numpy as np
 
 from gcrm_fast.commands.options import VoteOptions
-from gcrm_fast.commands.shared import groups_of, limited, members_of, open_model, questions_of, records, text_of
+from gcrm_fast.commands.shared import (
+    groups_of,
+    limited,
+    members_of,
+    open_model,
+    questions_of,
+    records,
+    text_of,
+    truth_of,
+)
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import columns, number
@@ -46,10 +55,7 @@ def label_of(candidate: Candidate, right: bool) -> bool:
     """The record's own label of a sample; ``right``, whether its answer is the expected one, if it has none."""
     if candidate.fields.get(LABEL) is None:
         return right
-    value = candidate.field(LABEL, "the label of a sample")
-    if value not in (True, False):
-        raise UserError(f"{candidate.where}: field '{LABEL}' is {str(value)[:20]!r}, not true or false")
-    return bool(value)
+    return truth_of(candidate, LABEL, "the label of a sample")
 
 
 def gather(

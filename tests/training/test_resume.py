@@ -41,10 +41,8 @@ class Ended(Exception):
     """Stands in for a kill: nothing of the program runs after it."""
 
 
-@pytest.fixture
-def unfinished(pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that ended in step 9, with checkpoints of steps 2, 4, 6 and 8."""
-    output = tmp_path / "out"
+def end_in_step_9(call: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gcrm train`` with these arguments, as if it were killed in step 9."""
     update = Updater.update
 
     def ending(self: Updater, step: int, loss: torch.Tensor) -> Any:
@@ -55,7 +53,14 @@ def unfinished(pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch:
         patch.setattr(Updater, "update", ending)
         with pytest.raises(Ended):
-            main(arguments(pair_file, output, "--keep", "4"))
+            main(call)
+
+
+@pytest.fixture
+def unfinished(pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that ended in step 9, with checkpoints of steps 2, 4, 6 and 8."""
+    output = tmp_path / "out"
+    end_in_step_9(arguments(pair_file, output, "--keep", "4"), monkeypatch)
     assert [path.name[-1] for path in checkpoints(output)] == ["2", "4", "6", "8"]
     return output
 
@@ -147,23 +152,12 @@ def test_a_template_with_a_date_is_read_alike_on_the_next_day(tmp_path: Path, mo
             file.write(json.dumps({"prompt": [{"role": "user", "content": f"question {i}"}], **sides}) + "\n")
     options = ["--tokenizer", str(tmp_path / "tokenizer"), "--cache", "none"]
     call = [*arguments(tmp_path / "pairs.jsonl", tmp_path / "out"), *options]
-    update = Updater.update
-
-    def ending(self: Updater, step: int, loss: torch.Tensor) -> Any:
-        if step == 9:
-            raise Ended
-        return update(self, step, loss)
-
-    for day, kind in ((date(2026, 1, 31), ending), (date(2026, 2, 1), update)):
-        with monkeypatch.context() as patch:
-            patch.setattr(Updater, "update", kind)
-            patch.setattr(resume, "date", SimpleNamespace(today=lambda day=day: day))
-            if kind is ending:
-                with pytest.raises(Ended):
-                    main(call)
-            else:
-                assert main(call) == 0
-    assert '"31 Jan 2026"|' in load_tokenizer(tmp_path / "out" / "model").chat_template.replace(" }}", "")
+    monkeypatch.setattr(resume, "date", SimpleNamespace(today=lambda: date(2026, 1, 31)))
+    end_in_step_9(call, monkeypatch)
+    monkeypatch.setattr(resume, "date", SimpleNamespace(today=lambda: date(2026, 2, 1)))
+    assert main(call) == 0
+    template = load_tokenizer(tmp_path / "out" / "model").chat_template
+    assert '{{ "31 Jan 2026" }}|' in template
 
 
 def test_another_configuration_is_refused_with_the_difference(
