@@ -94,7 +94,7 @@ def specializations(dtype: str, samples: list[int], target: str) -> Iterator[Spe
     """Every kernel as launched for states of ``dtype`` on ``target``."""
     itemsize = ITEMSIZE[dtype]
     rows = dict.fromkeys(("rows_ptr", "starts_ptr", "offsets_ptr", "units_ptr"), "*i64")
-    types = {**rows, "hidden_ptr": "*" + dtype, "out_ptr": "*" + dtype, "has_positive_ptr": "*i1"}
+    types = {**rows, "hidden_ptr": "*" + dtype, "out_ptr": "*" + dtype, "has_term_ptr": "*i1"}
     for s in samples:
         padded = triton_contrastive._padded(s)
         for grid in (True, False):

@@ -167,4 +167,4 @@ class Ours:
 
 
 def sampling_of(options: TrainConfig) -> Sampling:
-    return Sampling(options.samples, options.objective_variant, options.negatives, options.seed)
+    return Sampling(options.samples, options.objective_variant, options.negatives, options.seed, options.sampling)

@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gcrm_fast.checkpoints.goals import read_goals, write_goals
 from gcrm_fast.commands.options import GoalOptions
 from gcrm_fast.commands.shared import load, read
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
+from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.inference.candidates import fit
@@ -93,6 +96,15 @@ def preferred(options: GoalOptions, model: RewardModel, bad: BadRecords) -> tupl
     return whole, cut
 
 
+def cut_at_random(encoded: Sequence[Completion], seed: int) -> list[Completion]:
+    """The completions up to a token drawn from all of theirs: the state at that token is then the last one."""
+    rng = np.random.default_rng(seed)
+    return [
+        completion._replace(ids=completion.ids[: rng.integers(completion.start, len(completion.ids)) + 1])
+        for completion in encoded
+    ]
+
+
 def goals(options: GoalOptions) -> None:
     """Reads the records, computes the goal and writes the file. Raises UserError."""
     path = output_file(options.output, options.data)
@@ -105,11 +117,14 @@ def goals(options: GoalOptions) -> None:
     if not chosen:
         raise UserError(f"{' '.join(options.data)}: no completion to make a goal of ({cut} cut): see gcrm goals --help")
     encoded = model.encode([c.prompt for c in chosen], [c.completion for c in chosen])
+    if options.token == "random":
+        encoded = cut_at_random(encoded, options.seed)
     states[options.name] = model.goal_state(encoded, names=[c.label for c in chosen], progress=True)
     counts[options.name] = len(chosen)
     with written_aside(path) as partial:
         write_goals(partial, states, counts, model.fingerprint, model.end.kind)
+    which = "end state" if options.token == "last" else "state at a random token"
     print(
-        f"{path}: goal {options.name!r} is the mean end state of {len(chosen)} completions; skipped {cut} cut "
+        f"{path}: goal {options.name!r} is the mean {which} of {len(chosen)} completions; skipped {cut} cut "
         f"completions and {len(bad.skipped)} bad records"
     )

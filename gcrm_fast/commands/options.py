@@ -95,6 +95,10 @@ class GoalOptions(ModelOptions):
     and <. A field that holds a list has an entry per completion."""
     limit: ZeroOrMore = 0
     """Number of completions to use, the first ones; 0 uses all."""
+    token: Literal["last", "random"] = "last"
+    """Token of each completion whose state is used. random, drawn from all its tokens, is an ablation of the paper."""
+    seed: ZeroOrMore = 0
+    """Seed of --token random."""
 
 
 @dataclass(frozen=True, kw_only=True)

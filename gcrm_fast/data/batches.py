@@ -59,27 +59,32 @@ def epoch_batches(
         yield batch
 
 
-def split_to_budget(group: list[M], budget: Budget) -> list[list[M]]:
-    """The group, halved until each part fits in a pack. Raises UserError where a single member does not fit."""
+def split_to_budget(group: list[M], budget: Budget, *, whole: bool = False) -> list[list[M]]:
+    """The group, halved until each part fits in a pack. Raises UserError where a single member (or, with ``whole``, the
+    group) does not fit."""
     size = group_size(group)
     if size.tokens <= budget.tokens and size.keys <= budget.keys:
         return [group]
-    if len(group) == 1:
+    if len(group) == 1 or whole:
+        names = " and ".join(member.name for member in group) + (" needs" if len(group) == 1 else " together need")
         raise UserError(
-            f"{group[0].name} needs {size.tokens} tokens, more than --tokens-per-batch {budget.tokens}: "
+            f"{names} {size.tokens} tokens, more than --tokens-per-batch {budget.tokens}: "
             f"raise --tokens-per-batch or skip the records that are so long"
         )
     half = len(group) // 2
     return split_to_budget(group[:half], budget) + split_to_budget(group[half:], budget)
 
 
-def plan_packs(groups: Sequence[list[M]], budget: Budget, world_size: int) -> list[list[list[M]]]:
-    """Splits groups into packs of balanced cost; the number of packs is a multiple of ``world_size``.
+def plan_packs(
+    groups: Sequence[list[M]], budget: Budget, world_size: int, *, whole: bool = False
+) -> list[list[list[M]]]:
+    """Splits groups (with ``whole``, none in two) into packs of balanced cost; the number of packs is a multiple of
+    ``world_size``.
 
     Pack i belongs to rank i % world_size. With fewer groups than packs some are empty (dummies).
     Longest-processing-time rule: the costliest group first, into the cheapest pack that has room.
     """
-    parts = [part for group in groups for part in split_to_budget(group, budget)]
+    parts = [part for group in groups for part in split_to_budget(group, budget, whole=whole)]
     sized = sorted(((group_size(part), i) for i, part in enumerate(parts)), key=lambda x: (-budget.cost(x[0]), x[1]))
     needed = max(
         -(-sum(size.tokens for size, _ in sized) // budget.tokens),

@@ -4,7 +4,8 @@ Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S sample
 
 A group is a set of sequences with a common token prefix P, laid out as [P C1, C2, C3, ...]. Queries are cut into
 segments [P C1], [C2], [C3], ...; keys are gathered so that each segment sees its own whole path: [P C1 | P C2 | ...].
-Positions are explicit, each completion continuing from |P|. See attention.py for the mask.
+Positions are explicit, each completion continuing from |P|. See attention.py for the mask. A group of several prompts
+is laid out prompt by prompt.
 
 Everything here is NumPy on the host and a pure function of (seed, epoch, step): neither the number of ranks nor the
 cut into packs changes which pairs meet in a step or which positions are sampled.
@@ -19,7 +20,14 @@ import torch
 from torch import Tensor
 
 from gcrm_fast.data.encoding import TokenizedPair
-from gcrm_fast.data.sampling import Sampling, divergence, draw_samples, first_negative, quantile_positions
+from gcrm_fast.data.sampling import (
+    Sampling,
+    divergence,
+    draw_samples,
+    first_negative,
+    other_pair,
+    quantile_positions,
+)
 from gcrm_fast.model.inputs import Pack, PairRows, TokenAxis
 from gcrm_kernels import InverseIndex, RowTiles
 
@@ -30,6 +38,10 @@ class Member(Protocol):
     @property
     def name(self) -> str:
         """Its name in errors."""
+
+    @property
+    def prompt_key(self) -> int:
+        """Equal for members that share their prompt."""
 
     @property
     def sequences(self) -> tuple[np.ndarray, ...]: ...
@@ -49,6 +61,7 @@ class Item:
     ids: np.ndarray
     start: int
     name: str
+    prompt_key: int = 0
 
     @property
     def sequences(self) -> tuple[np.ndarray, ...]:
@@ -84,8 +97,12 @@ class _Layout:
         self.q_lens: list[int] = []
         self.tokens = 0
 
+    def add_group(self, group: Sequence["Member"]) -> dict[bytes, np.ndarray]:
+        """Places a group, each prompt apart; returns for each sequence the flat row of each of its tokens."""
+        return {key: rows for part in distinct_sequences(group) for key, rows in self.add(part).items()}
+
     def add(self, sequences: Mapping[bytes, np.ndarray]) -> dict[bytes, np.ndarray]:
-        """Places a group; returns for each sequence the flat row of each of its tokens."""
+        """Places sequences with a common prefix; returns for each sequence the flat row of each of its tokens."""
         prefix = common_prefix(list(sequences.values()))
         prefix_rows = self.tokens + np.arange(prefix)
         rows_of: dict[bytes, np.ndarray] = {}
@@ -126,18 +143,25 @@ class GroupSize:
     products: int
 
 
-def distinct_sequences(group: Sequence[Member]) -> dict[bytes, np.ndarray]:
-    """The group's sequences, repeated ones once, in order of appearance."""
-    return {ids.tobytes(): ids for member in group for ids in member.sequences}
+def distinct_sequences(group: Sequence[Member]) -> list[dict[bytes, np.ndarray]]:
+    """The group's sequences by prompt, repeated ones once, in order of appearance."""
+    of_prompt: dict[int, dict[bytes, np.ndarray]] = {}
+    for member in group:
+        of_prompt.setdefault(member.prompt_key, {}).update({ids.tobytes(): ids for ids in member.sequences})
+    return list(of_prompt.values())
 
 
 def group_size(group: Sequence[Member]) -> GroupSize:
-    sequences = list(distinct_sequences(group).values())
-    prefix = common_prefix(sequences)
-    lens = np.array([len(s) for s in sequences])
-    q_lens = lens - prefix
-    q_lens[0] = lens[0]
-    return GroupSize(int(q_lens.sum()), int(lens.sum()), int((q_lens * lens).sum()))
+    tokens = keys = products = 0
+    for of_prompt in distinct_sequences(group):
+        sequences = list(of_prompt.values())
+        prefix = common_prefix(sequences)
+        lens = np.array([len(s) for s in sequences])
+        q_lens = lens - prefix
+        q_lens[0] = lens[0]
+        tokens, keys = tokens + int(q_lens.sum()), keys + int(lens.sum())
+        products += int((q_lens * lens).sum())
+    return GroupSize(tokens, keys, products)
 
 
 def build_pack(
@@ -146,17 +170,16 @@ def build_pack(
     """The pack of ``groups``; no groups give a dummy of one token and no pairs, which counts for nothing.
 
     ``quantiles`` adds the rows at 0, 10, ..., 100 % of both completions (index max(n * i // 10 - 1, 0) of n), and at
-    the last token but one.
+    the last token but one. With positions ``rs`` a group is a block whose pairs give each other their negative goals.
     """
     layout = _Layout()
     pairs, wanted = [], []
     for group in groups:
-        rows_of = layout.add(distinct_sequences(group))
+        rows_of = layout.add_group(group)
         for pair in group:
-            chosen = rows_of[pair.chosen_ids.tobytes()][pair.chosen_start :]
-            rejected = rows_of[pair.rejected_ids.tobytes()][pair.rejected_start :]
+            other = other_pair(pair, group) if sampling.positions == "rs" else pair
             pairs.append(pair)
-            wanted.append(_wanted_rows(pair, chosen, rejected, sampling, epoch, quantiles))
+            wanted.append(_wanted_rows(pair, other, rows_of, sampling, epoch, quantiles))
     if not groups:
         layout.add({b"": np.zeros(1, dtype=np.int32)})
     read_rows, pair_rows = _read_rows(pairs, wanted, sampling)
@@ -170,7 +193,7 @@ def build_score_pack(groups: Sequence[Sequence[Item]], *, per_token: bool) -> Sc
     items: list[Item] = []
     wanted: list[np.ndarray] = []
     for group in groups:
-        rows_of = layout.add(distinct_sequences(group))
+        rows_of = layout.add_group(group)
         items += group
         wanted += [rows_of[item.ids.tobytes()][item.start if per_token else -1 :] for item in group]
     read_rows, index = np.unique(np.concatenate(wanted), return_inverse=True)
@@ -190,18 +213,29 @@ class _WantedRows:
     positions: list[np.ndarray]  # chosen and rejected positions that are all compared, or empty
     quantiles_2Q: list[np.ndarray]
     shared_negatives: float
+    has_negative: bool
 
 
 def _wanted_rows(
-    pair: TokenizedPair, chosen: np.ndarray, rejected: np.ndarray, sampling: Sampling, epoch: int, quantiles: bool
+    pair: TokenizedPair,
+    other: TokenizedPair | None,
+    rows_of: Mapping[bytes, np.ndarray],
+    sampling: Sampling,
+    epoch: int,
+    quantiles: bool,
 ) -> _WantedRows:
+    """``other`` is the pair that has the negative goals, usually ``pair``; None: no pair of another prompt is near."""
+    chosen = rows_of[pair.chosen_ids.tobytes()][pair.chosen_start :]
+    rejected = rows_of[pair.rejected_ids.tobytes()][pair.rejected_start :]
     if sampling.variant == "dense":
         samples_4S = np.zeros((4, 0), dtype=np.int64)
         negative_goals = np.arange(first_negative(pair, sampling), len(rejected))
         positions = [chosen, rejected[negative_goals]]
     else:
-        drawn_4S = draw_samples(pair, sampling, epoch)
-        samples_4S = np.concatenate([chosen[drawn_4S[:3]], rejected[drawn_4S[3:]]])
+        drawn_4S = draw_samples(pair, sampling, epoch, other)
+        goals_of = other or pair
+        goals = rows_of[goals_of.rejected_ids.tobytes()][goals_of.rejected_start :]
+        samples_4S = np.concatenate([chosen[drawn_4S[:3]], goals[drawn_4S[3:]]])
         negative_goals, positions = drawn_4S[3], [chosen[:0], rejected[:0]]
     return _WantedRows(
         end_2=[chosen[-1], rejected[-1]],
@@ -210,7 +244,8 @@ def _wanted_rows(
         quantiles_2Q=[
             c[[*quantile_positions(len(c)), max(len(c) - 2, 0)]] if quantiles else c[:0] for c in (chosen, rejected)
         ],
-        shared_negatives=(negative_goals < divergence(pair) - pair.rejected_start).mean(),
+        shared_negatives=(negative_goals < divergence(pair) - pair.rejected_start).mean() if other is pair else 0.0,
+        has_negative=other is not None,
     )
 
 
@@ -244,6 +279,7 @@ def _read_rows(
         max_pair_length=max((a + b for a, b in zip(lengths[::2], lengths[1::2], strict=True)), default=0),
         quantiles_2NQ=_tensor(quantiles_2NQ, np.int64),
         has_positive_N=_tensor(np.array([len(p.chosen_ids) - p.chosen_start > 1 for p in pairs]), np.bool_),
+        has_negative_N=_tensor(np.array([w.has_negative for w in wanted]), np.bool_),
         shared_negatives_N=_tensor(np.array([w.shared_negatives for w in wanted]), np.float32),
         margin_N=_tensor(np.array([p.margin for p in pairs]), np.float32),
         pair_ids=tuple(p.pair_id for p in pairs),

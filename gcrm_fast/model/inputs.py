@@ -27,6 +27,7 @@ class PairRows:
     max_pair_length: int  # longest chosen + rejected among the positions
     quantiles_2NQ: Tensor  # rows at 0..100 % of both sides and at the last token but one; or Q = 0
     has_positive_N: Tensor  # bool; False where the chosen completion has one token and so no (i < j)
+    has_negative_N: Tensor  # bool; False where negative goals come from another prompt and there is none
     shared_negatives_N: Tensor  # float32, share of the negative goals that lie before the completions diverge
     margin_N: Tensor  # float32
     pair_ids: tuple[int, ...]

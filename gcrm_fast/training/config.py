@@ -145,6 +145,14 @@ class TrainConfig(Options):
     all positions (dense), which is the exact expectation of the paper's."""
     contrastive_weight: NotNegative = 0.5
     """Weight of the contrastive loss (lambda)."""
+    sampling: Literal["random", "late_goal", "late_both", "avg", "rs", "end", "end_mix"] = "random"
+    """Where the contrastive loss draws positions: random; late_goal, goals in the last tenth of a completion;
+    late_both, sources too; avg, the goal is the mean of the goals drawn; rs, negative goals from the rejected
+    completion of another prompt; end, the goal is the end of the chosen completion, as where Q-values are computed;
+    end_mix, half of the samples so."""
+    distance: Literal["cosine", "dot", "euclidean"] = "cosine"
+    """What the contrastive loss compares states by. Q-values are cosines in any case; dot and euclidean (negative) are
+    computed in plain PyTorch."""
     samples: Annotated[int, Range(least=1, greatest=64)] = 16
     """Number of positions drawn per pair (K in the paper). dense draws none."""
     pairing: Literal["auto", "paired", "grid"] = "auto"
@@ -273,6 +281,15 @@ class TrainConfig(Options):
         if self.objective_variant == "dense":
             need(self.pairing in ("auto", "paired"), "pairing", "paired with --objective-variant dense")
             need(self.reduce in ("auto", "log_then_mean"), "reduce", "log_then_mean with --objective-variant dense")
+            need(self.sampling == "random", "sampling", "random with --objective-variant dense, which draws nothing")
+            need(self.distance == "cosine", "distance", "cosine with --objective-variant dense")
+        if self.objective_variant == "repo":
+            need(self.sampling in ("random", "avg"), "sampling", "random or avg with --objective-variant repo")
+        if self.negatives == "after-divergence":
+            drawn = self.sampling in ("random", "avg")
+            need(drawn, "sampling", "random or avg with --negatives after-divergence")
+        if self.sampling == "avg":
+            need(self.pairing in ("auto", "paired"), "pairing", "paired with --sampling avg: there is one goal")
         if self.keep_best:
             need(bool(self.eval_data) or generated, "keep_best", "omitted without --eval-data")
             need(self.keep > 0, "keep", "1 or more with --keep-best")

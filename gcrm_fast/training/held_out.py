@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.statistics import auroc as auroc_of
-from gcrm_fast.data.batches import Budget, plan_packs
+from gcrm_fast.data.batches import Budget
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.training import parallel
+from gcrm_fast.training.loader import plan_pairs
 from gcrm_fast.training.objectives import Objective, Statistics, losses
 from gcrm_kernels import q_values
 
@@ -65,7 +66,7 @@ def _packs(
     """This rank's packs of ``pairs``, one by one, with a progress bar where they take long; every rank gets the same
     number."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    plan = plan_packs([[pair] for pair in pairs], budget, world)[rank::world]
+    plan = plan_pairs([[pair] for pair in pairs], budget, world, sampling)[rank::world]
     what = "evaluation" if quantiles else "goal state"
     for groups in tqdm(plan, what, disable=rank > 0, delay=BAR_DELAY, leave=False, unit="pack", dynamic_ncols=True):
         yield build_pack(groups, sampling, EVALUATION_EPOCH, quantiles=quantiles).to(device)
@@ -125,7 +126,9 @@ def score_tokens(
     """Running rewards and Q-values at every completion token, by pair id, gathered on every rank."""
     scores: dict[int, TokenScores] = {}
     with evaluating(model):
-        for pack in _packs(pairs, budget, replace(sampling, variant="dense"), device, quantiles=False):
+        for pack in _packs(
+            pairs, budget, replace(sampling, variant="dense", positions="random"), device, quantiles=False
+        ):
             rows_M = pack.pairs.positions_M
             # The model gives rewards at end rows: here every row is one.
             output = model(replace(pack, pairs=replace(pack.pairs, end_2N=rows_M.expand(2, -1))))

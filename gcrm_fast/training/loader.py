@@ -16,7 +16,7 @@ from gcrm_fast.common.torch_compat import end_workers
 from gcrm_fast.data.batches import Budget, batches_per_epoch, epoch_batches, plan_packs
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
-from gcrm_fast.data.sampling import Sampling
+from gcrm_fast.data.sampling import Sampling, negative_blocks
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.training.interrupts import STOPPING, end_with_parent
 
@@ -58,8 +58,16 @@ class Steps(Dataset[Step]):
 
     def __getitem__(self, step: int) -> Step:
         epoch, groups = self.groups(step)
-        plan = plan_packs(groups, self.budget, self.world_size)[self.rank :: self.world_size]
+        plan = plan_pairs(groups, self.budget, self.world_size, self.sampling)[self.rank :: self.world_size]
         return Step(sum(map(len, groups)), [build_pack(part, self.sampling, epoch) for part in plan])
+
+
+def plan_pairs(
+    groups: list[list[TokenizedPair]], budget: Budget, world_size: int, sampling: Sampling
+) -> list[list[list[TokenizedPair]]]:
+    """The packs of a step; pairs that give each other negative goals stay together."""
+    other_prompts = sampling.positions == "rs"
+    return plan_packs(negative_blocks(groups) if other_prompts else groups, budget, world_size, whole=other_prompts)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Letters: N pairs, S samples per pair, K statistics.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,15 @@ from torch import Tensor
 
 from gcrm_fast.model.inputs import PairRows
 from gcrm_fast.model.reward_model import Output
-from gcrm_kernels import ContrastiveStatistics, dense_contrastive_loss, gather_rows, goal_contrastive_loss
+from gcrm_kernels import (
+    ContrastiveStatistics,
+    InverseIndex,
+    RowTiles,
+    dense_contrastive_loss,
+    gather_rows,
+    goal_contrastive_loss,
+    reference,
+)
 
 # What ``losses`` measures for every pair.
 STATISTICS = (
@@ -28,6 +37,7 @@ STATISTICS = (
     "similarity/negative",
     "negatives/shared",
     "pairs_without_positive",
+    "pairs_without_negative",
 )
 
 
@@ -63,7 +73,8 @@ class Statistics:
 class Objective:
     """Total loss L_R + contrastive_weight * L_C (GCRM, arXiv 2407.13887); weight 0 is plain ranking.
 
-    ``dense`` compares all positions of a pair: the exact expectation of drawn ones, paired, log_then_mean.
+    ``dense`` compares all positions of a pair: the exact expectation of drawn ones, paired, log_then_mean. ``average``
+    makes the mean of the drawn goal states the goal of each source. ``distance``: cosine, dot or euclidean (negative).
     """
 
     contrastive_weight: float = 0.5
@@ -71,6 +82,8 @@ class Objective:
     pairing: str = "paired"
     reduce: str = "log_then_mean"
     temperature: float = 1.0
+    average: bool = False
+    distance: str = "cosine"
 
 
 def ranking_loss(reward_2N: Tensor, margin_N: Tensor) -> Tensor:
@@ -85,15 +98,33 @@ def contrastive_loss(z_RD: Tensor, pairs: PairRows, objective: Objective) -> tup
         return dense_contrastive_loss(
             z_MD, pairs.positions_cu_seqlens, pairs.max_pair_length, temperature=objective.temperature
         )
-    return goal_contrastive_loss(
-        z_RD,
-        *pairs.samples_4NS,
-        has_positive_N=pairs.has_positive_N,
-        pairing=objective.pairing,
-        reduce=objective.reduce,
-        temperature=objective.temperature,
-        tiles=pairs.samples_tiles,
-    )
+    rows_4NS: Tensor = pairs.samples_4NS
+    tiles: RowTiles | None = pairs.samples_tiles
+    if objective.average:
+        z_RD, rows_4NS = average_goals(z_RD, rows_4NS)
+        tiles = None
+    options: dict[str, Any] = {
+        "has_positive_N": pairs.has_positive_N,
+        "has_negative_N": pairs.has_negative_N,
+        "pairing": objective.pairing,
+        "reduce": objective.reduce,
+        "temperature": objective.temperature,
+    }
+    if objective.distance != "cosine":
+        loss_N, similarity_2N = reference.goal_contrastive_loss(z_RD, rows_4NS, distance=objective.distance, **options)
+        return loss_N, ContrastiveStatistics(*similarity_2N)
+    return goal_contrastive_loss(z_RD, *rows_4NS, tiles=tiles, **options)
+
+
+def average_goals(z_RD: Tensor, rows_4NS: Tensor) -> tuple[Tensor, Tensor]:
+    """States [R + 2N, D] and rows [4, N, S] where the goal of all of a pair's sources is the mean of its S goal states,
+    raw, not normalized (as released); likewise for the negatives."""
+    _, n, s = rows_4NS.shape
+    goals = rows_4NS[1::2].flatten()
+    means_GD = gather_rows(z_RD, goals, InverseIndex.on_device(goals, len(z_RD))).view(2 * n, s, -1).mean(1)
+    goal_2N1 = torch.arange(len(z_RD), len(z_RD) + 2 * n, device=goals.device).view(2, n, 1)
+    rows = torch.stack([rows_4NS[0::2], goal_2N1.expand(2, n, s)], dim=1)
+    return torch.cat([z_RD, means_GD.to(z_RD.dtype)]), rows.flatten(0, 1)
 
 
 def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tensor, Statistics]:
@@ -119,6 +150,7 @@ def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tenso
             "similarity/negative": similarity.negative_similarity,
             "negatives/shared": pairs.shared_negatives_N,
             "pairs_without_positive": ~pairs.has_positive_N,
+            "pairs_without_negative": ~pairs.has_negative_N,
         }
     )
     # A dummy pack has no pairs; reading z keeps every parameter in its graph, so that all ranks reduce alike.

@@ -20,6 +20,7 @@ from gcrm_fast.data.batches import Budget, batches_per_epoch, split_to_budget
 from gcrm_fast.data.chat import end_tokens, with_date
 from gcrm_fast.data.encoding import TokenizedPair, TokenReport, tokenize_pairs
 from gcrm_fast.data.overlap import Overlap, overlap
+from gcrm_fast.data.packing import group_size
 from gcrm_fast.data.records import Pair, parse_columns, read_pairs
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.data.sources import BadRecords
@@ -187,6 +188,8 @@ def prepare(config: TrainConfig) -> Prepared:
             raise UserError(f"--data {' '.join(config.data)}: every chosen completion is cut: none has an end state")
         for pair in tokenized + tokenized_held_out:
             split_to_budget([pair], budget)  # raises where a pair does not fit
+        if config.sampling == "rs":
+            _check_blocks(tokenized + tokenized_held_out, config, budget)
     per_epoch = batches_per_epoch(len(tokenized), config.global_batch_pairs)
     return Prepared(
         tokenizer=tokenizer,
@@ -199,10 +202,20 @@ def prepare(config: TrainConfig) -> Prepared:
         bad=bad,
         weights=weights,
         budget=budget,
-        sampling=Sampling(config.samples, config.objective_variant, config.negatives, config.seed),
+        sampling=Sampling(config.samples, config.objective_variant, config.negatives, config.seed, config.sampling),
         steps=config.steps or max(1, math.ceil(config.epochs * per_epoch)),
         output=output,
     )
+
+
+def _check_blocks(pairs: list[TokenizedPair], config: TrainConfig, budget: Budget) -> None:
+    """Raises UserError where the pairs that meet for ``--sampling rs`` might not fit in a pack."""
+    most = 2 * config.group_prompts * max(group_size([pair]).tokens for pair in pairs)
+    if most > budget.tokens:
+        raise UserError(
+            f"--sampling rs compares pairs of two prompts, up to {most} tokens together, more than --tokens-per-batch "
+            f"{config.tokens_per_batch}: raise --tokens-per-batch, or lower --group-prompts or --max-length"
+        )
 
 
 def default_output(config: TrainConfig) -> str:
@@ -214,12 +227,15 @@ def default_output(config: TrainConfig) -> str:
 
 def objective_of(config: TrainConfig) -> Objective:
     released = config.objective_variant == "repo"
+    average = config.sampling == "avg"
     return Objective(
         contrastive_weight=config.contrastive_weight if config.objective == "gcrm" else 0.0,
         dense=config.objective_variant == "dense",
-        pairing=("grid" if released else "paired") if config.pairing == "auto" else config.pairing,
+        pairing=("grid" if released and not average else "paired") if config.pairing == "auto" else config.pairing,
         reduce=("mean_then_log" if released else "log_then_mean") if config.reduce == "auto" else config.reduce,
         temperature=config.temperature,
+        average=average,
+        distance=config.distance,
     )
 
 

@@ -12,7 +12,8 @@ So the forward leaves w [2, N, S, S] (paired: [2, N, S]) and own [4, N, S], and 
 writes each row of the gradient once. Rows repeat, within a pair and across pairs: their gradients add, in an order
 that the indices alone decide, without atomics: bitwise deterministic.
 
-Shapes: hidden [R, H]; rows [4, N, S] (sources, goals, negative sources, negative goals); has_positive, loss [N].
+Shapes: hidden [R, H]; rows [4, N, S] (sources, goals, negative sources, negative goals); has_term [2, N] (a pair
+without positive or negative samples has a term of 0); loss [N].
 Dtypes: hidden and its gradient float32, float16 or bfloat16 (float64: PyTorch path); arithmetic and loss in float32.
 Compulsory bytes: forward U rows read; backward U rows read, R rows written, for U distinct rows among the 4NS.
 The PyTorch path serves the CPU and machines without triton; the kernels are in triton_contrastive.py.
@@ -109,7 +110,7 @@ def _gathered(hidden_RH: Tensor, rows_4NS: Tensor, pairs: slice) -> tuple[Tensor
 
 
 def _analytic_forward(
-    hidden_RH: Tensor, rows_4NS: Tensor, has_positive_N: Tensor, grid: bool, mean_then_log: bool, temperature: float
+    hidden_RH: Tensor, rows_4NS: Tensor, has_term_2N: Tensor, grid: bool, mean_then_log: bool, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, n, s = rows_4NS.shape
     dtype = torch.float64 if hidden_RH.dtype == torch.float64 else torch.float32
@@ -135,15 +136,14 @@ def _analytic_forward(
     else:
         p = x.new_full((), 1 / count)
         loss_2N = -log_sigmoid_2NK.mean(2)
-    counted_2N = torch.stack([has_positive_N, torch.ones_like(has_positive_N)])
     d_cosine = torch.sigmoid(-x).mul_(p).mul_(sign / -temperature)
-    d_cosine.mul_(counted_2N.view(2, n, *[1] * (x.dim() - 2)))
+    d_cosine.mul_(has_term_2N.view(2, n, *[1] * (x.dim() - 2)))
     share = d_cosine * cosine
     own = torch.stack([share.sum(-1), share.sum(-2)]) if grid else torch.stack([share, share])
     own = own.mul_(inverse.square()).mul_(norms_4NS > EPS)
     return (
-        loss_2N.mul(counted_2N).sum(0),
-        cosine.flatten(2).mean(2) * counted_2N,
+        loss_2N.mul(has_term_2N).sum(0),
+        cosine.flatten(2).mean(2) * has_term_2N,
         d_cosine.mul_(scale),
         own.transpose(0, 1).reshape(4, n, s),
     )
@@ -182,7 +182,7 @@ def _add_rows(out_RH: Tensor, index_I: Tensor, values_IH: Tensor) -> None:
 def _forward(
     hidden: Tensor,
     rows: Tensor,
-    has_positive: Tensor,
+    has_term: Tensor,
     starts: Tensor,
     offsets: Tensor,
     units: Tensor,
@@ -192,14 +192,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [N], similarity [2, N], weights, own); the tiles are only for the backward."""
     run = triton_contrastive.forward if use_triton(hidden) else _analytic_forward
-    return run(hidden, rows, has_positive, grid, mean_then_log, temperature)
+    return run(hidden, rows, has_term, grid, mean_then_log, temperature)
 
 
 @_forward.register_fake
 def _(
     hidden: Tensor,
     rows: Tensor,
-    has_positive: Tensor,
+    has_term: Tensor,
     starts: Tensor,
     offsets: Tensor,
     units: Tensor,
@@ -270,6 +270,7 @@ def goal_contrastive_loss(
     projection_DH: Tensor | None = None,
     *,
     has_positive_N: Tensor,
+    has_negative_N: Tensor | None = None,
     pairing: str = "paired",
     reduce: str = "log_then_mean",
     temperature: float = 1.0,
@@ -285,6 +286,7 @@ def goal_contrastive_loss(
         negative_sources_NS, negative_goals_NS: the same for the negative samples. Rows may repeat: gradients add.
         projection_DH: W [D, H]; states are compared as W h. None compares h itself.
         has_positive_N: [N] bool; False (a chosen completion of one token) makes the positive term 0.
+        has_negative_N: the same for the negative term; None: every pair has one.
         pairing: ``paired`` compares sample k with sample k, ``grid`` every source with every goal.
         reduce: ``log_then_mean`` (the paper) or ``mean_then_log`` (the released code).
         temperature: tau in sigmoid(cos / tau).
@@ -293,7 +295,7 @@ def goal_contrastive_loss(
 
     Raises:
         ValueError: an unknown ``pairing`` or ``reduce``, index shapes that differ, S not in 1..64, another shape of
-            ``has_positive_N``, temperature <= 0.
+            ``has_positive_N`` or ``has_negative_N``, temperature <= 0.
     """
     if pairing not in PAIRINGS:
         raise ValueError(f"pairing={pairing!r}: must be one of {', '.join(PAIRINGS)}")
@@ -305,8 +307,11 @@ def goal_contrastive_loss(
     shapes = [tuple(index.shape) for index in indices]
     if len(set(shapes)) != 1 or len(shapes[0]) != 2 or not 1 <= shapes[0][1] <= 64:
         raise ValueError(f"index shapes {shapes}: must be four times the same [N, S], S from 1 to 64")
-    if has_positive_N.shape != shapes[0][:1]:
-        raise ValueError(f"has_positive_N of shape {tuple(has_positive_N.shape)}: must be [N] = [{shapes[0][0]}]")
+    if has_negative_N is None:
+        has_negative_N = torch.ones_like(has_positive_N)
+    for name, has_N in (("has_positive_N", has_positive_N), ("has_negative_N", has_negative_N)):
+        if has_N.shape != shapes[0][:1]:
+            raise ValueError(f"{name} of shape {tuple(has_N.shape)}: must be [N] = [{shapes[0][0]}]")
     rows_4NS = torch.stack(indices).long()
     states = hidden_RH
     if projection_DH is not None:
@@ -318,6 +323,12 @@ def goal_contrastive_loss(
     if tiles is None:
         tiles = RowTiles.on_device(rows_4NS, len(states))
     loss_N, similarity_2N, _, _ = _forward(
-        states, rows_4NS, has_positive_N.contiguous(), *tiles, pairing == "grid", reduce == "mean_then_log", temperature
+        states,
+        rows_4NS,
+        torch.stack([has_positive_N, has_negative_N]),
+        *tiles,
+        pairing == "grid",
+        reduce == "mean_then_log",
+        temperature,
     )
     return loss_N, ContrastiveStatistics(*similarity_2N)

@@ -38,27 +38,53 @@ def _reduce(logits: Tensor, reduce: str) -> Tensor:
     return math.log(log_sigmoid_NK.shape[1]) - log_sigmoid_NK.logsumexp(1)
 
 
+def similarity(a_NSH: Tensor, b_NSH: Tensor, pairing: str, distance: str) -> Tensor:
+    """Cosine, dot product or negative Euclidean distance of sample k with sample k, [N, S], or of all, [N, S, S].
+
+    In float32 (float64 stays). The derivative of the distance of equal states is 0.
+    """
+    if distance == "cosine":
+        a_NSH, b_NSH = unit_rows(a_NSH), unit_rows(b_NSH)
+    elif a_NSH.dtype != torch.float64:
+        a_NSH, b_NSH = a_NSH.float(), b_NSH.float()
+    if pairing == "grid":
+        a_NSH, b_NSH = a_NSH.unsqueeze(2), b_NSH.unsqueeze(1)
+    if distance == "euclidean":
+        squares = (a_NSH - b_NSH).square().sum(-1)
+        return -torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
+    return (a_NSH * b_NSH).sum(-1)
+
+
 def goal_contrastive_loss(
     hidden_RH: Tensor,
     rows_4NS: Tensor,
     projection_DH: Tensor | None = None,
     *,
     has_positive_N: Tensor,
+    has_negative_N: Tensor | None = None,
     pairing: str = "paired",
     reduce: str = "log_then_mean",
     temperature: float = 1.0,
+    distance: str = "cosine",
 ) -> tuple[Tensor, Tensor]:
-    """(loss [N], mean similarity [2, N] of positives and negatives); rows: sources, goals, negative sources, goals."""
-    a_NSH, b_NSH, m_NSH, n_NSH = unit_rows(_project(hidden_RH, projection_DH))[rows_4NS]
-    if pairing == "paired":
-        positive, negative = (a_NSH * b_NSH).sum(-1), (m_NSH * n_NSH).sum(-1)
-    else:
-        positive, negative = a_NSH @ b_NSH.mT, m_NSH @ n_NSH.mT
-    positive_loss_N = torch.where(has_positive_N, _reduce(positive / temperature, reduce), 0.0)
+    """(loss [N], mean similarity [2, N] of positives and negatives); rows: sources, goals, negative sources, goals.
+
+    ``distance``: what is compared instead of cosines; the paper names the others as future work (section 6).
+    """
+    a_NSH, b_NSH, m_NSH, n_NSH = _project(hidden_RH, projection_DH)[rows_4NS]
+    if has_negative_N is None:
+        has_negative_N = torch.ones_like(has_positive_N)
+    positive = similarity(a_NSH, b_NSH, pairing, distance)
+    negative = similarity(m_NSH, n_NSH, pairing, distance)
     # 1 - sigmoid(c) = sigmoid(-c), also of the mean, so the same reduction of -c serves the negatives.
-    loss_N = positive_loss_N + _reduce(-negative / temperature, reduce)
+    loss_N = torch.where(has_positive_N, _reduce(positive / temperature, reduce), 0.0) + torch.where(
+        has_negative_N, _reduce(-negative / temperature, reduce), 0.0
+    )
     similarity_2N = torch.stack(
-        [torch.where(has_positive_N, positive.flatten(1).mean(1), 0.0), negative.flatten(1).mean(1)]
+        [
+            torch.where(has_positive_N, positive.flatten(1).mean(1), 0.0),
+            torch.where(has_negative_N, negative.flatten(1).mean(1), 0.0),
+        ]
     )
     return loss_N, similarity_2N.detach()
 

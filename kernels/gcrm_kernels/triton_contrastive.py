@@ -114,7 +114,7 @@ def _contrastive_forward_kernel(
     hidden_ptr,
     partials_ptr,
     rows_ptr,
-    has_positive_ptr,
+    has_term_ptr,
     loss_ptr,
     similarity_ptr,
     weights_ptr,
@@ -155,7 +155,7 @@ def _contrastive_forward_kernel(
             count = 1.0 * S
         cosine = dots * scale
         direction = (1 - 2 * sign) * inverse_temperature
-        has_term = tl.where(sign == 0, tl.load(has_positive_ptr + n).to(tl.float32), 1.0)
+        has_term = tl.load(has_term_ptr + sign * n_pairs + n).to(tl.float32)
 
         x = cosine * direction
         log_sigmoid = tl.minimum(x, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(x)))
@@ -387,7 +387,7 @@ def backward_candidates(samples: int, itemsize: int) -> list[LaunchConfig]:
 
 
 def forward(
-    hidden_RH: Tensor, rows_4NS: Tensor, has_positive_N: Tensor, grid: bool, mean_then_log: bool, temperature: float
+    hidden_RH: Tensor, rows_4NS: Tensor, has_term_2N: Tensor, grid: bool, mean_then_log: bool, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [N], similarity [2, N], weights [2, N, S, S] or [2, N, S], own [4, N, S]), all float32."""
     _, n, s = rows_4NS.shape
@@ -425,7 +425,7 @@ def forward(
             hidden_RH,
             partials,
             rows_4NS,
-            has_positive_N,
+            has_term_2N,
             loss,
             similarity,
             weights,

@@ -46,14 +46,82 @@ def test_repo_positions_follow_the_released_arithmetic(make_pair) -> None:
     assert set(goals.tolist()) == {1, 2, 3, 4, 5}, "the released arithmetic reaches the first token at u = 0 only"
 
 
-def test_samples_depend_on_seed_epoch_and_pair_alone(make_pair) -> None:
-    pair, other = make_pair(1, 4, 9, 9), make_pair(2, 4, 9, 9)
-    base = draw_samples(pair, Sampling(seed=1), 0)
-    assert np.array_equal(base, draw_samples(pair, Sampling(seed=1), 0))
+def share(values: np.ndarray, n: int) -> list[float]:
+    return (np.bincount(values, minlength=n) / len(values)).tolist()
+
+
+def test_late_goals_lie_in_the_last_tenth_and_sources_before_them(make_pair) -> None:
+    sources, goals, negative_sources, negative_goals = many_draws(
+        make_pair(3, 4, 21, 7), Sampling(samples=8, positions="late_goal")
+    )
+    assert share(goals, 21) == pytest.approx([0] * 18 + [1 / 3] * 3, abs=0.015)  # ceil(21 / 10) positions
+    last = sources[goals == 18]
+    assert share(last, 21) == pytest.approx([1 / 18] * 18 + [0] * 3, abs=0.015)
+    assert (sources < goals).all()
+    assert share(negative_sources, 21) == pytest.approx([1 / 21] * 21, abs=0.015)
+    assert set(negative_goals.tolist()) == {6}
+
+
+def test_late_both_draws_sources_late_too(make_pair) -> None:
+    pair = make_pair(3, 4, 21, 7)
+    sources, goals, negative_sources, negative_goals = many_draws(pair, Sampling(samples=8, positions="late_both"))
+    counts = Counter(zip(sources.tolist(), goals.tolist(), strict=True))
+    assert set(counts) == {(18, 19), (18, 20), (19, 20)}
+    np.testing.assert_allclose(np.array(list(counts.values())) / len(sources), 1 / 3, atol=0.015)
+    assert share(negative_sources, 21) == pytest.approx([0] * 18 + [1 / 3] * 3, abs=0.015)
+    assert share(negative_goals, 7) == pytest.approx([0] * 5 + [1 / 2] * 2, abs=0.015)
+
+
+def test_goals_at_the_end_are_those_of_inference(make_pair) -> None:
+    pair = make_pair(3, 4, 5, 7, shared=4)
+    sources, goals, negative_sources, negative_goals = many_draws(pair, Sampling(samples=8, positions="end"))
+    assert share(sources, 5) == pytest.approx([1 / 4] * 4 + [0], abs=0.015)
+    assert set(goals.tolist()) == set(negative_sources.tolist()) == {4}
+    assert share(negative_goals, 7) == pytest.approx([0] * 4 + [1 / 3] * 3, abs=0.015), "where it differs from chosen"
+    mixed = draw_samples(pair, Sampling(samples=7, positions="end_mix"), 0)
+    assert (mixed[1:3, :4] == 4).all()
+    later = np.concatenate(
+        [draw_samples(pair, Sampling(samples=7, positions="end_mix"), e)[:, 4:] for e in range(500)], 1
+    )
+    assert share(later[2], 5) == pytest.approx([1 / 5] * 5, abs=0.05)
+    assert share(later[3], 7) == pytest.approx([1 / 7] * 7, abs=0.05)
+
+
+@pytest.mark.parametrize("positions", ["random", "late_goal", "late_both", "end", "end_mix"])
+@pytest.mark.parametrize(("chosen", "rejected"), [(1, 1), (1, 9), (2, 1), (2, 2)])
+def test_short_completions_have_samples_of_every_kind(make_pair, positions: str, chosen: int, rejected: int) -> None:
+    drawn_4S = many_draws(make_pair(0, 3, chosen, rejected), Sampling(samples=3, positions=positions), 50)
+    assert drawn_4S.shape == (4, 150)
+    assert (drawn_4S >= 0).all()
+    assert (drawn_4S[:3] < chosen).all()
+    assert (drawn_4S[3] < rejected).all()
+    if chosen > 1:
+        assert (drawn_4S[0] < drawn_4S[1]).all()
+
+
+def test_negative_goals_of_rs_are_rejected_tokens_of_the_next_other_prompt(make_pair) -> None:
+    a, b = (make_pair(i, 5, 4, 6, prompt_key=1) for i in (0, 1))
+    c, d = (make_pair(i, 7, 3, 9, prompt_key=2) for i in (2, 3))
+    sampling = Sampling(samples=64, positions="rs")
+    pack = build_pack([[a, b, c, d]], sampling, 0)
+    assert len(pack.input_ids_T) == group_size([a, b]).tokens + group_size([c, d]).tokens, "prompts are computed once"
+    goals_NS = pack.input_ids_T[pack.read_rows_R][pack.pairs.samples_4NS[3]].tolist()
+    for goals, other in zip(goals_NS, (c, c, a, a), strict=True):
+        assert set(goals) == set(other.rejected_ids[other.rejected_start :].tolist())
+    assert pack.pairs.has_negative_N.all()
+    assert not build_pack([[a, b]], sampling, 0).pairs.has_negative_N.any()
+    assert build_pack([[a, b]], Sampling(), 0).pairs.has_negative_N.all()
+
+
+@pytest.mark.parametrize("positions", ["random", "late_goal", "late_both", "end", "end_mix"])
+def test_samples_depend_on_seed_epoch_and_pair_alone(make_pair, positions: str) -> None:
+    pair, other = make_pair(1, 4, 29, 39), make_pair(2, 4, 29, 39)
+    base = draw_samples(pair, Sampling(seed=1, positions=positions), 0)
+    assert np.array_equal(base, draw_samples(pair, Sampling(seed=1, positions=positions), 0))
     for changed in (
-        draw_samples(pair, Sampling(seed=2), 0),
-        draw_samples(pair, Sampling(seed=1), 1),
-        draw_samples(other, Sampling(seed=1), 0),
+        draw_samples(pair, Sampling(seed=2, positions=positions), 0),
+        draw_samples(pair, Sampling(seed=1, positions=positions), 1),
+        draw_samples(other, Sampling(seed=1, positions=positions), 0),
     ):
         assert not np.array_equal(base, changed)
 

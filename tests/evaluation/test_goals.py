@@ -127,6 +127,24 @@ def test_goals_are_means_of_preferred_ends(gcrm: Gcrm, model: RewardModel, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"pairs", "labeled", "lists", "g.safetensors"}
 
 
+def test_a_goal_of_random_tokens_reads_each_position_of_a_completion(
+    gcrm: Gcrm, model: RewardModel, tmp_path: Path
+) -> None:
+    data, out = write(tmp_path / "pairs", PAIRS[1:2]), tmp_path / "g.safetensors"
+    for seed in range(12):
+        result = gcrm(data, "-o", out, "--name", str(seed), "--token", "random", "--seed", str(seed))
+        assert "is the mean state at a random token of 1 completions" in result.stdout
+    goals, _ = read_goals(out, model.fingerprint)
+    (states_nD,) = model.representations(["six"], ["five six"])
+    nearest = [int(np.abs(states_nD - goal.numpy()).max(1).argmin()) for goal in goals.values()]
+    assert set(nearest) == set(range(len(states_nD)))
+    for at, goal in zip(nearest, goals.values(), strict=True):
+        np.testing.assert_allclose(goal.numpy(), states_nD[at], rtol=0, atol=1e-5)
+    again = tmp_path / "again.safetensors"
+    gcrm(data, "-o", again, "--name", "3", "--token", "random", "--seed", "3")
+    assert torch.equal(read_goals(again, model.fingerprint)[0]["3"], goals["3"])
+
+
 def candidate(name: str = "completion", **fields: Any) -> Candidate:
     return Candidate(prompt="p", completion="c", where="f:3", row=0, name=name, fields=fields)
 

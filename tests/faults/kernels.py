@@ -39,7 +39,7 @@ FAULTS = {
     ),
     "positive term kept for a completion of one token": (
         "kernels/gcrm_kernels/contrastive.py",
-        "loss_2N.mul(counted_2N).sum(0)",
+        "loss_2N.mul(has_term_2N).sum(0)",
         "loss_2N.sum(0)",
         "tests/training/test_objectives.py",
     ),

@@ -40,6 +40,7 @@ class Case:
         self.hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
         self.rows = torch.randint(rows, (4, n, s), generator=generator).to(DEVICE)
         self.has_positive = torch.rand(n, generator=generator).to(DEVICE) > 0.3
+        self.has_negative = self.has_positive.flip(0) | ~self.has_positive
         self.grad = torch.randn(n, generator=generator, dtype=torch.float64).to(DEVICE)
 
     def tiles(self) -> RowTiles:
@@ -81,9 +82,10 @@ def assert_within_budget(
 
 
 def assert_contrastive(case: Case, *, tiles: RowTiles | None = None, **options: Any) -> None:
+    options |= {"has_positive_N": case.has_positive, "has_negative_N": case.has_negative}
     assert_within_budget(
-        lambda h: goal_contrastive_loss(h, *case.rows, has_positive_N=case.has_positive, tiles=tiles, **options),
-        lambda h: reference.goal_contrastive_loss(h, case.rows, has_positive_N=case.has_positive, **options),
+        lambda h: goal_contrastive_loss(h, *case.rows, tiles=tiles, **options),
+        lambda h: reference.goal_contrastive_loss(h, case.rows, **options),
         case.hidden,
         case.grad,
         options.get("temperature", 1.0),
@@ -99,14 +101,16 @@ def kernels() -> ModuleType:
 # ------------------------------------------------------------------------------------- the references themselves
 
 
+@pytest.mark.parametrize("distance", ["cosine", "dot", "euclidean"])
 @pytest.mark.parametrize(("pairing", "reduce"), VARIANTS)
 @pytest.mark.parametrize("projected", [False, True])
-def test_reference_gradcheck(pairing: str, reduce: str, projected: bool) -> None:
+def test_reference_gradcheck(pairing: str, reduce: str, projected: bool, distance: str) -> None:
     case = Case(3, 4, 6, 5, torch.float64)
     w = torch.randn(3, 5, dtype=torch.float64, device=DEVICE, requires_grad=True) if projected else None
 
     def loss(h: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
         options = {"has_positive_N": case.has_positive, "pairing": pairing, "reduce": reduce, "temperature": 0.6}
+        options |= {"has_negative_N": case.has_negative, "distance": distance}
         return reference.goal_contrastive_loss(h, case.rows, w, **options)[0]
 
     assert torch.autograd.gradcheck(loss, (case.hidden.requires_grad_(), w))
@@ -349,6 +353,7 @@ def test_autocast_changes_nothing(path: str) -> None:
     [
         ({"pairing": "other"}, "pairing"),
         ({"has_positive_N": torch.ones(1, dtype=torch.bool)}, "has_positive_N"),
+        ({"has_negative_N": torch.ones(1, dtype=torch.bool)}, "has_negative_N"),
         ({"reduce": "other"}, "reduce"),
         ({"temperature": 0.0}, "temperature"),
         ({"rows": torch.zeros(4, 2, 65, dtype=torch.long)}, "S from 1 to 64"),
@@ -534,7 +539,7 @@ def test_operators_keep_pytorchs_contract(path: str, grid: bool) -> None:
     hidden = case.hidden.clone().requires_grad_()
     torch.library.opcheck(
         torch.ops.gcrm.goal_contrastive_loss.default,
-        (hidden, case.rows, case.has_positive, *case.tiles(), grid, True, 0.7),
+        (hidden, case.rows, torch.stack([case.has_positive, ~case.has_positive]), *case.tiles(), grid, True, 0.7),
     )
     cu_seqlens = torch.tensor([0, 3, 5, 6, 8], dtype=torch.int32, device=DEVICE)
     for states in (hidden, hidden.detach().T.contiguous().T.requires_grad_()):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
-from gcrm_fast.data.sampling import Sampling
+from gcrm_fast.data.sampling import Sampling, negative_blocks
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training.objectives import Objective, losses
 from gcrm_kernels import InverseIndex
@@ -46,6 +47,10 @@ VARIANTS = [
     (Sampling(samples=4, variant="repo"), Objective(pairing="grid", reduce="mean_then_log"), {"projection_size": 7}),
     (Sampling(samples=3, negatives="after-divergence"), Objective(temperature=0.3), {"head": "mlp"}),
     (Sampling(variant="dense", negatives="after-divergence"), Objective(dense=True), {"projection_size": 6}),
+    (Sampling(samples=4, positions="late_goal"), Objective(distance="dot"), {}),
+    (Sampling(samples=4, positions="late_both"), Objective(distance="euclidean"), {"projection_size": 4}),
+    (Sampling(samples=4, positions="avg"), Objective(average=True), {}),
+    (Sampling(samples=5, positions="end_mix"), Objective(), {}),
 ]
 
 
@@ -59,6 +64,19 @@ def test_packed_equals_one_by_one(
     assert_same(alone, packed)
     grouped = [[pairs[:2], pairs[2:5], [pairs[5]], [pairs[6]]]]
     assert_same(alone, loss_and_gradients(model, grouped, sampling, objective))
+
+
+def test_negatives_of_another_prompt_do_not_depend_on_the_cut_into_packs(pairs: list[TokenizedPair]) -> None:
+    model, sampling, objective = small_model(small_config()), Sampling(samples=4, positions="rs"), Objective()
+    blocks = negative_blocks([pairs[:2], pairs[2:4], [pairs[4]], [pairs[5]], [pairs[6]]])
+    assert [[pair.pair_id for pair in block] for block in blocks] == [[0, 1, 2, 3], [4, 5], [6]]
+    whole = loss_and_gradients(model, [blocks], sampling, objective)
+    assert_same(whole, loss_and_gradients(model, [[block] for block in blocks], sampling, objective))
+    for tokens, world_size in ((150, 2), (1000, 1)):
+        plan = plan_packs(blocks, Budget(tokens, 32), world_size, whole=True)
+        assert_same(whole, loss_and_gradients(model, plan, sampling, objective))
+    with pytest.raises(UserError, match="pair 0 and pair 1 and pair 2 and pair 3 together need"):
+        plan_packs(blocks, Budget(50, 32), 1, whole=True)
 
 
 def test_shared_prefix_equals_two_full_sequences(pairs: list[TokenizedPair], monkeypatch: pytest.MonkeyPatch) -> None:

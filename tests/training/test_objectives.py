@@ -1,12 +1,13 @@
 """The losses against direct transcriptions of SPEC.md, in float64, and facts that follow from the formulas."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gcrm_fast.training.objectives import ranking_loss
-from gcrm_kernels import goal_contrastive_loss, q_values
+from gcrm_fast.training.objectives import Objective, contrastive_loss, ranking_loss
+from gcrm_kernels import goal_contrastive_loss, q_values, reference
 
 
 def sigmoid(x: float) -> float:
@@ -46,6 +47,62 @@ def test_contrastive_loss_equals_its_transcription(pairing: str, reduce: str, ta
     expected = torch.tensor(transcription(z, rows, pairing, reduce, tau), dtype=torch.float64)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     assert statistics.positive_similarity.shape == statistics.negative_similarity.shape == (5,)
+
+
+@pytest.mark.parametrize("distance", ["cosine", "dot", "euclidean"])
+def test_average_goals_and_distances_equal_their_transcription(distance: str) -> None:
+    """Each source against the mean of the S raw goal states; the gradient reaches all of them."""
+    z = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    rows = torch.randint(9, (4, 2, 3))
+    pairs = SimpleNamespace(
+        samples_4NS=rows,
+        samples_tiles=None,
+        has_positive_N=torch.tensor([True, False]),
+        has_negative_N=torch.tensor([True, True]),
+    )
+    objective = Objective(average=True, distance=distance, temperature=0.7)
+
+    def compare(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if distance == "cosine":
+            return a @ b / (a.norm() * b.norm())
+        return a @ b if distance == "dot" else -(a - b).norm()
+
+    def expected(z: torch.Tensor) -> torch.Tensor:
+        losses = []
+        for n, has_positive in enumerate((1.0, 0.0)):
+            i, j, m, k = rows[:, n]
+            plus = torch.stack([compare(z[a], z[j].mean(0)) for a in i]) / 0.7
+            minus = torch.stack([compare(z[a], z[k].mean(0)) for a in m]) / 0.7
+            terms = -torch.log(torch.sigmoid(plus)).mean() * has_positive, -torch.log(1 - torch.sigmoid(minus)).mean()
+            losses.append(sum(terms))
+        return torch.stack(losses)
+
+    loss_N, _ = contrastive_loss(z, pairs, objective)
+    torch.testing.assert_close(loss_N, expected(z), rtol=1e-12, atol=1e-12)
+    weights = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((loss_N * weights).sum(), z)
+    (wanted,) = torch.autograd.grad((expected(z) * weights).sum(), z)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_one_average_goal_equals_grid() -> None:
+    z = torch.randn(9, 6, dtype=torch.float64)
+    rows = torch.randint(9, (4, 3, 1))
+    has = {"has_positive_N": torch.ones(3, dtype=torch.bool), "has_negative_N": torch.ones(3, dtype=torch.bool)}
+    pairs = SimpleNamespace(samples_4NS=rows, samples_tiles=None, **has)
+    averaged, _ = contrastive_loss(z, pairs, Objective(average=True))
+    torch.testing.assert_close(averaged, goal_contrastive_loss(z, *rows, pairing="grid", **has)[0])
+
+
+def test_equal_states_are_at_distance_zero_without_a_gradient() -> None:
+    z = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    loss, similarity = reference.goal_contrastive_loss(
+        z, torch.tensor([[[0]], [[1]], [[0]], [[1]]]), has_positive_N=torch.tensor([True]), distance="euclidean"
+    )
+    loss.sum().backward()
+    assert similarity.tolist() == [[0.0], [0.0]]
+    assert z.grad is not None
+    assert not z.grad.any()
 
 
 @pytest.mark.parametrize("pairing", ["paired", "grid"])
