@@ -63,6 +63,19 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(scipy.stats.t.ppf((1 + COVERAGE) / 2, n - 1)) * spread
 
 
+def two_way_interval(values_SQ: np.ndarray) -> tuple[float, float]:
+    """(mean, half the width of its interval) of values of S >= 2 seeds by Q questions, both drawn from many.
+
+    The variance is that of the seeds' means over S plus that of the questions' means over Q: somewhat wide, since each
+    also holds a part of the other. NaN counts as missing: a question that is NaN for a seed does not count there.
+    """
+    seeds = len(values_SQ)
+    kept_SQ = values_SQ[:, ~np.isnan(values_SQ).all(0)]
+    of_seed, of_question = np.nanmean(kept_SQ, axis=1), np.nanmean(kept_SQ, axis=0)
+    variance = of_seed.var(ddof=1) / seeds + of_question.var(ddof=1) / len(of_question)
+    return float(of_seed.mean()), float(scipy.stats.t.ppf((1 + COVERAGE) / 2, seeds - 1) * np.sqrt(variance))
+
+
 def cell(values: Sequence[float], sign: str = "") -> str:
     """Such as '0.613 ± 0.021', from values over seeds; ``sign`` '+' shows the sign, for differences."""
     mean, half = mean_interval(values)

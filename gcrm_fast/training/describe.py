@@ -14,6 +14,7 @@ from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.prepare import Prepared, steps_of
 
 MANY_DROPPED = 0.1  # of the training pairs
+COLLAPSED = 0.95  # mean cosine between states of one completion
 HELD_OUT = {
     "AUROC": "auroc",
     "pair accuracy": "accuracy",
@@ -65,7 +66,14 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
 
 def q_verdict(evaluation: Mapping[str, float], n_pairs: int) -> str:
     """Whether Q-values say more than the end token, in words: AUROC one token before the end, against three standard
-    errors of an AUROC of 0.5 between ``n_pairs`` chosen and as many rejected completions."""
+    errors of an AUROC of 0.5 between ``n_pairs`` chosen and as many rejected completions; and whether states collapsed.
+    """
+    within = evaluation["eval/similarity/within"]
+    if within > COLLAPSED:
+        return (
+            f"the states have collapsed: those of a completion are nearly all equal (mean cosine {within:.3f}), so Q "
+            "is about the same at each token: lower --contrastive-weight or --lr"
+        )
     before, chance = evaluation["eval/auroc_q_at/before_end"], 3 * math.sqrt((2 * n_pairs + 1) / 12) / n_pairs
     if before > 0.5 + chance:
         return f"Q tells chosen from rejected before the end token too (AUROC {before:.3f} one token before it)"

@@ -27,6 +27,7 @@ from gcrm_fast.training import parallel
 from gcrm_fast.training.loader import plan_pairs
 from gcrm_fast.training.objectives import Objective, Statistics, losses
 from gcrm_kernels import q_values
+from gcrm_kernels.reference import unit_rows
 
 EVALUATION_EPOCH = 2**32  # sampling counter that no training epoch reaches
 NOT_FINITE_REMEDY = "lower --lr, or fix --model's weights"
@@ -94,16 +95,20 @@ def score_pairs(
     ids: list[int] = []
     parts: list[np.ndarray] = []
     total: Statistics | None = None
+    within_2 = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
         for pack in _packs(pairs, budget, sampling, device, quantiles=True):
             output = model(pack)
             statistics = losses(output, pack.pairs, objective)[1]
             total = statistics if total is None else total + statistics
             q_2NQ = q_values(output.z_RD, goal_D[None])[:, 0][pack.pairs.quantiles_2NQ]
+            within_2 += similarity_within(output.z_RD, pack.pairs.quantiles_2NQ)
             parts.append(torch.cat([output.reward_2N[..., None], q_2NQ], dim=-1).cpu().numpy())
             ids += pack.pairs.pair_ids
     assert total is not None  # every rank has a pack, if only an empty one
     dist.all_reduce(total.sums_K)
+    dist.all_reduce(within_2)
+    measured = total.means(len(pairs)) | {"similarity/within": float(within_2[0] / within_2[1])}
     gathered: list[tuple[list[int], np.ndarray]] = [([], np.empty(0))] * dist.get_world_size()
     dist.all_gather_object(gathered, (ids, np.concatenate(parts, axis=1)))
     values = np.concatenate([part for _, part in gathered], axis=1)
@@ -112,7 +117,19 @@ def score_pairs(
     values = values[:, order][:, back]
     if not np.isfinite(values).all():
         raise UserError(f"rewards or Q-values are not finite: {NOT_FINITE_REMEDY}")
-    return Scores(pairs=pairs, reward_2N=values[..., 0], q_2NQ=values[..., 1:], statistics=total.means(len(pairs)))
+    return Scores(pairs=pairs, reward_2N=values[..., 0], q_2NQ=values[..., 1:], statistics=measured)
+
+
+def similarity_within(z_RD: Tensor, rows_2NQ: Tensor) -> Tensor:
+    """Sum over completions of the mean cosine between states at different ones of the Q rows, and how many completions
+    have such rows: [2] float64. A mean near 1 is a collapse: all states of a completion are one (sigmoid(cos) never
+    saturates, so equal chosen and opposite rejected states are an optimum of the contrastive loss)."""
+    unit_2NQD = unit_rows(z_RD)[rows_2NQ]
+    differ_2NQQ = rows_2NQ.unsqueeze(-1) != rows_2NQ.unsqueeze(-2)
+    cosine_2NQQ = (unit_2NQD @ unit_2NQD.mT).double() * differ_2NQQ
+    count_2N = differ_2NQQ.sum((-1, -2))
+    mean_2N = cosine_2NQQ.sum((-1, -2)) / count_2N.clamp_min(1)
+    return torch.stack([mean_2N.sum(), (count_2N > 0).sum()]).to(torch.float64)
 
 
 def score_tokens(

@@ -18,7 +18,7 @@ from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
 from support.training_runs import ROOT
 
-MODULES = ("arithmetic_chain", "objectives", "summary")
+MODULES = ("arithmetic_chain", "ablations", "objectives", "summary")
 SMALL = ("--hidden-size", "16", "--intermediate-size", "16", "--layers", "1", "--goal-pairs", "8", "--cache", "none")
 
 
@@ -262,3 +262,47 @@ def test_objectives_without_data_say_so_in_one_line(
     assert said in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------------- ablations
+
+
+def test_an_interval_over_seeds_and_questions_holds_both_variances(experiments: SimpleNamespace) -> None:
+    seeds_SQ = np.array([[1.0], [2.0], [6.0]]).repeat(50, axis=1)
+    mean, half = experiments.summary.two_way_interval(seeds_SQ)
+    assert (mean, half) == experiments.summary.mean_interval([1.0, 2.0, 6.0])
+    questions_SQ = np.array([[0.0, 1.0, np.nan, 1.0, 0.0]]).repeat(3, axis=0)
+    mean, half = experiments.summary.two_way_interval(questions_SQ)
+    assert mean == 0.5
+    assert half == pytest.approx(4.3027 * math.sqrt((1 / 3) / 4), rel=1e-4)  # t with 2 degrees of freedom
+
+
+def test_ablations_continue_from_their_rows(
+    experiments: SimpleNamespace, trainings: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ablations = experiments.ablations
+    little = (*SMALL, "--train-pairs", "300", "--eval-pairs", "20")
+    monkeypatch.setattr(ablations, "ARMS", {"random": little, "rs": (*little, "--sampling", "rs")})
+    monkeypatch.setattr(ablations, "SWEEPS", {})
+    common = ["--runs", str(tmp_path / "runs"), "--steps", "1", "--problems", "6", "-o", str(tmp_path / "report")]
+    assert ablations.main([*common, "--seeds", "2", "--arms", "random"]) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [(row["seed"], row["arm"]) for row in rows[::3]] == [(0, "random"), (1, "random")]
+    assert {row["arm"] for row in rows} == {"random", ablations.RANDOM_GOAL, ablations.SINGLE_GOAL}
+    assert all(len(values) == 6 for row in rows for values in row["problems"].values())
+    assert rows[0]["scalars"].keys() > {"auroc", "similarity/within", "correlation at 20%"}
+    assert rows[0]["problems"]["reward"] == rows[1]["problems"]["reward"]
+    assert rows[0]["problems"]["q"] != rows[1]["problems"]["q"]
+    assert "2 runs are still missing" in (tmp_path / "report.md").read_text()
+    assert not any((tmp_path / "runs").glob("random-*"))
+    assert ablations.main([*common, "--seeds", "2"]) == 0
+    assert len(trainings) == 4
+    text = (tmp_path / "report.md").read_text()
+    assert "Every run is finished" in text
+    found = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert found[: len(rows)] == rows
+    own, base = (
+        np.array([row["problems"]["majority"] for row in found if row["arm"] == arm]) for arm in ("rs", "random")
+    )
+    mean, half = experiments.summary.two_way_interval(own - base)
+    assert f"{mean:+.3f} ± {half:.3f}" in text

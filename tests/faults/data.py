@@ -63,8 +63,8 @@ FAULTS = {
     ),
     "negatives before the divergence": (
         "gcrm_fast/data/sampling.py",
-        'if sampling.negatives != "after-divergence":',
-        "if True:",
+        'return differs_from(pair) if sampling.negatives == "after-divergence" else 0',
+        "return 0",
         "tests/data/test_packing.py",
     ),
     "a pair lost at a batch boundary": (
@@ -294,5 +294,35 @@ FAULTS = {
         "next(differing, -1)",
         "next(differing, -2) + 1",
         "tests/data/test_arithmetic.py -k place",
+    ),
+    "late goals in the first tenth": (
+        "gcrm_fast/data/sampling.py",
+        "goals = rng.integers(start(n_chosen), n_chosen, size=s)",
+        "goals = rng.integers(1, n_chosen - start(n_chosen) + 1, size=s)",
+        "tests/data/test_packing.py -k late_goals",
+    ),
+    "end: negatives before the completions differ": (
+        "gcrm_fast/data/sampling.py",
+        "_to_the_end(rng, n_chosen, n_rejected, differs_from(pair), at_end)",
+        "_to_the_end(rng, n_chosen, n_rejected, 0, at_end)",
+        "tests/data/test_packing.py -k at_the_end",
+    ),
+    "rs: negative goals of the pair itself": (
+        "gcrm_fast/data/packing.py",
+        "goals_of = other or pair",
+        "goals_of = pair",
+        "tests/data/test_packing.py -k negative_goals_of_rs",
+    ),
+    "rs: blocks cut in two where they do not fit": (
+        "gcrm_fast/data/batches.py",
+        "if len(group) == 1 or whole:",
+        "if len(group) == 1:",
+        "tests/model/test_invariants.py -k another_prompt",
+    ),
+    "prompts of a block share the first one's prefix": (
+        "gcrm_fast/data/packing.py",
+        "of_prompt.setdefault(member.prompt_key, {})",
+        "of_prompt.setdefault(0, {})",
+        "tests/data/test_packing.py -k negative_goals_of_rs",
     ),
 }

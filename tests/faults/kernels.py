@@ -295,4 +295,10 @@ FAULTS = {
         "torch.cat((b, -a), dim=-1)",
         "tests/model/test_parity.py",
     ),
+    "kernel: the negative term of a pair without negatives": (
+        "kernels/gcrm_kernels/triton_contrastive.py",
+        "tl.load(has_term_ptr + sign * n_pairs + n)",
+        "tl.load(has_term_ptr + n)",
+        "tests/kernels/test_kernels.py -k contrastive and triton",
+    ),
 }

@@ -331,4 +331,16 @@ FAULTS = {
         '.get("no_date") or day',
         "tests/training/test_resume.py -k next_day",
     ),
+    "average goals of normalized states": (
+        "gcrm_fast/training/objectives.py",
+        "means_GD = gather_rows(z_RD, goals,",
+        "means_GD = gather_rows(torch.nn.functional.normalize(z_RD), goals,",
+        "tests/training/test_objectives.py -k average_goals_and",
+    ),
+    "similarity within completions counts a token with itself": (
+        "gcrm_fast/training/held_out.py",
+        "count_2N = differ_2NQQ.sum((-1, -2))",
+        "count_2N = (differ_2NQQ.sum((-1, -2)) > 0) * rows_2NQ.shape[-1] ** 2",
+        "tests/training/test_step.py -k within",
+    ),
 }

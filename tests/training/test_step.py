@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import math
 import multiprocessing
 import pickle
 from collections.abc import Sequence
@@ -321,6 +322,15 @@ def test_a_step_never_waits_for_the_device(pairs: list[TokenizedPair], variant: 
         with _NoWaiting():
             sums = train.accumulate(model, packs, 3, Objective(dense=variant == "dense"), device)
             updater.update(1, sums["loss"])
+
+
+def test_similarity_within_completions_compares_different_tokens_of_each() -> None:
+    z = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    # chosen of pair 0: rows 0, 1, 2; rejected of pair 0: row 3 alone; chosen of pair 1: 0, 1; rejected of pair 1: 2, 3
+    rows_2NQ = torch.tensor([[[0, 1, 2], [0, 1, 1]], [[3, 3, 3], [2, 3, 3]]])
+    total, count = held_out.similarity_within(z, rows_2NQ).tolist()
+    assert count == 3
+    assert total == pytest.approx(1 / 3 + 1 + math.sqrt(0.5))
 
 
 def test_held_out_passes_run_in_evaluation_mode_without_gradients(pairs: list[TokenizedPair]) -> None:

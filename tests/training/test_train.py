@@ -60,13 +60,15 @@ def test_evaluations_say_whether_q_is_more_than_the_end_token(pair_file: Path, t
     result = gcrm(*arguments(pair_file, tmp_path))
     for evaluation in (row for row in rows(tmp_path) if "eval/auroc" in row):
         assert {"eval/auroc_q_at/50", "eval/auroc_q_at/90", "eval/auroc_q_at/before_end"} <= evaluation.keys()
+        assert -1 <= evaluation["eval/similarity/within"] <= 1
     assert re.search(
         r"held-out AUROC of Q +[01]\.\d+ at 50% of the completion, .* one token before the end", result.stdout
     )
     assert re.search(r"Q-values +Q (says nothing|tells chosen from rejected) before the end token", result.stdout)
-    small = {"eval/auroc_q_at/before_end": 0.52}
+    small = {"eval/auroc_q_at/before_end": 0.52, "eval/similarity/within": 0.9}
     assert "nothing before the end token (AUROC 0.520" in q_verdict(small, 21)
     assert "before the end token too (AUROC 0.520" in q_verdict(small, 100_000)
+    assert "collapsed" in q_verdict(small | {"eval/similarity/within": 0.96}, 100_000)
 
 
 def test_training_from_python(pair_file: Path, tmp_path: Path) -> None:
