@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.common.errors import one_line
 from gcrm_fast.common.notes import warn_once
-from gcrm_fast.data import fields
+from gcrm_fast.data import fields, rendering
 from gcrm_fast.data.fields import FieldError
 from gcrm_fast.data.messages import Messages, is_messages, messages_of, tools_of
 
@@ -140,8 +140,8 @@ def ending_at_the_reward(tokenizer: PreTrainedTokenizerBase) -> Any:
     if not isinstance(template, str):
         return template
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # a template that expects other messages
+        text = rendering.render(tokenizer, messages)
+    except ValueError:  # a template that expects other messages
         return template
     ids = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
     if text == text.rstrip() or not ids or ids[-1] not in end_tokens(tokenizer):
@@ -212,7 +212,9 @@ def _written(tokenizer: PreTrainedTokenizerBase | None, name: str, dialogue: _Di
 
     def render(messages: Sequence[dict[str, Any]], tools: Any = dialogue.tools) -> str:
         try:
-            text = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=ask)
+            text = rendering.render(tokenizer, messages, tools, ask=ask)
+        except rendering.EndlessTemplate:
+            raise
         except Exception as error:  # a template is a program, and may fail in any way
             raise FieldError(name, f"does not suit the chat template ({one_line(error)})") from None
         return fields.text(name, text)

@@ -17,6 +17,7 @@ from gcrm_fast.data.chat import as_texts, is_empty
 from gcrm_fast.data.fields import FieldError, kind
 from gcrm_fast.data.formats import adapted, judgment, suggested_columns
 from gcrm_fast.data.messages import decoded, is_messages
+from gcrm_fast.data.rendering import EndlessTemplate
 from gcrm_fast.data.sources import BadRecords, rows
 
 T = TypeVar("T")
@@ -285,6 +286,8 @@ def _converted(
                 raise UserError(f"has the format '{layout}', but {first[1]} '{first[0]}': split the data")
             items = convert(values, formats[format_], raw, where)
         except UserError as error:
+            if isinstance(error, EndlessTemplate) and error.hopeless:
+                raise _placed(error, where, columns) from None
             bad.add(_placed(error, where, columns))
             continue
         first = first or (layout, where)

@@ -28,7 +28,10 @@ GZIP = b"\x1f\x8b"  # how its files begin
 MAX_ARRAY = 2**30  # bytes of a JSON array, which is read as a whole
 UNREAD = {b"BZh": "bzip2", b"\xfd7z": "xz", b"(\xb5/": "Zstandard", b"PK\x03": "a ZIP archive"}  # how theirs begin
 MAX_LINE = 2**24  # bytes: a file without line feeds must not fill the memory
+MAX_BLANK = 2**20  # bytes of blank lines in a row: a small gzip file may hold years of them
+MAX_SKIPPED = 2**28  # bytes of a line that is skipped
 FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".ndjson", ".txt"}
+SEPARATOR = re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>\S+))?")
 
 
@@ -100,13 +103,18 @@ def _stdin_rows(bad: BadRecords) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(name: object, file: BinaryIO | gzip.GzipFile, bad: BadRecords) -> Iterator[tuple[str, Any]]:
+    blank = 0  # bytes since the last line that is not
     for number, line in _lines(name, file):
         where = f"{name}:{number}"
         if number == 1 and line.lstrip().startswith(b"["):
             yield from _array_rows(name, line, file)
             return
         if len(line) <= MAX_LINE and not line.strip():
+            blank += len(line)
+            if blank > MAX_BLANK:
+                raise UserError(f"{where}: more than {MAX_BLANK >> 20} MiB of blank lines: remove them")
             continue
+        blank = 0
         try:
             if len(line) > MAX_LINE:
                 raise UserError(f"{where}: the line has more than {MAX_LINE >> 20} MiB: write one JSON object per line")
@@ -123,20 +131,39 @@ def _json_rows(name: object, file: BinaryIO | gzip.GzipFile, bad: BadRecords) ->
 
 
 def _array_rows(name: object, start: bytes, file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[str, Any]]:
-    """The records of a file that is one JSON array."""
+    """The records of a file that is one JSON array, decoded one by one."""
+    number, decoder = 1, json.JSONDecoder(object_pairs_hook=_distinct)
     try:
-        text = (start + file.read(MAX_ARRAY)).decode("utf-8")
-        if file.read(1):
+        raw = start.lstrip() + file.read(MAX_LINE)
+        if len(raw) > MAX_LINE and not raw[1:].strip():
+            raise UserError(f"{name}:1: the array begins with more than {MAX_LINE >> 20} MiB of spaces: remove them")
+        raw += file.read(MAX_ARRAY)
+        if len(raw) > MAX_ARRAY:
             raise UserError(f"{name}:1: the array has more than {MAX_ARRAY >> 20} MiB: write one JSON object per line")
-        records = json.loads(text, object_pairs_hook=_distinct)
+        text = raw.decode("utf-8")
+        separator, end = _separator(text, 1)  # after the bracket
+        while separator != "]":
+            if separator != ("," if number > 1 else ""):
+                raise ValueError(f"no comma at character {end}")
+            record, end = decoder.raw_decode(text, end)
+            yield f"{name}:{number}", record
+            number += 1
+            separator, end = _separator(text, end)
+        if text[end:].strip():
+            raise ValueError(f"more text after its end, at character {end}")
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{name}:1: not a valid JSON array ({one_line(error)}): write one JSON object per line"
+            f"{name}:{number}: not a valid JSON array ({one_line(error)}): write one JSON object per line"
         ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{name}:1: gzip data is damaged ({error}): copy the file again") from None
-    for number, record in enumerate(records, start=1):
-        yield f"{name}:{number}", record
+        raise UserError(f"{name}:{number}: gzip data is damaged ({error}): copy the file again") from None
+
+
+def _separator(text: str, start: int) -> tuple[str, int]:
+    """A comma or closing bracket at ``start``, spaces aside, "" for neither; and where the next value begins."""
+    match = SEPARATOR.match(text, start)
+    assert match is not None  # it also matches nothing
+    return match[1], match.end()
 
 
 def _distinct(fields: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,8 +182,12 @@ def _lines(name: object, file: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int, 
         while line := file.readline(MAX_LINE + 1):
             number += 1
             yield number, line
+            length = len(line)
             while len(line) > MAX_LINE and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE + 1)
+                length += len(line)
+                if length > MAX_SKIPPED:
+                    raise UserError(f"{name}:{number}: the line has more than {MAX_SKIPPED >> 20} MiB: fix the file")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{name}:{number + 1}: gzip data is damaged ({error}): copy the file again") from None
 

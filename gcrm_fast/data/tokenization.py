@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gcrm_fast.common.errors import UserError, one_line
+from gcrm_fast.data.chat import end_tokens
 from gcrm_fast.model.families import FAMILIES, Family
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # of a tokenizer that is trained here
@@ -30,8 +31,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Code in the folder never runs: by default transformers asks on stdin, where records may answer "y".
 
     Raises:
-        UserError: none that loads, one without character offsets or eos, or a sentencepiece model that transformers
-            cannot reproduce.
+        UserError: none that loads, one without character offsets or eos, a sentencepiece model that transformers
+            cannot reproduce, or a chat template that never ends.
     """
     try:
         if (folder / "tokenizer.json").is_file():
@@ -57,6 +58,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no eos token, where the reward is read: add one")
+    end_tokens(tokenizer)  # a chat template that never ends is an error at once
     return tokenizer
 
 

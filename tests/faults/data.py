@@ -324,5 +324,46 @@ FAULTS = {
         "of_prompt.setdefault(member.prompt_key, {})",
         "of_prompt.setdefault(0, {})",
         "tests/data/test_packing.py -k negative_goals_of_rs",
+    "rendering: a rendering takes as long as it likes": (
+        "gcrm_fast/data/rendering.py",
+        "signal.setitimer(signal.ITIMER_REAL, seconds)",
+        "signal.setitimer(signal.ITIMER_REAL, 60 * seconds)",
+        "tests/data/test_rendering.py -k 'requests or endless'",
+    ),
+    "rendering: the answer to an interrupted request goes to the next": (
+        "gcrm_fast/data/rendering.py",
+        "                process.kill()\n                self.stop()\n",
+        "",
+        "tests/data/test_rendering.py -k interrupted",
+    ),
+    "rendering: a file of records without an end is read to its end": (
+        "gcrm_fast/data/records.py",
+        "if isinstance(error, EndlessTemplate) and error.hopeless:",
+        "if False:",
+        "tests/data/test_rendering.py -k record_without",
+    ),
+    "rendering: a template that never ends is found late": (
+        "gcrm_fast/data/tokenization.py",
+        "    end_tokens(tokenizer)  # a chat template that never ends is an error at once\n",
+        "",
+        "tests/data/test_rendering.py -k refused",
+    ),
+    "data: blank lines without end": (
+        "gcrm_fast/data/sources.py",
+        "if blank > MAX_BLANK:",
+        "if False:",
+        "tests/data/test_bad_input.py -k blank",
+    ),
+    "data: a skipped line without end": (
+        "gcrm_fast/data/sources.py",
+        "if length > MAX_SKIPPED:",
+        "if False:",
+        "tests/data/test_bad_input.py -k without",
+    ),
+    "data: a JSON array of spaces": (
+        "gcrm_fast/data/sources.py",
+        "if len(raw) > MAX_LINE and not raw[1:].strip():",
+        "if False:",
+        "tests/data/test_bad_input.py -k spaces",
     ),
 }

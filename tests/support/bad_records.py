@@ -147,6 +147,12 @@ def unknown_to_the_hub(folder: Path) -> list[str]:
     return ["--data", "no-such-owner/no-such-data"]
 
 
+def endless_line(folder: Path) -> list[str]:
+    """A line of 300 MiB in a small file, while bad records are skipped."""
+    packed = gzip.compress(LINE) + gzip.compress(b"x" * 2**20) * 300  # members of one file
+    return [*raw(packed)(folder), "--on-bad-record", "skip"]
+
+
 def pipe(folder: Path) -> list[str]:
     os.mkfifo(folder / "pairs.jsonl")
     return ["--data", "pairs.jsonl"]
@@ -171,6 +177,9 @@ CASES = [
     Case("not on the hub", unknown_to_the_hub, r"no-such-owner/no-such-data: neither a file nor a dataset"),
     Case("empty file", raw(b""), r"pairs\.jsonl: contains no records"),
     Case("blank lines", raw(b" \n\n\t\n"), r"pairs\.jsonl: contains no records"),
+    Case("blank lines without end", raw(gzip.compress(LINE + b"\n" * 2**21)), r":1048578: more than 1 MiB of blank"),
+    Case("line without end", endless_line, r"pairs\.jsonl:2: the line has more than 256 MiB"),
+    Case("JSON array of spaces", raw(gzip.compress(b"[" + b" " * 2**25)), "the array begins with more than 16 MiB"),
     Case("bzip2", raw(bz2.compress(LINE)), r"pairs\.jsonl: is bzip2: decompress it"),
     Case("xz", raw(lzma.compress(LINE)), r"pairs\.jsonl: is xz: decompress it"),
     Case("Zstandard", raw(b"(\xb5/\xfd$\0\x01\0\0"), r"pairs\.jsonl: is Zstandard: decompress it"),
@@ -180,10 +189,10 @@ CASES = [
     Case("byte-order mark", raw(b"\xef\xbb\xbf" + LINE), r"pairs\.jsonl:1: not valid JSON \(Unexpected UTF-8 BOM"),
     Case("cut line", raw(LINE + b'{"prompt": "p",\n'), AT + "not valid JSON"),
     Case("two records on a line", raw(LINE + LINE.strip() + LINE), AT + r"not valid JSON \(Extra data"),
-    Case("JSON array cut short", raw(json.dumps([GOOD, GOOD]).encode()[:-1]), r"jsonl:1: not a valid JSON array"),
+    Case("JSON array cut short", raw(json.dumps([GOOD, GOOD]).encode()[:-1]), r"jsonl:3: not a valid JSON array"),
     Case("JSON array with a number in it", raw(json.dumps([GOOD, 7]).encode()), AT + "a record must be a JSON object"),
     Case("JSON array in a damaged gzip", raw(gzip.compress(json.dumps([GOOD]).encode())[:-9]), "gzip data is damaged"),
-    Case("JSON array with more after it", raw(json.dumps([GOOD]).encode() + LINE), r"jsonl:1: not a valid JSON array"),
+    Case("JSON array with more after it", raw(json.dumps([GOOD]).encode() + LINE), r"jsonl:2: not a valid JSON array"),
     Case(
         "no such split of Parquet files", no_such_shards, r"data:dev: has Parquet files of other splits: .*data:train"
     ),

@@ -24,9 +24,9 @@ from support.chat import CHATML, chat_tokenizer
 from support.small import small_config, small_model
 
 
-def write_served_model(path: Path) -> Path:
+def write_served_model(path: Path, template: str = CHATML) -> Path:
     """A model with two goals and a chat template."""
-    tokenizer = chat_tokenizer(CHATML)
+    tokenizer = chat_tokenizer(template)
     config = small_config(vocab_size=len(tokenizer), num_hidden_layers=1)
     choose_pad(tokenizer, config.vocab_size, "test")
     state = {name: p.detach() for name, p in small_model(config, torch.float32).named_parameters()}
