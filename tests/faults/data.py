@@ -93,8 +93,8 @@ FAULTS = {
     ),
     "data: end of turn ends nothing": (
         "gcrm_fast/data/chat.py",
-        '["input_ids"] if i in added)',
-        '["input_ids"] if i in ())',
+        "for i in ids if i in added)",
+        "for i in ids if i in ())",
         "tests/data/test_encoding.py",
     ),
     "data: eos after a cut completion": (
@@ -135,8 +135,8 @@ FAULTS = {
     ),
     "data: tools do not reach the template": (
         "gcrm_fast/data/chat.py",
-        "list(messages), tools=tools,",
-        "list(messages), tools=None,",
+        "messages, tools=tools,",
+        "messages, tools=None,",
         "tests/data/test_records.py -k dialogue",
     ),
     "data: a thought belongs to the prompt": (
