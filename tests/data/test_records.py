@@ -24,7 +24,7 @@ from gcrm_fast.data.overlap import Overlap, overlap
 from gcrm_fast.data.records import Pair, ordered_pairs, read_pairs
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.tokenization import train_tokenizer
-from support.chat import CHATML, LLAMA2, TEMPLATES, TEXTS, chat_tokenizer
+from support.chat import CHATML, LLAMA2, TEMPLATES, TEXTS, TOOLS, chat_tokenizer
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 USER, YES, NO = (
@@ -227,14 +227,6 @@ def test_only_the_last_message_is_the_completion(tmp_path):
     assert (pair.chosen, pair.rejected) == ("no<|im_end|>\n", "yes<|im_end|>\n")
 
 
-# Writes tools and calls, and null as text; the turn ends with two tokens; earlier thoughts are dropped.
-TOOLS = (
-    "{% if tools %}<|start_header_id|>{{ tools | map(attribute='name') | join(',') }}<|end_header_id|>{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.city }}]{% endfor %}"
-    "<|im_end|>{% if m.role == 'assistant' %}<|eot_id|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # Its generation prompt opens a thought, which the answers of a finished dialogue do not have.
 THOUGHT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"

@@ -295,4 +295,28 @@ FAULTS = {
         "next(differing, -2) + 1",
         "tests/data/test_arithmetic.py -k place",
     ),
+    "data: special tokens of people's text are tokens": (
+        "gcrm_fast/data/special_tokens.py",
+        "reader.as_text.get(m[0], UNKNOWN), value)",
+        "m[0], value)",
+        "tests/data/test_special_tokens.py -k only_the_template",
+    ),
+    "data: private characters of people's text are tokens": (
+        "gcrm_fast/data/special_tokens.py",
+        "(*longest_first, PRIVATE.pattern)",
+        "longest_first",
+        "tests/data/test_special_tokens.py -k only_the_template",
+    ),
+    "data: plain text for a chat model goes unnoticed": (
+        "gcrm_fast/data/chat.py",
+        "return _turns[tokenizer] in text",
+        "return True",
+        "tests/data/test_records.py -k plain_text",
+    ),
+    "data: null next to calls refused": (
+        "gcrm_fast/data/chat.py",
+        "        if not any(silent):\n            raise\n",
+        "        raise\n",
+        "tests/data/test_records.py -k fails_without",
+    ),
 }
