@@ -1,11 +1,14 @@
-"""Where a model's rewards are read: what its folder says, or what can be inferred from its config.json."""
+"""How a model reads text, and where its rewards are read: what its folder says, or what its config.json implies."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.checkpoints.config_json import read_json
 from gcrm_fast.checkpoints.locating import HEAD_FILE
 from gcrm_fast.data.ends import Choice, End, Kind
+from gcrm_fast.data.special_tokens import Reading
 
 # gcrm.json's and a goal file's 'end_policy'
 POLICIES: dict[Kind, str] = {
@@ -47,3 +50,14 @@ def where_read(folder: Path, choice: Choice) -> tuple[End, str]:
     if kind != "eos" and before_eos:
         where, why = f"{where}, which is the one before eos", f"{why} with pad_token_id = eos_token_id"
     return End(kind, None if kind == "eos" else pad), f"{folder}: rewards are read {where}: {why} (see --end)"
+
+
+def choose_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, choice: Literal["auto"] | Reading = "auto"
+) -> None:
+    """Makes the tokenizer read special tokens in prompts and completions as chosen; ``auto`` is what gcrm.json says, or
+    else what the tokenizer does. Raises UserError for a gcrm.json that cannot be read."""
+    saved = read_json(folder / HEAD_FILE, "save the model again") if (folder / HEAD_FILE).is_file() else {}
+    chosen = saved.get("special_tokens") if choice == "auto" else choice
+    if chosen is not None:
+        tokenizer.split_special_tokens = chosen == "text"

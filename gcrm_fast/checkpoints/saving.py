@@ -3,7 +3,7 @@
 A saved model is a folder of transformers' sequence classifier of its family, e.g. ``LlamaForSequenceClassification``,
 with one label, plus
 
-    gcrm.json            which head, projection size, end-token policy, weights fingerprint
+    gcrm.json            which head, projection size, end-token policy, how special tokens are read, weights fingerprint
     gcrm.safetensors     projection and MLP head, where there are any: what the transformers class cannot hold
     goal.safetensors     the default goal state (see goals.py)
     README.md            the model card, of a run (see model_card.py)
@@ -28,6 +28,7 @@ from gcrm_fast.checkpoints.locating import COMPANION, HEAD_FILE
 from gcrm_fast.checkpoints.reading import POLICIES
 from gcrm_fast.data.chat import ending_at_the_reward
 from gcrm_fast.data.ends import Kind
+from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import save_tokenizer
 from gcrm_fast.model.llama import ModelConfig
 
@@ -85,7 +86,8 @@ def write_model(
         save_file(companion, folder / COMPANION, metadata={"format": "pt"})
     weights = fingerprint(state)
     own = {"head": config.head, "projection_size": config.projection_size, "end_policy": POLICIES[end]}
-    gcrm = {**own, "fingerprint": weights, **(about or {})}
+    reading: Reading = "text" if tokenizer.split_special_tokens else "tokens"
+    gcrm = {**own, "special_tokens": reading, "fingerprint": weights, **(about or {})}
     (folder / HEAD_FILE).write_text(json.dumps(gcrm, indent=2) + "\n")
     raw = {**huggingface_config(config, tokenizer, dtype), **(fields or {})}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")

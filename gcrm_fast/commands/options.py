@@ -28,6 +28,9 @@ class ModelOptions(Options):
     end: Literal["auto", "eos", "as-is"] = "auto"
     """Where the reward is read. eos: at an end token, appended where there is none; as-is: at the last token of the
     text as given; auto: where the model was trained to be read."""
+    special_tokens: Literal["auto", "tokens", "text"] = "auto"
+    """How special tokens that prompts and completions spell out, such as <|im_end|>, are read: as tokens, or as plain
+    text. Those of the chat template are always tokens. auto is how the model was trained."""
     columns: str = ""
     """The records' names for the fields read here, as in prompt=instruction,completion=answer. No other fields are then
     read."""
@@ -215,6 +218,9 @@ class ServeOptions(Options):
     end: Literal["auto", "eos", "as-is"] = "auto"
     """Where the reward is read. eos: at an end token, appended where there is none; as-is: at the last token of the
     text as given; auto: where the model was trained to be read."""
+    special_tokens: Literal["auto", "tokens", "text"] = "auto"
+    """How special tokens that prompts and completions spell out, such as <|im_end|>, are read: as tokens, or as plain
+    text. Those of the chat template are always tokens. auto is how the model was trained."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the computation. auto is bfloat16 on a GPU, float32 elsewhere."""
 

@@ -318,6 +318,7 @@ def score(options: ScoreOptions) -> None:
     made_by = {
         "model": model.fingerprint,
         "--end": model.end.kind,
+        "--special-tokens": model.tokenizer.split_special_tokens,
         "goal": hashlib.sha256(goal.numpy().tobytes()).hexdigest() if goal is not None else "",
         "device": model.device.type,
         "--per-token": options.per_token,

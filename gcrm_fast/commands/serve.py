@@ -69,7 +69,11 @@ def serve(options: ServeOptions) -> None:
             ready.unlink(missing_ok=True)  # of a server that was killed
         budget = options.tokens_per_batch
         scorer = RewardModel.from_pretrained(
-            options.model, dtype=options.dtype, tokens_per_batch=budget, end=options.end
+            options.model,
+            dtype=options.dtype,
+            tokens_per_batch=budget,
+            end=options.end,
+            special_tokens=options.special_tokens,
         )
         batcher = Batcher(scorer, delay=options.delay, limit=options.queue)
         app = create_app(batcher, name=options.model, token=token, max_body=options.max_body, timeout=options.timeout)

@@ -21,7 +21,11 @@ PAIRED = {"chosen": True, "correct": True, "rejected": False, "incorrect": False
 def load(options: ModelOptions) -> RewardModel:
     """The model that MODEL names. Raises UserError."""
     return RewardModel.from_pretrained(
-        options.model, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch, end=options.end
+        options.model,
+        dtype=options.dtype,
+        tokens_per_batch=options.tokens_per_batch,
+        end=options.end,
+        special_tokens=options.special_tokens,
     )
 
 

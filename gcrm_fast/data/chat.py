@@ -5,9 +5,10 @@ what follows the last message by anyone but the assistant and its tools; where n
 starts no earlier than the first message in which the sides differ.
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -20,13 +21,10 @@ from gcrm_fast.common.notes import warn_once
 from gcrm_fast.data import fields, rendering
 from gcrm_fast.data.fields import FieldError
 from gcrm_fast.data.messages import Messages, is_messages, messages_of, tools_of
+from gcrm_fast.data.special_tokens import Rendered, protected
 
 ANSWERING = ("assistant", "tool")  # roles of the messages that make up a completion
 PROBE = "§"  # an answer that no generation prompt begins with
-
-
-class Rendered(str):
-    """Text that a chat template wrote, with all special tokens that belong in it."""
 
 
 class _Dialogue(NamedTuple):
@@ -37,6 +35,8 @@ class _Dialogue(NamedTuple):
 
 
 _PROBE_DIALOGUE = _Dialogue([{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}], None)
+# What a template writes after a question, at least; text without it is not the template's.
+_turns: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
 # A dialogue that suits the template, for one that refuses the probe.
 _rendered: WeakKeyDictionary[PreTrainedTokenizerBase, _Dialogue] = WeakKeyDictionary()
 
@@ -79,7 +79,13 @@ def as_texts(
             prompt = [{"role": "user", "content": fields.text(prompt_name, prompt)}]
         sides = {name: [{"role": "assistant", "content": fields.text(name, side)}] for name, side in sides.items()}
     elif plain:
-        return fields.text(prompt_name, prompt), [fields.text(*side) for side in sides.items()]
+        question, texts = fields.text(prompt_name, prompt), [fields.text(*side) for side in sides.items()]
+        if tokenizer is not None and tokenizer.chat_template and not _has_turns(tokenizer, question + texts[0]):
+            warn_once(
+                "prompts are plain text, although the model has a chat template: it reads them without its turns; for "
+                'turns give prompts as [{"role": "user", "content": TEXT}]'
+            )
+        return question, texts
     context, answers = _split(prompt, sides, prompt_name)
     context = _with_system(context, system)
     asked_name = prompt_name if is_messages(prompt) else next(iter(answers))
@@ -94,6 +100,17 @@ def as_texts(
         if not asked or not whole.startswith(asked):
             raise FieldError(name, "changes how the chat template writes the prompt: the answer has no start")
     return asked, [Rendered(whole[len(asked) :]) for whole in wholes.values()]
+
+
+def _has_turns(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the chat template seems to have written the text."""
+    if tokenizer not in _turns:
+        written = ""
+        with contextlib.suppress(FieldError):  # a template that expects other messages
+            written = _written(tokenizer, "", _PROBE_DIALOGUE, ask=False)
+        question = str(_PROBE_DIALOGUE.messages[0]["content"])
+        _turns[tokenizer] = written.partition(question)[2].partition(PROBE)[0].strip().partition("\n")[0]
+    return _turns[tokenizer] in text
 
 
 # How a template writes today's date: strftime_now("%d %b %Y").
@@ -122,14 +139,15 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     for dialogue in (_PROBE_DIALOGUE, _rendered.get(tokenizer)) if tokenizer.chat_template else ():
         if dialogue is None:
             continue
-        answer = (dialogue.messages[-1]["content"] or "").strip()
+        answer = protected(tokenizer, dialogue.messages[-1]["content"] or "").strip()
         try:
             text = _written(tokenizer, "", dialogue, ask=False)
             tail = text[text.rindex(answer) + len(answer) :]
         except (ValueError, FieldError):  # a template that expects other messages, or rewrites them
             continue
         added = tokenizer.added_tokens_decoder
-        return frozenset(ends.union(i for i in tokenizer(tail, add_special_tokens=False)["input_ids"] if i in added))
+        ids = tokenizer(tail, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+        return frozenset(ends.union(i for i in ids if i in added))
     return frozenset(ends)
 
 
@@ -143,7 +161,7 @@ def ending_at_the_reward(tokenizer: PreTrainedTokenizerBase) -> Any:
         text = rendering.render(tokenizer, messages)
     except ValueError:  # a template that expects other messages
         return template
-    ids = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text.rstrip(), add_special_tokens=False, split_special_tokens=False)["input_ids"]
     if text == text.rstrip() or not ids or ids[-1] not in end_tokens(tokenizer):
         return template
     ended = "{{ written if add_generation_prompt else written.rstrip() }}"
@@ -210,7 +228,8 @@ def _written(tokenizer: PreTrainedTokenizerBase | None, name: str, dialogue: _Di
     if tokenizer is None or not tokenizer.chat_template:
         raise FieldError(name, "is a list of messages, which needs a --model whose tokenizer has a chat template")
 
-    def render(messages: Sequence[dict[str, Any]], tools: Any = dialogue.tools) -> str:
+    def render(messages: list[dict[str, Any]], tools: Any = dialogue.tools) -> str:
+        messages, tools = protected(tokenizer, [messages, tools])
         try:
             text = rendering.render(tokenizer, messages, tools, ask=ask)
         except rendering.EndlessTemplate:
@@ -219,19 +238,29 @@ def _written(tokenizer: PreTrainedTokenizerBase | None, name: str, dialogue: _Di
             raise FieldError(name, f"does not suit the chat template ({one_line(error)})") from None
         return fields.text(name, text)
 
+    def unread(messages: list[dict[str, Any]], tools: Any) -> bool:
+        """Whether the text is the same without something: a template that fails without it does read it."""
+        with contextlib.suppress(FieldError):
+            return text == render(messages, tools)
+        return False
+
+    def spelled(content: str) -> list[dict[str, Any]]:
+        return [{**m, "content": content} if none else m for m, none in zip(messages, silent, strict=True)]
+
     messages = dialogue.messages
-    text = render(messages)
     silent = [message["content"] is None for message in messages]
+    try:
+        text = render(messages)
+    except FieldError:  # it may only read text
+        if not any(silent):
+            raise
+        text = render(spelled(""))
     if any(silent):
-
-        def spelled(content: str) -> list[dict[str, Any]]:
-            return [{**m, "content": content} if none else m for m, none in zip(messages, silent, strict=True)]
-
-        if text == render(spelled("None")):  # Jinja's way to write null
+        if unread(spelled("None"), dialogue.tools):  # Jinja's way to write null
             text = render(spelled(""))
-        if text == render([{k: v for k, v in m.items() if k != "tool_calls"} for m in spelled("")]):
+        if unread([{k: v for k, v in m.items() if k != "tool_calls"} for m in spelled("")], dialogue.tools):
             warn_once("the chat template of this model does not write tool calls: they are missing from the text")
-    if dialogue.tools and text == render(messages, None):
+    if dialogue.tools and unread(messages, None):
         warn_once("the chat template of this model does not write tools: they are missing from the text")
     if not ask and tokenizer not in _rendered and messages[-1]["content"]:
         _rendered[tokenizer] = dialogue

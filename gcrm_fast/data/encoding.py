@@ -22,6 +22,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.chat import end_tokens
 from gcrm_fast.data.records import Pair
 from gcrm_fast.data.sources import BadRecords
+from gcrm_fast.data.special_tokens import Tokenized, tokenize
 from gcrm_fast.data.token_cache import TokenCache
 
 CHUNK = 512  # pairs per tokenizer call
@@ -117,24 +118,13 @@ def encode_completions(
     chat template put after it is dropped.
     """
     ends = end_tokens(tokenizer)
-    texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-    batch = tokenizer(texts, return_attention_mask=False, verbose=False)
-    assert batch.encodings is not None  # load_tokenizer takes fast tokenizers only
-    return [
-        _completion(tokenizer, ends, encoding, texts[i], len(prompts[i]), bool(cuts and cuts[i]))
-        for i, encoding in enumerate(batch.encodings)
-    ]
+    tokenized = tokenize(tokenizer, prompts, completions)
+    return [_completion(tokenizer, ends, one, bool(cuts and cuts[i])) for i, one in enumerate(tokenized)]
 
 
-def _completion(
-    tokenizer: PreTrainedTokenizerBase,
-    ends: frozenset[int],
-    encoding: Encoding,
-    text: str,
-    prompt_length: int,
-    cut: bool,
-) -> Completion:
-    ids, bos = encoding.ids, tokenizer.bos_token_id
+def _completion(tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], one: Tokenized, cut: bool) -> Completion:
+    text, prompt_length, ids, encoding = one
+    bos = tokenizer.bos_token_id
     # An eos that the tokenizer adds has an empty span. It is removed, so that only the text's own end counts.
     if ids and ids[-1] == tokenizer.eos_token_id and _span(encoding, len(ids) - 1) == (0, 0):
         ids = ids[:-1]

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.data.chat import Rendered
 from gcrm_fast.data.encoding import OWN_END, Completion, encode_completions
+from gcrm_fast.data.special_tokens import Rendered, Tokenized, protected, tokenize
 
 Kind = Literal["eos", "transformers", "as-is"]
 Choice = Literal["auto", "eos", "as-is"]  # of --end
@@ -40,21 +40,25 @@ def encode_to(
     encoded = dict(zip(cut_or_eos, encode_completions(tokenizer, *parts), strict=True)) if cut_or_eos else {}
     for special in (True, False):  # a chat template writes all special tokens itself
         which = [i for i in kept if isinstance(completions[i], Rendered) != special]
-        texts = [prompts[i] + completions[i] for i in which]
+        if not which:
+            continue
+        texts = [(prompts[i], completions[i]) for i in which]
         if end.kind == "transformers" and special:
-            eos = str(tokenizer.eos_token)
-            texts = [text if text.endswith(eos) else text + eos for text in texts]
-        if which:
-            batch = tokenizer(texts, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-            tokens = zip(which, batch["input_ids"], batch["offset_mapping"], strict=True)
-            encoded |= {i: _as_given(ids, offsets, len(prompts[i]), end.pad) for i, ids, offsets in tokens}
+            texts = [_with_eos(tokenizer, *text) for text in texts]
+        tokenized = tokenize(tokenizer, *zip(*texts, strict=True), add_special_tokens=special)
+        encoded |= {i: _as_given(one, end.pad) for i, one in zip(which, tokenized, strict=True)}
     return [encoded[i] for i in range(len(cuts))]
 
 
-def _as_given(ids: list[int], offsets: list[tuple[int, int]], prompt_length: int, pad: int | None) -> Completion:
+def _with_eos(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[str, str]:
+    prompt, completion, eos = protected(tokenizer, prompt), protected(tokenizer, completion), str(tokenizer.eos_token)
+    return prompt, Rendered(completion if (prompt + completion).endswith(eos) else completion + eos)
+
+
+def _as_given(one: Tokenized, pad: int | None) -> Completion:
     """The tokens without trailing pads. If none of the completion is left, the last one counts as the completion."""
-    end = len(ids)
+    ids, end = one.ids, len(one.ids)
     while end > 1 and ids[end - 1] == pad:
         end -= 1
-    start = next((k for k, (_, stop) in enumerate(offsets) if stop > prompt_length), end)
+    start = next((k for k, (_, stop) in enumerate(one.encoding.offsets) if stop > one.prompt), end)
     return Completion(np.array(ids[:end], dtype=np.int32), min(start, max(end - 1, 0)), OWN_END)

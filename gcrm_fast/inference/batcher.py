@@ -10,8 +10,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from starlette.exceptions import HTTPException
@@ -24,6 +25,7 @@ from gcrm_fast.inference.metrics import Metrics
 from gcrm_fast.inference.scoring import Judged, RewardModel
 
 Text = str | Messages
+Context = Mapping[str, Any]  # a prompt's tools and system message: arguments of as_text
 LOG = logging.getLogger("gcrm.serve")
 
 
@@ -33,6 +35,7 @@ class Job:
 
     prompts: Sequence[Text]
     completions: Sequence[Text]
+    contexts: Sequence[Context]
     cuts: Sequence[bool]
     future: asyncio.Future["Job"]
     arrived: float
@@ -94,7 +97,13 @@ class Batcher:
             self._changed.notify()
         self._thread.join()
 
-    def submit(self, prompts: Sequence[Text], completions: Sequence[Text], cuts: Sequence[bool]) -> asyncio.Future[Job]:
+    def submit(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        contexts: Sequence[Context],
+        cuts: Sequence[bool],
+    ) -> asyncio.Future[Job]:
         """A future of the job with its completions judged; canceling it takes the job out of the queue.
 
         Raises:
@@ -111,7 +120,14 @@ class Batcher:
                 raise HTTPException(429, f"{self.waiting} completions are waiting (maximum {self.limit}): try again")
             future = self._loop.create_future()
             arrived = time.monotonic()
-            job = Job(prompts=prompts, completions=completions, cuts=cuts, future=future, arrived=arrived)
+            job = Job(
+                prompts=prompts,
+                completions=completions,
+                contexts=contexts,
+                cuts=cuts,
+                future=future,
+                arrived=arrived,
+            )
             if count:
                 self._jobs.append(job)
                 self.waiting += count
@@ -187,9 +203,10 @@ class Batcher:
                     raise HTTPException(413 if too_long else 422, f"completion {i} {unfit}")
 
     def _texts(self, job: Job) -> Iterator[tuple[str, str]]:
-        for i, (prompt, completion) in enumerate(zip(job.prompts, job.completions, strict=True)):
+        of_completions = zip(job.prompts, job.completions, job.contexts, strict=True)
+        for i, (prompt, completion, context) in enumerate(of_completions):
             try:
-                yield as_text(self.scorer.tokenizer, prompt, completion)
+                yield as_text(self.scorer.tokenizer, prompt, completion, **context)
             except UserError as error:
                 raise HTTPException(422, f"completion {i}: {error}") from None
 

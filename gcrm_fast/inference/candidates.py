@@ -7,7 +7,6 @@ import numpy as np
 from torch import Tensor
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.notes import warn_once
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.sources import BadRecords
@@ -33,12 +32,8 @@ def fit(found: Iterator[list[Candidate]], model: RewardModel, bad: BadRecords) -
 
 
 def encoded(found: Sequence[Candidate], model: RewardModel) -> list[Completion]:
-    """Their tokens; a warning, once, where the model was never trained on as many."""
-    tokens = model.encode([c.prompt for c in found], [c.completion for c in found], [c.cut for c in found])
-    known = model.config.max_position_embeddings
-    if any(len(completion.ids) > known for completion in tokens):
-        warn_once(f"some completions have more tokens than the {known} positions that the model was trained for")
-    return tokens
+    """Their tokens."""
+    return model.encode([c.prompt for c in found], [c.completion for c in found], [c.cut for c in found])
 
 
 def unfit(record: Sequence[Candidate], tokens: Sequence[Completion], model: RewardModel) -> str:

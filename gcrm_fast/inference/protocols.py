@@ -8,18 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
 from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.inference.batcher import Text
+from gcrm_fast.inference.batcher import Context, Text
 
-UNION = ("str", "list[Turn]")  # how pydantic names the alternatives of a text in the location of an error
+UNION = ("str", "list[dict[str,any]]")  # how pydantic names the alternatives of a text in the location of an error
 Shape = TypeVar("Shape", bound=BaseModel)
-
-
-class Turn(BaseModel):
-    """A message of a conversation; chat templates may read other fields of it."""
-
-    model_config = ConfigDict(extra="allow")
-    role: str
-    content: str
+Objects = list[dict[str, Any]]  # messages or tools, which data/messages.py checks
 
 
 class RewardRequest(BaseModel):
@@ -41,20 +34,25 @@ class RewardRequest(BaseModel):
 
 
 class ScoreRequest(BaseModel):
-    """``cuts`` marks completions that a length limit cut; ``goal`` names one of the model's goal states."""
+    """``cuts`` marks completions that a length limit cut; ``tools`` and ``system`` have an entry per prompt, null for
+    none; ``goal`` names one of the model's goal states."""
 
     model_config = ConfigDict(extra="forbid")
-    prompts: list[str | list[Turn]]
-    completions: list[str | list[Turn]]
+    prompts: list[str | Objects]
+    completions: list[str | Objects]
     cuts: list[StrictBool] | None = None
+    tools: list[Objects | None] | None = None
+    system: list[str | None] | None = None
     goal: Annotated[str | None, Field(min_length=1)] = None
 
-    def texts(self) -> tuple[list[Text], list[Text]]:
-        """Prompts and completions, as text or messages."""
-        check_length("prompts", self.prompts, "completions", self.completions)
-        if self.cuts is not None:
-            check_length("cuts", self.cuts, "completions", self.completions)
-        return _plain(self.prompts), _plain(self.completions)
+    def texts(self) -> tuple[list[Text], list[Text], list[Context]]:
+        """Prompts and completions, as text or messages, and what goes with them."""
+        for name in ("prompts", "cuts", "tools", "system"):
+            if (values := getattr(self, name)) is not None:
+                check_length(name, values, "completions", self.completions)
+        nothing = [None] * len(self.completions)
+        contexts = zip(self.tools or nothing, self.system or nothing, strict=True)
+        return [*self.prompts], [*self.completions], [{"tools": tools, "system": system} for tools, system in contexts]
 
 
 class VllmRequest(BaseModel):
@@ -66,7 +64,8 @@ class VllmRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str | None = None
     input: str | list[str] | None = None
-    messages: list[Turn] | None = None
+    messages: Objects | None = None
+    tools: Objects | None = None
     task: Literal["classify"] | None = None
     encoding_format: Literal["float"] = "float"
     add_special_tokens: Literal[True] = True
@@ -75,15 +74,16 @@ class VllmRequest(BaseModel):
     request_id: str | None = None
     priority: int = 0
 
-    def texts(self) -> tuple[list[Text], list[Text]]:
-        """Prompts and completions: texts have an empty prompt, messages end with the completion."""
+    def texts(self) -> tuple[list[Text], list[Text], list[Context]]:
+        """Prompts, completions and tools: texts have an empty prompt, messages end with the completion."""
         if (self.input is None) == (self.messages is None):
             raise HTTPException(422, "give one of the fields 'input' and 'messages'")
         if self.messages is not None:
-            turns = [turn.model_dump() for turn in self.messages]
-            return [turns[:-1]], [turns[-1:]]
+            return [self.messages[:-1]], [self.messages[-1:]], [{"tools": self.tools}]
+        if self.tools:
+            raise HTTPException(422, "field 'tools' goes with 'messages': a text already contains its tools")
         texts: list[Text] = [self.input] if isinstance(self.input, str) else list(self.input or [])
-        return [""] * len(texts), texts
+        return [""] * len(texts), texts, [{}] * len(texts)
 
 
 def parse(shape: type[Shape], body: bytes | bytearray) -> Shape:
@@ -120,10 +120,6 @@ def check_length(name: str, values: Sequence[Any], other: str, others: Sequence[
     """Raises HTTPException 422 where the two lists do not belong together."""
     if len(values) != len(others):
         raise HTTPException(422, f"field '{name}' has {len(values)} entries, but '{other}' has {len(others)}")
-
-
-def _plain(texts: Sequence[str | list[Turn]]) -> list[Text]:
-    return [text if isinstance(text, str) else [turn.model_dump() for turn in text] for text in texts]
 
 
 def _strip(query: str, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals
 from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
-from gcrm_fast.checkpoints.reading import where_read
+from gcrm_fast.checkpoints.reading import choose_special_tokens, where_read
 from gcrm_fast.checkpoints.saving import add_tensor
 from gcrm_fast.checkpoints.weights import open_reward_model
 from gcrm_fast.common.devices import compute_dtype, default_device
@@ -29,6 +29,7 @@ from gcrm_fast.data.chat import TODAY
 from gcrm_fast.data.encoding import CHUNK, Completion, token_texts
 from gcrm_fast.data.ends import Choice, End, encode_to
 from gcrm_fast.data.packing import Item, ScorePack, build_score_pack
+from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import check_vocabulary, load_tokenizer
 from gcrm_fast.model.reward_model import LlamaRewardModel, goal_state, load
 from gcrm_kernels import q_values
@@ -80,6 +81,7 @@ class RewardModel:
         tokens_per_batch: int = 16384,
         attention: str = "auto",
         end: Choice = "auto",
+        special_tokens: Literal["auto"] | Reading = "auto",
     ) -> Self:
         """Loads a folder or a hub repository, which ``gcrm train`` saved or the README lists, in evaluation mode.
 
@@ -90,6 +92,8 @@ class RewardModel:
             attention: see attention.py.
             end: where rewards are read (see data/ends.py); ``auto`` is what gcrm.json says, or else where the model's
                 trainer read it. A model of another project says in one line, on the log, where that is.
+            special_tokens: whether those that prompts and completions spell out are ``tokens`` or plain ``text``;
+                ``auto`` is what the model was trained with.
 
         Raises:
             UserError: no such model, a language model without a reward head, or goals of other weights.
@@ -100,6 +104,7 @@ class RewardModel:
         if line and rank() == 0:
             logging.getLogger("gcrm_fast").warning(line)
         tokenizer = load_tokenizer(folder)
+        choose_special_tokens(tokenizer, folder, special_tokens)
         if TODAY.search(str(tokenizer.chat_template)):
             warn_once(f"{folder}: the chat template writes today's date: rewards of messages depend on the day")
         check_vocabulary(tokenizer, config.vocab_size, str(folder))
@@ -125,7 +130,8 @@ class RewardModel:
     ) -> list[Completion]:
         """The tokens that are scored: as in training, jointly tokenized and up to where the reward is read (ends.py).
 
-        ``cuts`` marks completions that a length limit cut: they have no end, and are scored at their last token.
+        ``cuts`` marks completions that a length limit cut: they have no end, and are scored at their last token. Warns
+        once where the model was never trained on as many tokens.
 
         Raises:
             TypeError: a text instead of a list of texts.
@@ -142,6 +148,9 @@ class RewardModel:
         for a in range(0, len(prompts), CHUNK):
             part = slice(a, a + CHUNK)
             encoded += encode_to(self.end, self.tokenizer, prompts[part], completions[part], cuts[part])
+        known = self.config.max_position_embeddings
+        if any(len(completion.ids) > known for completion in encoded):
+            warn_once(f"some completions have more tokens than the {known} positions that the model was trained for")
         return encoded
 
     def unfit(self, completion: Completion) -> str:

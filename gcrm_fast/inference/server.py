@@ -5,7 +5,8 @@
                        -> {"rewards": [...], "scores": [...], "extra_logs": {"q_end": [...]}}
     GET  /metrics      Prometheus' format
     GET  /v1/models    {"object": "list", "data": [{"id": model, "object": "model"}]}
-    POST /score        {"prompts": [...], "completions": [...], "cuts": [...], "goal": name}, text or messages
+    POST /score        {"prompts": [...], "completions": [...], "cuts": [...], "tools": [...], "system": [...],
+                        "goal": name}, text or messages
                        -> {"rewards": [...], "goal": name, "q_values": [[one per token], ...]}
     POST /classify     vLLM's protocols: {"model": name, "input": [prompt + completion]}, or "messages"
     POST /pooling      -> {"data": [{"probs": [reward], ...}], ...}, {"data": [{"data": [reward], ...}], ...}
@@ -29,7 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gcrm_fast.inference.batcher import Batcher, Job, Text
+from gcrm_fast.inference.batcher import Batcher, Context, Job, Text
 from gcrm_fast.inference.metrics import CountRequests
 from gcrm_fast.inference.protocols import RewardRequest, ScoreRequest, Shape, VllmRequest, check_content, parse
 
@@ -91,19 +92,19 @@ class Endpoints:
 
     async def get_reward(self, body: RewardRequest, request: Request) -> dict[str, Any]:
         prompts, completions = body.texts(self.batcher.scorer.tokenizer)
-        judged = (await self._judge(request, prompts, completions)).judged
+        judged = (await self._judge(request, prompts, completions, [{}] * len(prompts))).judged
         rewards = [j.reward for j in judged]
         ends = [float(j.q_Gn[0, -1]) for j in judged if j.q_Gn is not None]
         return {"rewards": rewards, "scores": rewards, "extra_logs": {"q_end": ends} if ends else {}}
 
     async def score(self, body: ScoreRequest, request: Request) -> dict[str, Any]:
-        prompts, completions = body.texts()
+        texts = body.texts()
         goals = list(self.batcher.scorer.goals)
         if body.goal is not None and body.goal not in goals:
             names = ", ".join(goals) or "none"
             raise HTTPException(422, f"field 'goal': the model has no goal {body.goal!r}; its goals: {names}")
         goal = goals.index(body.goal) if body.goal else 0
-        judged = (await self._judge(request, prompts, completions, body.cuts)).judged
+        judged = (await self._judge(request, *texts, body.cuts)).judged
         return {
             "rewards": [j.reward for j in judged],
             "goal": goals[goal] if goals else None,
@@ -181,10 +182,15 @@ class Endpoints:
             raise HTTPException(499, "the client hung up") from None  # nobody reads it
 
     async def _judge(
-        self, request: Request, prompts: Sequence[Text], completions: Sequence[Text], cuts: Sequence[bool] | None = None
+        self,
+        request: Request,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        contexts: Sequence[Context],
+        cuts: Sequence[bool] | None = None,
     ) -> Job:
         """The job of the completions, judged, unless the client hangs up or the time is over."""
-        future = self.batcher.submit(prompts, completions, cuts or [False] * len(completions))
+        future = self.batcher.submit(prompts, completions, contexts, cuts or [False] * len(completions))
         gone = asyncio.ensure_future(_hang_up(request))
         try:
             await asyncio.wait((future, gone), timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)

@@ -6,12 +6,13 @@ GRPOTrainer(..., reward_funcs=RewardFunction("runs/my-run/model"))
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.encoding import CUT, Completion
 from gcrm_fast.data.ends import Choice
 from gcrm_fast.data.messages import Messages
+from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.inference.scoring import RewardModel
 
 
@@ -21,7 +22,7 @@ class RewardFunction:
     ``q_weight`` adds that many times the Q-value of the end state, its cosine to the goal state ``goal``: a second
     signal from the same forward. ``ends``: the policy's end tokens; where the trainer passes ``completion_ids`` (TRL
     does), a completion that does not end with one was cut by its length limit and is scored as such. Without ``ends``
-    every completion counts as ended. ``end``: where the reward of a model that is loaded is read, see
+    every completion counts as ended. ``end`` and ``special_tokens``, of a model that is loaded: see
     ``RewardModel.from_pretrained``. ``name`` is its name in logs.
     """
 
@@ -33,9 +34,12 @@ class RewardFunction:
         goal: str | None = None,
         ends: Collection[int] = (),
         end: Choice = "auto",
+        special_tokens: Literal["auto"] | Reading = "auto",
         name: str = "gcrm",
     ) -> None:
-        self.model = model if isinstance(model, RewardModel) else RewardModel.from_pretrained(model, end=end)
+        if not isinstance(model, RewardModel):
+            model = RewardModel.from_pretrained(model, end=end, special_tokens=special_tokens)
+        self.model = model
         self.q_weight = q_weight
         self.goals_GD = self.model.goal(goal)[None] if q_weight else None
         self.ends = frozenset(ends)

@@ -117,6 +117,9 @@ class TrainConfig(Options):
     template_date: str = ""
     """Date, as in 2026-01-31, that a chat template writes as today's, in the run and in its model. The default is that
     of the checkpoint to resume from, or else today."""
+    special_tokens: Literal["tokens", "text"] = "tokens"
+    """How special tokens that prompts and completions spell out, such as <|im_end|>, are read, here and by the trained
+    model: as tokens, as transformers reads them, or as plain text. Those of the chat template are always tokens."""
     hidden_size: Annotated[int, Range(least=1, greatest=2**16)] = 128
     """Width of a model without --model."""
     layers: Annotated[int, Range(least=1, greatest=1000)] = 4

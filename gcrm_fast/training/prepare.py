@@ -98,6 +98,7 @@ def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
     if not name:
         return None
     tokenizer = load_tokenizer(locate(name, flag, TOKENIZER_FILES))
+    tokenizer.split_special_tokens = config.special_tokens == "text"
     if config.template_date:
         with_date(tokenizer, date.fromisoformat(config.template_date))
     return tokenizer
@@ -171,6 +172,7 @@ def prepare(config: TrainConfig) -> Prepared:
     if tokenizer is None:
         texts = (p.prompt + side for p in train for side in (p.chosen, p.rejected))
         tokenizer = train_tokenizer(texts, config.vocab_size)
+        tokenizer.split_special_tokens = config.special_tokens == "text"
     model_config, weights = model or new_model(config, tokenizer)
     source = config.tokenizer or config.model or "the trained tokenizer"
     choose_pad(tokenizer, model_config.vocab_size, source, model_config.family)

@@ -151,13 +151,13 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
 
 def differences(config: TrainConfig, data_key: str, checkpoint: Checkpoint) -> list[str]:
     """What a run's future depends on and what differs between a checkpoint and this run."""
-    now, then = _plain(config), checkpoint.facts["config"]
+    now, then = _plain(config), _plain(TrainConfig()) | checkpoint.facts["config"]  # it may lack a newer option
     if now["dtype"] == "auto":  # which means that of the checkpoint
         now["dtype"] = then["dtype"]
     changed = [
-        f"--{name.replace('_', '-')} was {then.get(name)!r} and is {now[name]!r}"
+        f"--{name.replace('_', '-')} was {then[name]!r} and is {now[name]!r}"
         for name in now
-        if name not in FREE and now[name] != then.get(name)
+        if name not in FREE and now[name] != then[name]
     ]
     if checkpoint.facts["data_key"] != data_key:
         changed.append("the training data or its tokens have changed")

@@ -24,7 +24,7 @@ from gcrm_fast.data.overlap import Overlap, overlap
 from gcrm_fast.data.records import Pair, ordered_pairs, read_pairs
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.tokenization import train_tokenizer
-from support.chat import CHATML, TEMPLATES, TEXTS, chat_tokenizer
+from support.chat import CHATML, LLAMA2, TEMPLATES, TEXTS, TOOLS, chat_tokenizer
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 USER, YES, NO = (
@@ -227,14 +227,6 @@ def test_only_the_last_message_is_the_completion(tmp_path):
     assert (pair.chosen, pair.rejected) == ("no<|im_end|>\n", "yes<|im_end|>\n")
 
 
-# Writes tools and calls, and null as text; the turn ends with two tokens; earlier thoughts are dropped.
-TOOLS = (
-    "{% if tools %}<|start_header_id|>{{ tools | map(attribute='name') | join(',') }}<|end_header_id|>{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.city }}]{% endfor %}"
-    "<|im_end|>{% if m.role == 'assistant' %}<|eot_id|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 # Its generation prompt opens a thought, which the answers of a finished dialogue do not have.
 THOUGHT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
@@ -368,6 +360,36 @@ def test_template_that_does_not_write_tools_is_named_once(tmp_path, capsys):
         f"gcrm: warning: the chat template of this model does not write {what}: they are missing from the text"
         for what in ("tool calls", "tools")
     ]
+
+
+@pytest.mark.parametrize("template", [CHATML, THOUGHT, TOOLS, LLAMA2])
+def test_plain_text_for_a_chat_model_is_warned_of_once(tmp_path, capsys, template):
+    warn_once.cache_clear()
+    tokenizer = chat_tokenizer(template)
+    [rendered] = read(tmp_path, {"prompt": [USER], "chosen": [YES], "rejected": [NO]}, tokenizer=tokenizer)
+    written = {"prompt": rendered.prompt, "chosen": rendered.chosen, "rejected": rendered.rejected}
+    read(tmp_path, written, tokenizer=tokenizer)
+    read(tmp_path, {"prompt": "", **{side: rendered.prompt + written[side] for side in ("chosen", "rejected")}})
+    assert capsys.readouterr().err == ""
+    read(tmp_path, GOOD, GOOD, tokenizer=tokenizer)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "plain text, although the model has a chat template" in line
+    tokenizer.chat_template = None
+    warn_once.cache_clear()
+    read(tmp_path, GOOD, tokenizer=tokenizer)
+    assert capsys.readouterr().err == ""
+
+
+def test_template_that_fails_without_text_or_tools(tmp_path):
+    """It adds strings, so null fails; and it cannot be asked what it writes without tools."""
+    template = (
+        "{{ tools[0].name }}{% for m in messages %}{{ '<|im_start|>' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    record = {"prompt": AFTER_CALL, "chosen": [YES], "rejected": [NO], "tools": [{"name": "wx"}]}
+    [pair] = read(tmp_path, record, tokenizer=chat_tokenizer(template))
+    assert pair.prompt == "wx<|im_start|>q<|im_end|><|im_start|>wx<|im_end|><|im_start|>7<|im_end|><|im_start|>"
 
 
 FOREIGN: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str, str]]]] = {

@@ -93,8 +93,8 @@ FAULTS = {
     ),
     "data: end of turn ends nothing": (
         "gcrm_fast/data/chat.py",
-        '["input_ids"] if i in added)',
-        '["input_ids"] if i in ())',
+        "for i in ids if i in added)",
+        "for i in ids if i in ())",
         "tests/data/test_encoding.py",
     ),
     "data: eos after a cut completion": (
@@ -135,8 +135,8 @@ FAULTS = {
     ),
     "data: tools do not reach the template": (
         "gcrm_fast/data/chat.py",
-        "list(messages), tools=tools,",
-        "list(messages), tools=None,",
+        "messages, tools=tools,",
+        "messages, tools=None,",
         "tests/data/test_records.py -k dialogue",
     ),
     "data: a thought belongs to the prompt": (
@@ -324,6 +324,7 @@ FAULTS = {
         "of_prompt.setdefault(member.prompt_key, {})",
         "of_prompt.setdefault(0, {})",
         "tests/data/test_packing.py -k negative_goals_of_rs",
+    ),
     "rendering: a rendering takes as long as it likes": (
         "gcrm_fast/data/rendering.py",
         "signal.setitimer(signal.ITIMER_REAL, seconds)",
@@ -365,5 +366,29 @@ FAULTS = {
         "if len(raw) > MAX_LINE and not raw[1:].strip():",
         "if False:",
         "tests/data/test_bad_input.py -k spaces",
+    ),
+    "data: special tokens of people's text are tokens": (
+        "gcrm_fast/data/special_tokens.py",
+        "reader.as_text.get(m[0], UNKNOWN), value)",
+        "m[0], value)",
+        "tests/data/test_special_tokens.py -k only_the_template",
+    ),
+    "data: private characters of people's text are tokens": (
+        "gcrm_fast/data/special_tokens.py",
+        "(*longest_first, PRIVATE.pattern)",
+        "longest_first",
+        "tests/data/test_special_tokens.py -k only_the_template",
+    ),
+    "data: plain text for a chat model goes unnoticed": (
+        "gcrm_fast/data/chat.py",
+        "return _turns[tokenizer] in text",
+        "return True",
+        "tests/data/test_records.py -k plain_text",
+    ),
+    "data: null next to calls refused": (
+        "gcrm_fast/data/chat.py",
+        "        if not any(silent):\n            raise\n",
+        "        raise\n",
+        "tests/data/test_records.py -k fails_without",
     ),
 }

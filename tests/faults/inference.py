@@ -213,4 +213,16 @@ FAULTS = {
         "self.loop.call_later(seconds, self._probe",
         "tests/inference/test_connections.py -k left_is_forgotten",
     ),
+    "server: tools and system messages dropped": (
+        "gcrm_fast/inference/batcher.py",
+        "prompt, completion, **context)",
+        "prompt, completion)",
+        "tests/inference/test_serve.py -k tools_and_system",
+    ),
+    "scoring: special tokens of the text read as tokens whatever the model was trained with": (
+        "gcrm_fast/checkpoints/reading.py",
+        'tokenizer.split_special_tokens = chosen == "text"',
+        "tokenizer.split_special_tokens = False",
+        "tests/data/test_special_tokens.py -k choice",
+    ),
 }

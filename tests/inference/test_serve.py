@@ -31,6 +31,8 @@ from gcrm_fast.commands.serve import ServeOptions, is_open, read_token
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.tokenization import save_tokenizer
 from gcrm_fast.inference.protocols import RewardRequest
+from gcrm_fast.rlhf.trl import RewardFunction
+from support.chat import TOOLS
 from support.serving import Answer, Server, Stopped, ask, eventually, running, write_served_model
 from support.training_runs import ROOT
 
@@ -151,6 +153,24 @@ def test_score_of_cut_completions_and_of_messages(server: Server, model: RewardM
     scored = server.ask("/score", {"prompts": [user], "completions": [answer]})
     prompt = "<|im_start|>user\nhello?<|im_end|>\n<|im_start|>assistant\n"
     assert scored.body["rewards"] == pytest.approx(model.score([prompt], ["yes<|im_end|>\n"]), abs=1e-5)
+
+
+def test_tools_and_system_reach_the_template(
+    server: Server, model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in files and for RewardFunction: also calls without content, and parts of text."""
+    monkeypatch.setattr(model.tokenizer, "chat_template", TOOLS)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "wx", "arguments": "{}"}}]}
+    asked = [{"role": "user", "content": [{"type": "text", "text": "hello?"}]}, call, {"role": "tool", "content": "7"}]
+    answer = [{"role": "assistant", "content": "yes"}]
+    tools, system = [[{"name": "wx"}], None, None], [None, "be brief", None]
+    expected = RewardFunction(model)([asked] * 3, [answer] * 3, tools=tools, system=system)
+    assert len(set(expected)) == 3
+    body = {"prompts": [asked] * 3, "completions": [answer] * 3, "tools": tools, "system": system}
+    assert server.ask("/score", body).body["rewards"] == pytest.approx(expected, abs=1e-5)
+    classified = server.ask("/classify", {"messages": asked + answer, "tools": tools[0]})
+    assert classified.body["data"][0]["probs"] == pytest.approx(expected[:1], abs=1e-5)
+    assert server.ask("/classify", {"input": "yes", "tools": tools[0]}).status == 422
 
 
 @pytest.mark.parametrize("path", ["/classify", "/pooling"])
@@ -279,7 +299,13 @@ MALFORMED = {
     "half a character in a name": (b'{"prompts": ["a"], "completions": ["b"], "\\ud800": 1}', "hex escape"),
     "half a character in a goal": (b'{"prompts": ["a"], "completions": ["b"], "goal": "\\ud800"}', "hex escape"),
     "text and messages": ({"prompts": ["a"], "completions": [[{"role": "assistant", "content": "b"}]]}, "both"),
-    "a message without content": ({"prompts": [[{"role": "user"}]], "completions": [[]]}, "prompts[0][0].content"),
+    "a message without content": ({"prompts": [[{"role": "user"}]], "completions": ["b"]}, "prompt[0].content"),
+    "other tools": ({"prompts": ["a"], "completions": ["b"], "tools": []}, "'tools' has 0 entries"),
+    "tools that are none": ({"prompts": ["a"], "completions": ["b"], "tools": [7]}, "tools[0]"),
+    "a picture": (
+        {"prompts": [[{"role": "user", "content": [{"type": "image_url"}]}]], "completions": ["b"]},
+        "prompt[0].content[0]' is of type 'image_url'",
+    ),
     "no messages": ({"prompts": [[]], "completions": [[]]}, "completion 0"),
     "longer than a batch": ({"prompts": ["a"], "completions": ["b c " * 300]}, "more than --tokens-per-batch 256"),
     "more than may wait": ({"prompts": ["a"] * 65, "completions": ["b"] * 65}, "the maximum is 64"),
@@ -598,8 +624,9 @@ def test_the_program_warns_serves_and_ends_in_order(folder: Path) -> None:
         waiting.close()
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert errors.count("\n") == 1
-    assert "warning: 0.0.0.0 can be reached" in errors
+    first, second = errors.splitlines()
+    assert "warning: 0.0.0.0 can be reached" in first
+    assert "plain text, although the model has a chat template" in second
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

@@ -7,6 +7,7 @@ import torch
 from gcrm_fast import RewardModel
 from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.notes import warn_once
 from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.tokenization import choose_pad
 from gcrm_fast.rlhf.trl import RewardFunction
@@ -67,6 +68,16 @@ def test_tools_and_system_messages_are_columns(model: RewardModel) -> None:
     system = "<|im_start|>system\nworld<|im_end|>\n"
     asked = "<|im_start|>user\nhello?<|im_end|>\n<|im_start|>assistant\n"
     np.testing.assert_allclose(found, model.score([system + asked, asked], [" yes.<|im_end|>\n"] * 2), rtol=1e-6)
+
+
+def test_more_tokens_than_positions_are_warned_of_once(model: RewardModel, capsys: pytest.CaptureFixture[str]) -> None:
+    warn_once.cache_clear()
+    known = model.config.max_position_embeddings
+    for words in (1, known):
+        prompts = [[{"role": "user", "content": "1 " * words}]] * 2
+        RewardFunction(model)(prompts, [[{"role": "assistant", "content": "yes"}]] * 2)
+        warned = [f"gcrm: warning: some completions have more tokens than the {known} positions"] * (words > 1)
+        assert [line.split(" that the")[0] for line in capsys.readouterr().err.splitlines()] == warned
 
 
 @pytest.mark.parametrize(

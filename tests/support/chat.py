@@ -23,6 +23,14 @@ LLAMA2 = (
     "{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
     "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
 )
+# Writes tools and calls, and null as text; the turn ends with two tokens; earlier thoughts are dropped.
+TOOLS = (
+    "{% if tools %}<|start_header_id|>{{ tools | map(attribute='name') | join(',') }}<|end_header_id|>{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.city }}]{% endfor %}"
+    "<|im_end|>{% if m.role == 'assistant' %}<|eot_id|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "llama2": LLAMA2}
 MARKERS = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
