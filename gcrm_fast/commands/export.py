@@ -1,7 +1,7 @@
 """``gcrm export``: a reward model in the folder that another program loads.
 
-    transformers           its family's LlamaForSequenceClassification, one label: also vLLM and SGLang, which score the
-                           LAST token
+    transformers           its family's LlamaForSequenceClassification, one label
+    vllm                   the same, with no tensor but the classifier's: for vLLM and SGLang, which read the LAST token
     openrlhf               the same, and in config.json value_head_prefix, mean and std as OpenRLHF reads them
     token-classification   its family's LlamaForTokenClassification: a reward at every token, from a head with a bias
 
@@ -9,11 +9,14 @@ All of them load here again with the same rewards. The first also takes a head o
 that only this project reads. MODEL may have any head that the README lists: other projects' models become these too.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals, write_goals
 from gcrm_fast.checkpoints.locating import COMPANION, MODEL_FILES, locate
@@ -71,6 +74,16 @@ def config_fields(options: ExportOptions, config: ModelConfig, scale: Scale | No
     return {}
 
 
+def converted(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same tensors in ``dtype``. Raises UserError for values beyond its range."""
+    result = {name: tensor.to(dtype) for name, tensor in state.items()}
+    for name, tensor in result.items():
+        if not torch.equal(tensor.isfinite(), state[name].isfinite()):
+            name_of = str(dtype).removeprefix("torch.")
+            raise UserError(f"--dtype {name_of}: tensor {name!r} holds values beyond its range: use bfloat16")
+    return result
+
+
 def export(options: ExportOptions) -> None:
     """Writes the folder and prints what became of the model. Raises UserError."""
     output = Path(options.output)
@@ -95,15 +108,19 @@ def export(options: ExportOptions) -> None:
     goal_file, before = folder / GOAL_FILE, fingerprint(state)
     goals, counts = read_goals(goal_file, before) if goal_file.is_file() else ({}, {})
     scale = measure(options) if options.standardize else None
-    bias = torch.zeros(1, dtype=state["score.weight"].dtype) if options.format == "token-classification" else None
-    about: dict[str, Any] = {}
+    about = {"standardized": {**scale._asdict(), "shift": scale.shift}} if scale else {}
     if scale:
         state["score.weight"] = (state["score.weight"].double() / scale.std).to(state["score.weight"].dtype)
-        about = {"standardized": {**scale._asdict(), "shift": scale.shift}}
-        if bias is not None:
-            bias += scale.shift
+    if options.dtype != "auto":
+        state = converted(state, getattr(torch, options.dtype))
+    rows = _summary(options, config, scale, state["model.norm.weight"].dtype, bool(goals))
+    if options.format == "vllm":
+        config, goals = replace(config, projection_size=0), {}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("projection.")}
+    bias = None
+    if options.format == "token-classification":
+        bias = torch.full((1,), scale.shift if scale else 0.0, dtype=state["score.weight"].dtype)
 
-    rows = _summary(options, config, scale)
     with written_aside(output) as partial:
         fields = config_fields(options, config, scale)
         after = write_model(partial, state, config, tokenizer, bias=bias, fields=fields, about=about, end=end.kind)
@@ -116,8 +133,13 @@ def export(options: ExportOptions) -> None:
     print(*weights.notes, *filter(None, [reading]), table([*rows, ("saved", str(output))]), sep="\n", flush=True)
 
 
-def _summary(options: ExportOptions, config: ModelConfig, scale: Scale | None) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = [("format", options.format)]
+def _summary(
+    options: ExportOptions, config: ModelConfig, scale: Scale | None, dtype: torch.dtype, goals: bool
+) -> list[tuple[str, str]]:
+    precision = str(dtype).removeprefix("torch.")
+    if options.format == "vllm" and dtype == torch.float32:
+        precision += ", which vLLM and SGLang convert to float16 unless they are started with --dtype float32"
+    rows: list[tuple[str, str]] = [("format", options.format), ("dtype", precision)]
     if scale:
         places = {"openrlhf": "config.json (mean) and gcrm.json", "token-classification": "score.bias and gcrm.json"}
         place = places.get(options.format, "gcrm.json")
@@ -125,6 +147,10 @@ def _summary(options: ExportOptions, config: ModelConfig, scale: Scale | None) -
             ("rewards were", f"mean {scale.mean:.6g}, deviation {scale.std:.6g}, {scale.completions} completions"),
             ("rewards are", f"divided by the deviation; still to be added: {scale.shift:.6g}, in {place}"),
         ]
+    if options.format == "vllm":
+        if config.projection_size or goals:
+            rows.append(("Q-values", "projection and goal states are omitted: the folder gives rewards only"))
+        return rows
     if not heads.KINDS[config.head].in_transformers:
         rows.append(("reward head", f"in {COMPANION}, for gcrm_fast only: transformers has no head of several layers"))
     if config.projection_size:

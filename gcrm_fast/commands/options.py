@@ -174,9 +174,12 @@ class ExportOptions(Options):
     """Reward model: a folder, or a name on the Hugging Face Hub."""
     output: Annotated[str, Argument(short="-o", metavar="FOLDER")]
     """Folder to write. It must not exist."""
-    format: Literal["transformers", "openrlhf", "token-classification"] = "transformers"
-    """Reader of the folder. transformers is AutoModelForSequenceClassification, also for vLLM, SGLang and rewardbench;
-    token-classification is AutoModelForTokenClassification."""
+    format: Literal["transformers", "vllm", "openrlhf", "token-classification"] = "transformers"
+    """Reader of the folder. transformers is AutoModelForSequenceClassification, also for rewardbench; vllm is the same
+    without projection and goal states, for vLLM and SGLang; token-classification is AutoModelForTokenClassification."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the saved weights; auto is that of MODEL. vLLM and SGLang convert float32 weights to float16 unless
+    they are started with --dtype float32."""
     standardize: tuple[str, ...] = ()
     """Sources of completions (see gcrm score) over which rewards get mean 0 and standard deviation 1. The scale goes
     into score.weight; the shift, for which that head has no place, into the format's field for it and gcrm.json."""

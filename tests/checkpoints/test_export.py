@@ -255,6 +255,53 @@ def test_standardized_rewards(source: Path, tmp_path: Path, format_: str) -> Non
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_folder_for_vllm_holds_the_classifier_only(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewards = RewardModel.from_pretrained(source / "model").score(PROMPTS, COMPLETIONS)
+    out = tmp_path / "out"
+    assert cli.run("export", [str(source / "model"), "-o", str(out), "--format", "vllm"]) == 0
+    said = capsys.readouterr().out
+    assert "projection and goal states are omitted" in said
+    assert "float32, which vLLM and SGLang convert to float16" in said
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
+    tensors = load_file(out / "model.safetensors")
+    assert {name for name in tensors if not name.startswith("model.")} == {"score.weight"}
+    again = RewardModel.from_pretrained(out)
+    np.testing.assert_array_equal(again.score(PROMPTS, COMPLETIONS), rewards)
+    assert again.goals == {}
+    np.testing.assert_allclose(in_transformers(out), rewards, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format_", ["vllm", *FORMATS])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_weights_have_the_requested_dtype(
+    source: Path, tmp_path: Path, format_: str, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In all files and in config.json; rewards are those of the rounded weights."""
+    out = tmp_path / "out"
+    assert cli.run("export", [str(source / "model"), "-o", str(out), "--format", format_, "--dtype", dtype]) == 0
+    assert ["dtype", dtype] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    files = {"model.safetensors", *([] if format_ == "vllm" else ["gcrm.safetensors"])}
+    assert {t.dtype for name in files for t in load_file(out / name).values()} == {getattr(torch, dtype)}
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == dtype
+    rewards = RewardModel.from_pretrained(out).score(PROMPTS, COMPLETIONS)
+    np.testing.assert_allclose(
+        rewards, RewardModel.from_pretrained(source / "model").score(PROMPTS, COMPLETIONS), atol=0.1
+    )
+    if format_ != "token-classification":
+        np.testing.assert_allclose(in_transformers(out), rewards, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_beyond_the_range_of_float16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama(tmp_path / "in", trunk() | {"score.weight": torch.full((1, 32), 1e5)})
+    arguments = [str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--dtype", "float16"]
+    assert cli.run("export", arguments) == 2
+    assert "--dtype float16: tensor 'score.weight' holds values beyond its range" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_projects_heads_become_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A value-head checkpoint with a bias, without goals, in bfloat16."""
     tensors = {name: tensor.bfloat16() for name, tensor in trunk().items()}
