@@ -1,7 +1,7 @@
 """One run: its set-up, what it does between steps, its end. ``gcrm_fast/train.py`` is its loop."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from gcrm_fast.training.held_out import (
     Scores,
     breakdown,
     end_states,
+    intervals,
     metrics,
     score_pairs,
     score_tokens,
@@ -102,6 +103,7 @@ class Run:
         row = metrics(scores)
         if step == prepared.steps:
             row |= {f"eval/auroc/{k}": v for k, v in breakdown(scores, self.config.eval_by).items()}
+            row |= intervals(scores)
         if self.log:
             self.log.write(step, row)
         return row
@@ -210,6 +212,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
             f"predicted memory {plan}",
         ]
         print(*notes, sep="\n", flush=True)
+    log = MetricsLog(prepared.output, start, report_to=config.report_to, options=asdict(config)) if rank == 0 else None
     run = Run(
         config=config,
         prepared=prepared,
@@ -219,7 +222,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
         checkpoints=saved,
         steps=steps_of(prepared, config, rank, world_size),
         meter=Meter(prepared.model_config, plan.recompute, device, peak),
-        log=MetricsLog(prepared.output, start) if rank == 0 else None,
+        log=log,
     )
     return run, start
 
@@ -256,10 +259,10 @@ def finish(run: Run) -> dict[str, float]:
     if log:
         rows += held_out_rows(log, evaluation)
         run.write_model("model", last, rows, evaluation)
-        log.close()
+        log.close(evaluation)
         run.checkpoints.remove_all()
         if evaluation:
-            rows.append(("Q-values", q_verdict(evaluation, len(prepared.held_out))))
+            rows.append(("Q-values", q_verdict(evaluation)))
         memory = f"{peak_memory(run.device) / 2**30:.2f} GiB per process"
         print(f"\n{table([*rows, ('peak memory', memory), ('saved', str(output / 'model'))])}", flush=True)
     dist.barrier()
