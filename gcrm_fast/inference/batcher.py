@@ -19,11 +19,9 @@ from starlette.exceptions import HTTPException
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.encoding import Completion
-from gcrm_fast.data.messages import Messages
 from gcrm_fast.inference.metrics import Metrics
-from gcrm_fast.inference.scoring import Judged, RewardModel
+from gcrm_fast.inference.scoring import Judged, RewardModel, Text
 
-Text = str | Messages
 LOG = logging.getLogger("gcrm.serve")
 
 

@@ -36,7 +36,7 @@ from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.manifest import checkpoints, first_intact
 from gcrm_fast.training.memory import memory_limit, memory_plan
 from gcrm_fast.training.metrics_log import MetricsLog
-from gcrm_fast.training.model_card import Rows, model_card
+from gcrm_fast.training.model_card import Rows, example_of, model_card
 from gcrm_fast.training.objectives import STATISTICS, Objective
 from gcrm_fast.training.optimizer import Updater, cast_weights
 from gcrm_fast.training.prepare import Prepared, objective_of, steps_of
@@ -168,7 +168,15 @@ class Run:
     def write_model(self, name: str, model: FullModel, rows: Rows, evaluation: Mapping[str, float]) -> None:
         """Saves a model, with its card, to the output folder; on rank 0."""
         prepared = self.prepared
-        card = model_card(self.config, data_rows(prepared, self.config), rows, evaluation, dist.get_world_size())
+        card = model_card(
+            self.config,
+            data_rows(prepared, self.config),
+            rows,
+            evaluation,
+            dist.get_world_size(),
+            example_of(prepared.held_out or prepared.train, prepared.tokenizer),
+            chats=bool(prepared.tokenizer.chat_template),
+        )
         with written_aside(prepared.output / name) as partial:
             save_model(
                 partial, model.weights, prepared.model_config, prepared.tokenizer, model.goal.cpu(), model.goal_count
