@@ -35,6 +35,7 @@ from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import parallel
 from gcrm_fast.training.config import TrainConfig, parse
 from gcrm_fast.training.describe import describe
+from gcrm_fast.training.hub import create_repository, upload
 from gcrm_fast.training.interrupts import Interrupts, Request, end_with_parent
 from gcrm_fast.training.loader import load
 from gcrm_fast.training.objectives import Objective, Statistics, losses
@@ -148,6 +149,8 @@ def run_ranks(config: TrainConfig, prepared: Prepared) -> dict[str, float]:
     with locked(prepared.output) if is_first else contextlib.nullcontext():
         if is_first:
             check_unfinished(prepared.output, config)  # again: another run may have finished since
+            if config.push_to_hub:
+                create_repository(config.push_to_hub)
         try:
             with parallel.process_group(replicas=config.replicas, timeout=config.timeout) as (mesh, device):
                 return train(config, prepared, mesh, device)
@@ -207,6 +210,8 @@ def train_reward_model(config: TrainConfig) -> TrainResult | None:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     metrics, folder = run_ranks(config, prepared), prepared.output
+    if config.push_to_hub and processes.rank() == 0:
+        print(f"  uploaded to {upload(folder / 'model', config.push_to_hub)}", flush=True)
     best = folder / "model_best" if config.keep_best else None
     return TrainResult(folder=folder, model=folder / "model", best=best, metrics=metrics)
 

@@ -16,7 +16,10 @@ TOKENIZER_FILES = [
 ]
 # Of the weights, in subfolders or in the format of Mistral itself: not fetched.
 OTHER_COPIES = ["*/*", "consolidated*.safetensors"]
-MODEL_FILES = [*TOKENIZER_FILES, "adapter_config.json", HEAD_FILE, "*.safetensors", "*.safetensors.index.json"]
+MODEL_FILES = [
+    *(*TOKENIZER_FILES, "adapter_config.json", HEAD_FILE, "*.safetensors", "*.safetensors.index.json"),
+    "README.md",  # the model card, of which the card of what is trained from it names the license
+]
 
 
 def locate(name: str, flag: str, files: list[str]) -> Path:

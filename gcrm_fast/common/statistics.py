@@ -22,5 +22,11 @@ def auroc(right_N: np.ndarray, score_N: np.ndarray) -> float:
     return ratio(*couples(right_N, score_N))
 
 
+def highest_by_chance(completions: int) -> float:
+    """An AUROC that scores without information hardly ever exceed: 0.5 and three standard errors, for ``completions``
+    right ones and as many wrong ones."""
+    return 0.5 + 3 * math.sqrt((2 * completions + 1) / 12) / completions
+
+
 def ratio(numerator: float, denominator: float) -> float:
     return float(numerator / denominator) if denominator else math.nan

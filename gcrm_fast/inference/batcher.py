@@ -20,11 +20,9 @@ from starlette.exceptions import HTTPException
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.encoding import Completion
-from gcrm_fast.data.messages import Messages
 from gcrm_fast.inference.metrics import Metrics
-from gcrm_fast.inference.scoring import Judged, RewardModel
+from gcrm_fast.inference.scoring import Judged, RewardModel, Text
 
-Text = str | Messages
 Context = Mapping[str, Any]  # a prompt's tools and system message: arguments of as_text
 LOG = logging.getLogger("gcrm.serve")
 

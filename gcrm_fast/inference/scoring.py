@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.notes import warn_once
 from gcrm_fast.common.processes import rank
 from gcrm_fast.data.batches import Budget, plan_packs
-from gcrm_fast.data.chat import TODAY
+from gcrm_fast.data.chat import TODAY, as_text
 from gcrm_fast.data.encoding import CHUNK, Completion, token_texts
 from gcrm_fast.data.ends import Choice, End, encode_to
+from gcrm_fast.data.messages import Messages, is_messages
 from gcrm_fast.data.packing import Item, ScorePack, build_score_pack
 from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import check_vocabulary, load_tokenizer
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from gcrm_fast.evaluation.page import Page
 
 PLANNED_GROUPS = 1024  # prompts whose packs are planned together
+Text = str | Messages
 
 
 class Judged(NamedTuple):
@@ -52,6 +54,10 @@ class Judged(NamedTuple):
 
 class RewardModel:
     """A reward model and its tokenizer, on one device, without gradients.
+
+    ``score``, ``q_values``, ``representations`` and ``inspect`` take prompts and completions as lists of equal length,
+    or a single prompt with all completions. Each is text, or messages for the chat template; conversations that end
+    with the answer need no separate prompt. A single completion gives a single result instead of a list.
 
     ``config``, ``tokenizer``, ``network``, ``device``; ``fingerprint`` of the weights; ``goals``, the goal states of
     the model's folder by name, [D] float32, "default" first; ``end``, where rewards are read.
@@ -70,6 +76,18 @@ class RewardModel:
         self.network, self.config, self.tokenizer, self.device = network, network.config, tokenizer, device
         self.fingerprint, self.goals, self.end = fingerprint, goals, end
         self.budget = Budget(tokens_per_batch, network.config.hidden_size)
+
+    def __repr__(self) -> str:
+        config = self.config
+        dtype = str(self.network.model.norm.weight.dtype).removeprefix("torch.")
+        parts = [
+            f"{config.parameters() / 1e6:.3g}M parameters",
+            f"{config.num_hidden_layers} layers, width {config.hidden_size}",
+            f"{config.head} head",
+            f"{dtype} on {self.device}",
+            f"goals: {', '.join(self.goals) or 'none'}",
+        ]
+        return f"RewardModel({config.family.class_prefix}: {'; '.join(parts)})"
 
     @classmethod
     def from_pretrained(
@@ -169,33 +187,64 @@ class RewardModel:
         """The text of each completion token (see encoding.token_texts)."""
         return token_texts(self.tokenizer, completion)
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        """Rewards [N] float32."""
-        return np.array([j.reward for j in self.judge(self.encode(prompts, completions))], dtype=np.float32)
+    def score(self, prompts: Text | Sequence[Text], completions: Text | Sequence[Text] | None = None) -> Any:
+        """Rewards [N] float32, or that of a single completion."""
+        questions, answers, single = self._texts(prompts, completions)
+        rewards = [j.reward for j in self.judge(self.encode(questions, answers))]
+        return rewards[0] if single else np.array(rewards, dtype=np.float32)
 
     def q_values(
-        self, prompts: Sequence[str], completions: Sequence[str], goal: Tensor | str | None = None
-    ) -> list[np.ndarray]:
+        self,
+        prompts: Text | Sequence[Text],
+        completions: Text | Sequence[Text] | None = None,
+        goal: Tensor | str | None = None,
+    ) -> Any:
         """Q-values of every completion token, [n] float32 for each completion: cosines to a goal state [D].
 
         ``goal``: a state, or the name of one of ``goals``; by default the first.
         """
+        questions, answers, single = self._texts(prompts, completions)
         state = goal if isinstance(goal, Tensor) else self.goal(goal)
-        judged = self.judge(self.encode(prompts, completions), goals_GD=state[None])
-        return [j.q_Gn[0] for j in judged if j.q_Gn is not None]
+        judged = self.judge(self.encode(questions, answers), goals_GD=state[None])
+        values = [j.q_Gn[0] for j in judged if j.q_Gn is not None]
+        return values[0] if single else values
+
+    def _texts(
+        self, prompts: Text | Sequence[Text], completions: Text | Sequence[Text] | None
+    ) -> tuple[list[str], list[str], bool]:
+        """Prompts and completions as equally many texts, and whether a single completion was given.
+
+        Raises:
+            TypeError: texts without completions.
+            ValueError: not as many prompts as completions.
+            UserError: messages that do not fit together or the chat template.
+        """
+        given, single = _listed(prompts if completions is None else completions)
+        questions, one_prompt = (None, True) if completions is None else _listed(prompts)
+        if completions is None and not all(map(is_messages, given)):
+            raise TypeError("completions are missing: only conversations, lists of messages, contain their prompt")
+        asked: list[Any] = [None] * len(given) if questions is None else questions
+        if one_prompt and len(asked) == 1:
+            asked = asked * len(given)
+        if len(asked) != len(given):
+            raise ValueError(f"{len(asked)} prompts, {len(given)} completions: must be equally many, or one prompt")
+        texts = [as_text(self.tokenizer, *pair) for pair in zip(asked, given, strict=True)]
+        return [prompt for prompt, _ in texts], [completion for _, completion in texts], single
 
     def inspect(
-        self, prompts: str | Sequence[str], completions: str | Sequence[str], goal: Tensor | str | None = None
+        self,
+        prompts: Text | Sequence[Text],
+        completions: Text | Sequence[Text] | None = None,
+        goal: Tensor | str | None = None,
     ) -> "Page":
         """A page with Q-value and running reward of every token, which shows itself in a notebook; ``.save(path)``
-        writes it. Completions of one prompt are compared; a single prompt goes with all completions.
+        writes it. Completions of one prompt are compared.
 
         ``goal``: as of ``q_values``.
         """
         from gcrm_fast.evaluation.page import Column, Record, marks_of, page  # here: scoring alone needs none of it
 
-        texts = [completions] if isinstance(completions, str) else list(completions)
-        questions = [prompts] * len(texts) if isinstance(prompts, str) else list(prompts)
+        questions, texts, _ = self._texts(prompts, completions)
         encoded = self.encode(questions, texts)
         state = goal if isinstance(goal, Tensor) else self.goal(goal)
         judged = self.judge(encoded, goals_GD=state[None], per_token=True)
@@ -265,14 +314,15 @@ class RewardModel:
         return [judged[i] for i in range(len(encoded))]
 
     @torch.inference_mode()
-    def representations(self, prompts: Sequence[str], completions: Sequence[str]) -> list[np.ndarray]:
+    def representations(self, prompts: Text | Sequence[Text], completions: Text | Sequence[Text] | None = None) -> Any:
         """States z of every completion token, which goals are compared with, [n, D] float32 for each completion."""
-        encoded = self.encode(prompts, completions)
+        questions, answers, single = self._texts(prompts, completions)
+        encoded = self.encode(questions, answers)
         states: dict[int, np.ndarray] = {}
         for pack, hidden_RH in self._states(encoded, True):
             z_RD = self.network.compared(hidden_RH).float().cpu().numpy()
             states.update({i: z_RD[rows] for i, rows in zip(pack.indices, pack.rows_of, strict=True)})
-        return [states[i] for i in range(len(encoded))]
+        return states[0] if single else [states[i] for i in range(len(encoded))]
 
     def goal_state(
         self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
@@ -312,6 +362,12 @@ class RewardModel:
                 axis = (pack.pin_memory() if self.device.type == "cuda" else pack).to(self.device)
                 yield pack, self.network.model(axis, self.network.attention_backend)
                 bar.update(len(pack.indices))
+
+
+def _listed(texts: Text | Sequence[Text]) -> tuple[list[Text], bool]:
+    """Texts or conversations as a list, and whether there was a single one."""
+    single = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], dict))
+    return cast(list[Text], [texts] if single else list(texts)), single
 
 
 def _name(index: int, names: Sequence[str] | None) -> str:

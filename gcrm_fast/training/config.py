@@ -6,6 +6,7 @@ Order of precedence: command line, ``--config`` file, ``--preset``, the defaults
 import contextlib
 import dataclasses
 import importlib.util
+import re
 import tomllib
 from dataclasses import dataclass
 from datetime import date
@@ -30,6 +31,10 @@ def _is_date(text: str) -> bool:
     return False
 
 
+def _is_repository(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
     """Trains a goal-conditioned reward model on preference pairs."""
@@ -47,6 +52,7 @@ class TrainConfig(Options):
     ELSEWHERE: ClassVar[dict[str, tuple[str, ...]]] = {  # of TRL, transformers and OpenRLHF
         "data": ("dataset", "dataset-name", "train-file", "train-data", "data-path"),
         "eval-data": ("eval-dataset", "eval-file", "validation-file", "test-data"),
+        "eval-split": ("test-size", "val-size", "validation-split", "eval-split-ratio"),
         "model": ("model-name", "model-name-or-path", "pretrain", "base-model"),
         "tokenizer": ("tokenizer-name", "tokenizer-name-or-path"),
         "max-length": ("max-len", "max-seq-len", "max-seq-length", "model-max-length"),
@@ -66,6 +72,8 @@ class TrainConfig(Options):
         "workers": ("dataloader-num-workers",),
         "output": ("output-dir", "output-path", "save-path"),
         "overwrite": ("overwrite-output-dir",),
+        "report-to": ("use-wandb", "use-tensorboard", "log-with"),
+        "push-to-hub": ("hub-model-id",),
         "log-every": ("logging-steps",),
         "eval-every": ("eval-steps", "eval-strategy"),
         "save-every": ("save-steps", "save-strategy"),
@@ -79,7 +87,10 @@ class TrainConfig(Options):
     """Training pairs, from one or more sources: files (JSON lines, gzip, Parquet), folders that datasets saved
     (FOLDER[:SPLIT]), datasets of the Hub (OWNER/NAME[/CONFIG][:SPLIT]). 'arithmetic' generates pairs."""
     eval_data: tuple[str, ...] = ()
-    """Held-out pairs, from such sources. Without any, nothing is evaluated; 'arithmetic' generates its own."""
+    """Held-out pairs, from such sources. Without any and without --eval-split, nothing is evaluated; 'arithmetic'
+    generates its own."""
+    eval_split: Annotated[float, Range(least=0, below=1)] = 0.0
+    """Fraction of the prompts of --data to hold out, as in 0.02, with all their pairs; for use without --eval-data."""
     columns: str = ""
     """The records' names for the fields read here, as in prompt=instruction,chosen=good,rejected=bad. No other fields
     are then read."""
@@ -228,6 +239,16 @@ class TrainConfig(Options):
     """Folder of the run, shared by all processes. The default is a folder in runs/, named after the configuration."""
     overwrite: bool = False
     """Replace a finished model in the output folder."""
+    report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where metrics and options go, next to metrics.jsonl: the folder tensorboard/ in the output folder, or Weights &
+    Biases (its environment variables, such as WANDB_PROJECT and WANDB_MODE=offline, apply)."""
+    push_to_hub: str = ""
+    """Repository on the Hugging Face Hub, as in OWNER/NAME, to upload the finished model to. One that does not exist is
+    created, private, before training."""
+    license: str = ""
+    """License in the model card, as in apache-2.0. The default is that in the card of --model, if there is one."""
+    language: tuple[str, ...] = ()
+    """Languages in the model card, as in en. The default is those in the card of --model, if there is one."""
     log_every: AtLeastOne = 10
     """Steps between log lines. Steps in between never wait for the device."""
     eval_every: ZeroOrMore = 0
@@ -278,6 +299,12 @@ class TrainConfig(Options):
         generated = self.data == (ARITHMETIC,)
         need(bool(self.data) and all(self.data), "data", "at least one source")
         need(all(self.eval_data), "eval_data", "names of sources")
+        need(
+            not self.eval_split or not (self.eval_data or generated),
+            "eval_split",
+            "omitted with --eval-data or generated data",
+        )
+        need(not self.push_to_hub or _is_repository(self.push_to_hub), "push_to_hub", "OWNER/NAME")
         need(bool(self.cache), "cache", "a folder, auto or none")
         need(not self.template_date or _is_date(self.template_date), "template_date", "a date as in 2026-01-31")
         need(bool(self.resume), "resume", "auto, never or the folder of a checkpoint")
@@ -294,7 +321,8 @@ class TrainConfig(Options):
         if self.sampling == "avg":
             need(self.pairing in ("auto", "paired"), "pairing", "paired with --sampling avg: there is one goal")
         if self.keep_best:
-            need(bool(self.eval_data) or generated, "keep_best", "omitted without --eval-data")
+            held_out = bool(self.eval_data) or self.eval_split > 0 or generated
+            need(held_out, "keep_best", "omitted without --eval-data or --eval-split")
             need(self.keep > 0, "keep", "1 or more with --keep-best")
         if not self.model:
             if self.head_size:
@@ -305,6 +333,7 @@ class TrainConfig(Options):
         for name, wanted, module, extra in (
             ("optimizer", self.optimizer != "adamw", "torchao", "torchao"),
             ("attention", self.attention == "flash_attn", "flash_attn", "flash"),
+            ("report_to", self.report_to == "wandb", "wandb", "wandb"),
         ):
             missing = wanted and importlib.util.find_spec(module) is None
             need(not missing, name, f"another value until pip install 'gcrm-fast[{extra}]'")

@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from gcrm_fast.common.statistics import highest_by_chance
+
 # Title of a panel -> name of a metric -> its label; the log has the held-out values under "eval/" and the name.
 PANELS = {
     "Ranking loss per pair (nats)": {"loss/ranking": "ranking"},
@@ -37,9 +39,15 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=title, xlabel="optimizer step")
     last = next((row for row in reversed(rows) if "eval/auroc" in row), None)
     if last:
+        percents = range(0, 101, 10)
         for side in ("chosen", "rejected"):
-            values = [last[f"eval/q_{side}/{percent}"] for percent in range(0, 101, 10)]
-            grid[1, 2].plot(range(0, 101, 10), values, "o-", label=side, markersize=3)
+            values = [last[f"eval/q_{side}/{percent}"] for percent in percents]
+            grid[1, 2].plot(percents, values, "o-", label=side, markersize=3)
+        chance = highest_by_chance(int(last["eval/pairs"]))
+        blind = [percent for percent in percents if last[f"eval/auroc_q_at/{percent}"] <= chance]
+        for i, percent in enumerate(blind):
+            label = f"AUROC of Q up to {chance:.2f}: no better than chance" if i == 0 else None
+            grid[1, 2].axvspan(percent - 5, percent + 5, color="0.9", zorder=0, linewidth=0, label=label)
     grid[1, 2].set(title="Mean Q-value at the last evaluation", xlabel="% of the held-out completion")
     for axes in grid.flat:
         axes.grid(alpha=0.3)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from gcrm_fast.common.statistics import highest_by_chance
 from gcrm_fast.common.tables import table
 from gcrm_fast.data.encoding import TokenizedPair, TokenReport
 from gcrm_fast.training.accounting import work
@@ -35,7 +36,12 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
     report, held_out_report, shared = prepared.report, prepared.held_out_report, prepared.overlap
     rows = [
         ("training pairs", count(prepared.train, report)),
-        ("held-out pairs", count(prepared.held_out, held_out_report) if held_out_report else "0"),
+        (
+            "held-out pairs",
+            count(prepared.held_out, held_out_report)
+            if held_out_report
+            else "0: nothing is evaluated without --eval-data or --eval-split",
+        ),
         ("held out and trained on", f"{shared.prompts} prompts, {shared.completions} completions"),
         ("completion ends", report.ending_summary()),
     ]
@@ -64,21 +70,19 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
     return rows
 
 
-def q_verdict(evaluation: Mapping[str, float], n_pairs: int) -> str:
-    """Whether Q-values say more than the end token, in words: AUROC one token before the end, against three standard
-    errors of an AUROC of 0.5 between ``n_pairs`` chosen and as many rejected completions; and whether states collapsed.
-    """
+def q_verdict(evaluation: Mapping[str, float]) -> str:
+    """Whether Q-values say more than the end token, and whether states collapsed, in words."""
     within = evaluation["eval/similarity/within"]
     if within > COLLAPSED:
         return (
             f"the states have collapsed: those of a completion are nearly all equal (mean cosine {within:.3f}), so Q "
             "is about the same at each token: lower --contrastive-weight or --lr"
         )
-    before, chance = evaluation["eval/auroc_q_at/before_end"], 3 * math.sqrt((2 * n_pairs + 1) / 12) / n_pairs
-    if before > 0.5 + chance:
+    before, chance = evaluation["eval/auroc_q_at/before_end"], highest_by_chance(int(evaluation["eval/pairs"]))
+    if before > chance:
         return f"Q tells chosen from rejected before the end token too (AUROC {before:.3f} one token before it)"
     return (
-        f"Q says nothing before the end token (AUROC {before:.3f} one token before it, where chance gives 0.5 +- "
+        f"Q says nothing before the end token (AUROC {before:.3f} one token before it, where chance gives up to "
         f"{chance:.3f}): do not use Q-values inside completions"
     )
 
@@ -109,9 +113,14 @@ def held_out_rows(log: MetricsLog, evaluation: Mapping[str, float]) -> list[tupl
     """Lines of a table: the first evaluation and this one; none without held-out data."""
     if not evaluation:
         return []
+
+    def last(key: str) -> str:
+        bounds = [evaluation.get(f"eval/{key}_{end}", math.nan) for end in ("low", "high")]
+        shown = "" if math.isnan(bounds[0]) else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+        return f"{evaluation.get(f'eval/{key}', math.nan):.3f}{shown}"
+
     rows = [
-        (f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {evaluation.get(f'eval/{key}', math.nan):.3f}")
-        for name, key in HELD_OUT.items()
+        (f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {last(key)}") for name, key in HELD_OUT.items()
     ]
     places = {"_at/50": "at 50% of the completion", "_at/90": "at 90%", "_at/before_end": "one token before the end"}
     of_q = [

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.notes import BAR_DELAY
 from gcrm_fast.common.statistics import auroc as auroc_of
 from gcrm_fast.data.batches import Budget
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
+from gcrm_fast.evaluation.measures import PERCENT, auroc_interval, ratio_interval
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.training import parallel
 from gcrm_fast.training.loader import plan_pairs
@@ -31,7 +33,6 @@ from gcrm_kernels.reference import unit_rows
 
 EVALUATION_EPOCH = 2**32  # sampling counter that no training epoch reaches
 NOT_FINITE_REMEDY = "lower --lr, or fix --model's weights"
-BAR_DELAY = 2.0  # seconds before a progress bar is shown
 SHORTCUT_PAIRS = 4096  # training pairs that the bag-of-tokens classifier sees
 
 
@@ -167,15 +168,30 @@ def auroc(score_2N: np.ndarray) -> float:
 def metrics(scores: Scores) -> dict[str, float]:
     """``eval/...`` values of a log row."""
     row = {f"eval/{name}": value for name, value in scores.statistics.items()}
+    row["eval/pairs"] = len(scores.pairs)
     row["eval/auroc"] = auroc(scores.reward_2N)
     q_2NQ, before_end_2N = scores.q_2NQ[..., :-1], scores.q_2NQ[..., -1]
     row["eval/auroc_q"] = auroc(q_2NQ[..., -1])
-    row |= {f"eval/auroc_q_at/{10 * i}": auroc(q_2NQ[..., i]) for i in (5, 9)}
+    row |= {f"eval/auroc_q_at/{percent}": auroc(q_2NQ[..., i]) for i, percent in enumerate(PERCENT)}
     row["eval/auroc_q_at/before_end"] = auroc(before_end_2N)
     for side, name in enumerate(("chosen", "rejected")):
-        for i, value in enumerate(q_2NQ[side].mean(0)):
-            row[f"eval/q_{name}/{10 * i}"] = float(value)
+        for percent, value in zip(PERCENT, q_2NQ[side].mean(0), strict=True):
+            row[f"eval/q_{name}/{percent}"] = float(value)
     return row
+
+
+def intervals(scores: Scores) -> dict[str, float]:
+    """95% intervals over prompts of AUROC and accuracy: ``eval/..._low``, ``eval/..._high``; none for few prompts."""
+    prompt_N = np.array([pair.prompt_key for pair in scores.pairs])
+    right = np.repeat([True, False], len(prompt_N))
+    _, number_N, count_C = np.unique(prompt_N, return_inverse=True, return_counts=True)
+    won_C = np.bincount(number_N, scores.reward_2N[0] > scores.reward_2N[1])
+    bounds = {
+        "eval/auroc": auroc_interval(right, scores.reward_2N.ravel(), np.tile(prompt_N, 2)),
+        "eval/accuracy": ratio_interval(won_C, count_C),
+    }
+    ends = {f"{name}_{end}": pair[i] for name, pair in bounds.items() for i, end in enumerate(("low", "high"))}
+    return {name: value for name, value in ends.items() if np.isfinite(value)}
 
 
 def breakdown(scores: Scores, fields: Sequence[str]) -> dict[str, float]:
@@ -207,9 +223,12 @@ def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair],
         return matrix
 
     fitted = train[:SHORTCUT_PAIRS]
+    data, classifier = (counts(fitted), np.repeat([1, 0], len(fitted))), LogisticRegression(warm_start=True)
     with warnings.catch_warnings():  # its last digits do not matter here
         warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier = LogisticRegression(max_iter=1000).fit(counts(fitted), np.repeat([1, 0], len(fitted)))
+        for _ in tqdm(range(10), "bag of tokens", delay=BAR_DELAY, leave=False, dynamic_ncols=True):
+            if classifier.fit(*data).n_iter_[0] < classifier.max_iter:
+                break
     bag = classifier.decision_function(counts(held_out)).reshape(2, -1)
     length = auroc(np.array([len(t) for t in completions(held_out)]).reshape(2, -1))
     return {"baseline/auroc_length": max(length, 1 - length), "baseline/auroc_bag_of_tokens": auroc(bag)}

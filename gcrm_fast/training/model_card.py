@@ -1,13 +1,17 @@
 """The model card, README.md of a saved model: data, results, configuration, command; a header that the Hub reads."""
 
+import contextlib
 import dataclasses
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from transformers import PreTrainedTokenizerBase
 
+from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.model import heads
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, to_toml
 
@@ -17,28 +21,72 @@ USE = """\
 ```python
 from gcrm_fast import RewardModel
 
-model = RewardModel.from_pretrained("path/to/this/folder")
-rewards = model.score(["1+1="], ["2"])
-q_values = model.q_values(["1+1="], ["2"])  # one per token: the cosine to the goal state
+prompt = {prompt!r}
+completion = {completion!r}
+model = RewardModel.from_pretrained({folder!r})
+reward = model.score(prompt, completion)  # {messages}
+q_values = model.q_values(prompt, completion)  # one per token: the cosine to the goal state
 ```
 """
 IN_TRANSFORMERS = """\
 ```python
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModelForSequenceClassification.from_pretrained("path/to/this/folder")
-reward = model(**tokenizer("1+1=" + "2" + tokenizer.eos_token, return_tensors="pt")).logits[0, 0]
+tokenizer = AutoTokenizer.from_pretrained({folder!r})
+model = AutoModelForSequenceClassification.from_pretrained({folder!r})
+reward = model(**tokenizer(prompt + completion{eos}, return_tensors="pt")).logits[0, 0]
 ```
 """
+FOLDER = "path/to/this/folder"
+EXAMPLE_CHARACTERS = 400
+EXAMPLES = 1000  # pairs among which a short one is looked for
 
 
-def model_card(config: TrainConfig, data: Rows, results: Rows, metrics: Mapping[str, float], world_size: int) -> str:
+class Example(NamedTuple):
+    """A prompt and its chosen completion as text; ``ended``: with the token that ends a turn, which is not eos."""
+
+    prompt: str
+    completion: str
+    ended: bool
+
+
+def example_of(pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBase) -> Example:
+    """The first uncut pair of up to EXAMPLE_CHARACTERS, or else the shortest one, as its tokens read."""
+
+    def text(ids: Any) -> str:
+        return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
+
+    def example(pair: TokenizedPair) -> Example:
+        ended = int(pair.chosen_ids[-1]) != tokenizer.eos_token_id
+        prompt, completion = pair.chosen_ids[: pair.chosen_start], pair.chosen_ids[pair.chosen_start :]
+        prompt = prompt[int(len(prompt) > 0 and prompt[0] == tokenizer.bos_token_id) :]
+        return Example(text(prompt), text(completion if ended else completion[:-1]), ended)
+
+    near = [pair for pair in pairs if not pair.chosen_cut][:EXAMPLES]
+    examples = (example(pair) for pair in near)
+    short = (one for one in examples if len(one.prompt + one.completion) <= EXAMPLE_CHARACTERS)
+    return next(short, None) or example(min(near, key=lambda pair: len(pair.chosen_ids)))
+
+
+def model_card(
+    config: TrainConfig,
+    data: Rows,
+    results: Rows,
+    metrics: Mapping[str, float],
+    world_size: int,
+    example: Example,
+    *,
+    chats: bool,
+) -> str:
     """The text of README.md.
 
     ``data`` and ``results`` are shown as they are; the header gets pair accuracy and AUROC from ``metrics``, those of
-    the last evaluation (empty without held-out data).
+    the last evaluation (empty without held-out data). ``chats``: the tokenizer has a chat template.
     """
+    folder = config.push_to_hub or FOLDER
+    messages = "a float; lists of texts" + (" and messages" if chats else "") + " work as well"
+    eos = "" if example.ended else " + tokenizer.eos_token"
+    use = USE.format(prompt=example.prompt, completion=example.completion, folder=folder, messages=messages)
     linear = heads.KINDS[config.head].in_transformers
     sections = [
         f"---\n{_header(config, metrics)}\n---\n",
@@ -46,8 +94,8 @@ def model_card(config: TrainConfig, data: Rows, results: Rows, metrics: Mapping[
         "A reward for a completion, and a Q-value at each of its tokens "
         "([GCRM](https://arxiv.org/abs/2407.13887)). Trained by gcrm_fast.\n",
         "## Use\n",
-        USE,
-        *([IN_TRANSFORMERS] if linear else []),
+        use,
+        *([IN_TRANSFORMERS.format(folder=folder, eos=eos)] if linear else []),
         _ends(linear),
         "## Data\n",
         _table([("training", " ".join(config.data)), ("held out", " ".join(config.eval_data) or "-"), *data]),
@@ -71,12 +119,15 @@ def _ends(linear: bool) -> str:
 
 def _header(config: TrainConfig, metrics: Mapping[str, float]) -> str:
     """YAML: what the Hub lists and searches."""
-    source = " ".join(config.eval_data or config.data)
+    sources = config.eval_data or config.data
+    source = " ".join(name if _on_the_hub(name) else Path(name).name for name in sources)
+    base = base_card(config.model)
     results = [
         EvalResult(
             task_type="text-classification",
             dataset_type="preference-pairs",
             dataset_name=source,
+            dataset_args={"held-out pairs": int(metrics["eval/pairs"])} if "eval/pairs" in metrics else None,
             metric_type=kind,
             metric_name=name,
             metric_value=round(metrics[key], 4),
@@ -85,6 +136,8 @@ def _header(config: TrainConfig, metrics: Mapping[str, float]) -> str:
         if key in metrics
     ]
     values: dict[str, Any] = {
+        "license": config.license or base.get("license"),
+        "language": list(config.language) or base.get("language"),
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
         "tags": ["reward-model", "goal-conditioned", "gcrm"],
@@ -97,6 +150,16 @@ def _header(config: TrainConfig, metrics: Mapping[str, float]) -> str:
     if results:
         values |= {"model_name": Path(config.output or "gcrm").name, "eval_results": results}
     return str(ModelCardData(**values).to_yaml()).strip()
+
+
+def base_card(model: str) -> Mapping[str, Any]:
+    """The header of the card of a model's folder, or of the copy in the hub's cache; empty without one."""
+    here = os.path.isdir(model) or not model
+    path = os.path.join(model, "README.md") if here else try_to_load_from_cache(model, "README.md")
+    if model and isinstance(path, str) and os.path.isfile(path):
+        with contextlib.suppress(Exception):  # cards are written by hand, and their YAML may be anything
+            return ModelCard.load(path).data.to_dict()
+    return {}
 
 
 def _on_the_hub(name: str) -> bool:

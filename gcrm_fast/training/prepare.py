@@ -19,7 +19,7 @@ from gcrm_fast.data import arithmetic
 from gcrm_fast.data.batches import Budget, batches_per_epoch, split_to_budget
 from gcrm_fast.data.chat import end_tokens, with_date
 from gcrm_fast.data.encoding import TokenizedPair, TokenReport, tokenize_pairs
-from gcrm_fast.data.overlap import Overlap, overlap
+from gcrm_fast.data.overlap import Overlap, overlap, split_by_prompt
 from gcrm_fast.data.packing import group_size
 from gcrm_fast.data.records import Pair, parse_columns, read_pairs
 from gcrm_fast.data.sampling import Sampling
@@ -85,7 +85,10 @@ def load_pairs(
             bad=bad,
         )
 
-    train, held_out = read(config.data, ()), read(config.eval_data, config.eval_by)
+    if config.eval_split:
+        train, held_out = split_by_prompt(read(config.data, config.eval_by), config.eval_split, config.seed)
+    else:
+        train, held_out = read(config.data, ()), read(config.eval_data, config.eval_by)
     if config.eval_pairs and len(held_out) > config.eval_pairs:
         chosen = np.random.default_rng(config.seed).permutation(len(held_out))[: config.eval_pairs]
         held_out = [held_out[i] for i in sorted(chosen)]

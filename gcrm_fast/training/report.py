@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.data.encoding import OWN_END, Completion, TokenizedPair, token_texts
 from gcrm_fast.evaluation.page import Column, Record, marks_of, page, selected
-from gcrm_fast.training.held_out import Scores, TokenScores
+from gcrm_fast.training.describe import q_verdict
+from gcrm_fast.training.held_out import Scores, TokenScores, metrics
 
 WORST, RANDOM = 20, 10  # pairs shown
 ERROR_FIELD = "error_step"  # of the generated pairs: number of the rejected side's wrong step, from 1
@@ -45,6 +46,7 @@ def write_report(
         for heading, indices in shown_pairs(scores).items()
     }
     about = [
-        f"Run {run}, after its last step; chosen has the higher reward in {won} of {len(scores.pairs)} held-out pairs"
+        f"Run {run}, after its last step; chosen has the higher reward in {won} of {len(scores.pairs)} held-out pairs",
+        q_verdict(metrics(scores)),
     ]
     page(title="Held-out pairs, token by token", about=about, groups=groups).save(path)

@@ -1,7 +1,7 @@
 """One run: its set-up, what it does between steps, its end. ``gcrm_fast/train.py`` is its loop."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from gcrm_fast.training.held_out import (
     Scores,
     breakdown,
     end_states,
+    intervals,
     metrics,
     score_pairs,
     score_tokens,
@@ -35,7 +36,7 @@ from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.manifest import checkpoints, first_intact
 from gcrm_fast.training.memory import memory_limit, memory_plan
 from gcrm_fast.training.metrics_log import MetricsLog
-from gcrm_fast.training.model_card import Rows, model_card
+from gcrm_fast.training.model_card import Rows, example_of, model_card
 from gcrm_fast.training.objectives import STATISTICS, Objective
 from gcrm_fast.training.optimizer import Updater, cast_weights
 from gcrm_fast.training.prepare import Prepared, objective_of, steps_of
@@ -102,6 +103,7 @@ class Run:
         row = metrics(scores)
         if step == prepared.steps:
             row |= {f"eval/auroc/{k}": v for k, v in breakdown(scores, self.config.eval_by).items()}
+            row |= intervals(scores)
         if self.log:
             self.log.write(step, row)
         return row
@@ -166,7 +168,15 @@ class Run:
     def write_model(self, name: str, model: FullModel, rows: Rows, evaluation: Mapping[str, float]) -> None:
         """Saves a model, with its card, to the output folder; on rank 0."""
         prepared = self.prepared
-        card = model_card(self.config, data_rows(prepared, self.config), rows, evaluation, dist.get_world_size())
+        card = model_card(
+            self.config,
+            data_rows(prepared, self.config),
+            rows,
+            evaluation,
+            dist.get_world_size(),
+            example_of(prepared.held_out or prepared.train, prepared.tokenizer),
+            chats=bool(prepared.tokenizer.chat_template),
+        )
         with written_aside(prepared.output / name) as partial:
             save_model(
                 partial, model.weights, prepared.model_config, prepared.tokenizer, model.goal.cpu(), model.goal_count
@@ -210,6 +220,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
             f"predicted memory {plan}",
         ]
         print(*notes, sep="\n", flush=True)
+    log = MetricsLog(prepared.output, start, report_to=config.report_to, options=asdict(config)) if rank == 0 else None
     run = Run(
         config=config,
         prepared=prepared,
@@ -219,7 +230,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
         checkpoints=saved,
         steps=steps_of(prepared, config, rank, world_size),
         meter=Meter(prepared.model_config, plan.recompute, device, peak),
-        log=MetricsLog(prepared.output, start) if rank == 0 else None,
+        log=log,
     )
     return run, start
 
@@ -256,10 +267,10 @@ def finish(run: Run) -> dict[str, float]:
     if log:
         rows += held_out_rows(log, evaluation)
         run.write_model("model", last, rows, evaluation)
-        log.close()
+        log.close(evaluation)
         run.checkpoints.remove_all()
         if evaluation:
-            rows.append(("Q-values", q_verdict(evaluation, len(prepared.held_out))))
+            rows.append(("Q-values", q_verdict(evaluation)))
         memory = f"{peak_memory(run.device) / 2**30:.2f} GiB per process"
         print(f"\n{table([*rows, ('peak memory', memory), ('saved', str(output / 'model'))])}", flush=True)
     dist.barrier()

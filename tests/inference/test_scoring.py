@@ -31,6 +31,7 @@ from gcrm_fast.inference.scoring import RewardModel
 from support import models
 from support.folders import llama, trunk
 from support.judged import write
+from support.serving import write_served_model
 from support.training_runs import Gcrm
 
 LIST = [{"prompt": "one", "completions": ["two", "three four", "two"], "n": 1}, {"prompt": "x", "completions": ["six"]}]
@@ -204,11 +205,47 @@ def test_prompts_completions_and_cuts_go_together(model: RewardModel) -> None:
 
 
 def test_a_text_is_no_list_of_texts(model: RewardModel) -> None:
-    """Texts of one length would be scored character by character."""
+    """Texts of one length would be encoded character by character."""
     for arguments in (("yes", "no!"), (["yes"], "n"), ("y", ["no"])):
-        for method in (model.score, model.q_values, model.encode):
-            with pytest.raises(TypeError, match="must be lists of texts"):
-                method(*arguments)
+        with pytest.raises(TypeError, match="must be lists of texts"):
+            model.encode(*arguments)
+
+
+def test_single_texts_and_one_prompt_for_all(model: RewardModel) -> None:
+    both = model.score(["one", "one"], ["two", "three"])
+    assert isinstance(model.score("one", "two"), float)
+    assert model.score("one", "two") == pytest.approx(both[0], rel=1e-5)
+    np.testing.assert_allclose(model.score("one", ["two", "three"]), both, rtol=1e-5)
+    np.testing.assert_allclose(model.q_values("one", "two"), model.q_values(["one"], ["two"])[0], atol=1e-6)
+    np.testing.assert_allclose(
+        model.representations("one", "two"), model.representations(["one"], ["two"])[0], rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="3 prompts, 2 completions: must be equally many, or one prompt"):
+        model.score(["one"] * 3, ["two", "three"])
+    with pytest.raises(TypeError, match="completions are missing"):
+        model.score("one two")
+
+
+def test_messages_are_written_by_the_chat_template(tmp_path: Path) -> None:
+    model = RewardModel.from_pretrained(write_served_model(tmp_path / "model"), device="cpu")
+    asked, answer = [{"role": "user", "content": "hello"}], [{"role": "assistant", "content": "yes."}]
+    plain = model.score("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", "yes.<|im_end|>")
+    assert plain == pytest.approx(model.score(asked, answer), rel=1e-5)
+    assert plain == pytest.approx(model.score([*asked, *answer]), rel=1e-5)
+    assert plain == pytest.approx(model.score(asked, "yes."), rel=1e-5)
+    assert plain != pytest.approx(model.score("hello", "yes."), rel=1e-3)
+    conversations = [[*asked, *answer], [*asked, {"role": "assistant", "content": "world"}]]
+    assert model.score(conversations).tolist() == pytest.approx([plain, model.score(asked, "world")], rel=1e-5)
+    assert "hello" in model.inspect([*asked, *answer]).html
+    with pytest.raises(UserError, match="must be by the 'assistant'"):
+        model.score(asked)
+
+
+def test_a_model_says_what_it_is(model: RewardModel) -> None:
+    assert re.fullmatch(
+        r"RewardModel\(Llama: 0\.0\d+M parameters; \d layers, width 32; linear head; float32 on cpu; goals: default\)",
+        repr(model),
+    )
 
 
 def test_it_is_exported_without_loading_torch() -> None:

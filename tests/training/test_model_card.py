@@ -1,22 +1,28 @@
 """The card in a saved model: a header that the Hub takes, and a command that gives the same configuration."""
 
+import json
+import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 from gcrm_fast.train import main
 from gcrm_fast.training.config import TrainConfig, parse
-from gcrm_fast.training.model_card import command, model_card
+from gcrm_fast.training.model_card import Example, command, model_card
+from support.chat import TEMPLATES, chat_tokenizer
+from support.training_runs import TINY, arguments
 
 DATA = [("training pairs", "3 (0 dropped)")]
 RESULTS = [("held-out AUROC", "0.500 -> 0.800")]
-METRICS = {"eval/accuracy": 0.76543, "eval/auroc": 0.8, "eval/loss/ranking": 0.6}
+METRICS = {"eval/accuracy": 0.76543, "eval/auroc": 0.8, "eval/loss/ranking": 0.6, "eval/pairs": 30}
+EXAMPLE = Example("my question", " my answer", False)
 
 
 def card(config: TrainConfig, metrics: dict[str, float] = METRICS) -> ModelCard:
-    found = ModelCard(model_card(config, DATA, RESULTS, metrics, 1))
+    found = ModelCard(model_card(config, DATA, RESULTS, metrics, 1, EXAMPLE, chats=False))
     assert "| training pairs | 3 (0 dropped) |" in found.text
     assert "| held-out AUROC | 0.500 -> 0.800 |" in found.text
     return found
@@ -32,6 +38,54 @@ def test_header_of_a_model_from_the_hub() -> None:
     )
     assert data.datasets == ["owner/pairs"]
     assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("accuracy", 0.7654), ("roc_auc", 0.8)]
+
+
+def test_license_and_languages_are_those_of_the_options_or_of_the_base_model(tmp_path: Path) -> None:
+    base = ModelCard("---\nlicense: mit\nlanguage: [de]\n---\n# Base\n")
+    base.save(tmp_path / "README.md")
+    data = card(TrainConfig(model=str(tmp_path))).data
+    assert (data.license, data.language) == ("mit", ["de"])
+    data = card(TrainConfig(model=str(tmp_path), license="apache-2.0", language=("en", "fr"))).data
+    assert (data.license, data.language) == ("apache-2.0", ["en", "fr"])
+    (tmp_path / "README.md").write_text("---\n: [\n---\n")
+    assert card(TrainConfig(model=str(tmp_path))).data.license is None
+    assert card(TrainConfig()).data.eval_results[0].dataset_args == {"held-out pairs": 30}
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, ""])
+def test_the_example_of_the_card_is_from_the_data_and_runs(tmp_path: Path, template: str) -> None:
+    """Its two programs agree; with a chat template the texts contain its tokens."""
+    lines = []
+    for i in range(12):
+        chosen, rejected = (f"{word} 123." for word in ("yes", "hello"))
+        record: dict[str, Any] = {"prompt": f"world {i}? ", "chosen": chosen, "rejected": rejected}
+        if template:
+            record["prompt"] = [{"role": "user", "content": record["prompt"]}]
+            for side in ("chosen", "rejected"):
+                record[side] = [{"role": "assistant", "content": record[side]}]
+        lines.append(json.dumps(record))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    few = [*TINY, "--steps", "1", "--global-batch-pairs", "4", "--cache", "none", "--output", str(tmp_path / "run")]
+    if template:
+        chat_tokenizer(TEMPLATES[template]).save_pretrained(tmp_path / "tokenizer")
+        few += ["--tokenizer", str(tmp_path / "tokenizer")]
+    assert main(["--data", str(tmp_path / "pairs.jsonl"), "--vocab-size", "300", *few]) == 0
+    found = ModelCard.load(tmp_path / "run" / "model" / "README.md").text
+    assert "world 0?" in found
+    assert ("and messages" in found) == bool(template)
+    ours, theirs = re.findall(r"^```python\n(.+?)^```", found, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(ours.replace("path/to/this/folder", str(tmp_path / "run" / "model")), names)
+    reward = names["reward"]
+    exec(theirs.replace("path/to/this/folder", str(tmp_path / "run" / "model")), names)
+    assert names["reward"].item() == pytest.approx(reward, rel=1e-4, abs=1e-6)
+
+
+def test_the_card_has_the_number_of_pairs_and_intervals(pair_file: Path, tmp_path: Path) -> None:
+    assert main(arguments(pair_file, tmp_path)) == 0
+    found = ModelCard.load(tmp_path / "model" / "README.md").text
+    assert re.search(r"\| held-out AUROC \| 0\.\d{3} -> [01]\.\d{3} \[[01]\.\d{3}, [01]\.\d{3}\] \|", found)
+    assert re.search(r"\| held-out pairs \| 21 \(", found)
 
 
 def test_header_of_a_model_from_files(tmp_path: Path) -> None:

@@ -319,22 +319,22 @@ sys.exit(main({arguments(pair_file, tmp_path, "--cache", "none")!r}))
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0)
+    log = MetricsLog(tmp_path, 0, options={})
     log._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(No space left"):
         log.write(1, {"loss": 1.0})
 
 
 def test_the_log_is_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path, 0)
+    log = MetricsLog(tmp_path, 0, options={})
     for step in (1, 2, 3):
         log.write(step, {"loss": float("nan") if step == 1 else step})
-    log.close()
+    log.close({})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    log = MetricsLog(tmp_path, 2)
+    log = MetricsLog(tmp_path, 2, options={})
     log.write(3, {"loss": 5.0})
-    log.close()
+    log.close({})
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
         {"step": 1, "loss": None},
         {"step": 2, "loss": 2},
