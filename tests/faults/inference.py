@@ -213,4 +213,34 @@ FAULTS = {
         "self.loop.call_later(seconds, self._probe",
         "tests/inference/test_connections.py -k left_is_forgotten",
     ),
+    "streaming: keep forgets the order": (
+        "gcrm_fast/inference/streaming.py",
+        "kept = [self._rows[i].copy() for i in rows]",
+        "kept = [self._rows[i].copy() for i in sorted(rows)]",
+        "tests/inference/test_streaming.py -k one_forward",
+    ),
+    "streaming: an end token after an end token": (
+        "gcrm_fast/inference/streaming.py",
+        "if not (cut or row.ended or",
+        "if not (cut or",
+        "tests/inference/test_streaming.py -k where_scoring_reads",
+    ),
+    "streaming: pads count as the end": (
+        "gcrm_fast/inference/streaming.py",
+        "(token != end.pad)",
+        "True",
+        "tests/inference/test_streaming.py -k where_scoring_reads",
+    ),
+    "streaming: a failed push leaves tokens behind": (
+        "gcrm_fast/inference/cached.py",
+        "                sequence.truncate(length)\n",
+        "                pass\n",
+        "tests/inference/test_streaming.py -k changes_nothing",
+    ),
+    "streaming: values that are not finite pass": (
+        "gcrm_fast/inference/streaming.py",
+        "if not np.isfinite(own).all():",
+        "if False:",
+        "tests/inference/test_streaming.py -k finite",
+    ),
 }
