@@ -116,6 +116,35 @@ def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights
     return Weights(rows, notes)
 
 
+def open_language_model(folder: Path) -> tuple[ModelConfig, bool, Weights]:
+    """Shape of a language model, whether its lm_head is the embedding, and its weights.
+
+    Raises:
+        UserError: see read_config and open_weights; no lm_head.
+    """
+    config = read_config(folder, head="linear", projection_size=0)
+    stored = _scan(_weight_files(folder))
+    wanted = {name: shape for name, shape in parameter_shapes(config).items() if name.startswith("model.")}
+    source = _match_trunk(stored, wanted, folder)
+    tied = _stated(folder, "tie_word_embeddings") is True
+    if not tied:
+        own = [key for key in stored if f".{key}".endswith(".lm_head.weight")]
+        if not own:
+            raise UserError(f"{folder}: holds no lm_head: name a language model; a reward model writes no text")
+        source["lm_head.weight"] = own[0]
+        wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
+    if missing := [key for key in source.values() if key not in stored]:
+        raise UserError(f"{folder}: {_some(missing)} missing from its safetensors files: download it again")
+    for name, key in source.items():
+        _check(key, stored[key], wanted[name])
+
+    def rows(name: str, shape: torch.Size, rows: slice) -> Tensor:
+        with safe_open(stored[source[name]].path, framework="pt") as file:
+            return file.get_slice(source[name])[rows]
+
+    return config, tied, Weights(rows)
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files to read: ``model.safetensors``, or else the shards of its index, and those BESIDE."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"

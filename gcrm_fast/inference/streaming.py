@@ -37,7 +37,7 @@ class LiveRow:
         self.reward: float | None = None
 
     def copy(self) -> "LiveRow":
-        """Another row with the same tokens, which are not computed again."""
+        """Another row with the same tokens, with nothing to recompute."""
         twin = LiveRow(self.sequence.copy(), self.ids, self.read_H)
         twin.start, twin.ended, twin.reward = self.start, self.ended, self.reward
         return twin

@@ -50,12 +50,19 @@ class KVCache:
         return 2 * len(self.layers) * keys.shape[1] * keys.shape[2] * keys.element_size()
 
     def take(self, size: int) -> Extent:
-        """An extent of ``size`` free slots. Raises UserError where the limit leaves no room."""
-        place = next((i for i, (_, free) in enumerate(self._free) if free >= size), None)
-        if place is None:
+        """An extent of ``size`` free slots, of fewer where no more lie together within the limit. Raises UserError if
+        no slot is free."""
+        if all(free < size for _, free in self._free):
             self._grow(size)
-            place = len(self._free) - 1
+        if not self._free:
+            raise UserError(
+                f"the cache of keys and values is full: the maximum is {self.limit} tokens "
+                f"({self.bytes_per_slot} bytes each): raise it, or use fewer or shorter samples"
+            )
+        fitting = (i for i, (_, free) in enumerate(self._free) if free >= size)
+        place = next(fitting, max(range(len(self._free)), key=lambda i: self._free[i][1]))
         start, free = self._free.pop(place)
+        size = min(size, free)
         if free > size:
             self._free.insert(place, (start + size, free - size))
         self.taken += size
@@ -75,16 +82,12 @@ class KVCache:
         self._free = merged
 
     def _grow(self, size: int) -> None:
-        """Adds slots so that ``size`` consecutive ones are free at the end."""
+        """Adds slots so that ``size`` consecutive ones are free at the end, as far as the limit allows."""
         last = self._free[-1] if self._free else (0, 0)
         at_end = last[1] if sum(last) == self.size else 0
-        needed = self.size - at_end + size
-        if needed > self.limit:
-            raise UserError(
-                f"the cache of keys and values is full: {needed} tokens, but the maximum is {self.limit} "
-                f"({self.bytes_per_slot} bytes each): raise that, or use fewer or shorter samples"
-            )
-        slots = min(self.limit, max(needed, 2 * self.size, SMALLEST))
+        slots = min(self.limit, max(self.size - at_end + size, 2 * self.size, SMALLEST))
+        if slots == self.size:
+            return
         if at_end:
             self._free.pop()
         self._free.append((self.size - at_end, slots - self.size + at_end))
@@ -127,7 +130,7 @@ class CachedSequence:
         return extent.size - length if length == extent.filled else 0
 
     def reserve(self, tokens: int) -> None:
-        """Takes an extent where the next ``tokens`` would not fit. Raises UserError, see KVCache.take."""
+        """Takes an extent where the next ``tokens`` would not fit in the last one. Raises UserError, see KVCache."""
         if tokens > self.room():
             self._parts.append((self.cache.take(tokens), 0))
 

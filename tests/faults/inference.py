@@ -243,4 +243,58 @@ FAULTS = {
         "if False:",
         "tests/inference/test_streaming.py -k finite",
     ),
+    "generation: random numbers of the batch": (
+        "gcrm_fast/inference/generation.py",
+        "counter = np.array([0, number, 0, 0], dtype=np.uint64)",
+        "counter = np.array([0, len(self.running), 0, 0], dtype=np.uint64)",
+        "tests/inference/test_generation.py -k does_not_depend",
+    ),
+    "generation: every prompt has the same random numbers": (
+        "gcrm_fast/inference/generation.py",
+        "np.array([self.sampling.seed, group.key], dtype=np.uint64)",
+        "np.array([self.sampling.seed, 0], dtype=np.uint64)",
+        "tests/inference/test_generation.py -k prompts_differ",
+    ),
+    "generation: a finished row keeps its place": (
+        "gcrm_fast/inference/generation.py",
+        "        self.running = [one for one in self.running if one is not row]\n",
+        "        self.running = [one for one in self.running if not (one.ending and len(self.running) == 1)]\n",
+        "tests/inference/test_generation.py -k frees",
+    ),
+    "generation: the stop token is not written": (
+        "gcrm_fast/inference/generation.py",
+        "        row.ids.append(token)\n",
+        "        row.ids += [token] * (token not in self.policy.stop_ids)\n",
+        "tests/inference/test_generation.py -k is_its_last",
+    ),
+    "generation: a tied lm_head is read from the file": (
+        "gcrm_fast/model/language_model.py",
+        "self.lm_head = None if tied else",
+        "self.lm_head =",
+        "tests/inference/test_generation.py -k greedy",
+    ),
+    "generation: top-p keeps one token too few": (
+        "gcrm_fast/inference/generation.py",
+        "p_RV.cumsum(1) - p_RV >= sampling.top_p * total_R1",
+        "p_RV.cumsum(1) >= sampling.top_p * total_R1",
+        "tests/inference/test_generation.py -k top_k_and_top_p",
+    ),
+    "generation: top-p of what top-k dropped": (
+        "gcrm_fast/inference/generation.py",
+        "p_RV.sum(1, keepdim=True) if sampling.top_k else 1.0",
+        "1.0",
+        "tests/inference/test_generation.py -k top_k_and_top_p",
+    ),
+    "generation: logits that are not finite pass": (
+        "gcrm_fast/inference/generation.py",
+        "if not finite_R.all():",
+        "if False:",
+        "tests/inference/test_generation.py -k finite",
+    ),
+    "generation: the cache is not counted": (
+        "gcrm_fast/inference/generation.py",
+        "free = self.policy.cache_tokens - self.reserved -",
+        "free = 10**6 -",
+        "tests/inference/test_generation.py -k cannot_be_continued",
+    ),
 }

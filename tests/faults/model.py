@@ -147,8 +147,8 @@ FAULTS = {
     ),
     "cache: no bound": (
         "gcrm_fast/model/cache.py",
-        "if needed > self.limit:",
-        "if needed > 10 * self.limit:",
+        "slots = min(self.limit, max(",
+        "slots = min(10 * self.limit, max(",
         "tests/model/test_cache.py -k bounded",
     ),
     "cache: parts of attention weighted alike": (

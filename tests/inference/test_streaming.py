@@ -158,10 +158,10 @@ def test_the_prompt_is_computed_once_and_a_drop_frees_its_place(model: RewardMod
     assert trunk.cache.taken == 0
 
 
-def test_what_is_wrong_is_said_and_changes_nothing(model: RewardModel) -> None:
+def test_what_is_wrong_is_said_and_changes_nothing(model: RewardModel, small_forwards: RewardModel) -> None:
     goals = torch.ones(1, 7)
     prompt, row = ids(5, 0), ids(4, 1)
-    stream = model.stream(prompt, 2, goals, cache_tokens=200)
+    stream = small_forwards.stream(prompt, 2, goals, cache_tokens=300)
     stream.push([row, []])
     with pytest.raises(ValueError, match="1 lists of tokens for 2 rows"):
         stream.push([[3]])
@@ -169,8 +169,8 @@ def test_what_is_wrong_is_said_and_changes_nothing(model: RewardModel) -> None:
         stream.keep([0, 2])
     with pytest.raises(UserError, match=r"row 1 has a token that is not between 0 and 299"):
         stream.push([[3], [VOCAB]])
-    with pytest.raises(UserError, match=r"the cache .* is full: .* the maximum is 200"):
-        stream.push([[3], ids(300, 2)])
+    with pytest.raises(UserError, match=r"the cache .* is full: the maximum is 300"):
+        stream.push([[3], ids(250, 2)])
     with pytest.raises(UserError, match="the prompt has a token"):
         model.stream([-1], 1, goals)
     [q, _] = stream.push([[7], []])
