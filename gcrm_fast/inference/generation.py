@@ -68,7 +68,7 @@ class Sampling:
 @dataclass(eq=False, kw_only=True)
 class Row:
     """One sample of a prompt while it is written: ``ids`` and log-probabilities of its own tokens (of the model, at
-    temperature 1), their text so far, and how it ended ("" while it has not)."""
+    temperature 1), their text so far without a stop token, and how it ended ("" while it has not)."""
 
     group: "Group"
     number: int
@@ -405,7 +405,7 @@ class Writer:
         sampling, before = self.sampling, len(row.text)
         row.ids.append(token)
         row.log_p += log_p
-        if self.with_text:
+        if self.with_text and token not in self.policy.stop_ids:
             row.text += row.decoder.step(self.policy.tokenizer.backend_tokenizer, token) or ""
         if token in self.policy.stop_ids or any(
             stop in row.text[max(0, before - len(stop) + 1) :] for stop in sampling.stop

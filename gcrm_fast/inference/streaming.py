@@ -97,6 +97,8 @@ class LiveScorer:
             if ids and row.reward is not None:
                 raise ValueError(f"row {i} is closed: push no tokens to it")
             self._check(ids, len(row.ids) + len(ids), f"row {i}")
+        if not rows:
+            return []
         states = self._extended(rows, new_ids)
         with torch.inference_mode():
             hidden_RH = torch.cat(states)

@@ -155,6 +155,7 @@ def test_the_prompt_is_computed_once_and_a_drop_frees_its_place(model: RewardMod
     assert trunk.computed == 180
     assert trunk.cache.taken == held - 6 * 64  # an extent for each of six rows
     stream.keep([])
+    assert stream.push([]) == []
     assert trunk.cache.taken == 0
 
 
