@@ -110,10 +110,30 @@ def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights
     def rows(name: str, shape: torch.Size, rows: slice) -> Tensor:
         if seed is not None and name not in source:
             return initial_value(name, shape, config, seed)[rows]
-        with safe_open(stored[source[name]].path, framework="pt") as file:
-            return file.get_slice(source[name])[rows]
+        return _rows(stored[source[name]], source[name], rows)
 
     return Weights(rows, notes)
+
+
+def open_language_model(folder: Path) -> tuple[ModelConfig, bool, Weights]:
+    """Shape of a language model, whether its lm_head is the embedding, and its weights.
+
+    Raises:
+        UserError: see read_config and open_weights; no lm_head.
+    """
+    config = read_config(folder, head="linear", projection_size=0)
+    stored = _scan(_weight_files(folder))
+    wanted = {name: shape for name, shape in parameter_shapes(config).items() if name.startswith("model.")}
+    source = _match_trunk(stored, wanted, folder)
+    tied = _stated(folder, "tie_word_embeddings") is True
+    if not tied:
+        own = [key for key in stored if f".{key}".endswith(".lm_head.weight")]
+        if not own:
+            raise UserError(f"{folder}: holds no lm_head: name a language model; a reward model writes no text")
+        source["lm_head.weight"] = own[0]
+        wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
+    _check_all(source, stored, wanted, folder)
+    return config, tied, Weights(lambda name, shape, rows: _rows(stored[source[name]], source[name], rows))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -170,10 +190,7 @@ def _match(
             raise UserError(f"{folder}: holds no {what}: train one with gcrm train --model {folder}")
         elif own:
             notes.append(f"holds no {what}: a new one is initialized")
-    if missing := [key for key in source.values() if key not in stored]:
-        raise UserError(f"{folder}: {_some(missing)} missing from its safetensors files: download it again")
-    for name, key in source.items():
-        _check(key, stored[key], wanted[name])
+    _check_all(source, stored, wanted, folder)
     rest = stored.keys() - source.values()
     for pattern, why in skipped.items():
         if known := {key for key in rest if fnmatchcase(f".{key}", pattern)}:
@@ -219,6 +236,21 @@ def _linear_head(stored: Mapping[str, Stored], folder: Path, config: ModelConfig
 
 def _stated(folder: Path, field: str) -> object:
     return read_json(folder / "config.json", "download it again").get(field)
+
+
+def _rows(tensor: Stored, key: str, rows: slice) -> Tensor:
+    with safe_open(tensor.path, framework="pt") as file:
+        return file.get_slice(key)[rows]
+
+
+def _check_all(
+    source: Mapping[str, str], stored: Mapping[str, Stored], wanted: Mapping[str, torch.Size], folder: Path
+) -> None:
+    """Raises UserError for parameters without a tensor, or with an unsuitable one."""
+    if missing := [key for key in source.values() if key not in stored]:
+        raise UserError(f"{folder}: {_some(missing)} missing from its safetensors files: download it again")
+    for name, key in source.items():
+        _check(key, stored[key], wanted[name])
 
 
 def _check(key: str, tensor: Stored, shape: torch.Size) -> None:

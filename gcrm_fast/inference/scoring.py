@@ -32,6 +32,8 @@ from gcrm_fast.data.messages import Messages, is_messages
 from gcrm_fast.data.packing import Item, ScorePack, build_score_pack
 from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import check_vocabulary, load_tokenizer
+from gcrm_fast.inference.cached import CACHE_TOKENS
+from gcrm_fast.inference.streaming import LiveScorer, Stream
 from gcrm_fast.model.reward_model import LlamaRewardModel, goal_state, load
 from gcrm_kernels import q_values
 
@@ -262,6 +264,28 @@ class RewardModel:
                 columns.append(Column(title=title, text_n=text_n, reward_n=reward_n, q_n=q_Gn[0], marks=marks_n))
             records.append(Record(title=f"Prompt {len(records)}", prompt=prompt, columns=columns))
         return page(title=f"{len(texts)} completions, token by token", about=[], groups={"": records})
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        rows: int,
+        goal: Tensor | str | None = None,
+        *,
+        cache_tokens: int = CACHE_TOKENS,
+    ) -> Stream:
+        """Q-values of ``rows`` completions of one prompt while they are being written (see Stream).
+
+        Args:
+            prompt_ids: computed once for all rows.
+            goal: as of ``q_values``, or a stack of states [G, D].
+            cache_tokens: maximum number of tokens, the prompt's counted once, whose keys and values are kept.
+
+        Raises:
+            UserError: no such goal, or a prompt that is too long or has other tokens than the model.
+        """
+        state = goal if isinstance(goal, Tensor) else self.goal(goal)
+        goals_GD = state[None] if state.dim() == 1 else state
+        return Stream(LiveScorer(self, goals_GD, limit=cache_tokens), prompt_ids, rows, one_goal=state.dim() == 1)
 
     def goal(self, name: str | None = None) -> Tensor:
         """The goal state [D] of that name, or the first of ``goals``. Raises UserError where there is none."""

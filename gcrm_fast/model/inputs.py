@@ -5,7 +5,7 @@ Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S sample
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -59,6 +59,23 @@ class TokenAxis:
     def pin_memory(self) -> Self:
         """A copy with every tensor in page-locked memory."""
         return mapped(self, Tensor, Tensor.pin_memory)
+
+
+class Run(NamedTuple):
+    """``length`` consecutive slots from ``start`` on, which hold the tokens of a sequence from ``position`` on."""
+
+    start: int
+    length: int
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedAxis(TokenAxis):
+    """New tokens that continue sequences in a cache. ``kv_index_K`` are slots; the keys and values of the new tokens go
+    to ``slots_T`` (int64); segment b holds the ``runs[b]``, its new tokens last."""
+
+    slots_T: Tensor
+    runs: tuple[tuple[Run, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)

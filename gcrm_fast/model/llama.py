@@ -8,7 +8,7 @@ values for all tokens, but its output projection, second norm, MLP and the final
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gcrm_fast.model.attention import packed_attention, resolve_backend
+from gcrm_fast.model.cached_attention import Block as AttentionBlock
+from gcrm_fast.model.cached_attention import blocks_of, cached_attention
 from gcrm_fast.model.families import FAMILIES, Family
-from gcrm_fast.model.inputs import TokenAxis
+from gcrm_fast.model.inputs import CachedAxis, TokenAxis
 from gcrm_kernels import gather_rows, rms_norm, rotate_and_gather, swiglu
 
 
@@ -82,11 +84,14 @@ torch.zeros(1, device="cpu").cos(), torch.zeros(1, device="cpu").sin()
 
 
 class Shared(NamedTuple):
-    """What all layers read: the packed tokens, (cos, sin) [T, D] of their rotary angles, the attention backend."""
+    """What all layers read: the packed tokens, (cos, sin) [T, D] of their rotary angles, the attention backend. With a
+    cache also the layer's own keys and values [S, G, D], and how attention to them is cut (None: they are gathered)."""
 
     axis: TokenAxis
     rope: tuple[Tensor, Tensor]
     backend: str
+    slots: tuple[Tensor, Tensor] | None = None
+    blocks: Sequence[AttentionBlock] | None = None
 
 
 class Attention(nn.Module):
@@ -109,10 +114,28 @@ class Attention(nn.Module):
         projected = linears(x_TH, self.q_proj, self.k_proj, self.v_proj)
         q_TND, k_TGD, v_TGD = (rearrange(x, "t (n d) -> t n d", d=self.head_dim) for x in projected)
         q_TND, k_TGD = self._normed(q_TND, self.q_norm), self._normed(k_TGD, self.k_norm)
-        q_TND, k_KGD, v_KGD = rotate_and_gather(q_TND, k_TGD, v_TGD, *shared.rope, axis.kv_index_K, axis.kv_inverse)
+        if shared.slots is None:
+            q_TND, k_KGD, v_KGD = rotate_and_gather(q_TND, k_TGD, v_TGD, *shared.rope, axis.kv_index_K, axis.kv_inverse)
+        else:
+            q_TND = self._write(q_TND, k_TGD, v_TGD, shared)
+            if shared.blocks is not None:
+                out_TND = cached_attention(q_TND, *shared.slots, shared.blocks)
+                return rearrange(out_TND, "t n d -> t (n d)")
+            k_KGD, v_KGD = (x_SGD.index_select(0, axis.kv_index_K) for x_SGD in shared.slots)
         segments = axis.cu_seqlens_q, axis.cu_seqlens_k, axis.max_seqlen_q, axis.max_seqlen_k
         out_TND = packed_attention(q_TND, k_KGD, v_KGD, *segments, shared.backend)
         return rearrange(out_TND, "t n d -> t (n d)")
+
+    def _write(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, shared: Shared) -> Tensor:
+        """Queries rotated; rotated keys and values go into the cache."""
+        axis = shared.axis
+        assert isinstance(axis, CachedAxis)
+        assert shared.slots is not None
+        in_order = torch.arange(len(q_TND), device=q_TND.device)
+        q_TND, *new = rotate_and_gather(q_TND, k_TGD, v_TGD, *shared.rope, in_order, None)
+        for x_SGD, new_TGD in zip(shared.slots, new, strict=True):
+            x_SGD.index_copy_(0, axis.slots_T, new_TGD)
+        return q_TND
 
     def _normed(self, x_TND: Tensor, norm: nn.RMSNorm | None) -> Tensor:
         """RMSNorm of each head, with one weight [D] for all; unchanged without a norm."""
@@ -228,14 +251,21 @@ class Llama(nn.Module):
         """Fills the buffer again after ``to_empty``."""
         self.inv_freq.copy_(inverse_frequencies(self.config))
 
-    def forward(self, axis: TokenAxis, attention_backend: str) -> Tensor:
-        """Hidden states after the final norm at the read rows, [R, H]."""
+    def forward(
+        self, axis: TokenAxis, attention_backend: str, cache: Sequence[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """Hidden states after the final norm at the read rows, [R, H]. ``cache``: keys and values [S, G, D] of each
+        layer, which those of the tokens of a CachedAxis join."""
         x = self.embed_tokens(axis.input_ids_T)
         backend = resolve_backend(attention_backend, x.device, x.dtype)
         angles = repeat(torch.outer(axis.position_ids_T.float(), self.inv_freq), "t d -> t (two d)", two=2)
         shared = Shared(axis, (angles.cos().to(x.dtype), angles.sin().to(x.dtype)), backend)
+        if isinstance(axis, CachedAxis) and cache is not None and backend == "eager":
+            r = self.config.num_attention_heads // self.config.num_key_value_heads
+            shared = shared._replace(blocks=blocks_of(axis, len(cache[0][0]), r, x.dtype))
         branch: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            x, branch = layer(x, branch, shared, prune=i == len(self.layers) - 1)
+            own = shared if cache is None else shared._replace(slots=cache[i])
+            x, branch = layer(x, branch, own, prune=i == len(self.layers) - 1)
         assert branch is not None  # there is at least one layer
         return rms_norm(branch, self.norm.weight, self.config.rms_norm_eps, residual_TH=x)[0]

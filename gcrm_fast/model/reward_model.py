@@ -21,6 +21,7 @@ from gcrm_fast.common.notes import BAR_DELAY
 from gcrm_fast.common.torch_compat import set_recompile_limit
 from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
+from gcrm_fast.model.language_model import LlamaLanguageModel
 from gcrm_fast.model.llama import Llama, ModelConfig
 
 RowReader = Callable[[str, torch.Size, slice], Tensor]  # (parameter name, its full shape, rows) -> those rows
@@ -86,7 +87,7 @@ class LlamaRewardModel(nn.Module):
 
 @torch.no_grad()
 def load(
-    network: LlamaRewardModel,
+    network: LlamaRewardModel | LlamaLanguageModel,
     device: torch.device,
     value: RowReader,
     local_rows: Callable[[int], slice] = lambda rows: slice(0, rows),

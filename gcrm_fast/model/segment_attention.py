@@ -146,7 +146,7 @@ def _heads_first(x: Tensor) -> Tensor:
     return rearrange(x, "b n h ... -> b h n ...")
 
 
-def _for_heads(x_KGD: Tensor, heads: int) -> Tensor:
+def for_heads(x_KGD: Tensor, heads: int) -> Tensor:
     """[K, G, D] -> [K, N, D]: each key/value head once for every query head that reads it."""
     return repeat(x_KGD, "k g d -> k (g r) d", r=heads // x_KGD.shape[1])
 
@@ -157,7 +157,7 @@ def _segment_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [T, N, D] and logsumexp [T, N], at least float32, for the backward."""
     out_TND, lse_TN = _empty_results(q_TND)
-    k_KND, v_KND = (_for_heads(x, q_TND.shape[1]) for x in (k_KGD, v_KGD))
+    k_KND, v_KND = (for_heads(x, q_TND.shape[1]) for x in (k_KGD, v_KGD))
     for queries, keys, bias in _cut(q_TND, cu_seqlens_q, cu_seqlens_k):
         q, k, v = (_heads_first(rows.take(x)) for rows, x in ((queries, q_TND), (keys, k_KND), (keys, v_KND)))
         out, lse = _attend(q, k, v, bias)
@@ -188,7 +188,7 @@ def _segment_attention_backward(
     cu_seqlens_k: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v. Each row belongs to one segment, so writing is enough: nothing adds up here."""
-    k_KND, v_KND = (_for_heads(x, q_TND.shape[1]) for x in (k_KGD, v_KGD))
+    k_KND, v_KND = (for_heads(x, q_TND.shape[1]) for x in (k_KGD, v_KGD))
     dq_TND, dk_KND, dv_KND = (torch.empty_like(x) for x in (q_TND, k_KND, v_KND))
     for queries, keys, bias in _cut(q_TND, cu_seqlens_q, cu_seqlens_k):
         # Padding repeats a real query, which must not count again.

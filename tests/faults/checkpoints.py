@@ -45,8 +45,8 @@ FAULTS = {
     ),
     "every rank reads whole tensors": (
         "gcrm_fast/checkpoints/weights.py",
-        "file.get_slice(source[name])[rows]",
-        "file.get_tensor(source[name])[rows]",
+        "file.get_slice(key)[rows]",
+        "file.get_tensor(key)[rows]",
         "tests/checkpoints/test_checkpoint.py",
     ),
     "tied embedding under the name of lm_head not found": (

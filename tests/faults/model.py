@@ -121,4 +121,52 @@ FAULTS = {
         "0.0, False, attn_mask",
         "tests/data/test_packing.py -k segment_attention",
     ),
+    "cache: a new token's key in another slot": (
+        "gcrm_fast/model/llama.py",
+        "x_SGD.index_copy_(0, axis.slots_T, new_TGD)",
+        "x_SGD.index_copy_(0, axis.slots_T.flip(0), new_TGD)",
+        "tests/inference/test_streaming.py",
+    ),
+    "cache: positions count from the new tokens": (
+        "gcrm_fast/model/cache.py",
+        "for p in range(s, s + n)",
+        "for p in range(n)",
+        "tests/inference/test_streaming.py",
+    ),
+    "cache: a copy and its original write to one slot": (
+        "gcrm_fast/model/cache.py",
+        "return extent.size - length if length == extent.filled else 0",
+        "return extent.size - length",
+        "tests/model/test_cache.py",
+    ),
+    "cache: slots freed under their holders": (
+        "gcrm_fast/model/cache.py",
+        "        if extent.holders:\n            return\n",
+        "",
+        "tests/model/test_cache.py",
+    ),
+    "cache: no bound": (
+        "gcrm_fast/model/cache.py",
+        "slots = min(self.limit, max(",
+        "slots = min(10 * self.limit, max(",
+        "tests/model/test_cache.py -k bounded",
+    ),
+    "cache: parts of attention weighted alike": (
+        "gcrm_fast/model/cached_attention.py",
+        "(lse - total).exp().unsqueeze(-1)",
+        "torch.full_like(lse, 0.5).unsqueeze(-1)",
+        "tests/model/test_cache.py -k gathered",
+    ),
+    "cache: a new token sees the next one": (
+        "gcrm_fast/model/cached_attention.py",
+        "start + skipped + 1 - run.position, run)",
+        "start + skipped + 2 - run.position, run)",
+        "tests/model/test_cache.py -k gathered",
+    ),
+    "cache: two runs of one sequence in one product": (
+        "gcrm_fast/model/cached_attention.py",
+        "if similar and other and (",
+        "if similar and (",
+        "tests/model/test_cache.py -k gathered",
+    ),
 }

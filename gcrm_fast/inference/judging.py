@@ -1,0 +1,159 @@
+"""The reward model's side of generation: Q-values and rewards of a policy's rows, in tokens of one tokenizer or of two.
+
+With one tokenizer, ids pass from policy to reward model as they are. With two, the text so far is encoded again at each
+look; the cache goes back to the tokens that both encodings share. Letters: G goals, n tokens of a completion.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.chat import as_text
+from gcrm_fast.data.encoding import CUT, Completion
+from gcrm_fast.data.messages import Messages
+from gcrm_fast.inference.generation import Policy, Row
+from gcrm_fast.inference.scoring import RewardModel
+from gcrm_fast.inference.streaming import LiveRow, LiveScorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goals:
+    """Goal states [G, D] and their weights [G], whose absolute values sum to 1: a Q-value is the weighted sum of the
+    cosines to each."""
+
+    states_GD: Tensor
+    weights_G: np.ndarray
+
+    @classmethod
+    def of(cls, weighted: Sequence[tuple[Tensor, float]]) -> "Goals":
+        """Raises UserError where all weights are 0."""
+        weights_G = np.array([weight for _, weight in weighted], dtype=np.float64)
+        if not np.abs(weights_G).sum():
+            raise UserError("the weights of the goals are 0: give one of them another weight")
+        return cls(
+            states_GD=torch.stack([state.float() for state, _ in weighted]),
+            weights_G=weights_G / np.abs(weights_G).sum(),
+        )
+
+    def shuffled(self, seed: int) -> "Goals":
+        """A control: the coordinates of the states in another order. Norms, and angles between goals, stay."""
+        order = np.random.default_rng(seed).permutation(self.states_GD.shape[1])
+        return Goals(states_GD=self.states_GD[:, torch.from_numpy(order)], weights_G=self.weights_G)
+
+    def opposite(self) -> "Goals":
+        """A control: the Q-values with the other sign."""
+        return Goals(states_GD=self.states_GD, weights_G=-self.weights_G)
+
+
+@dataclass(eq=False, kw_only=True)
+class Judged:
+    """What the reward model knows of a row: ``seen`` tokens of the policy, and the Q-values of its own tokens."""
+
+    live: LiveRow
+    prompt: str
+    seen: int = 0
+    q_n: list[float] = field(default_factory=list)
+
+
+class Judge:
+    """Rows of a policy through a reward model."""
+
+    def __init__(self, model: RewardModel, goals: Goals, policy: Policy, *, limit: int) -> None:
+        self.model, self.weights_G = model, goals.weights_G
+        self.scorer = LiveScorer(model, goals.states_GD, limit=limit)
+        self.stop_ids = policy.stop_ids
+        self.one_tokenizer = policy.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+        self.judged: dict[int, Judged] = {}  # by id() of the row
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the reward model has computed."""
+        return self.scorer.trunk.computed
+
+    def open(self, prompt: str | Messages, rows: Sequence[Row], *, room: int, name: str) -> int:
+        """Opens rows of a prompt, which is computed once. Returns its tokens. Raises UserError where the model cannot
+        read it."""
+        text = as_text(self.model.tokenizer, prompt, "")[0]
+        ids = self.model.encode([text], [""], [True])[0].ids.tolist() if text else []
+        unknown = self.model.tokenizer.unk_token_id
+        if not self.one_tokenizer and text.strip() and set(ids) <= {unknown, self.model.tokenizer.bos_token_id}:
+            raise UserError(f"{name}: the tokenizer of the reward model knows none of its text: use another model")
+        [opened] = self.scorer.open([ids], [len(rows)], room=room)
+        for row, live in zip(rows, opened, strict=True):
+            self.judged[id(row)] = Judged(live=live, prompt=text)
+        return len(ids)
+
+    def closed(self, row: Row) -> bool:
+        """Whether a row that is finished has been judged to its end."""
+        return bool(row.ending) and self.judged[id(row)].seen == len(row.ids)
+
+    def look(self, rows: Sequence[Row]) -> list[int]:
+        """Adds the Q-values of what the rows have written since the last look. Returns the tokens read of each."""
+        new_ids = [self._new_ids(row) for row in rows]
+        judged = [self.judged[id(row)] for row in rows]
+        for row, own, q_Gm in zip(rows, judged, self.scorer.push([own.live for own in judged], new_ids), strict=True):
+            own.q_n += (self.weights_G @ q_Gm).tolist()
+            own.seen = len(row.ids)
+        return [len(ids) for ids in new_ids]
+
+    def _new_ids(self, row: Row) -> list[int]:
+        own = self.judged[id(row)]
+        if self.one_tokenizer:
+            return row.ids[own.seen :]
+        [whole] = self.model.encode([own.prompt], [row.text], [True])
+        ids, live = whole.ids.tolist(), own.live
+        shared = next((i for i, (a, b) in enumerate(zip(ids, live.ids, strict=False)) if a != b), len(live.ids))
+        if shared < len(live.ids):
+            shared = min(shared, len(ids) - 1)  # the state of the last token is needed again
+            live.rewind(shared)
+            del own.q_n[max(0, shared - live.start) :]
+        return ids[shared:]
+
+    def q_n(self, row: Row) -> np.ndarray:
+        """The Q-values of the row's tokens so far, in tokens of the reward model."""
+        return np.array(self.judged[id(row)].q_n)
+
+    def content(self, row: Row) -> np.ndarray:
+        """The same without an end token, where Q is high for all."""
+        own = self.judged[id(row)]
+        ended = self.one_tokenizer and row.ending == "stop" and row.ids[-1] in self.stop_ids
+        return np.array(own.q_n[:-1] if ended else own.q_n)
+
+    def token_texts(self, row: Row) -> list[str]:
+        """The text of each token that has a Q-value."""
+        own = self.judged[id(row)]
+        ids = np.array(own.live.ids[: own.live.start + len(own.q_n)], dtype=np.int32)
+        return self.model.texts(Completion(ids, own.live.start, CUT))
+
+    def rewards(self, rows: Sequence[Row]) -> list[float]:
+        """Rewards of finished rows, as of completions of that text; those that a limit ended are cut."""
+        cuts = [row.ending == "length" for row in rows]
+        judged = [self.judged[id(row)] for row in rows]
+        if self.model.end.kind != "eos":  # read where another project's trainer read it, which only the text says
+            texts = [own.prompt for own in judged], [row.text for row in rows]
+            return [one.reward for one in self.model.judge(self.model.encode(*texts, cuts))]
+        return self.scorer.close([own.live for own in judged], cuts)
+
+    def fork(self, row: Row, twin: Row) -> None:
+        """Opens ``twin`` as a copy of ``row``."""
+        own = self.judged[id(row)]
+        self.judged[id(twin)] = Judged(live=own.live.copy(), prompt=own.prompt, seen=own.seen, q_n=list(own.q_n))
+
+    def drop(self, rows: Iterable[Row]) -> None:
+        """Frees the places of rows in the cache; their Q-values stay."""
+        self.scorer.drop(self.judged[id(row)].live for row in rows)
+
+    def forget(self, rows: Sequence[Row]) -> None:
+        """Drops the rows, and their Q-values too."""
+        self.drop(rows)
+        for row in rows:
+            del self.judged[id(row)]
+
+
+def goals_of(model: RewardModel, named: Mapping[str, float]) -> Goals:
+    """The model's goal states of those names with their weights; without names its first one. Raises UserError."""
+    return Goals.of([(model.goal(name), weight) for name, weight in named.items()] or [(model.goal(), 1.0)])

@@ -1,0 +1,320 @@
+"""Methods that choose or steer text by a reward model: whom they drop, what they choose, and what they report."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from gcrm_fast import Policy, RewardModel
+from gcrm_fast.checkpoints.saving import save_model
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.encoding import CUT, OWN_END, Completion
+from gcrm_fast.inference.decoding import Result, Text, Update, decode
+from gcrm_fast.inference.generation import Sampling
+from gcrm_fast.inference.judging import Goals
+from gcrm_fast.inference.methods import UNJUDGED, Method
+from support import models, policies
+from support.small import small_config, small_model
+
+PROMPTS = ["one two", "three, four", "five", "six; seven one"]
+SAMPLING = Sampling(max_new_tokens=40, temperature=1.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(5)
+    return policies.save(tmp_path_factory.mktemp("policies") / "llama", ends=0.7)
+
+
+@pytest.fixture(scope="module")
+def policy(folder: Path) -> Policy:
+    return Policy.from_pretrained(folder, device="cpu", dtype="float64")
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory: pytest.TempPathFactory) -> RewardModel:
+    path = tmp_path_factory.mktemp("models") / "linear"
+    models.save(path)
+    return RewardModel.from_pretrained(path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def goals() -> Goals:
+    return Goals.of([(torch.randn(32, generator=torch.Generator().manual_seed(1)), 1.0)])
+
+
+def results(policy: Policy, reward: RewardModel | None, method: Method, **more: object) -> list[Result]:
+    found = decode(policy, PROMPTS, reward=reward, method=method, **{"sampling": SAMPLING, **more})
+    return sorted((one for one in found if isinstance(one, Result)), key=lambda one: one.prompt)
+
+
+def judged(reward: RewardModel, goals: Goals, prompt: str, text: Text) -> tuple[float, np.ndarray]:
+    """Reward and Q-values of a sample's ids, by one forward."""
+    [start] = reward.encode([prompt], [""], [True])
+    ended = text.ids[-1] == policies.EOS
+    ids = [*start.ids, *text.ids, *([] if ended or text.ending != "stop" else [policies.EOS])]
+    completion = Completion(np.array(ids, dtype=np.int32), len(start.ids), OWN_END if ended else CUT)
+    [one] = reward.judge([completion], goals_GD=goals.states_GD)
+    assert one.q_Gn is not None
+    return one.reward, (goals.weights_G @ one.q_Gn)[: len(text.ids)]
+
+
+def plain(policy: Policy, samples: int) -> list[list[tuple[int, ...]]]:
+    ids = policy.generate_ids(
+        [ids for ids in policy.encode(PROMPTS) for _ in range(samples)], max_new_tokens=40, temperature=1.0, seed=3
+    )
+    return [[tuple(one) for one in ids[a : a + samples]] for a in range(0, len(ids), samples)]
+
+
+def test_samples_need_no_reward_model(policy: Policy, folder: Path) -> None:
+    found = results(policy, None, Method(kind="sample", samples=3))
+    assert [[text.ids for text in one.texts] for one in found] == plain(policy, 3)
+    assert [one.chosen for one in found] == [0] * 4
+    theirs = LlamaForCausalLM.from_pretrained(folder).double()
+    for prompt, one in zip(policy.encode(PROMPTS), found, strict=True):
+        assert one.policy_tokens == sum(len(text.ids) for text in one.texts)
+        assert (one.reward_tokens, one.saved_tokens) == (0, 0)
+        for text in one.texts:
+            assert text.ending == ("stop" if text.ids[-1] == policies.EOS else "length")
+            whole = torch.tensor([[*prompt, *text.ids]])
+            log_p = theirs(whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            chosen = log_p.gather(1, whole[0, len(prompt) :, None]).sum().detach()
+            assert text.log_p == pytest.approx(float(chosen), abs=1e-5)
+
+
+@pytest.mark.parametrize("every", [0, 1, 7])
+def test_best_of_n_is_the_greatest_reward_of_a_whole_text(
+    policy: Policy, reward: RewardModel, goals: Goals, every: int
+) -> None:
+    found = results(policy, reward, Method(samples=6, every=every), goals=goals)
+    assert [[text.ids for text in one.texts] for one in found] == plain(policy, 6)
+    for prompt, one in zip(PROMPTS, found, strict=True):
+        for text in one.texts:
+            expected, q_n = judged(reward, goals, prompt, text)
+            assert text.reward == pytest.approx(expected, abs=1e-5)
+            np.testing.assert_allclose(text.q_n, q_n, rtol=0, atol=1e-5)
+            assert "".join(text.texts_n).removesuffix("<|eos|>") == text.text
+        whole = [text for text in one.texts if text.ending == "stop"]
+        if whole:
+            assert one.texts[one.chosen] == max(whole, key=lambda text: text.reward or 0.0)
+        else:
+            assert one.texts[one.chosen] == max(one.texts, key=lambda text: text.q_n[-1])
+    assert {text.ending for one in found for text in one.texts} == {"stop", "length"}
+
+
+def first_low(text: Text, q_n: Sequence[float], threshold: float) -> int | None:
+    return next((i for i, q in enumerate(q_n) if i >= UNJUDGED and q < threshold), None)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("threshold", [-0.2, 0.0, 0.9])
+def test_filter_drops_whom_it_should_when_it_should(
+    policy: Policy, reward: RewardModel, goals: Goals, every: int, threshold: float
+) -> None:
+    whole = results(policy, reward, Method(samples=8), goals=goals)
+    found = results(policy, reward, Method(kind="filter", samples=8, threshold=threshold, every=every), goals=goals)
+    dropped = 0
+    for unfiltered, one in zip(whole, found, strict=True):
+        survivors = [text for text in one.texts if text.ending != "dropped"]
+        assert survivors
+        for before, text in zip(unfiltered.texts, one.texts, strict=True):
+            low = first_low(before, before.q_n, threshold)
+            assert text.ids == before.ids[: len(text.ids)]
+            if text.ending == "dropped":
+                dropped += 1
+                assert low is not None
+                look = min(-(-(low + 1) // every) * every, len(before.ids))
+                assert len(text.ids) == look
+                assert text.reward is None
+            else:
+                assert text.ids == before.ids
+                assert text.reward == pytest.approx(before.reward, abs=1e-5)
+                assert low is None or len(survivors) == 1
+        assert one.policy_tokens == sum(len(text.ids) for text in one.texts)
+        assert one.texts[one.chosen] in survivors
+        usual = np.mean([len(text.ids) for text in survivors])
+        lost = [max(0, usual - len(text.ids)) for text in one.texts if text.ending == "dropped"]
+        assert one.saved_tokens == round(sum(lost))
+    assert dropped > (20 if threshold == 0.9 else 0)
+
+
+def test_the_last_row_of_a_filter_has_the_greatest_minimum(policy: Policy, reward: RewardModel, goals: Goals) -> None:
+    """All fall below 1 at once: the one with the best running minimum at that look stays to the end."""
+    whole = results(policy, reward, Method(samples=8), goals=goals)
+    found = results(policy, reward, Method(kind="filter", samples=8, threshold=1.0, every=8), goals=goals)
+    for unfiltered, one in zip(whole, found, strict=True):
+        lowest = [
+            min((text.q_n[UNJUDGED:8] if len(text.ids) > UNJUDGED else ()), default=np.inf) for text in unfiltered.texts
+        ]
+        [survivor] = [text for text in one.texts if text.ending != "dropped"]
+        assert lowest[survivor.number] == pytest.approx(max(lowest), abs=1e-5)
+        assert survivor.ids == unfiltered.texts[survivor.number].ids
+
+
+def test_rejection_halves_at_checkpoints(policy: Policy, reward: RewardModel, goals: Goals) -> None:
+    whole = results(policy, reward, Method(samples=9), goals=goals)
+    method = Method(kind="reject", samples=9, checkpoints=(6, 12, 20), every=0)
+    for unfiltered, one in zip(whole, results(policy, reward, method, goals=goals), strict=True):
+        alive = list(unfiltered.texts)
+        for checkpoint in (6, 12, 20):
+            if all(len(text.ids) < checkpoint or text.ids[checkpoint - 1] == policies.EOS for text in alive):
+                break  # nobody is writing any more
+            q = {}
+            for text in alive:
+                n = min(checkpoint, len(text.ids))
+                q[text.number] = text.q_n[n - 1 - (text.ids[n - 1] == policies.EOS)]  # never the end token
+            alive = sorted(alive, key=lambda text: q[text.number], reverse=True)[: -(-len(alive) // 2)]
+        kept = [text for text in one.texts if text.ending != "dropped"]
+        assert {text.number for text in kept} == {text.number for text in alive}
+        ended = [text for text in kept if text.ending == "stop"]
+        if ended:
+            assert one.texts[one.chosen] == max(ended, key=lambda text: text.reward or 0.0)
+
+
+def step_start(policy: Policy, text: Text, longest: int) -> int:
+    """Where the last step of a text begins: each ends with a line feed or after ``longest`` tokens."""
+    start = 0
+    for i in range(1, len(text.ids)):
+        if i - start == longest or "\n" in policy.tokenizer.decode(text.ids[start:i]).lstrip("\n"):
+            start = i
+    return start
+
+
+@pytest.mark.parametrize("step_q", ["last", "mean"])
+def test_beams_continue_those_with_the_best_scores(
+    policy: Policy, reward: RewardModel, goals: Goals, step_q: str
+) -> None:
+    """Replays the selection from what every beam, dropped ones included, had written at the end of each step."""
+    method = Method(kind="beams", beams=3, per_beam=2, step_tokens=6, steps=4, alpha=2.0, step_q=step_q)
+    for prompt, one in zip(PROMPTS, results(policy, reward, method, goals=goals), strict=True):
+        texts = {text.number: text for text in one.texts}
+        assert max(len(text.ids) for text in one.texts) <= 24
+        assert set(range(6)) <= texts.keys()
+        for text in one.texts:
+            _, q_n = judged(reward, goals, prompt, text)
+            np.testing.assert_allclose(text.q_n, q_n, rtol=0, atol=1e-5)
+            if text.parent:
+                number, tokens = text.parent
+                assert text.ids[:tokens] == texts[number].ids[:tokens]
+                assert text.ids != texts[number].ids or len(text.ids) == tokens
+                assert len(texts[number].ids) >= tokens
+        finished = [text for text in one.texts if text.ending != "dropped"]
+        assert len(finished) <= 3
+
+        def score(text: Text) -> float:
+            content = text.q_n[: len(text.q_n) - (text.ids[-1] == policies.EOS)]
+            start = step_start(policy, text, 6)
+            step = content[start:] or content[-1:]
+            return text.log_p / len(text.ids) + 2.0 * (step[-1] if step_q == "last" else float(np.mean(step)))
+
+        best = max(finished, key=score)
+        assert score(one.texts[one.chosen]) == pytest.approx(score(best), abs=1e-9)
+        worst = min(map(score, finished))
+        for text in one.texts:  # a text that was dropped in the last step is worse than those that were kept
+            if text.ending == "dropped" and len(text.ids) > 18 and text.text not in {kept.text for kept in finished}:
+                assert score(text) <= worst + 1e-9
+
+
+def test_beams_without_q_follow_the_likelihood_and_merge_duplicates(policy: Policy, reward: RewardModel) -> None:
+    greedy = Sampling(max_new_tokens=24)
+    method = Method(kind="beams", step_tokens=6, steps=4, alpha=0.0)
+    found = results(policy, reward, method, sampling=greedy)
+    expected = policy.generate_ids(policy.encode(PROMPTS), max_new_tokens=24)
+    for one, ids in zip(found, expected, strict=True):
+        assert list(one.texts[one.chosen].ids) == ids
+        assert sum(text.ending != "dropped" for text in one.texts) == 1  # all wrote the same
+
+
+def test_a_step_ends_at_a_line_feed(policy: Policy, reward: RewardModel) -> None:
+    method = Method(kind="beams", beams=2, per_beam=2, step_tokens=12, steps=3)
+    found = results(policy, reward, method, sampling=replace(SAMPLING, max_new_tokens=36))
+    forks = [text for one in found for text in one.texts if text.parent]
+    assert forks
+    at_line_feed = [text for text in forks if text.parent and text.parent[1] % 12]
+    assert at_line_feed
+    for text in at_line_feed:
+        assert text.parent is not None
+        assert "\n" in policy.tokenizer.decode(text.ids[: text.parent[1]][-1:])
+
+
+@pytest.mark.parametrize("kind", ["best-of-n", "filter", "reject", "beams"])
+def test_texts_do_not_depend_on_the_batch(policy: Policy, reward: RewardModel, goals: Goals, kind: str) -> None:
+    method = Method(kind=kind, samples=4, beams=2, step_tokens=5, steps=5, checkpoints=(8, 16), every=4)
+    together = results(policy, reward, method, goals=goals)
+    alone = results(policy, reward, method, goals=goals, rows=1)
+    for a, b in zip(together, alone, strict=True):
+        assert [text.ids for text in a.texts] == [text.ids for text in b.texts]
+        assert [text.ending for text in a.texts] == [text.ending for text in b.texts]
+        assert (a.chosen, a.policy_tokens, a.reward_tokens) == (b.chosen, b.policy_tokens, b.reward_tokens)
+
+
+def test_updates_tell_the_whole_story(policy: Policy, reward: RewardModel, goals: Goals) -> None:
+    method = Method(kind="filter", samples=5, every=3, threshold=0.0)
+    story: dict[tuple[int, int], tuple[str, list[float], bool]] = {}
+    for one in decode(policy, PROMPTS, reward=reward, method=method, sampling=SAMPLING, goals=goals):
+        if isinstance(one, Update):
+            text, q_n, _ = story.get((one.prompt, one.number), ("", [], False))
+            story[one.prompt, one.number] = text + one.text, [*q_n, *one.q_m], one.dropped
+        else:
+            for text in one.texts:
+                assert story[one.prompt, text.number] == (text.text, list(text.q_n), text.ending == "dropped")
+
+
+def test_two_tokenizers_meet_in_the_text(policy: Policy, tmp_path: Path) -> None:
+    other, config = policies.other_tokenizer(), small_config(vocab_size=320, num_hidden_layers=2)
+    model = small_model(config, torch.float32)
+    state = {name: p.detach().clone() for name, p in model.named_parameters()}
+    save_model(tmp_path / "m", state, config, other, torch.ones(32), 3)
+    reward = RewardModel.from_pretrained(tmp_path / "m", device="cpu")
+    for method in (Method(samples=4, every=3), Method(kind="beams", beams=2, step_tokens=5, steps=4)):
+        for prompt, one in zip(PROMPTS, results(policy, reward, method), strict=True):
+            for text in one.texts:
+                [q_n] = reward.q_values([prompt], [text.text])
+                np.testing.assert_allclose(text.q_n, q_n[:-1], rtol=0, atol=1e-5)  # without the end token
+                assert "".join(text.texts_n) == text.text
+                if text.ending == "stop":
+                    assert text.reward == pytest.approx(float(reward.score([prompt], [text.text])[0]), abs=1e-5)
+
+
+def test_a_reward_model_of_another_project_is_read_where_its_trainer_read_it(
+    policy: Policy, reward: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gcrm_fast.data.ends import End
+
+    monkeypatch.setattr(reward, "end", End("transformers", policies.EOS))
+    for prompt, one in zip(PROMPTS, results(policy, reward, Method(samples=3)), strict=True):
+        for text in one.texts:
+            if text.ending == "stop":
+                assert text.reward == pytest.approx(float(reward.score([prompt], [text.text])[0]), abs=1e-5)
+
+
+def test_several_goals_and_controls(policy: Policy, reward: RewardModel) -> None:
+    a, b = torch.randn(2, 32)
+    both = Goals.of([(a, 3.0), (b, -1.0)])
+    np.testing.assert_allclose(both.weights_G, [0.75, -0.25])
+    method = Method(samples=2)
+
+    def q_of(goals: Goals) -> list[np.ndarray]:
+        return [np.array(text.q_n) for one in results(policy, reward, method, goals=goals) for text in one.texts]
+
+    only_a, only_b = q_of(Goals.of([(a, 1.0)])), q_of(Goals.of([(b, 2.0)]))
+    for mixed, opposite, of_a, of_b in zip(q_of(both), q_of(both.opposite()), only_a, only_b, strict=True):
+        np.testing.assert_allclose(mixed, 0.75 * of_a - 0.25 * of_b, atol=1e-6)
+        np.testing.assert_allclose(opposite, -mixed, atol=1e-6)
+    shuffled = both.shuffled(seed=4)
+    assert not torch.equal(shuffled.states_GD, both.states_GD)
+    torch.testing.assert_close(shuffled.states_GD.sort(1).values, both.states_GD.sort(1).values)
+    torch.testing.assert_close(shuffled.states_GD @ shuffled.states_GD.T, both.states_GD @ both.states_GD.T)
+    with pytest.raises(UserError, match="the weights of the goals are 0"):
+        Goals.of([(a, 0.0)])
+
+
+def test_errors_name_the_prompt(policy: Policy, reward: RewardModel) -> None:
+    with pytest.raises(UserError, match="the method filter needs a reward model"):
+        results(policy, None, Method(kind="filter"))
+    with pytest.raises(UserError, match=r"prompt 0 has \d+ tokens: with 9999 texts of 40 tokens more than the cache"):
+        results(policy, reward, Method(samples=9999))
