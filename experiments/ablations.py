@@ -4,7 +4,7 @@
 
 Each trained arm is a row of ablations.json, written when it is finished; a second call trains what is missing, so it
 can be stopped at any time. Writes ablations.md next to it. An effect counts where its interval over seeds and problems
-leaves out 0.
+excludes 0.
 """
 
 import json
@@ -54,7 +54,7 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     **{f"weight {w}": ("--contrastive-weight", str(w)) for w in (0.5, 1.0, 4.0)},
 }
 SWEEP_SEEDS = 3
-RANDOM_GOAL = "goal of random tokens"  # the models of BASE, judged with another goal: no training of its own
+RANDOM_GOAL = "goal of random tokens"  # the models of BASE, judged with another goal without training again
 SINGLE_GOAL = "goal of one completion"
 PLACES = (20, 40, 60, 80)  # percent of a completion at which Q and reward are correlated
 BY_PROBLEM = {
@@ -211,7 +211,7 @@ def values_of(rows: Sequence[Row], arm: str, name: str) -> dict[int, np.ndarray]
 
 
 def difference(rows: Sequence[Row], arm: str, name: str) -> str:
-    """The arm less BASE, paired by seed and problem, such as '+0.013 ± 0.021'; with * where 0 is left out."""
+    """The arm less BASE, paired by seed and problem, such as '+0.013 ± 0.021'; with * where the interval excludes 0."""
     own, base = values_of(rows, arm, name), values_of(rows, BASE, name)
     seeds = sorted(own.keys() & base.keys())
     if arm == BASE or len(seeds) < 2:
@@ -241,7 +241,7 @@ Means over seeds with 95% t-intervals over seeds.
 
 ## Differences from the default run ({BASE})
 
-Paired by seed and problem; 95% intervals from the variance over seeds and over problems. * where 0 is left out.
+Paired by seed and problem; 95% intervals from the variance over seeds and over problems. * where the interval excludes 0.
 
 {markdown(head, effects)}
 

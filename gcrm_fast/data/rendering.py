@@ -1,6 +1,6 @@
 """Chat templates, rendered in a process of their own, which ends with a rendering that takes too long.
 
-A template is a program of whoever made the model. Jinja's sandbox keeps it from files and from the network, but lets it
+A template is a program that comes with the model. Jinja's sandbox keeps it from files and from the network, but lets it
 run forever or fill the memory. So another process, started with the first rendering, renders for this one: before each
 rendering it sets an alarm that the system answers by killing it, whatever it computes. The next rendering starts it
 again.

@@ -1,7 +1,7 @@
 """Special tokens that prompts and completions spell out: read as tokens, as transformers does, or kept as plain text.
 
 ``tokenizer.split_special_tokens`` says which. Plain text applies to what people wrote: what a chat template writes, and
-bos and eos where this project adds them, are always tokens. To tell them apart, a special token in a message is
+bos and eos where this project adds them, are always tokens. To separate them, a special token in a message is
 replaced by one private character before the template sees it; when the text is tokenized, private characters become the
 plain text again, and the special tokens of the template other private characters, which a copy of the tokenizer knows.
 """

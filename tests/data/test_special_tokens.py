@@ -1,4 +1,4 @@
-"""Special tokens that people's text spells out: kept as plain text on request, by whoever reads it with the model."""
+"""Special tokens that people's text spells out: kept as plain text on request, in every reader of the model."""
 
 import json
 from pathlib import Path

@@ -135,8 +135,8 @@ FAULTS = {
     ),
     "data: tools do not reach the template": (
         "gcrm_fast/data/chat.py",
-        "messages, tools=tools,",
-        "messages, tools=None,",
+        "rendering.render(tokenizer, messages, tools, ask=ask)",
+        "rendering.render(tokenizer, messages, None, ask=ask)",
         "tests/data/test_records.py -k dialogue",
     ),
     "data: a thought belongs to the prompt": (

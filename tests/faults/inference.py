@@ -224,6 +224,7 @@ FAULTS = {
         'tokenizer.split_special_tokens = chosen == "text"',
         "tokenizer.split_special_tokens = False",
         "tests/data/test_special_tokens.py -k choice",
+    ),
     "streaming: keep forgets the order": (
         "gcrm_fast/inference/streaming.py",
         "kept = [self._rows[i].copy() for i in rows]",

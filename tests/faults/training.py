@@ -105,7 +105,7 @@ FAULTS = {
     ),
     "Q that is chance called more than the end token": (
         "gcrm_fast/training/describe.py",
-        "if before > 0.5 + chance:",
+        "if before > chance:",
         "if before > 0.5:",
         "tests/training/test_train.py -k evaluations_say",
     ),
