@@ -241,7 +241,8 @@ Means over seeds with 95% t-intervals over seeds.
 
 ## Differences from the default run ({BASE})
 
-Paired by seed and problem; 95% intervals from the variance over seeds and over problems. * where the interval excludes 0.
+Paired by seed and problem; 95% intervals from the variance over seeds and over problems.
+* where the interval excludes 0.
 
 {markdown(head, effects)}
 
