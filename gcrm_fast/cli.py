@@ -28,6 +28,14 @@ COMMANDS = {
         "compare rewards with labels (AUROC)", "commands.options:EvaluateOptions", "commands.evaluate:evaluate"
     ),
     "vote": Command("answer questions by votes among samples", "commands.options:VoteOptions", "commands.vote:vote"),
+    "overoptimize": Command(
+        "show whether a reward is over-optimized (best of n)",
+        "commands.options:OveroptimizeOptions",
+        "commands.overoptimize:overoptimize",
+    ),
+    "monitor": Command(
+        "watch a policy drift from its reference", "commands.options:MonitorOptions", "commands.monitor:monitor"
+    ),
     "inspect": Command(
         "show records token by token as a web page", "commands.options:InspectOptions", "commands.inspect:inspect"
     ),

@@ -137,6 +137,60 @@ class VoteOptions(TableOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResultOptions(Options):
+    """Options of commands that write a folder of results from numbers in the records."""
+
+    output: Annotated[Path, Argument(short="-o", metavar="FOLDER")]
+    """Folder for the results. It appears when they are complete."""
+    overwrite: bool = False
+    """Replace the results in the output folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OveroptimizeOptions(ResultOptions):
+    """Shows whether a proxy reward is over-optimized: the gold score of the sample that the proxy picks, the best of n,
+    over n. Each question needs several samples with both scores. No model is run.
+
+    Writes results.json, results.csv and overoptimization.png to the output folder.
+    """
+
+    data: Annotated[str, Argument(positional=True, metavar="FILE")]
+    """Samples: a file of JSON lines or Parquet, a folder that datasets saved, or a dataset of the Hub."""
+    gold: str = "is_correct"
+    """Field with the true score, a number or true or false."""
+    proxy: str = "reward"
+    """Field with the reward to judge, a number, such as gcrm score writes."""
+    question: str = ""
+    """Field that identifies the question of a sample. The default is the prompt."""
+    columns: str = ""
+    """The records' names for the fields read here, as in prompt=instruction,completion=answer. No other fields are then
+    read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorOptions(ModelOptions):
+    """Watches a policy that is trained with the reward model: how far the states at the end of its samples move from
+    those of a reference, file by file (CSI, outliers, Mahalanobis distance, early-stop indicator).
+
+    Writes results.json, results.csv, monitor.png and map.png to the output folder.
+    """
+
+    data: Annotated[tuple[str, ...], Argument(positional=True, metavar="FILE")]
+    """Samples of the policy, a file per training step, in order."""
+    reference: tuple[str, ...] = ()
+    """Samples of the policy before it was trained with the reward."""
+    output: Annotated[Path, Argument(short="-o", metavar="FOLDER")]
+    """Folder for the results. It appears when they are complete."""
+    overwrite: bool = False
+    """Replace the results in the output folder."""
+
+    def check(self) -> None:
+        super().check()
+        if not all(self.reference) or not self.reference:
+            raise UserError("--reference is missing: name samples of the policy before training")
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectOptions(JudgingOptions):
     """Writes a web page of records with their completions side by side: tokens colored by Q-value or running reward,
     charts along the completion, the first difference and the wrong step marked. By default the records with the lowest

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from sklearn.metrics import roc_curve
 
 from gcrm_fast.evaluation.measures import COVERAGE, PERCENT, Labeled, auroc_interval
+from gcrm_fast.evaluation.overoptimization import Point
 from gcrm_fast.evaluation.results import Row, with_interval
 from gcrm_fast.evaluation.voting import Result, Saving
 
@@ -110,6 +111,41 @@ def plot_histograms(scored: Mapping[str, Labeled], path: Path) -> None:
             for label, mask_N in (("right", labeled.right_N), ("wrong", ~labeled.right_N)):
                 axes.hist(score_N[mask_N], edges, density=True, alpha=0.55, label=f"{label} ({mask_N.sum()})")
             axes.set(title=_title(source), xlabel=f"{name} at the last token", ylabel="density")
+
+
+def plot_overoptimization(curves: Mapping[str, Sequence[Point]], path: Path) -> None:
+    """Gold and proxy gain over KL for each group."""
+    with _panels(path, len(curves), min(len(curves), ACROSS), 4.8, 3.8) as panels:
+        for axes, (group, points) in zip(panels, curves.items(), strict=True):
+            kl = [point.kl for point in points]
+            [line] = axes.plot(kl, [point.gold for point in points], "o-", markersize=3, label="gold")
+            bounds = [point.low for point in points], [point.high for point in points]
+            axes.fill_between(kl, *bounds, color=line.get_color(), alpha=0.15, linewidth=0)
+            proxy = axes.twinx()
+            proxy.plot(kl, [point.proxy for point in points], ":", color="tab:orange", label="proxy (right scale)")
+            axes.plot([], [], ":", color="tab:orange", label="proxy (right scale)")
+            axes.axhline(0, color="0.7", linewidth=0.8)
+            axes.set(title=_title(group), xlabel="KL of best of n, nats", ylabel="gain over a plain sample")
+
+
+def plot_monitor(values: Mapping[str, tuple[Sequence[float], float]], names: Sequence[str], path: Path) -> None:
+    """A panel per detector: its value for each file of samples, and its null. ``values``: (values, null)."""
+    with _panels(path, len(values), 2, 5, 3) as panels:
+        for axes, (detector, (of_files, null)) in zip(panels, values.items(), strict=True):
+            axes.plot(range(len(names)), of_files, "o-", markersize=4, label="samples")
+            if null == null:
+                axes.axhline(null, color="0.5", linestyle=":", label="reference against itself")
+            axes.set(title=detector, ylim=(min(0, np.nanmin([0, *of_files])), None))
+            axes.set_xticks(range(len(names)), [_title(name) for name in names], rotation=30, ha="right", fontsize=7)
+
+
+def plot_map(points: Mapping[str, np.ndarray], path: Path) -> None:
+    """Two principal components of latents, [N, 2] by name; the reference first, in gray."""
+    with _panels(path, 1, 1, 7, 5.5) as [axes]:
+        for i, (name, points_N2) in enumerate(points.items()):
+            color = "0.75" if i == 0 else matplotlib.colormaps["viridis"](i / max(len(points) - 1, 1))
+            axes.scatter(points_N2[:, 0], points_N2[:, 1], s=8, color=color, label=_title(name), alpha=0.7, linewidth=0)
+        axes.set(title="Latents of the last token", xlabel="first principal component", ylabel="second")
 
 
 def plot_savings(groups: Mapping[str, tuple[Sequence[Result], Saving, Sequence[Saving]]], path: Path) -> None:

@@ -348,6 +348,16 @@ class RewardModel:
             states.update({i: z_RD[rows] for i, rows in zip(pack.indices, pack.rows_of, strict=True)})
         return states[0] if single else [states[i] for i in range(len(encoded))]
 
+    def end_states(
+        self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
+    ) -> np.ndarray:
+        """States z at the last token of each completion, [n, D] float32. Raises UserError for one that is ``unfit``."""
+        states: dict[int, np.ndarray] = {}
+        for pack, hidden_RH in self._states(encoded, False, names, progress):
+            z_RD = self.network.compared(hidden_RH).float().cpu().numpy()
+            states.update({i: z_RD[rows[0]] for i, rows in zip(pack.indices, pack.rows_of, strict=True)})
+        return np.stack([states[i] for i in range(len(encoded))])
+
     def goal_state(
         self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
     ) -> Tensor:

@@ -157,4 +157,34 @@ FAULTS = {
         "% 2",
         "tests/data/test_arithmetic.py -k halves",
     ),
+    "best of n: weights of choices without the best": (
+        "gcrm_fast/evaluation/overoptimization.py",
+        "i = np.arange(n, m + 1)  #",
+        "i = np.arange(n, m + 1) - (n > 1) * 1.0  #",
+        "tests/evaluation/test_overoptimization.py -k all_choices",
+    ),
+    "over-optimization: the peak found where the fall is measured": (
+        "gcrm_fast/evaluation/overoptimization.py",
+        "gold_CK[~measured].mean(0).argmax()",
+        "gold_CK[measured].mean(0).argmax()",
+        "tests/evaluation/test_overoptimization.py -k blind",
+    ),
+    "equal proxies: the first sample wins": (
+        "gcrm_fast/evaluation/overoptimization.py",
+        "gold = (np.bincount(group, gold) / count)[group]",
+        "gold = gold",
+        "tests/evaluation/test_overoptimization.py -k all_choices",
+    ),
+    "outliers: threshold from the fitted samples": (
+        "gcrm_fast/evaluation/detectors.py",
+        "threshold = float(np.quantile(covariance.mahalanobis(latents_ND[part_N == 2]), QUANTILE))",
+        "threshold = float(np.quantile(covariance.mahalanobis(latents_ND[part_N == 2]) ** 0.5, QUANTILE))",
+        "tests/evaluation/test_detectors.py -k null_is_quiet",
+    ),
+    "CSI without the samples in no cluster": (
+        "gcrm_fast/evaluation/detectors.py",
+        "for label in np.unique(label_N):",
+        "for label in np.unique(label_N[label_N >= 0]):",
+        "tests/evaluation/test_detectors.py -k by_hand",
+    ),
 }

@@ -1,0 +1,127 @@
+"""Detectors of over-optimization from latents of samples, compared with those of a reference policy (InfoRM, arXiv
+2402.09345 and 2510.13694). Each has a null: what it says of one part of the reference against another.
+
+Letters: N samples, D width of the latents.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.cluster import DBSCAN
+from sklearn.covariance import LedoitWolf
+from sklearn.neighbors import NearestNeighbors
+
+from gcrm_fast.common.errors import UserError
+
+NEIGHBORS = 5  # DBSCAN's min_samples, and the neighbor whose distance sets eps
+QUANTILE = 0.99  # of squared distances of held-out reference latents, above which a sample is an outlier
+FEWEST_PER_WIDTH, GOOD_PER_WIDTH = 2, 20  # reference samples per dimension
+STOP = 10.0  # early-stop indicator
+
+
+class Clusters(NamedTuple):
+    """Cluster separation index per sample (CSI / N), and the share of samples in no cluster."""
+
+    csi: float
+    noise: float
+
+
+class Finding(NamedTuple):
+    """What the detectors say of one file of samples."""
+
+    clusters: Clusters
+    outliers: float  # MOP: share of samples with a greater distance than QUANTILE of held-out reference samples
+    distance: float  # mean Mahalanobis distance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Latents of the reference policy, in three parts: fitted, for the threshold, and for the null."""
+
+    fitted_ND: np.ndarray
+    covariance: LedoitWolf
+    threshold: float  # of squared distances
+    eps: float
+    null: Finding
+    warning: str
+
+    @staticmethod
+    def of(latents_ND: np.ndarray, part_N: np.ndarray, name: str) -> "Reference":
+        """``part_N``: 0 and 1 are fitted, 2 sets the threshold, 3 is the null.
+
+        Raises:
+            UserError: fewer than FEWEST_PER_WIDTH samples per dimension, or a part without NEIGHBORS + 1 samples.
+        """
+        n, width = latents_ND.shape
+        if n < FEWEST_PER_WIDTH * width or min(np.bincount(part_N, minlength=4)) <= NEIGHBORS:
+            raise UserError(
+                f"--reference {name}: {n} completions for latents of width {width}: give at least "
+                f"{max(FEWEST_PER_WIDTH * width, 8 * NEIGHBORS)}, of different prompts"
+            )
+        fitted_ND = latents_ND[part_N < 2]
+        covariance = LedoitWolf().fit(fitted_ND)
+        threshold = float(np.quantile(covariance.mahalanobis(latents_ND[part_N == 2]), QUANTILE))
+        eps = neighbor_distance(fitted_ND)
+        null_ND = latents_ND[part_N == 3]
+        few = (
+            f"{n} reference completions are few for latents of width {width}: {GOOD_PER_WIDTH * width} make the "
+            "distances reliable"
+        )
+        return Reference(
+            fitted_ND=fitted_ND,
+            covariance=covariance,
+            threshold=threshold,
+            eps=eps,
+            null=find(null_ND, fitted_ND, covariance, threshold, eps),
+            warning=few if n < GOOD_PER_WIDTH * width else "",
+        )
+
+    def find(self, latents_ND: np.ndarray) -> Finding:
+        """The detectors on these samples."""
+        return find(latents_ND, self.fitted_ND, self.covariance, self.threshold, self.eps)
+
+
+def find(
+    latents_ND: np.ndarray, fitted_ND: np.ndarray, covariance: LedoitWolf, threshold: float, eps: float
+) -> Finding:
+    squares_N = covariance.mahalanobis(latents_ND)
+    return Finding(
+        clusters=clusters(latents_ND, fitted_ND, eps),
+        outliers=float((squares_N > threshold).mean()),
+        distance=float(np.sqrt(squares_N).mean()),
+    )
+
+
+def neighbor_distance(latents_ND: np.ndarray) -> float:
+    """Median distance to the NEIGHBORS-th nearest other latent. (The paper's eps of 0.5 makes all samples noise from
+    about 32 dimensions on.)"""
+    distances, _ = NearestNeighbors(n_neighbors=NEIGHBORS + 1).fit(latents_ND).kneighbors(latents_ND)
+    return float(np.median(distances[:, NEIGHBORS]))
+
+
+def clusters(latents_ND: np.ndarray, reference_ND: np.ndarray, eps: float) -> Clusters:
+    """CSI = sum_i |C_i| d_i over the clusters of DBSCAN, noise being one, d_i the distance from a cluster's centroid to
+    the nearest reference latent (InfoRM, section 5.2), here divided by the number of samples. ICDS is its other name.
+    """
+    label_N = DBSCAN(eps=max(eps, np.finfo(np.float32).tiny), min_samples=NEIGHBORS).fit_predict(latents_ND)
+    nearest = NearestNeighbors(n_neighbors=1).fit(reference_ND)
+    total = 0.0
+    for label in np.unique(label_N):
+        own_ND = latents_ND[label_N == label]
+        distance, _ = nearest.kneighbors(own_ND.mean(0, keepdims=True))
+        total += len(own_ND) * float(distance[0, 0])
+    return Clusters(csi=total / len(latents_ND), noise=float((label_N < 0).mean()))
+
+
+def early_stop(csi: Sequence[float]) -> list[float]:
+    """e_t = D_t / mean(D_1 .. D_(t-1)) with D_t = |CSI_t - CSI_(t-1)|; above STOP the CSI jumps. NaN for t < 2, and
+    where CSI never changed before."""
+    changes = np.abs(np.diff(csi))
+    values = [math.nan] * min(len(csi), 2)
+    for t in range(1, len(changes)):
+        before = float(changes[:t].mean())
+        values.append(float(changes[t]) / before if before > 0 else math.nan)
+    return values
