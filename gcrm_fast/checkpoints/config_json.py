@@ -113,6 +113,10 @@ def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | N
     parameters = raw.get(name) or {}
     if not isinstance(parameters, dict):
         raise UserError(f"{path}: field {name!r} is {type(parameters).__name__}: must be an object or null")
+    for field in ("rope_theta", "partial_rotary_factor"):
+        one, other = raw.get(field), parameters.get(field)
+        if None not in (one, other) and one != other:
+            raise UserError(f"{path}: field {field!r} is {one!r}, but {other!r} in {name!r}: keep the right one")
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UserError(f"{path}: field {name!r} differs from layer to layer: only one RoPE for all is supported")
     theta = float(_field({"rope_theta": 10000.0, **raw, **parameters}, path, "rope_theta", float))

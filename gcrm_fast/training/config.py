@@ -20,6 +20,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import AtLeastOne, Options, Range, ZeroOrMore, flag, kinds_of, missed, one_of
 
 ARITHMETIC = "arithmetic"
+MOST_GENERATED = 10**7  # pairs: about 10 GiB
 
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
@@ -231,7 +232,7 @@ class TrainConfig(Options):
     gather: Literal["auto", "block", "step"] = "auto"
     """When a process gathers the weights of a block: for each forward and backward pass (block), or once per step,
     which is faster and needs more memory. auto gathers once per step where memory allows."""
-    timeout: Positive = 600.0
+    timeout: Annotated[float, Range(above=0, greatest=10**6)] = 600.0
     """Seconds that a process waits for the others before it gives up."""
 
     # ---- output
@@ -340,6 +341,8 @@ class TrainConfig(Options):
         from gcrm_fast.data.records import parse_columns  # here: --help needs no transformers
 
         parse_columns(self.columns)
+        if generated:
+            need(self.train_pairs <= MOST_GENERATED, "train_pairs", f"at most {MOST_GENERATED} generated pairs")
         if not generated and ARITHMETIC in self.data:
             raise UserError("--data arithmetic: generated data cannot be combined with other sources")
         if not generated and self.preset == ARITHMETIC:
