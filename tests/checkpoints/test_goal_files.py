@@ -48,7 +48,7 @@ def test_older_goal_files_are_read(tmp_path: Path) -> None:
     ],
 )
 def test_goals_that_cannot_be_used(name: str, goal: Tensor, message: str, tmp_path: Path) -> None:
-    """However they came into the file, whoever reads it."""
+    """In a model's folder, or named by an option."""
     models.save(tmp_path / "m")
     model = RewardModel.from_pretrained(tmp_path / "m", device="cpu")
     file = tmp_path / "m" / GOAL_FILE
