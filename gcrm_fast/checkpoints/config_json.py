@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.files import read_text
 from gcrm_fast.model import heads
 from gcrm_fast.model.families import FAMILIES, Family
 from gcrm_fast.model.llama import ModelConfig
@@ -139,7 +140,7 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a file: {hint}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {hint}") from None
     except (ValueError, RecursionError) as error:

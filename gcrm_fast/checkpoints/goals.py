@@ -49,6 +49,8 @@ def read_goals(path: Path, fingerprint: str, width: int) -> tuple[dict[str, Tens
         UserError: not a readable goal file, or one of a model with another fingerprint or ``width`` D of the states, or
             with unknown ends.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a file: make one with gcrm goals")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -17,6 +17,7 @@ import tomli_w
 
 from gcrm_fast.common.command_line import parse_options
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.files import read_text
 from gcrm_fast.common.options import AtLeastOne, Options, Range, ZeroOrMore, flag, kinds_of, missed, one_of
 
 ARITHMETIC = "arithmetic"
@@ -389,7 +390,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or holds an option that does not exist or does not accept its value.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): --config must name a TOML file") from None
     except (ValueError, RecursionError) as error:

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from gcrm_fast.checkpoints import weights
+from gcrm_fast.checkpoints.goals import GOAL_FILE
 from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.chat import as_text
@@ -121,9 +122,16 @@ def test_a_projection_that_no_machine_holds(tmp_path: Path) -> None:
         RewardModel.from_pretrained(tmp_path / "m", device="cpu")
 
 
-def test_a_pipe_in_place_of_config_json(tmp_path: Path) -> None:
-    llama(tmp_path / "m")
-    (tmp_path / "m" / "config.json").unlink()
-    os.mkfifo(tmp_path / "m" / "config.json")
-    with pytest.raises(UserError, match=r"config\.json: is not a file"):
+@pytest.mark.parametrize("name", ["config.json", "gcrm.json", GOAL_FILE])
+def test_a_pipe_in_place_of_a_file(name: str, tmp_path: Path) -> None:
+    models.save(tmp_path / "m")
+    (tmp_path / "m" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "m" / name)
+    with pytest.raises(UserError, match=rf"{name}: is not a file"):
+        RewardModel.from_pretrained(tmp_path / "m", device="cpu")
+
+
+def test_a_config_json_of_a_terabyte(tmp_path: Path) -> None:
+    os.truncate(llama(tmp_path / "m") / "config.json", 2**40)
+    with pytest.raises(UserError, match=r"config\.json: cannot be read \(more than 64 MiB\)"):
         RewardModel.from_pretrained(tmp_path / "m", device="cpu")
