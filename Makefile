@@ -55,7 +55,7 @@ $(WITH_DOCS): $(INSTALLED)
 docs: $(WITH_DOCS)  ## build the documentation in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
 
-torture: $(INSTALLED)  ## kill and starve training runs, about twenty minutes
+torture: $(INSTALLED)  ## kill and starve training runs and a server, about an hour
 	$(BIN)/python -m pytest tests/torture.py $(ARGS)
 
 bench: $(WITH_BENCH)  ## time the training step, scoring and the contrastive loss against what people run

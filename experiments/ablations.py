@@ -152,7 +152,7 @@ def measured(folder: Path, goal: str, held_out: Path) -> dict[str, Any]:
     model = RewardModel.from_pretrained(folder)
     candidates = read_completions([str(held_out)], fields=("*",), tokenizer=model.tokenizer)
     encoded = model.encode([c.prompt for c in candidates], [c.completion for c in candidates])
-    goal_D = named_goal(goal, model.fingerprint)
+    goal_D = named_goal(goal, model.fingerprint, model.config.state_size)
     judged = model.judge(encoded, goals_GD=goal_D[None], per_token=True)
     return {"scalars": coupling(judged), "problems": by_problem(model, candidates, judged)}
 

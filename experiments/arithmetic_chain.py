@@ -165,7 +165,9 @@ def located_cases(models: Mapping[str, Path], goals: Mapping[str, Path], file: P
         model = RewardModel.from_pretrained(folder)
         candidates = read_completions([str(file)], fields=("*",), tokenizer=model.tokenizer)
         generator = torch.Generator().manual_seed(0)
-        goal, alike = (named_goal(f"{goals[name]}:{kind}", model.fingerprint) for kind in GOALS)
+        goal, alike = (
+            named_goal(f"{goals[name]}:{kind}", model.fingerprint, model.config.state_size) for kind in GOALS
+        )
         shuffled = [goal[torch.randperm(len(goal), generator=generator)] for _ in range(PERMUTATIONS)]
         encoded = model.encode([c.prompt for c in candidates], [c.completion for c in candidates])
         judged = model.judge(encoded, goals_GD=torch.stack([goal, alike, *shuffled]), per_token=True)

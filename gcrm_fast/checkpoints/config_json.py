@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.files import read_text
 from gcrm_fast.model import heads
 from gcrm_fast.model.families import FAMILIES, Family
 from gcrm_fast.model.llama import ModelConfig
@@ -113,6 +114,10 @@ def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, dict[str, Any] | N
     parameters = raw.get(name) or {}
     if not isinstance(parameters, dict):
         raise UserError(f"{path}: field {name!r} is {type(parameters).__name__}: must be an object or null")
+    for field in ("rope_theta", "partial_rotary_factor"):
+        one, other = raw.get(field), parameters.get(field)
+        if None not in (one, other) and one != other:
+            raise UserError(f"{path}: field {field!r} is {one!r}, but {other!r} in {name!r}: keep the right one")
     if any(isinstance(value, dict) for value in parameters.values()):
         raise UserError(f"{path}: field {name!r} differs from layer to layer: only one RoPE for all is supported")
     theta = float(_field({"rope_theta": 10000.0, **raw, **parameters}, path, "rope_theta", float))
@@ -135,7 +140,7 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a file: {hint}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): {hint}") from None
     except (ValueError, RecursionError) as error:

@@ -37,7 +37,7 @@ def where_read(folder: Path, choice: Choice) -> tuple[End, str]:
     kind: Kind
     if choice != "auto":
         kind, why = choice, f"--end {choice}"
-    elif (folder / HEAD_FILE).is_file():
+    elif (folder / HEAD_FILE).exists():
         policy = read_json(folder / HEAD_FILE, "save the model again").get("end_policy")
         kind = next((kind for kind in get_args(Kind) if POLICIES[kind] == policy), "eos")
         if kind == "eos":
@@ -57,7 +57,7 @@ def choose_special_tokens(
 ) -> None:
     """Makes the tokenizer read special tokens in prompts and completions as chosen; ``auto`` is what gcrm.json says, or
     else what the tokenizer does. Raises UserError for a gcrm.json that cannot be read."""
-    saved = read_json(folder / HEAD_FILE, "save the model again") if (folder / HEAD_FILE).is_file() else {}
+    saved = read_json(folder / HEAD_FILE, "save the model again") if (folder / HEAD_FILE).exists() else {}
     chosen = saved.get("special_tokens") if choice == "auto" else choice
     if chosen is not None:
         tokenizer.split_special_tokens = chosen == "text"

@@ -68,7 +68,7 @@ def read_heads(folder: Path) -> tuple[str, int]:
         UserError: a damaged gcrm.json.
     """
     path = folder / HEAD_FILE
-    if not path.is_file():
+    if not path.exists():
         return "linear", 0
     raw = read_json(path, "save the model again")
     head, size = raw.get("head"), raw.get("projection_size")

@@ -106,7 +106,7 @@ def export(options: ExportOptions) -> None:
     else:  # it says where the reward is read
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end.pad)
     goal_file, before = folder / GOAL_FILE, fingerprint(state)
-    goals, counts = read_goals(goal_file, before) if goal_file.is_file() else ({}, {})
+    goals, counts = read_goals(goal_file, before, config.state_size) if goal_file.exists() else ({}, {})
     scale = measure(options) if options.standardize else None
     about = {"standardized": {**scale._asdict(), "shift": scale.shift}} if scale else {}
     if scale:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gcrm_fast.checkpoints.goals import read_goals, write_goals
+from gcrm_fast.checkpoints.goals import check_goal_name, read_goals, write_goals
 from gcrm_fast.commands.options import GoalOptions
 from gcrm_fast.commands.shared import load, read
 from gcrm_fast.common.errors import UserError
@@ -107,9 +107,10 @@ def cut_at_random(encoded: Sequence[Completion], seed: int) -> list[Completion]:
 
 def goals(options: GoalOptions) -> None:
     """Reads the records, computes the goal and writes the file. Raises UserError."""
+    check_goal_name(options.name)
     path = output_file(options.output, options.data)
     model = load(options)
-    states, counts = read_goals(path, model.fingerprint) if path.exists() else ({}, {})
+    states, counts = read_goals(path, model.fingerprint, model.config.state_size) if path.exists() else ({}, {})
     if options.name in states:
         raise UserError(f"{path}: already holds a goal {options.name!r}: choose another --name, or remove the file")
     bad = BadRecords(skip=options.on_bad_record == "skip")

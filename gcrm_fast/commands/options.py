@@ -263,13 +263,13 @@ class ServeOptions(Options):
     environment variable GCRM_TOKEN; without that none is required."""
     tokens_per_batch: AtLeastOne = 16384
     """Maximum number of tokens computed at a time, and of one completion with its prompt."""
-    delay: Annotated[float, Range(least=0)] = 0.003
+    delay: Annotated[float, Range(least=0, greatest=60)] = 0.003
     """Seconds that a request to an idle model waits for others to share its batch."""
     queue: AtLeastOne = 4096
     """Maximum number of completions that wait. Requests beyond that are answered 429."""
     max_body: AtLeastOne = 16 * 2**20
     """Maximum size of a request's body in bytes. Longer ones are answered 413."""
-    timeout: Annotated[float, Range(above=0)] = 60.0
+    timeout: Annotated[float, Range(above=0, greatest=10**6)] = 60.0
     """Maximum seconds for a request's body to arrive (else 408), for its answer (else 504), and to answer pending
     requests when the server stops."""
     end: Literal["auto", "eos", "as-is"] = "auto"

@@ -238,7 +238,7 @@ def goal_of(options: ScoreOptions, model: RewardModel) -> Tensor | None:
     """The goal state of the Q-values [D]; None if none are asked for, or there is no goal."""
     if not options.per_token or not (options.goal or model.goals):
         return None
-    return named_goal(options.goal, model.fingerprint) if options.goal else model.goal()
+    return named_goal(options.goal, model.fingerprint, model.config.state_size) if options.goal else model.goal()
 
 
 @contextlib.contextmanager

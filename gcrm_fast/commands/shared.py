@@ -32,7 +32,9 @@ def load(options: ModelOptions) -> RewardModel:
 def open_model(options: JudgingOptions) -> tuple[RewardModel, Tensor]:
     """The model, and the goal state [D] of its Q-values. Raises UserError."""
     model = load(options)
-    return model, named_goal(options.goal, model.fingerprint) if options.goal else model.goal()
+    if not options.goal:
+        return model, model.goal()
+    return model, named_goal(options.goal, model.fingerprint, model.config.state_size)
 
 
 def read(

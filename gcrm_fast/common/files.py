@@ -1,6 +1,7 @@
 """Output files: checked before the work starts, complete or absent after it."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -8,12 +9,16 @@ from pathlib import Path
 
 from gcrm_fast.common.errors import UserError
 
+LARGEST_TEXT = 2**26  # bytes of a configuration
+
 
 def output_file(output: str, inputs: Sequence[str]) -> Path:
     """The path of a file to write. Raises UserError if it cannot be written, or is one of the inputs."""
     path = Path(output)
     if path.is_dir():
         raise UserError(f"--output {output}: is a folder: name a file")
+    if path.exists() and not path.is_file():  # a device or a pipe, which the new file would replace
+        raise UserError(f"--output {output}: is not a regular file: name another")
     if not path.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {path.parent}: create it first")
     if not os.access(path.parent, os.W_OK):
@@ -21,6 +26,15 @@ def output_file(output: str, inputs: Sequence[str]) -> Path:
     if path.exists() and any(os.path.exists(name) and path.samefile(name) for name in inputs):
         raise UserError(f"--output {output}: is also an input: name another file")
     return path
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file of up to LARGEST_TEXT bytes. Raises OSError for others: a pipe may never end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if path.exists() and path.stat().st_size > LARGEST_TEXT:
+        raise OSError(errno.EFBIG, f"more than {LARGEST_TEXT >> 20} MiB", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager

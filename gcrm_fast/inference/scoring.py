@@ -140,7 +140,7 @@ class RewardModel:
 
         load(network.eval().requires_grad_(False), place, value)
         goal_file, fingerprint = folder / GOAL_FILE, digest.hexdigest()
-        goals = read_goals(goal_file, fingerprint)[0] if goal_file.is_file() else {}
+        goals = read_goals(goal_file, fingerprint, config.state_size)[0] if goal_file.exists() else {}
         return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch, where)
 
     # ------------------------------------------------------------------------------------------------------- texts

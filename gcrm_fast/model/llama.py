@@ -52,6 +52,11 @@ class ModelConfig:
     def family(self) -> Family:
         return FAMILIES[self.model_type]
 
+    @property
+    def state_size(self) -> int:
+        """Width D of the states that the contrastive loss and goals compare."""
+        return self.projection_size or self.hidden_size
+
     def parameters_per_layer(self) -> int:
         h, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         return 2 * h * q + 2 * h * kv + 3 * h * self.intermediate_size + 2 * h

@@ -17,9 +17,11 @@ import tomli_w
 
 from gcrm_fast.common.command_line import parse_options
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.files import read_text
 from gcrm_fast.common.options import AtLeastOne, Options, Range, ZeroOrMore, flag, kinds_of, missed, one_of
 
 ARITHMETIC = "arithmetic"
+MOST_GENERATED = 10**7  # pairs: about 10 GiB
 
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
@@ -231,7 +233,7 @@ class TrainConfig(Options):
     gather: Literal["auto", "block", "step"] = "auto"
     """When a process gathers the weights of a block: for each forward and backward pass (block), or once per step,
     which is faster and needs more memory. auto gathers once per step where memory allows."""
-    timeout: Positive = 600.0
+    timeout: Annotated[float, Range(above=0, greatest=10**6)] = 600.0
     """Seconds that a process waits for the others before it gives up."""
 
     # ---- output
@@ -340,6 +342,8 @@ class TrainConfig(Options):
         from gcrm_fast.data.records import parse_columns  # here: --help needs no transformers
 
         parse_columns(self.columns)
+        if generated:
+            need(self.train_pairs <= MOST_GENERATED, "train_pairs", f"at most {MOST_GENERATED} generated pairs")
         if not generated and ARITHMETIC in self.data:
             raise UserError("--data arithmetic: generated data cannot be combined with other sources")
         if not generated and self.preset == ARITHMETIC:
@@ -386,7 +390,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or holds an option that does not exist or does not accept its value.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): --config must name a TOML file") from None
     except (ValueError, RecursionError) as error:

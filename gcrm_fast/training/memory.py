@@ -13,6 +13,7 @@ import torch
 
 from gcrm_fast.common import processes
 from gcrm_fast.common.devices import compute_dtype
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.accounting import peak_memory
 from gcrm_fast.training.config import TrainConfig
@@ -59,7 +60,7 @@ class MemoryShape:
     optimizer: str
     width: int  # bytes per element of an activation
     kernels: bool  # Triton's
-    world_size: int
+    world_size: int  # processes that share a copy of the weights
     several_packs: bool  # per step
     evaluated_tokens: int = 0  # of the largest pack that runs without a backward
 
@@ -143,6 +144,18 @@ def largest_pack(sizes: Sequence[int], budget: int, global_batch_pairs: int, wor
     return min(budget, share)
 
 
+def check_model_fits(prepared: Prepared, config: TrainConfig, world_size: int, limit: int) -> None:
+    """Raises UserError where weights, gradients and moments alone take more than ``limit`` bytes per process, before
+    the system ends a process that allocates them."""
+    parameters = prepared.model_config.parameters()
+    needed = parameters * OPTIMIZER_BYTES[config.optimizer] * config.replicas / world_size
+    if needed > limit:
+        raise UserError(
+            f"{parameters / 1e6:.0f} M parameters take {needed / 2**30:.1f} GiB per process with --optimizer "
+            f"{config.optimizer}, but {max(limit, 0) / 2**30:.1f} GiB are free: use a smaller model or more processes"
+        )
+
+
 def memory_plan(
     prepared: Prepared, config: TrainConfig, world_size: int, device: torch.device, limit: int
 ) -> MemoryPlan:
@@ -161,7 +174,7 @@ def memory_plan(
         optimizer=config.optimizer,
         width=compute_dtype(config.dtype, device, training=True).itemsize,
         kernels=HAS_TRITON and device.type == "cuda",
-        world_size=world_size,
+        world_size=world_size // config.replicas,
         several_packs=mean * config.global_batch_pairs > budget.tokens * world_size,
         evaluated_tokens=largest_pack(computed, budget.tokens, len(computed), world_size),
     )

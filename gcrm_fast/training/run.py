@@ -34,7 +34,7 @@ from gcrm_fast.training.held_out import (
 )
 from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.manifest import checkpoints, first_intact
-from gcrm_fast.training.memory import memory_limit, memory_plan
+from gcrm_fast.training.memory import check_model_fits, memory_limit, memory_plan
 from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.model_card import Rows, example_of, model_card
 from gcrm_fast.training.objectives import STATISTICS, Objective
@@ -196,6 +196,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
 
     limit = torch.tensor(memory_limit(device))
     dist.all_reduce(limit, dist.ReduceOp.MIN, group=group)  # all gather weights together
+    check_model_fits(prepared, config, world_size, int(limit))
     plan = memory_plan(prepared, config, world_size, device, int(limit))
     with torch.device("meta"):
         model = LlamaRewardModel(prepared.model_config, config.attention, plan.recompute)

@@ -208,7 +208,7 @@ def test_exported_folders_give_the_same_rewards(
     np.testing.assert_array_equal(again.score(PROMPTS, COMPLETIONS), rewards)
     for ours, theirs in zip(q, again.q_values(PROMPTS, COMPLETIONS, "short"), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert read_goals(out / GOAL_FILE, again.fingerprint)[1] == {"default": 7, "short": 3}
+    assert read_goals(out / GOAL_FILE, again.fingerprint, again.config.state_size)[1] == {"default": 7, "short": 3}
     if format_ == "token-classification":
         encoded = before.encode(PROMPTS, COMPLETIONS)
         for found, c, judged in zip(per_token(out), encoded, before.judge(encoded, per_token=True), strict=True):

@@ -2,15 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from gcrm_fast.checkpoints.goals import GOAL_FILE, write_goals
+from gcrm_fast.checkpoints import weights
+from gcrm_fast.checkpoints.goals import GOAL_FILE
 from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.chat import as_text
@@ -109,6 +108,12 @@ def test_sizes_that_no_machine_holds(config: dict[str, int], message: str, tmp_p
         RewardModel.from_pretrained(llama(tmp_path / "m", **config), device="cpu")
 
 
+def test_layers_are_counted_before_they_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "MOST_LAYERS", 3)
+    with pytest.raises(UserError, match="'num_hidden_layers' is 4, but the files hold 1 layers"):
+        RewardModel.from_pretrained(llama(tmp_path / "m", num_hidden_layers=4), device="cpu")
+
+
 def test_a_projection_that_no_machine_holds(tmp_path: Path) -> None:
     models.save(tmp_path / "m", projection_size=4)
     path = tmp_path / "m" / "gcrm.json"
@@ -117,32 +122,16 @@ def test_a_projection_that_no_machine_holds(tmp_path: Path) -> None:
         RewardModel.from_pretrained(tmp_path / "m", device="cpu")
 
 
-def test_a_pipe_in_place_of_config_json(tmp_path: Path) -> None:
-    llama(tmp_path / "m")
-    (tmp_path / "m" / "config.json").unlink()
-    os.mkfifo(tmp_path / "m" / "config.json")
-    with pytest.raises(UserError, match=r"config\.json: is not a file"):
+@pytest.mark.parametrize("name", ["config.json", "gcrm.json", GOAL_FILE])
+def test_a_pipe_in_place_of_a_file(name: str, tmp_path: Path) -> None:
+    models.save(tmp_path / "m")
+    (tmp_path / "m" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "m" / name)
+    with pytest.raises(UserError, match=rf"{name}: is not a file"):
         RewardModel.from_pretrained(tmp_path / "m", device="cpu")
 
 
-def test_goal_files_of_equal_goals_are_equal(tmp_path: Path) -> None:
-    """In processes of their own, as the order of safetensors' metadata differs from process to process."""
-    code = (
-        "import sys, torch, pathlib; from gcrm_fast.checkpoints.goals import write_goals;"
-        "write_goals(pathlib.Path(sys.argv[1]), {'b': torch.ones(3), 'a': torch.zeros(3)}, {'a': 1, 'b': 2}, 'abc')"
-    )
-    for name in ("one", "two", "three"):
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True)
-    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
-
-
-def test_older_goal_files_are_read(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    from gcrm_fast.checkpoints.goals import read_goals
-    from gcrm_fast.checkpoints.reading import POLICIES
-
-    old = {"fingerprint": "abc", "counts": '{"default": 7}', "end_policy": POLICIES["eos"]}
-    save_file({"default": torch.ones(3)}, tmp_path / GOAL_FILE, metadata=old)
-    write_goals(tmp_path / "new", {"default": torch.ones(3)}, {"default": 7}, "abc")
-    assert read_goals(tmp_path / GOAL_FILE, "abc")[1] == read_goals(tmp_path / "new", "abc")[1] == {"default": 7}
+def test_a_config_json_of_a_terabyte(tmp_path: Path) -> None:
+    os.truncate(llama(tmp_path / "m") / "config.json", 2**40)
+    with pytest.raises(UserError, match=r"config\.json: cannot be read \(more than 64 MiB\)"):
+        RewardModel.from_pretrained(tmp_path / "m", device="cpu")

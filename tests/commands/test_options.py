@@ -1,6 +1,7 @@
 """Options of every command: one checker for command line, file and Python; help and errors that anybody understands."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from gcrm_fast.checkpoints.goals import DEFAULT
 from gcrm_fast.commands.options import GoalOptions, ScoreOptions, VoteOptions
 from gcrm_fast.common.command_line import exit_code, parse_options
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.files import output_file
 from gcrm_fast.common.options import Options, Range, flag, kinds_of
 from gcrm_fast.training.config import PRESETS, TrainConfig, parse, read_toml
 
@@ -169,6 +171,21 @@ def test_deeply_nested_toml_is_one_line(depth: int, tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             read_toml(path)
         assert len(str(error.value)) < 300
+
+
+def test_a_config_that_is_no_regular_file_is_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    for path in (Path("/dev/null"), tmp_path / "pipe.toml"):
+        with pytest.raises(UserError, match=r"cannot be read \(not a regular file\): --config must name a TOML file"):
+            read_toml(path)
+
+
+def test_an_output_is_a_regular_file(tmp_path: Path) -> None:
+    """A device or a pipe would be replaced by the new file."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(UserError, match=rf"--output {path}: is not a regular file"):
+            output_file(str(path), ())
 
 
 def test_values_are_read_as_written() -> None:

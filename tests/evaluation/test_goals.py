@@ -61,23 +61,23 @@ def test_files_keep_several_goals_and_say_whose_they_are(tmp_path: Path) -> None
     path = tmp_path / "g.safetensors"
     few, default = torch.randn(2, 5)
     write_goals(path, {"a few": few, "default": default}, {"a few": 20, "default": 7}, "abc")
-    goals, counts = read_goals(path, "abc")
+    goals, counts = read_goals(path, "abc", 5)
     assert list(goals) == ["default", "a few"]
     assert torch.equal(goals["a few"], few)
     assert counts == {"a few": 20, "default": 7}
     with safe_open(path, framework="pt") as file:
         assert json.loads(file.metadata()["gcrm"])["end_policy"] == POLICIES["eos"]
     with pytest.raises(UserError, match="its goals are of another model's weights: make them"):
-        read_goals(path, "abd")
+        read_goals(path, "abd", 5)
     save_file({"default": default}, path, metadata={"fingerprint": "abc", "end_policy": "none"})
     with pytest.raises(UserError, match="completions that end in an unknown way"):
-        read_goals(path, "abc")
+        read_goals(path, "abc", 5)
     save_file({"default": default}, path)
     with pytest.raises(UserError, match="not a goal file"):
-        read_goals(path, "abc")
+        read_goals(path, "abc", 5)
     path.write_bytes(b"no")
     with pytest.raises(UserError, match="not a readable goal file"):
-        read_goals(path, "abc")
+        read_goals(path, "abc", 5)
 
 
 def test_another_models_goal_is_refused_with_its_model(folder: Path, model: RewardModel, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_goals_are_means_of_preferred_ends(gcrm: Gcrm, model: RewardModel, tmp_p
     expected["list"] = end_mean(model, ("one", "three"))
     assert gcrm(lists, "-o", out, "--name", "chosen of list", "--where", "help < 4", "k==1").returncode == 0
     expected["chosen of list"] = end_mean(model, ("one", "two"))
-    goals, counts = read_goals(out, model.fingerprint)
+    goals, counts = read_goals(out, model.fingerprint, 32)
     assert goals.keys() == expected.keys()
     for name, goal in expected.items():
         np.testing.assert_allclose(goals[name].numpy(), goal, rtol=0, atol=1e-5)
@@ -134,7 +134,7 @@ def test_a_goal_of_random_tokens_reads_each_position_of_a_completion(
     for seed in range(12):
         result = gcrm(data, "-o", out, "--name", str(seed), "--token", "random", "--seed", str(seed))
         assert "is the mean state at a random token of 1 completions" in result.stdout
-    goals, _ = read_goals(out, model.fingerprint)
+    goals, _ = read_goals(out, model.fingerprint, 32)
     (states_nD,) = model.representations(["six"], ["five six"])
     nearest = [int(np.abs(states_nD - goal.numpy()).max(1).argmin()) for goal in goals.values()]
     assert set(nearest) == set(range(len(states_nD)))
@@ -142,7 +142,7 @@ def test_a_goal_of_random_tokens_reads_each_position_of_a_completion(
         np.testing.assert_allclose(goal.numpy(), states_nD[at], rtol=0, atol=1e-5)
     again = tmp_path / "again.safetensors"
     gcrm(data, "-o", again, "--name", "3", "--token", "random", "--seed", "3")
-    assert torch.equal(read_goals(again, model.fingerprint)[0]["3"], goals["3"])
+    assert torch.equal(read_goals(again, model.fingerprint, 32)[0]["3"], goals["3"])
 
 
 def candidate(name: str = "completion", **fields: Any) -> Candidate:

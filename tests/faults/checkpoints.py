@@ -119,6 +119,24 @@ FAULTS = {
         "gcrm_fast/checkpoints/weights.py",
         "if config.num_hidden_layers > max(layers, MOST_LAYERS):",
         "if False:",
-        "tests/checkpoints/test_saved_for_others.py -k sizes",
+        "tests/checkpoints/test_saved_for_others.py -k counted",
+    ),
+    "a goal's name is not checked when it is read": (
+        "gcrm_fast/checkpoints/goals.py",
+        "    for name, goal in goals.items():\n        check_goal_name(name)\n",
+        "    for name, goal in goals.items():\n",
+        "tests/checkpoints/test_goal_files.py -k cannot",
+    ),
+    "goals of another width are read": (
+        "gcrm_fast/checkpoints/goals.py",
+        "goal.shape != (width,) or ",
+        "",
+        "tests/checkpoints/test_goal_files.py -k cannot",
+    ),
+    "the second of two values of theta is taken": (
+        "gcrm_fast/checkpoints/config_json.py",
+        "if None not in (one, other) and one != other:",
+        "if False:",
+        "tests/data/test_bad_input.py -k two",
     ),
 }

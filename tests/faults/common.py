@@ -67,4 +67,16 @@ FAULTS = {
         '"py.typed"',
         "tests/test_packaging.py -k wheel",
     ),
+    "a pipe is read as a configuration": (
+        "gcrm_fast/common/files.py",
+        "if path.exists() and not (path.is_file() or path.is_dir()):",
+        "if False:",
+        "tests/commands/test_options.py -k no_regular_file",
+    ),
+    "an output replaces a device": (
+        "gcrm_fast/common/files.py",
+        "if path.exists() and not path.is_file():",
+        "if False:",
+        "tests/commands/test_options.py -k output_is",
+    ),
 }

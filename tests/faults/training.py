@@ -343,4 +343,10 @@ FAULTS = {
         "count_2N = (differ_2NQQ.sum((-1, -2)) > 0) * rows_2NQ.shape[-1] ** 2",
         "tests/training/test_step.py -k within",
     ),
+    "a model that does not fit is built": (
+        "gcrm_fast/training/run.py",
+        "    check_model_fits(prepared, config, world_size, int(limit))\n",
+        "",
+        "tests/training/test_step.py -k ends_in_one_line",
+    ),
 }

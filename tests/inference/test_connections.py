@@ -22,28 +22,11 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.inference import server as endpoints
 from gcrm_fast.inference.connections import ACCEPTED_AT_ONCE, LINGERING, RESERVE, OncePerMinute, connection_limit
 from gcrm_fast.inference.scoring import Judged
-from support.serving import Server, Stopped, eventually, running, write_served_model
+from support.serving import HEAD, Server, Stopped, eventually, running
 from support.training_runs import ROOT
 
 BODY = json.dumps({"prompts": ["hello?"], "completions": ["yes"]}).encode()
-HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 REQUEST = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_served_model(tmp_path_factory.mktemp("served") / "model")
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> RewardModel:
-    return RewardModel.from_pretrained(folder, tokens_per_batch=256)
-
-
-@pytest.fixture(scope="module")
-def server(model: RewardModel) -> Iterator[Server]:
-    with running(model) as started:
-        yield started
 
 
 def everything(connection: socket.socket) -> bytes:

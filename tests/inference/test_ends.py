@@ -175,4 +175,4 @@ def test_goals_say_how_their_completions_ended(tmp_path: Path) -> None:
     write_goals(tmp_path / GOAL_FILE, {"default": torch.ones(3)}, {"default": 1}, "abc", "transformers")
     with safe_open(tmp_path / GOAL_FILE, framework="pt") as file:
         assert json.loads(file.metadata()["gcrm"])["end_policy"].startswith("last token that is not pad_token_id")
-    assert read_goals(tmp_path / GOAL_FILE, "abc")[1] == {"default": 1}
+    assert read_goals(tmp_path / GOAL_FILE, "abc", 3)[1] == {"default": 1}

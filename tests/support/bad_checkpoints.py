@@ -276,6 +276,18 @@ CASES = [
         r"low_freq_factor must be below high_freq_factor",
         rope_scaling=LLAMA3 | {"low_freq_factor": 4.0, "original_max_position_embeddings": 8192},
     ),
+    config(
+        "two values of theta",
+        r"field 'rope_theta' is 5000\.0, but 10000\.0 in 'rope_parameters': keep the right one",
+        rope_theta=5000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    config(
+        "two partial rotations",
+        r"field 'partial_rotary_factor' is 0\.5, but 1\.0 in 'rope_scaling'",
+        partial_rotary_factor=0.5,
+        rope_scaling={"type": "default", "partial_rotary_factor": 1.0},
+    ),
     config("theta of zero", r"field 'rope_theta' is 0", rope_theta=0),
     damaged(
         "an adapter",

@@ -23,6 +23,8 @@ from gcrm_fast.inference.server import create_app
 from support.chat import CHATML, chat_tokenizer
 from support.small import small_config, small_model
 
+HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"  # of a request
+
 
 def write_served_model(path: Path, template: str = CHATML) -> Path:
     """A model with two goals and a chat template."""

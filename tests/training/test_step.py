@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import pickle
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import linears
 from gcrm_fast.model.reward_model import LlamaRewardModel
-from gcrm_fast.training import held_out, memory, parallel
+from gcrm_fast.training import held_out, memory, parallel, run
 from gcrm_fast.training.accounting import peak_flops, work
 from gcrm_fast.training.config import TrainConfig, parse
 from gcrm_fast.training.loader import Step, Steps, load
@@ -34,6 +35,7 @@ from gcrm_fast.training.memory import (
     OPTIMIZER_BYTES,
     PLANS,
     MemoryShape,
+    check_model_fits,
     choose_plan,
     kept_for_backward,
     largest_pack,
@@ -242,6 +244,25 @@ def test_the_fastest_plan_that_fits_is_chosen() -> None:
     assert choose_plan(2**50, shape, gather="block")[:2] == ("none", "block")
     assert choose_plan(0, shape)[:2] == ("block", "block")
     assert choose_plan(0, shape, recompute="mlp")[:2] == ("mlp", "block")
+
+
+def test_a_model_that_no_machine_holds_is_refused_before_it_is_built(pair_file: Path, tmp_path: Path) -> None:
+    config = parse(arguments(pair_file, tmp_path))
+    prepared = prepare(config)
+    parameters = prepared.model_config.parameters()
+    check_model_fits(prepared, config, 2, 8 * parameters)
+    with pytest.raises(UserError, match=r"M parameters take [\d.]+ GiB per process with --optimizer adamw"):
+        check_model_fits(prepared, config, 2, 8 * parameters - 1)
+    with pytest.raises(UserError, match="use a smaller model or more processes"):  # two whole copies
+        check_model_fits(prepared, replace(config, replicas=2), 2, 8 * parameters)
+
+
+def test_a_run_whose_model_does_not_fit_ends_in_one_line(
+    pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "memory_limit", lambda device: 1000)
+    assert train.main(arguments(pair_file, tmp_path)) == 2
+    assert "0.0 GiB are free: use a smaller model" in capsys.readouterr().err
 
 
 def test_a_pack_is_no_larger_than_the_pairs_of_a_step() -> None:
