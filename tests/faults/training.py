@@ -331,4 +331,10 @@ FAULTS = {
         '.get("no_date") or day',
         "tests/training/test_resume.py -k next_day",
     ),
+    "training: --dry-run shows a completion that starts elsewhere": (
+        "gcrm_fast/training/describe.py",
+        "tokens {start + 1} to",
+        "tokens {start} to",
+        "tests/training/test_dry_run.py",
+    ),
 }
