@@ -74,10 +74,13 @@ def of_texts(model: dict[str, Any], log: Path) -> Iterator[dict[str, Any]]:
         yield {"what": what, "model": "text", "found": [row["probs"][0] for row in rows]}
 
 
-def of_messages(model: dict[str, Any], log: Path) -> Iterator[dict[str, Any]]:
+def of_messages(name: str, model: dict[str, Any], log: Path, **fields: Any) -> dict[str, Any]:
+    """A tokenizer that adds bos, with a template that writes none, needs ``add_special_tokens`` true."""
     with served(model["folder"], log) as url:
-        rows = [post(f"{url}/classify", model=model["folder"], messages=c["messages"])[0] for c in model["cases"]]
-    yield {"what": "/classify, messages", "model": "chatml", "found": [row["probs"][0] for row in rows]}
+        asked = [{"model": model["folder"], "messages": c["messages"], **fields} for c in model["cases"]]
+        rows = [post(f"{url}/classify", **body)[0] for body in asked]
+    what = "/classify, messages" + "".join(f', "{field}": {json.dumps(value)}' for field, value in fields.items())
+    return {"what": what, "model": name, "found": [row["probs"][0] for row in rows]}
 
 
 def of_tokens(model: dict[str, Any], log: Path) -> Iterator[dict[str, Any]]:
@@ -90,7 +93,8 @@ def of_tokens(model: dict[str, Any], log: Path) -> Iterator[dict[str, Any]]:
 def main(work: Path, answers: Path) -> None:
     models = json.loads((work / "models.json").read_text())
     made = [*of_texts(models["text"], work / "vllm-texts.log")]
-    made += of_messages(models["chatml"], work / "vllm-messages.log")
+    made.append(of_messages("base", models["base"], work / "vllm-base.log"))
+    made.append(of_messages("chatml", models["chatml"], work / "vllm-chatml.log", add_special_tokens=True))
     made += of_tokens(models["text"], work / "vllm-tokens.log")
     chosen = EngineArgs(model=models["text"]["folder"], runner="pooling").create_model_config().dtype
     what = "precision of a float32 folder without --dtype"

@@ -24,14 +24,13 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "peers")]
-
-from environments import PEERS, python_of, version_of  # noqa: E402 (in this folder)
-from sample import write_models, write_preferences  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests"))
 
 from gcrm_fast import RewardModel, cli  # noqa: E402
 from gcrm_fast.common.errors import UserError, one_line  # noqa: E402
 from gcrm_fast.data.chat import as_text  # noqa: E402
+from peers.environments import PEERS, python_of, version_of  # noqa: E402 (in tests/)
+from peers.sample import write_models, write_preferences  # noqa: E402
 
 RESULTS, PAGE = Path(__file__).parent / "results.json", ROOT / "docs" / "integrations.md"
 HEADER = "| peer | what ran | model | largest difference | verdict |\n|---|---|---|---|---|\n"
