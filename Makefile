@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 WITH_BENCH := .venv/.bench
 WITH_DOCS := .venv/.docs
 
-.PHONY: help setup train evaluate test test-all lint mutants torture bench docs wheel gpu clean
+.PHONY: help setup train evaluate test test-all lint mutants torture bench peers docs wheel gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -62,6 +62,10 @@ bench: $(WITH_BENCH)  ## time the training step, scoring and the contrastive los
 	$(BIN)/python bench/train_step.py $(ARGS)
 	$(BIN)/python bench/scoring.py $(ARGS)
 	$(BIN)/python bench/contrastive_loss.py $(ARGS)
+
+# The environments, of 12 GB together, are kept in ~/.cache. ARGS="vllm trl" runs some of them.
+peers: $(INSTALLED)  ## run vLLM, OpenRLHF, veRL, rewardbench and TRL on small models of this project
+	$(BIN)/python tests/peers/run.py $(ARGS)
 
 # No setup and no download: measures the machine's own torch. WHEELS=FOLDER holds packages that are not installed.
 gpu:  ## tests, benchmarks and a training run on a CUDA device, within ten minutes

@@ -255,6 +255,16 @@ def test_standardized_rewards(source: Path, tmp_path: Path, format_: str) -> Non
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("prefix", ["score", "value_head"])
+def test_models_of_openrlhf_score_here_as_there(prefix: str, tmp_path: Path) -> None:
+    """Its class names itself in config.json, and the head whatever its option said; mean and std only move rewards."""
+    head = {f"{prefix}.weight": torch.randn(1, 32)}
+    fields = {"value_head_prefix": prefix, "mean": 0.5, "std": 2.0, "normalize_reward": False}
+    folder = llama(tmp_path / "in", trunk() | head, architectures=["RewardModel"], **fields)
+    rewards = RewardModel.from_pretrained(folder).score(PROMPTS, COMPLETIONS)
+    np.testing.assert_allclose((rewards - 0.5) / 2, in_openrlhf(folder), rtol=1e-4, atol=1e-5)
+
+
 def test_a_folder_for_vllm_holds_the_classifier_only(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

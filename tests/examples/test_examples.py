@@ -1,5 +1,6 @@
 """The examples run: what each sends and reads, and what a policy learns."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -9,12 +10,14 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import torch
 
 from gcrm_fast import RewardModel
+from gcrm_fast.data.chat import as_text
 from support.serving import running, write_served_model
 from support.training_runs import ROOT
 
@@ -40,6 +43,37 @@ def test_verl_gets_the_reward_of_the_server(folder: Path, monkeypatch: pytest.Mo
         monkeypatch.setenv("GCRM_URL", f"http://127.0.0.1:{server.port}")
         reward = example("verl_reward").compute_score("data", " yes.", None, {"prompt": "hello?"})
     assert reward == pytest.approx(float(model.score(["hello?"], [" yes."])[0]), rel=1e-5)
+
+
+def test_verl_marks_answers_that_were_cut(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With veRL's manager replaced by one that decodes the answer and calls the function, as its own does."""
+    package = tmp_path / "verl" / "experimental" / "reward_loop" / "reward_manager"
+    package.mkdir(parents=True)
+    (package / "naive.py").write_text(
+        "class NaiveRewardManager:\n"
+        "    async def run_single(self, data):\n"
+        "        item = data[-1]\n"
+        "        ids = item.batch['responses'][: item.batch['attention_mask'][-len(item.batch['responses']):].sum()]\n"
+        "        text = self.tokenizer.decode(ids, skip_special_tokens=True)\n"
+        "        return {'reward_score': self.compute_score('data', text, None, item.non_tensor_batch['extra_info'])}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model, module = RewardModel.from_pretrained(folder), example("verl_reward")
+    question = [{"role": "user", "content": "hello?"}]
+    prompt, _ = as_text(model.tokenizer, question, "yes.")
+    manager = module.CutsIncluded()
+    manager.tokenizer, manager.compute_score = model.tokenizer, module.compute_score
+    with running(model) as server:
+        monkeypatch.setenv("GCRM_URL", f"http://127.0.0.1:{server.port}")
+        for text, cut in (("yes.<|im_end|>", False), ("yes.", True)):
+            ids = torch.tensor(model.tokenizer(text, add_special_tokens=False)["input_ids"] + [0, 0])
+            mask = torch.tensor([1] * (len(ids) - 2 + 3) + [0, 0])  # after a prompt of three tokens
+            row = {"extra_info": {}, "raw_prompt": question}
+            item = SimpleNamespace(batch={"responses": ids, "attention_mask": mask}, non_tensor_batch=row)
+            [judged] = model.judge(model.encode([prompt], [text], [cut]))
+            score = asyncio.run(manager.run_single([item]))["reward_score"]
+            assert score == pytest.approx(judged.reward, rel=1e-5), text
+            assert row["extra_info"] == {"cut": cut, "prompt": question}
 
 
 class Classifier(BaseHTTPRequestHandler):
@@ -84,6 +118,17 @@ def test_openrlhf_is_given_the_endpoint(tmp_path: Path) -> None:
     assert (tmp_path / "gcrm.said").read_text().split() == ["serve", "model", "--port", "5000"]
     said = (tmp_path / "python.said").read_text()
     assert "--reward.remote_url http://127.0.0.1:5000/get_reward --train.batch_size 8" in said
+
+
+def test_rewardbench_is_given_the_local_file(tmp_path: Path) -> None:
+    """With the program replaced by one that writes down its arguments."""
+    (tmp_path / "rewardbench").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/said\n')
+    (tmp_path / "rewardbench").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    script = ROOT / "examples" / "rewardbench_local.sh"
+    subprocess.run([script, "model", "pairs.jsonl"], env=environment, check=True)
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("--model model --dataset pairs.jsonl --load_json --not_quantized --torch_dtype float32")
 
 
 @pytest.mark.slow
