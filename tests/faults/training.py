@@ -348,6 +348,7 @@ FAULTS = {
         "    check_model_fits(prepared, config, world_size, int(limit))\n",
         "",
         "tests/training/test_step.py -k ends_in_one_line",
+    ),
     "training: --dry-run shows a completion that starts elsewhere": (
         "gcrm_fast/training/describe.py",
         "tokens {start + 1} to",
