@@ -16,6 +16,7 @@ from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.prepare import Prepared, steps_of
 
 MANY_DROPPED = 0.1  # of the training pairs
+FEW_STEPS = 20
 COLLAPSED = 0.95  # mean cosine between states of one completion
 SHOWN = 200  # characters at both ends of a long text
 HELD_OUT = {
@@ -59,6 +60,13 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
                 "warning",
                 f"{short:.0%} of the chosen completions are one token and its end token: the contrastive loss compares "
                 "little but the end token; --objective ranking omits it",
+            )
+        )
+    if prepared.steps < FEW_STEPS:
+        rows.append(
+            (
+                "warning",
+                f"{prepared.steps} optimizer steps hardly change a model: raise --epochs or lower --global-batch-pairs",
             )
         )
     if prepared.bad.tied:

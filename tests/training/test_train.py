@@ -94,6 +94,7 @@ def test_dropped_pairs_and_short_completions_are_warned_of(tmp_path: Path, gcrm:
     stdout = gcrm("--data", data, "--vocab-size", "259", "--max-length", "32", "--dry-run", "--cache", "none").stdout
     assert "20% of the training pairs are dropped: raise --max-length" in stdout
     assert "100% of the chosen completions are one token and its end token" in stdout
+    assert "1 optimizer steps hardly change a model: raise --epochs or lower --global-batch-pairs" in stdout
 
 
 def test_a_models_files_are_readable_as_the_umask_says(pair_file: Path, tmp_path: Path) -> None:
