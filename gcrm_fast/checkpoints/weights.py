@@ -45,6 +45,10 @@ class Weights(NamedTuple):
     rows: RowReader
     notes: tuple[str, ...] = ()
 
+    def whole(self, name: str, shape: torch.Size) -> Tensor:
+        """All rows of a parameter, on the CPU."""
+        return self.rows(name, shape, slice(0, shape[0]))
+
 
 class Stored(NamedTuple):
     """A tensor in a safetensors file; ``dtype`` is safetensors' name."""

@@ -30,6 +30,19 @@ TOKENS_VERSION = "1"  # goes into the cache's keys: raise it when other tokens c
 OWN_END, ADDED_END, CUT = range(3)  # how a completion ends
 
 
+class PairStates(NamedTuple):
+    """States of a pair's tokens that enter the trained layers, float32 or bfloat16 as int16: of the chosen sequence
+    [n, H], and of the rejected one after the ``shared`` tokens that both start with."""
+
+    chosen: np.ndarray
+    own: np.ndarray
+    shared: int
+
+    def sequences(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of all tokens of the chosen and of the rejected sequence."""
+        return self.chosen, np.concatenate([self.chosen[: self.shared], self.own])
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizedPair:
     """Token ids (int32) of prompt + completion for both sides, and the index of the first completion token.
@@ -48,6 +61,7 @@ class TokenizedPair:
     fields: dict[str, Any] = field(default_factory=dict)
     chosen_cut: bool = False
     where: str = ""  # 'source:line'
+    states: PairStates | None = None
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ cut into packs changes which pairs meet in a step or which positions are sampled
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -95,6 +95,7 @@ class _Layout:
         self.positions: list[np.ndarray] = []
         self.kv: list[np.ndarray] = []
         self.q_lens: list[int] = []
+        self.placed: list[tuple[bytes, int]] = []  # each sequence, and from which of its tokens on it lies here
         self.tokens = 0
 
     def add_group(self, group: Sequence["Member"]) -> dict[bytes, np.ndarray]:
@@ -109,6 +110,7 @@ class _Layout:
         for i, (key, sequence) in enumerate(sequences.items()):
             start = 0 if i == 0 else prefix
             own = self.tokens + np.arange(len(sequence) - start)
+            self.placed.append((key, start))
             rows_of[key] = own if i == 0 else np.concatenate([prefix_rows, own])
             self.ids.append(sequence[start:])
             self.positions.append(np.arange(start, len(sequence)))
@@ -183,7 +185,20 @@ def build_pack(
     if not groups:
         layout.add({b"": np.zeros(1, dtype=np.int32)})
     read_rows, pair_rows = _read_rows(pairs, wanted, sampling)
-    return Pack(**vars(layout.axis(read_rows, backward=True)), pairs=pair_rows)
+    axis = replace(layout.axis(read_rows, backward=True), states_TH=_states(layout, pairs))
+    return Pack(**vars(axis), pairs=pair_rows)
+
+
+def _states(layout: _Layout, pairs: Sequence[TokenizedPair]) -> Tensor | None:
+    """States of the pack's tokens that enter its lowest block, where the pairs bring them."""
+    if not pairs or pairs[0].states is None:
+        return None
+    states_of = {}
+    for pair in pairs:
+        assert pair.states is not None
+        for ids, states in zip(pair.sequences, pair.states.sequences(), strict=True):
+            states_of[ids.tobytes()] = states
+    return torch.from_numpy(np.concatenate([states_of[key][start:] for key, start in layout.placed]))
 
 
 def build_score_pack(groups: Sequence[Sequence[Item]], *, per_token: bool) -> ScorePack:

@@ -51,6 +51,7 @@ class TokenAxis:
     kv_inverse: InverseIndex | None
     read_rows_R: Tensor
     read_inverse: InverseIndex | None
+    states_TH: Tensor | None = None  # input of the lowest block, for a trunk without embeddings; bfloat16 as int16
 
     def to(self, device: torch.device) -> Self:
         """A copy with every tensor on ``device``; does not wait for copies from pinned memory."""

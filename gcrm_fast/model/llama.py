@@ -65,6 +65,10 @@ class ModelConfig:
         """Of the trunk, without biases."""
         return self.vocab_size * self.hidden_size + self.num_hidden_layers * self.parameters_per_layer()
 
+    def trained_parameters(self, layers: int) -> int:
+        """Those of ``parameters`` that are trained with the top ``layers`` blocks, see ``Llama.train_top``."""
+        return self.parameters() if layers == self.num_hidden_layers else layers * self.parameters_per_layer()
+
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
     """RoPE inverse frequencies [D/2] float32: plain, ``linear`` (divided by factor) or ``llama3`` (long wavelengths
@@ -242,12 +246,23 @@ class Block(nn.Module):
         return x_TH, maybe_recomputed(self.recompute == "mlp", self.mlp, normed_TH, self.recompute == "product")
 
 
+Cache = Sequence[tuple[Tensor, Tensor]]
+
+
 class Llama(nn.Module):
-    def __init__(self, config: ModelConfig, recompute: str = "none") -> None:
+    """``first``: the lowest block. One above 0 stands on the states of a pack instead of its tokens; the embeddings and
+    the blocks below are absent."""
+
+    def __init__(self, config: ModelConfig, recompute: str = "none", first: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.first = first
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.num_hidden_layers))
+        if first:
+            del self.embed_tokens
+        self.layers = nn.ModuleList(
+            Block(config, recompute) if i >= first else nn.Identity() for i in range(config.num_hidden_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
@@ -256,12 +271,40 @@ class Llama(nn.Module):
         """Fills the buffer again after ``to_empty``."""
         self.inv_freq.copy_(inverse_frequencies(self.config))
 
-    def forward(
-        self, axis: TokenAxis, attention_backend: str, cache: Sequence[tuple[Tensor, Tensor]] | None = None
-    ) -> Tensor:
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers that are present, from the lowest."""
+        return [layer for layer in self.layers if isinstance(layer, Block)]
+
+    def train_top(self, layers: int) -> None:
+        """Freezes all below the top ``layers`` blocks: no gradient, no kept activations. With all blocks the embeddings
+        are trained too."""
+        if layers < len(self.layers):
+            for part in (*([] if self.first else [self.embed_tokens]), *self.layers[:-layers]):
+                part.requires_grad_(False)
+
+    def forward(self, axis: TokenAxis, attention_backend: str, cache: Cache | None = None) -> Tensor:
         """Hidden states after the final norm at the read rows, [R, H]. ``cache``: keys and values [S, G, D] of each
         layer, which those of the tokens of a CachedAxis join."""
-        x = self.embed_tokens(axis.input_ids_T)
+        x, branch = self._blocks(axis, attention_backend, cache, prune=True)
+        return rms_norm(branch, self.norm.weight, self.config.rms_norm_eps, residual_TH=x)[0]
+
+    def before_norm(self, axis: TokenAxis, attention_backend: str) -> Tensor:
+        """States of the last block at all tokens, [T, H]."""
+        x, branch = self._blocks(axis, attention_backend, None, prune=False)
+        return x + branch
+
+    def _given(self, axis: TokenAxis) -> Tensor:
+        """The states [T, H] that a pack brings; 0 for a dummy pack, which has none."""
+        if axis.states_TH is None:
+            return self.norm.weight.new_zeros(len(axis.input_ids_T), self.config.hidden_size)
+        return axis.states_TH.view(torch.bfloat16) if axis.states_TH.dtype == torch.int16 else axis.states_TH
+
+    def _blocks(
+        self, axis: TokenAxis, attention_backend: str, cache: Cache | None, *, prune: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(x, branch) of the last block, see ``Block``."""
+        x = self._given(axis) if self.first else self.embed_tokens(axis.input_ids_T)
         backend = resolve_backend(attention_backend, x.device, x.dtype)
         angles = repeat(torch.outer(axis.position_ids_T.float(), self.inv_freq), "t d -> t (two d)", two=2)
         shared = Shared(axis, (angles.cos().to(x.dtype), angles.sin().to(x.dtype)), backend)
@@ -269,8 +312,8 @@ class Llama(nn.Module):
             r = self.config.num_attention_heads // self.config.num_key_value_heads
             shared = shared._replace(blocks=blocks_of(axis, len(cache[0][0]), r, x.dtype))
         branch: Tensor | None = None
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.blocks, self.first):
             own = shared if cache is None else shared._replace(slots=cache[i])
-            x, branch = layer(x, branch, own, prune=i == len(self.layers) - 1)
+            x, branch = layer(x, branch, own, prune=prune and i == len(self.layers) - 1)
         assert branch is not None  # there is at least one layer
-        return rms_norm(branch, self.norm.weight, self.config.rms_norm_eps, residual_TH=x)[0]
+        return x, branch

@@ -42,16 +42,18 @@ def upcast(x: Tensor) -> Tensor:
 class LlamaRewardModel(nn.Module):
     """Trunk, reward head and optional projection.
 
-    ``attention_backend``: see attention.py; ``auto`` by default. ``recompute``: see ``Block``.
+    ``attention_backend``: see attention.py; ``auto`` by default. ``recompute``: see ``Block``; ``first``: ``Llama``.
     """
 
-    def __init__(self, config: ModelConfig, attention_backend: str = "auto", recompute: str = "none") -> None:
+    def __init__(
+        self, config: ModelConfig, attention_backend: str = "auto", recompute: str = "none", first: int = 0
+    ) -> None:
         super().__init__()
         h = config.hidden_size
         self.config = config
         self.attention_backend = attention_backend
         self.gather = "block"  # see parallel.shard
-        self.model = Llama(config, recompute)
+        self.model = Llama(config, recompute, first)
         self.score = heads.KINDS[config.head](h)
         self.projection = nn.Linear(h, config.projection_size, bias=False) if config.projection_size else None
 
@@ -66,7 +68,7 @@ class LlamaRewardModel(nn.Module):
         """Compiles the forward of every block, and with it the backward; sizes of packs stay symbols."""
         # Whole and pruned blocks, with and without gradient, of one token or row: more kinds than the default of 8.
         set_recompile_limit(32)
-        for layer in self.model.layers:
+        for layer in self.model.blocks:
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
     def forward(self, pack: Pack) -> Output:

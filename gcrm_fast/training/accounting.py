@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -58,16 +59,19 @@ def query_key_products(pack: Pack) -> int:
     return int((q_B * k_B - q_B * (q_B - 1) // 2).sum())
 
 
-def work(pack: Pack, config: ModelConfig, recompute: str) -> Work:
-    """What training on ``pack`` takes. A backward pass counts twice the forward (Kaplan et al. 2020, section 2.1), of
-    attention too: what flash attention computes again belongs to neither number."""
+def work(pack: Pack, config: ModelConfig, recompute: str, trained_layers: int | None = None) -> Work:
+    """What training the top ``trained_layers`` blocks (None: all) on ``pack`` takes. A backward pass counts twice the
+    forward (Kaplan et al. 2020, section 2.1), of attention too: what flash attention computes again belongs to neither
+    number. Blocks below have a forward only, and not even that where the pack brings their states."""
     t, r, h = len(pack.input_ids_T), len(pack.read_rows_R), config.hidden_size
-    forward = forward_flops(config, t, query_key_products(pack), r)
+    products, layers = query_key_products(pack), trained_layers or config.num_hidden_layers
+    trained = forward_flops(replace(config, num_hidden_layers=layers), t, products, r)
+    below = forward_flops(config, t, products, r) - trained if pack.states_TH is None else 0
     # One of the MLP's three products; the last of a recomputed part is not needed again.
-    product = 2 * h * config.intermediate_size * ((config.num_hidden_layers - 1) * t + r)
-    again = {"none": 0, "product": 0, "mlp": 2 * product, "block": forward - product}[recompute]
+    product = 2 * h * config.intermediate_size * ((layers - 1) * t + r)
+    again = {"none": 0, "product": 0, "mlp": 2 * product, "block": trained - product}[recompute]
     read = 2 * h * config.projection_size * r + 2 * pack.n_pairs * heads.KINDS[config.head].flops(h)
-    return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, 3 * (forward + read), again)
+    return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, below + 3 * (trained + read), again)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -111,8 +115,11 @@ def peak_memory(device: torch.device) -> int:
 class Meter:
     """Speed of training since the last reading, over all ranks."""
 
-    def __init__(self, config: ModelConfig, recompute: str, device: torch.device, peak: float) -> None:
-        self.config, self.recompute, self.device, self.peak = config, recompute, device, peak
+    def __init__(
+        self, config: ModelConfig, recompute: str, trained_layers: int, device: torch.device, peak: float
+    ) -> None:
+        self.device, self.peak = device, peak
+        self.settings = config, recompute, trained_layers
         self.restart()
 
     def restart(self) -> None:
@@ -129,7 +136,7 @@ class Meter:
     def add(self, packs: Sequence[Pack]) -> None:
         """Counts packs that were run."""
         for pack in packs:
-            self.done = Work(*(a + b for a, b in zip(self.done, work(pack, self.config, self.recompute), strict=True)))
+            self.done = Work(*(a + b for a, b in zip(self.done, work(pack, *self.settings), strict=True)))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

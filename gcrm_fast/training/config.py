@@ -149,6 +149,14 @@ class TrainConfig(Options):
     """Vocabulary size of the byte-level BPE tokenizer trained for a model without --model."""
     head: Literal["linear", "mlp"] = "linear"
     """Reward head: linear, or the paper's ablation with three ReLU layers."""
+    train_layers: ZeroOrMore = 0
+    """Number of layers to train, the top ones, with the final norm, the head and the projection. Those below keep the
+    weights of --model, without gradients, moments or stored activations. 0, or the number of all layers, trains the
+    whole model."""
+    cache_states: bool = False
+    """With --train-layers, compute the states that enter the trained layers once and keep them in the folder of
+    --cache, for later epochs, evaluations and runs. A token takes 2 bytes per unit of the hidden size in bfloat16, 4 in
+    float32."""
     projection_size: Annotated[int, Range(least=0, greatest=2**16)] = 0
     """Width of a learned projection of the hidden states that the contrastive loss compares; 0 compares the hidden
     states themselves."""
@@ -322,6 +330,9 @@ class TrainConfig(Options):
             need(drawn, "sampling", "random or avg with --negatives after-divergence")
         if self.sampling == "avg":
             need(self.pairing in ("auto", "paired"), "pairing", "paired with --sampling avg: there is one goal")
+        if self.cache_states:
+            need(self.train_layers > 0, "train_layers", "1 or more with --cache-states")
+            need(self.cache != "none", "cache", "a folder or auto with --cache-states")
         if self.keep_best:
             held_out = bool(self.eval_data) or self.eval_split > 0 or generated
             need(held_out, "keep_best", "omitted without --eval-data or --eval-split")

@@ -13,7 +13,7 @@ from gcrm_fast.training.accounting import work
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.memory import memory_limit, memory_plan
 from gcrm_fast.training.metrics_log import MetricsLog
-from gcrm_fast.training.prepare import Prepared, steps_of
+from gcrm_fast.training.prepare import Prepared, steps_of, trained_layers
 
 MANY_DROPPED = 0.1  # of the training pairs
 FEW_STEPS = 20
@@ -120,9 +120,13 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     """What --dry-run prints: drops, the first pair, lengths, packs, steps, predicted memory."""
     steps, sampled_steps = steps_of(prepared, config, 0, 1), min(8, prepared.steps)
     packs = [pack for i in range(sampled_steps) for pack in steps[i].packs]
-    done = [work(pack, prepared.model_config, "none") for pack in packs]
+    layers = trained_layers(config, prepared.model_config)
+    done = [work(pack, prepared.model_config, "none", layers) for pack in packs]
     tokens = sum(w.tokens for w in done)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parameters = f"{prepared.model_config.parameters() / 1e6:.2f} M"
+    if layers < prepared.model_config.num_hidden_layers:
+        parameters += f", of which {prepared.model_config.trained_parameters(layers) / 1e6:.2f} M are trained"
     return table(
         [
             *data_rows(prepared, config),
@@ -133,7 +137,7 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
             ("packs per step", f"{len(packs) / sampled_steps:.1f} over all processes (first {sampled_steps} steps)"),
             ("pack fill", f"{100 * tokens / len(packs) / config.tokens_per_batch:.0f}% of --tokens-per-batch"),
             ("padded / packed", f"{sum(w.padded_tokens for w in done) / tokens:.2f} times the tokens if padded"),
-            ("parameters", f"{prepared.model_config.parameters() / 1e6:.2f} M"),
+            ("parameters", parameters),
             ("predicted memory", str(memory_plan(prepared, config, world_size, device, memory_limit(device)))),
         ]
     )

@@ -17,12 +17,13 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.accounting import peak_memory
 from gcrm_fast.training.config import TrainConfig
-from gcrm_fast.training.prepare import Prepared
+from gcrm_fast.training.prepare import Prepared, trained_layers
 from gcrm_kernels.launch import HAS_TRITON
 
 # Bytes per parameter: weights, gradient, two moments.
 OPTIMIZER_BYTES = {"adamw": 16.0, "adamw-bf16": 8.0, "adamw-8bit": 10.1}
 GRADIENT_BYTES = {"adamw": 4.0, "adamw-bf16": 2.0, "adamw-8bit": 4.0}  # of these
+WEIGHT_BYTES = GRADIENT_BYTES
 # (recomputation, when weights are gathered), fastest first: on one H100 at the 1b shape the product is about 2% of a
 # step, gathering for every pack 7%, the MLP 15%.
 PLANS = (
@@ -62,6 +63,8 @@ class MemoryShape:
     kernels: bool  # Triton's
     world_size: int  # processes that share a copy of the weights
     several_packs: bool  # per step
+    trained_layers: int | None = None  # the top ones; None for all, and the embeddings
+    cached_states: bool = False  # of the layers below, which are absent then
     evaluated_tokens: int = 0  # of the largest pack that runs without a backward
 
 
@@ -96,17 +99,22 @@ def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
     h, f = config.hidden_size, config.intermediate_size
     # What FSDP holds whole: weights in the compute dtype, and gradients of the root and of two blocks; and, until the
     # last pack of a step, all gradients in float32.
-    largest = config.vocab_size * h + 2 * config.parameters_per_layer()
-    sharded = config.parameters() / shape.world_size
-    gathered = (config.parameters() if gather == "step" else largest) * width
-    gradients = largest * width + (4 * config.parameters() if shape.several_packs else 0)
+    layers = shape.trained_layers or config.num_hidden_layers
+    trained = config.trained_parameters(layers)
+    whole = trained if shape.cached_states else config.parameters()
+    largest = min(config.vocab_size * h + 2 * config.parameters_per_layer(), whole)
+    gathered = (whole if gather == "step" else largest) * width
+    gradients = min(largest, trained) * width + (4 * trained if shape.several_packs else 0)
     one_block = replace(config, num_hidden_layers=1)
     working = kept_for_backward(one_block, tokens, keys, tokens, "none", width, shape.kernels)
     evaluation = working * shape.evaluated_tokens // tokens
     working += tokens * (2 * h + 3 * f) * width  # gradients on their way
-    kept = kept_for_backward(config, tokens, keys, shape.read_rows, recompute, width, shape.kernels)
-    held = int(sharded * (OPTIMIZER_BYTES[shape.optimizer] - GRADIENT_BYTES[shape.optimizer]))
-    training = gradients + max(kept + working, int(sharded * GRADIENT_BYTES[shape.optimizer]))
+    of_trained = replace(config, num_hidden_layers=layers)
+    kept = kept_for_backward(of_trained, tokens, keys, shape.read_rows, recompute, width, shape.kernels)
+    gradient = trained / shape.world_size * GRADIENT_BYTES[shape.optimizer]
+    frozen = (whole - trained) / shape.world_size * WEIGHT_BYTES[shape.optimizer]
+    held = int(trained / shape.world_size * OPTIMIZER_BYTES[shape.optimizer] - gradient + frozen)
+    training = gradients + max(kept + working, int(gradient))
     return held + gathered + max(training, evaluation)
 
 
@@ -176,6 +184,8 @@ def memory_plan(
         kernels=HAS_TRITON and device.type == "cuda",
         world_size=world_size // config.replicas,
         several_packs=mean * config.global_batch_pairs > budget.tokens * world_size,
+        trained_layers=trained_layers(config, prepared.model_config),
+        cached_states=config.cache_states,
         evaluated_tokens=largest_pack(computed, budget.tokens, len(computed), world_size),
     )
     plan = choose_plan(limit, shape, config.recompute, config.gather)

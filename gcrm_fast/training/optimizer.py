@@ -44,7 +44,7 @@ class Updater:
     """
 
     def __init__(self, model: torch.nn.Module, config: TrainConfig, steps: int, device: torch.device) -> None:
-        self.parameters = list(model.parameters())
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.seed, self.clip = config.seed, config.clip
         first = self.parameters[0]
         self.shard = first.device_mesh["shard"].get_local_rank() if isinstance(first, DTensor) else 0

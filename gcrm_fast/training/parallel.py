@@ -66,7 +66,7 @@ def shard(model: LlamaRewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype,
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     head_policy = MixedPrecisionPolicy(param_dtype=torch.float32)
-    for unit, of_unit in (*((layer, policy) for layer in model.model.layers), (model.score, head_policy)):
+    for unit, of_unit in (*((block, policy) for block in model.model.blocks), (model.score, head_policy)):
         fully_shard(unit, mesh=mesh, mp_policy=of_unit)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     set_gather(model, gather)
@@ -75,7 +75,7 @@ def shard(model: LlamaRewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype,
 def set_gather(model: LlamaRewardModel, gather: str) -> None:
     """See ``shard``."""
     model.gather = gather
-    for unit in (*model.model.layers, model.score):
+    for unit in (*model.model.blocks, model.score):
         assert isinstance(unit, FSDPModule)
         unit.set_reshard_after_forward(gather == "block")
 

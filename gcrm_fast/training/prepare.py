@@ -177,6 +177,9 @@ def prepare(config: TrainConfig) -> Prepared:
         tokenizer = train_tokenizer(texts, config.vocab_size)
         tokenizer.split_special_tokens = config.special_tokens == "text"
     model_config, weights = model or new_model(config, tokenizer)
+    if config.train_layers > model_config.num_hidden_layers:
+        layers = model_config.num_hidden_layers
+        raise UserError(f"--train-layers {config.train_layers}: the model has {layers} layers: name {layers} or fewer")
     source = config.tokenizer or config.model or "the trained tokenizer"
     choose_pad(tokenizer, model_config.vocab_size, source, model_config.family)
     if tokenizer.pad_token_id in end_tokens(tokenizer):
@@ -242,6 +245,11 @@ def objective_of(config: TrainConfig) -> Objective:
         average=average,
         distance=config.distance,
     )
+
+
+def trained_layers(config: TrainConfig, model: ModelConfig) -> int:
+    """Number of top blocks that are trained; all of them include the embeddings."""
+    return config.train_layers or model.num_hidden_layers
 
 
 def steps_of(prepared: Prepared, config: TrainConfig, rank: int, world_size: int) -> Steps:

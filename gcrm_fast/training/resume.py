@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
@@ -60,6 +60,9 @@ FREE = frozenset(
     }
 )
 
+# Frozen weights are those of --model. (strict would miss them where they are loaded.)
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+
 
 class Window:
     """What has accumulated since the last log row, on the device: statistics, pairs, and updates that were skipped."""
@@ -102,7 +105,7 @@ class RunState:
 
     def tensors(self) -> dict[str, Any]:
         """For ``snapshots``; sharded where the model is."""
-        model, optimizer = get_state_dict(self.model, self.updater.optimizer)
+        model, optimizer = get_state_dict(self.model, self.updater.optimizer, options=TRAINED_ONLY)
         counts = {"applied": self.updater.applied, "skipped_in_row": self.updater.skipped_in_row}
         return {
             "model": model,
@@ -127,6 +130,7 @@ class RunState:
             self.updater.optimizer,
             model_state_dict=tensors["model"],
             optim_state_dict=tensors["optimizer"],
+            options=TRAINED_ONLY,
         )
         for parameters in self.updater.optimizer.param_groups:
             parameters.update(self.updater.settings)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from gcrm_fast.checkpoints.saving import save_model
+from gcrm_fast.checkpoints.weights import parameter_shapes
 from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
@@ -33,13 +34,14 @@ from gcrm_fast.training.held_out import (
     shortcuts,
 )
 from gcrm_fast.training.loader import Steps
+from gcrm_fast.training.lower_states import with_lower_states
 from gcrm_fast.training.manifest import checkpoints, first_intact
 from gcrm_fast.training.memory import check_model_fits, memory_limit, memory_plan
 from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.model_card import Rows, example_of, model_card
 from gcrm_fast.training.objectives import STATISTICS, Objective
 from gcrm_fast.training.optimizer import Updater, cast_weights
-from gcrm_fast.training.prepare import Prepared, objective_of, steps_of
+from gcrm_fast.training.prepare import Prepared, objective_of, steps_of, trained_layers
 from gcrm_fast.training.report import shown_pairs, write_report
 from gcrm_fast.training.resume import RunState, Window, facts, find_checkpoint, with_dtype
 from gcrm_fast.training.snapshots import Checkpoints
@@ -152,7 +154,12 @@ class Run:
 
     def full_model(self) -> FullModel:
         """The current model; every rank must call it."""
-        weights = parallel.full_state(self.state.model, compute_dtype(self.config.dtype, self.device))
+        dtype = compute_dtype(self.config.dtype, self.device)
+        weights = parallel.full_state(self.state.model, dtype)
+        if weights:  # on rank 0: with cached states the layers below are not in the model
+            shapes = parameter_shapes(self.prepared.model_config)
+            for name in shapes.keys() - weights.keys():
+                weights[name] = self.prepared.weights.whole(name, shapes[name]).to(dtype)
         return FullModel(weights, *self.goal())
 
     def write_report(self, goal: Tensor) -> None:
@@ -192,6 +199,12 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     checkpoint, notes = find_checkpoint(config, prepared.output, prepared.data_key, group)
     config = with_dtype(config, checkpoint, device, group)
     dtype = compute_dtype(config.dtype, device)
+    layers = trained_layers(config, prepared.model_config)
+    first = prepared.model_config.num_hidden_layers - layers
+    if config.cache_states and first:
+        prepared = with_lower_states(prepared, config, first, dtype, device)
+    else:
+        first = 0
     start = checkpoint.facts["step"] if checkpoint else 0
 
     limit = torch.tensor(memory_limit(device))
@@ -199,7 +212,8 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     check_model_fits(prepared, config, world_size, int(limit))
     plan = memory_plan(prepared, config, world_size, device, int(limit))
     with torch.device("meta"):
-        model = LlamaRewardModel(prepared.model_config, config.attention, plan.recompute)
+        model = LlamaRewardModel(prepared.model_config, config.attention, plan.recompute, first)
+    model.model.train_top(layers)
     cast_weights(model, config.optimizer)
     if config.compile:
         model.compile_blocks()
@@ -230,7 +244,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
         state=state,
         checkpoints=saved,
         steps=steps_of(prepared, config, rank, world_size),
-        meter=Meter(prepared.model_config, plan.recompute, device, peak),
+        meter=Meter(prepared.model_config, plan.recompute, layers, device, peak),
         log=log,
     )
     return run, start

@@ -7,6 +7,42 @@ FAULTS = {
         "    pass",
         "tests/test_packaging.py -k hides",
     ),
+    "train-layers: the layers below are trained too": (
+        "gcrm_fast/model/llama.py",
+        "self.layers[:-layers]",
+        "self.layers[:0]",
+        "tests/training/test_train_layers.py -k take_no_gradient",
+    ),
+    "train-layers: memory of the whole model's moments": (
+        "gcrm_fast/training/memory.py",
+        "    trained = config.trained_parameters(layers)\n",
+        "    trained = config.parameters()\n",
+        "tests/training/test_train_layers.py -k predicted_memory",
+    ),
+    "train-layers: a backward of every layer counted": (
+        "gcrm_fast/training/accounting.py",
+        "below + 3 * (trained + read)",
+        "3 * (below + trained + read)",
+        "tests/training/test_step.py -k counted_operations",
+    ),
+    "cached states: shared tokens of the rejected sequence lost": (
+        "gcrm_fast/data/packing.py",
+        "states_of[key][start:]",
+        "states_of[key][: len(states_of[key]) - start]",
+        "tests/training/test_train_layers.py -k states_and_gradients",
+    ),
+    "cached states: of other weights": (
+        "gcrm_fast/training/lower_states.py",
+        "add_tensor(digest.update, name, self.weights.whole(name, shape))",
+        "digest.update(name.encode())",
+        "tests/training/test_train_layers.py -k read_again",
+    ),
+    "cached states: layers below missing in the saved model": (
+        "gcrm_fast/training/run.py",
+        "shapes.keys() - weights.keys()",
+        "shapes.keys() - shapes.keys()",
+        "tests/training/test_train_layers.py -k layers_below_stay",
+    ),
     "margin dropped": (
         "gcrm_fast/training/objectives.py",
         "reward_2N[1] - margin_N",

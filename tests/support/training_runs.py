@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
+
+from gcrm_fast.train import main
+from gcrm_fast.training.optimizer import Updater
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--hidden-size", "32", "--layers", "1", "--intermediate-size", "32", "--dtype", "float32"]
@@ -152,3 +156,22 @@ def assert_same(a: Path, b: Path) -> None:
     assert weights_a.keys() == weights_b.keys()
     for name, weight in weights_a.items():
         assert torch.equal(weight, weights_b[name]), name
+
+
+class Ended(Exception):
+    """Stands in for a kill: nothing of the program runs after it."""
+
+
+def end_in_step_9(call: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gcrm train`` with these arguments, as if it were killed in step 9."""
+    update = Updater.update
+
+    def ending(self: Updater, step: int, loss: torch.Tensor) -> Any:
+        if step == 9:
+            raise Ended
+        return update(self, step, loss)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Updater, "update", ending)
+        with pytest.raises(Ended):
+            main(call)

@@ -26,7 +26,7 @@ from gcrm_fast.training.manifest import checkpoints, read_manifest
 from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.optimizer import Updater
 from support.chat import CHATML, chat_tokenizer
-from support.training_runs import arguments, assert_same
+from support.training_runs import Ended, arguments, assert_same, end_in_step_9
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +35,6 @@ def undisturbed(pair_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     output = tmp_path_factory.mktemp("undisturbed")
     assert main(arguments(pair_file, output)) == 0
     return output
-
-
-class Ended(Exception):
-    """Stands in for a kill: nothing of the program runs after it."""
-
-
-def end_in_step_9(call: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``gcrm train`` with these arguments, as if it were killed in step 9."""
-    update = Updater.update
-
-    def ending(self: Updater, step: int, loss: torch.Tensor) -> Any:
-        if step == 9:
-            raise Ended
-        return update(self, step, loss)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Updater, "update", ending)
-        with pytest.raises(Ended):
-            main(call)
 
 
 @pytest.fixture

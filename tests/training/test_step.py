@@ -136,18 +136,21 @@ def attention_flops(pack: Pack, config: Any) -> int:
 
 @pytest.mark.parametrize("head", heads.KINDS)
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_counted_operations_are_those_of_the_model(pairs: list[TokenizedPair], recompute: str, head: str) -> None:
+@pytest.mark.parametrize("layers", [2, 3])
+def test_counted_operations_are_those_of_the_model(
+    pairs: list[TokenizedPair], recompute: str, head: str, layers: int
+) -> None:
     config = small_config(projection_size=7, head=head)
     pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=2), 0)
     model = LlamaRewardModel(config, recompute=recompute)
+    model.model.train_top(layers)
     with FlopCounterMode(display=False) as counter:
         output = model(pack)
         (output.reward_2N.sum() + output.z_RD.sum()).backward()
-    attention = attention_flops(pack, config)
-    done = work(pack, config, recompute)
-    assert done.model_flops + done.extra_flops == counter.get_total_flops() + attention * (
-        4 if recompute == "block" else 3
-    )
+    of_a_layer = attention_flops(pack, config) // config.num_hidden_layers
+    attention = of_a_layer * (config.num_hidden_layers + layers * (3 if recompute == "block" else 2))
+    done = work(pack, config, recompute, layers)
+    assert done.model_flops + done.extra_flops == counter.get_total_flops() + attention
     assert (done.extra_flops > 0) == (recompute in ("mlp", "block"))
     assert (done.pairs, done.tokens) == (6, len(pack.input_ids_T))
     assert done.padded_tokens == 2 * 6 * max(
