@@ -28,6 +28,11 @@ COMMANDS = {
         "compare rewards with labels (AUROC)", "commands.options:EvaluateOptions", "commands.evaluate:evaluate"
     ),
     "vote": Command("answer questions by votes among samples", "commands.options:VoteOptions", "commands.vote:vote"),
+    "generate": Command(
+        "write texts that a reward model chooses or steers",
+        "commands.options:GenerateOptions",
+        "commands.generate:generate",
+    ),
     "inspect": Command(
         "show records token by token as a web page", "commands.options:InspectOptions", "commands.inspect:inspect"
     ),
