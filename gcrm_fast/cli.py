@@ -36,6 +36,11 @@ COMMANDS = {
     "monitor": Command(
         "watch a policy drift from its reference", "commands.options:MonitorOptions", "commands.monitor:monitor"
     ),
+    "generate": Command(
+        "write texts that a reward model chooses or steers",
+        "commands.options:GenerateOptions",
+        "commands.generate:generate",
+    ),
     "inspect": Command(
         "show records token by token as a web page", "commands.options:InspectOptions", "commands.inspect:inspect"
     ),

@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import Argument, AtLeastOne, Options, Range, ZeroOrMore
@@ -218,6 +218,100 @@ class InspectOptions(JudgingOptions):
         super().check()
         if not self.row and not self.worst + self.random:
             raise UserError("--worst 0 --random 0: nothing to show: raise one, or name a --row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(Options):
+    """Writes texts for prompts with a policy, chosen or steered by a reward model while they are written. Copies each
+    record with its answer, and all samples with their rewards and the Q-value of each token. An interrupted run keeps
+    the prompts that are finished, and the same command resumes."""
+
+    GROUPS: ClassVar[dict[str, str]] = {
+        "text": "max_new_tokens",
+        "choice": "method",
+        "beams": "beams",
+        "machine": "rows",
+    }
+
+    policy: Annotated[str, Argument(positional=True, metavar="POLICY")]
+    """Language model: a folder, or a name on the Hugging Face Hub."""
+    data: Annotated[tuple[str, ...], Argument(positional=True, metavar="FILE")]
+    """Records with a prompt, question or messages: files of JSON lines (plain or gzipped; - is stdin) or Parquet,
+    folders that datasets saved, or datasets of the Hub."""
+    output: OutputFile
+    """File of JSON lines, gzipped if its name ends in .gz. It appears when all prompts are finished."""
+    prompt_field: str = ""
+    """Field with the prompt. By default the first of prompt, question and messages that a record has."""
+    limit: ZeroOrMore = 0
+    """Number of prompts to use, the first ones; 0 uses all."""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """Whether a record without a prompt ends the command, or is skipped and counted."""
+    max_new_tokens: AtLeastOne = 256
+    """Maximum number of tokens of a text."""
+    temperature: Annotated[float, Range(least=0)] = 1.0
+    """Temperature of the samples; 0 takes the most likely token each time."""
+    top_p: Annotated[float, Range(above=0, greatest=1)] = 1.0
+    """Sample only from the most likely tokens that have this probability together."""
+    top_k: ZeroOrMore = 0
+    """Sample only from this many of the most likely tokens; 0 takes all."""
+    seed: Annotated[int, Range(least=0, below=2**31)] = 0
+    """Seed of the samples. A sample depends on it, its prompt and its number alone."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a sample, in addition to the policy's end tokens."""
+    method: Literal["sample", "best-of-n", "filter", "reject", "beams"] = "sample"
+    """How the answer is chosen. best-of-n: the greatest reward; filter: samples whose Q-value falls below --threshold
+    are dropped, but never the last; reject: at each of --checkpoints the samples with the lower Q-values are dropped;
+    beams: after each step those with the best log p / tokens + alpha Q continue. sample needs no reward model."""
+    reward: str = ""
+    """Reward model: a folder, or a name on the Hugging Face Hub. Its tokenizer may differ from the policy's."""
+    goal: tuple[str, ...] = ()
+    """Goal states of the Q-values, as NAME, FILE or FILE:NAME, each with a weight behind a colon if it is not 1. The
+    default is the one saved with the model."""
+    control: Literal["none", "shuffled", "opposite"] = "none"
+    """Goal states that should not help: with their coordinates shuffled, or Q-values with the other sign."""
+    samples: AtLeastOne = 16
+    """Number of samples per prompt (of beams: --beams times --per-beam)."""
+    threshold: float = 0.0
+    """Q-value below which filter drops a sample. The first 5 tokens are not judged."""
+    every: ZeroOrMore = 16
+    """Tokens between two looks at the Q-values; 0 looks only where the method must."""
+    keep: Annotated[float, Range(above=0, greatest=1)] = 0.5
+    """Share of the samples that each checkpoint of reject keeps."""
+    checkpoints: tuple[AtLeastOne, ...] = (32, 64, 128, 256, 512, 1024)
+    """Numbers of tokens at which reject drops samples."""
+    compare: bool = False
+    """Also write as many samples without dropping any, and compare with them in the summary."""
+    beams: AtLeastOne = 5
+    """Number of beams that continue after each step."""
+    per_beam: AtLeastOne = 2
+    """Number of samples of each beam."""
+    step_tokens: AtLeastOne = 52
+    """Maximum number of tokens of a step, which ends at a line feed."""
+    steps: AtLeastOne = 16
+    """Maximum number of steps."""
+    alpha: float = 1.0
+    """Weight of Q in the score of a beam; 0 is plain beam search over steps."""
+    step_q: Literal["last", "mean"] = "last"
+    """Q of a step: that of its last token, or the mean."""
+    rows: AtLeastOne = 64
+    """Maximum number of samples that are written at a time; those of one prompt are written together."""
+    cache_tokens: AtLeastOne = 65536
+    """Maximum number of tokens whose keys and values are kept, of the policy and of the reward model each."""
+    tokens_per_batch: AtLeastOne = 16384
+    """Maximum number of tokens per forward."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the computation. auto is bfloat16 on a GPU, float32 elsewhere."""
+
+    def check(self) -> None:
+        if not all(self.data):
+            raise UserError("FILE is empty: name a source of prompts")
+        if self.method != "sample" and not self.reward:
+            raise UserError(f"--method {self.method}: needs a reward model: name one with --reward")
+        if not self.reward and (self.goal or self.control != "none" or self.compare):
+            option = "--goal" if self.goal else "--compare" if self.compare else "--control"
+            raise UserError(f"{option}: only a reward model has goals and rewards: name one with --reward")
+        if self.compare and self.method in ("sample", "best-of-n"):
+            raise UserError(f"--compare: --method {self.method} drops no samples: choose filter, reject or beams")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,7 +155,7 @@ def _limits(field: Field[Any], kind: Any, layers: list[tuple[str, dict[str, Any]
     if isinstance(value, bool):
         limits.append(f"default: {'yes' if value else 'no'}{source}")
     elif value is not MISSING and not (said and value in ("", ())):
-        text = (" ".join(value) if isinstance(value, tuple) else str(value)).replace("%", "%%")
+        text = (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)).replace("%", "%%")
         limits.append(f"default: {text or 'none'}{source}")
     return f" ({'; '.join(limits)})" if limits else ""
 

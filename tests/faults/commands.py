@@ -139,4 +139,34 @@ FAULTS = {
         "        pass\n",
         "tests/evaluation/test_evaluate.py -k skipped",
     ),
+    "generate: the order in which prompts finish": (
+        "gcrm_fast/commands/generate.py",
+        "for i in sorted(self.records))",
+        "for i in self.records)",
+        "tests/commands/test_generate.py -k output_has",
+    ),
+    "generate: finished prompts are written again": (
+        "gcrm_fast/commands/generate.py",
+        "todo = [i for i in range(len(prompts)) if i not in partial.records]",
+        "todo = list(range(len(prompts)))",
+        "tests/commands/test_generate.py -k interrupted_run",
+    ),
+    "generate: results of other options are kept": (
+        "gcrm_fast/commands/generate.py",
+        '        if other:\n            print(f"{printable(self.path)}: was made with',
+        '        if False:\n            print(f"{printable(self.path)}: was made with',
+        "tests/commands/test_generate.py -k starts_over",
+    ),
+    "generate: weights of goals are part of their names": (
+        "gcrm_fast/commands/generate.py",
+        "weighted.append((state, 1.0 if weight is None else weight))",
+        "weighted.append((state, 1.0))",
+        "tests/commands/test_generate.py -k weights",
+    ),
+    "generate: the opposite goal is the goal": (
+        "gcrm_fast/commands/generate.py",
+        "return goals.opposite()",
+        "return goals",
+        "tests/commands/test_generate.py -k weights",
+    ),
 }

@@ -361,7 +361,7 @@ FAULTS = {
         "gcrm_fast/inference/judging.py",
         "            live.rewind(shared)\n",
         "            shared = len(live.ids)\n",
-        "tests/inference/test_decoding.py -k two_tokenizers",
+        "tests/inference/test_decoding.py -k encoded_again",
     ),
     "decoding: weights of goals ignored": (
         "gcrm_fast/inference/judging.py",

@@ -14,8 +14,8 @@ from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.encoding import CUT, OWN_END, Completion
 from gcrm_fast.inference.decoding import Result, Text, Update, decode
-from gcrm_fast.inference.generation import Sampling
-from gcrm_fast.inference.judging import Goals
+from gcrm_fast.inference.generation import Sampling, Writer
+from gcrm_fast.inference.judging import Goals, Judge, goals_of
 from gcrm_fast.inference.methods import UNJUDGED, Method
 from support import models, policies
 from support.small import small_config, small_model
@@ -264,12 +264,35 @@ def test_updates_tell_the_whole_story(policy: Policy, reward: RewardModel, goals
                 assert story[one.prompt, text.number] == (text.text, list(text.q_n), text.ending == "dropped")
 
 
-def test_two_tokenizers_meet_in_the_text(policy: Policy, tmp_path: Path) -> None:
-    other, config = policies.other_tokenizer(), small_config(vocab_size=320, num_hidden_layers=2)
+@pytest.fixture(scope="module")
+def other_reward(tmp_path_factory: pytest.TempPathFactory) -> RewardModel:
+    """A reward model with another tokenizer than the policy's."""
+    path, config = tmp_path_factory.mktemp("models") / "other", small_config(vocab_size=320, num_hidden_layers=2)
     model = small_model(config, torch.float32)
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
-    save_model(tmp_path / "m", state, config, other, torch.ones(32), 3)
-    reward = RewardModel.from_pretrained(tmp_path / "m", device="cpu")
+    save_model(path, state, config, policies.other_tokenizer(), torch.ones(32), 3)
+    return RewardModel.from_pretrained(path, device="cpu")
+
+
+def test_text_that_grows_is_encoded_again_where_tokens_merge(policy: Policy, other_reward: RewardModel) -> None:
+    writer = Writer(policy, SAMPLING, rows=1, with_text=True)
+    writer.add(policy.encode(["one"])[0], 1, "prompt 0")
+    [row] = writer.step()
+    judge = Judge(other_reward, goals_of(other_reward, {}), policy, limit=1000)
+    judge.open("one", [row], room=0, name="prompt 0")
+    lengths = []
+    for text in ("", "; se", "; sev", "; seven s", "; seven six", "; seven six f", "; seven six four"):
+        row.text = text
+        judge.look([row])
+        [q_n] = other_reward.q_values(["one"], [text])
+        np.testing.assert_allclose(judge.q_n(row), q_n[:-1], rtol=0, atol=1e-5)
+        assert "".join(judge.token_texts(row)) == text
+        lengths.append(len(q_n))
+    assert judge.tokens > lengths[-1] + 3  # some were read again
+
+
+def test_two_tokenizers_meet_in_the_text(policy: Policy, other_reward: RewardModel) -> None:
+    reward = other_reward
     for method in (Method(samples=4, every=3), Method(kind="beams", beams=2, step_tokens=5, steps=4)):
         for prompt, one in zip(PROMPTS, results(policy, reward, method), strict=True):
             for text in one.texts:

@@ -1,0 +1,268 @@
+"""``gcrm generate``: texts of a policy that a reward model chooses or steers while they are written.
+
+Prompts are finished in any order. Each is added at once, with its number, to NAME.partial, whose first line says what
+made it; the output is that in the order of the prompts.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from gcrm_fast.checkpoints.goals import named_goal
+from gcrm_fast.commands.options import GenerateOptions
+from gcrm_fast.commands.score import Output, json_line, numbers
+from gcrm_fast.common.errors import UserError, printable
+from gcrm_fast.common.files import output_file
+from gcrm_fast.data.prompts import Prompt, read_prompts
+from gcrm_fast.data.sources import STDIN, BadRecords
+from gcrm_fast.inference.decoding import Result, Text, decode
+from gcrm_fast.inference.generation import Policy, Sampling
+from gcrm_fast.inference.judging import Goals
+from gcrm_fast.inference.methods import Method
+from gcrm_fast.inference.scoring import RewardModel
+
+ADDED = ("text", "reward", "chosen", "samples", "policy_tokens", "reward_tokens", "saved_tokens", "seconds")
+UNFILTERED = "unfiltered"
+
+
+class Partial:
+    """The finished prompts of an output that is not complete: records by the number of their prompt."""
+
+    def __init__(self, path: Path, made_by: dict[str, Any]) -> None:
+        self.path, self.header = path.with_name(path.name + ".partial"), {"made_by": made_by}
+        self.records: dict[int, dict[str, Any]] = self._read()
+        if not self.records:
+            self.path.write_bytes(json_line(self.header))
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        if not self.path.is_file():
+            return {}
+        *whole, torn = self.path.read_bytes().split(b"\n")
+        try:
+            header, *lines = map(json.loads, whole)
+            records = {line["prompt"]: line["record"] for line in lines}
+        except (ValueError, KeyError, TypeError):
+            print(f"{printable(self.path)}: cannot be resumed: starting over", file=sys.stderr)
+            return {}
+        other = [name for name, value in self.header["made_by"].items() if header["made_by"].get(name) != value]
+        if other:
+            print(f"{printable(self.path)}: was made with another {other[0]}: starting over", file=sys.stderr)
+            return {}
+        if torn:  # of a run that was killed while it wrote
+            os.truncate(self.path, self.path.stat().st_size - len(torn))
+        return records
+
+    def add(self, prompt: int, record: dict[str, Any]) -> None:
+        self.records[prompt] = record
+        with self.path.open("ab") as file:
+            file.write(json_line({"prompt": prompt, "record": record}))
+
+    def finish(self, output: Path) -> None:
+        lines = b"".join(json_line(self.records[i]) for i in sorted(self.records))
+        whole = output.with_name(output.name + ".whole")
+        whole.write_bytes(gzip.compress(lines, mtime=0) if output.suffix == ".gz" else lines)
+        os.replace(whole, output)
+        self.path.unlink()
+
+
+def goals_of(options: GenerateOptions, model: RewardModel) -> Goals:
+    """The goal states of --goal with their weights, or --control of them. Raises UserError."""
+    weighted = []
+    for text in options.goal:
+        name, colon, last = text.rpartition(":")
+        try:
+            weight = float(last) if colon else None
+        except ValueError:
+            weight = None
+        name = text if weight is None else name
+        state = (
+            model.goals[name] if name in model.goals else named_goal(name, model.fingerprint, model.config.state_size)
+        )
+        weighted.append((state, 1.0 if weight is None else weight))
+    goals = Goals.of(weighted or [(model.goal(), 1.0)])
+    if options.control == "opposite":
+        return goals.opposite()
+    return goals.shuffled(options.seed) if options.control == "shuffled" else goals
+
+
+def method_of(options: GenerateOptions) -> Method:
+    return Method(
+        kind=options.method,
+        samples=options.samples,
+        threshold=options.threshold,
+        every=options.every,
+        keep=options.keep,
+        checkpoints=options.checkpoints,
+        beams=options.beams,
+        per_beam=options.per_beam,
+        step_tokens=options.step_tokens,
+        steps=options.steps,
+        alpha=options.alpha,
+        step_q=options.step_q,
+    )
+
+
+def sampling_of(options: GenerateOptions) -> Sampling:
+    return Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed,
+        stop=options.stop,
+    )
+
+
+def sample_record(text: Text) -> dict[str, Any]:
+    """One sample: ids of the policy's tokens; texts and Q-values of the reward model's."""
+    return {
+        "text": text.text,
+        "reward": text.reward,
+        "ending": text.ending,
+        "parent": text.parent,
+        "log_p": text.log_p,
+        "ids": text.ids,
+        "tokens": {"texts": text.texts_n, "q_values": numbers(np.array(text.q_n))},
+    }
+
+
+def with_result(prompt: Prompt, result: Result) -> dict[str, Any]:
+    """The record with its answer and samples."""
+    reward = result.texts[result.chosen].reward
+    samples = [sample_record(text) for text in result.texts]
+    costs = result.policy_tokens, result.reward_tokens, result.saved_tokens, round(result.seconds, 3)
+    return prompt.fields | dict(zip(ADDED, (result.text, reward, result.chosen, samples, *costs), strict=True))
+
+
+def unfiltered_record(result: Result, policy_tokens: int) -> dict[str, Any]:
+    """What the same samples give when none is dropped: the best of all, and the best of those that the policy writes
+    with as many tokens."""
+    lengths = np.cumsum([len(text.ids) for text in result.texts])
+    first = max(1, int((lengths <= policy_tokens).sum()))
+    rewards = [text.reward if text.reward is not None and text.ending == "stop" else None for text in result.texts]
+    whole = [reward for reward in rewards[:first] if reward is not None]
+    return {
+        "text": result.text,
+        "reward": result.texts[result.chosen].reward,
+        "policy_tokens": result.policy_tokens,
+        "reward_tokens": result.reward_tokens,
+        "reward_at_same_tokens": max(whole, default=None),
+    }
+
+
+def summary(records: Sequence[dict[str, Any]], options: GenerateOptions, seconds: dict[str, float]) -> list[str]:
+    """Lines about all prompts; seconds are those of this run."""
+    tokens = {name: sum(record[name] for record in records) for name in ADDED[4:7]}
+    written, saved = tokens["policy_tokens"], tokens["saved_tokens"]
+    lines = [
+        f"{len(records)} prompts, {options.method}: {written} tokens by the policy, {tokens['reward_tokens']} by the "
+        f"reward model, {seconds['']:.1f} s",
+    ]
+    if options.method in ("filter", "reject", "beams"):
+        lines.append(f"saved about {saved} tokens, {saved / max(1, saved + written):.0%}: if the dropped samples had")
+        lines[-1] += " become as long as the others"
+    rewards = [record["reward"] for record in records if record["reward"] is not None]
+    if rewards:
+        lines.append(f"mean reward of the answers {np.mean(rewards):.4f}")
+    if options.compare:
+        others = [record[UNFILTERED] for record in records]
+        mean = {name: _mean([other[name] for other in others]) for name in ("reward", "reward_at_same_tokens")}
+        lines.append(
+            f"without dropping any: {sum(other['policy_tokens'] for other in others)} tokens by the policy, "
+            f"{sum(other['reward_tokens'] for other in others)} by the reward model, {seconds[UNFILTERED]:.1f} s; mean "
+            f"reward {mean['reward']:.4f}, with as many tokens of the policy {mean['reward_at_same_tokens']:.4f}"
+        )
+    return lines
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def read(options: GenerateOptions) -> list[Prompt]:
+    """Raises UserError."""
+    bad = BadRecords(skip=options.on_bad_record == "skip")
+    prompts = read_prompts(options.data, field=options.prompt_field, bad=bad)
+    found = list(itertools.islice(prompts, options.limit or None))
+    for prompt in found:
+        if taken := sorted(prompt.fields.keys() & {*ADDED, UNFILTERED}):
+            raise UserError(f"{prompt.where}: field '{taken[0]}' already exists and would be overwritten: rename it")
+    if bad.skipped:
+        print(f"{len(bad.skipped)} bad records skipped; the first: {printable(bad.skipped[0])}", file=sys.stderr)
+    if not found:
+        raise UserError(f"{' '.join(options.data)}: every record is bad; the first: {bad.skipped[0]}")
+    return found
+
+
+@contextlib.contextmanager
+def said_what_is_kept(partial: Partial, count: int) -> Iterator[None]:
+    """After an error or an interrupt, a line about the prompts that are finished."""
+    try:
+        yield
+    except BaseException:
+        done = f"{len(partial.records)} of {count} prompts are finished and kept in {printable(partial.path)}"
+        print(f"gcrm generate: {done}: the same command resumes", file=sys.stderr, flush=True)
+        raise
+
+
+def generate(options: GenerateOptions) -> None:
+    """Raises UserError."""
+    output = output_file(options.output, [name for name in options.data if name != STDIN])
+    prompts = read(options)
+    policy = Policy.from_pretrained(
+        options.policy,
+        dtype=options.dtype,
+        tokens_per_batch=options.tokens_per_batch,
+        cache_tokens=options.cache_tokens,
+    )
+    reward = goals = None
+    if options.reward:
+        reward = RewardModel.from_pretrained(
+            options.reward, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch
+        )
+        goals = goals_of(options, reward)
+    ignored = {"output", "compare", "rows", "cache_tokens", "tokens_per_batch", "data", "limit", "on_bad_record"}
+    made_by = {name: value for name, value in asdict(options).items() if name not in ignored}
+    made_by["reward"] = reward.fingerprint if reward is not None else ""
+    made_by["prompts"] = hashlib.sha256(b"".join(json_line(prompt.fields) for prompt in prompts)).hexdigest()
+    with Output(output).held():
+        partial = Partial(output, json.loads(json_line(made_by)))
+        method, sampling, seconds = method_of(options), sampling_of(options), {}
+
+        def results(kind: Method, todo: Sequence[int], name: str) -> Iterator[tuple[int, Result]]:
+            asked, started = [prompts[i].prompt for i in todo], time.monotonic()
+            decoded = decode(
+                policy, asked, reward=reward, method=kind, sampling=sampling, goals=goals, rows=options.rows
+            )
+            with tqdm(total=len(todo), desc=name or "generating", unit="prompt") as bar:
+                for one in decoded:
+                    if isinstance(one, Result):
+                        yield todo[one.prompt], one
+                        bar.update()
+            seconds[name] = time.monotonic() - started
+
+        with said_what_is_kept(partial, len(prompts)):
+            todo = [i for i in range(len(prompts)) if i not in partial.records]
+            for i, result in results(method, todo, ""):
+                partial.add(i, with_result(prompts[i], result))
+            if options.compare:
+                todo = [i for i, record in partial.records.items() if UNFILTERED not in record]
+                for i, result in results(replace(method, kind="best-of-n", samples=method.rows), todo, UNFILTERED):
+                    record = partial.records[i]
+                    partial.add(i, record | {UNFILTERED: unfiltered_record(result, record["policy_tokens"])})
+        partial.finish(output)
+    for line in summary([partial.records[i] for i in sorted(partial.records)], options, seconds):
+        print(line)
