@@ -61,8 +61,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, kind in kinds_of(type(self)).items():
-            if wanted := missed(getattr(self, name), kind):
-                raise UserError(f"{flag(name)} {shown(getattr(self, name))}: must be {wanted}")
+            check_value(name, getattr(self, name), kind)
 
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -77,6 +76,12 @@ def kinds_of(options: type[Options]) -> dict[str, Any]:
     """The type of each field, with its Range and Argument."""
     kinds = typing.get_type_hints(options, include_extras=True).items()
     return {name: kind for name, kind in kinds if typing.get_origin(kind) is not ClassVar}
+
+
+def check_value(name: str, value: Any, kind: Any) -> None:
+    """Raises UserError for a value that the field ``name`` of type ``kind`` does not accept."""
+    if wanted := missed(value, kind):
+        raise UserError(f"{flag(name)} {shown(value)}: must be {wanted}")
 
 
 def flag(name: str) -> str:

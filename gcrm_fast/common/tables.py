@@ -1,19 +1,23 @@
-"""Tables as text."""
+"""Tables as text for a terminal: what it would obey, in values of a record for example, as escapes."""
 
 from collections.abc import Sequence
+
+from gcrm_fast.common.errors import printable
 
 
 def table(rows: list[tuple[str, str]]) -> str:
     """Two aligned columns."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+    shown = [(printable(name), printable(value)) for name, value in rows]
+    width = max(len(name) for name, _ in shown)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in shown)
 
 
 def columns(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table, the first column aligned to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in [head, *lines]]
-    first = [line[0].ljust(widths[0]) for line in [head, *lines]]
+    cells = [[printable(cell) for cell in line] for line in [head, *lines]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    aligned = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+    first = [line[0].ljust(widths[0]) for line in cells]
     return "\n".join("  ".join([name, *cells[1:]]).rstrip() for name, cells in zip(first, aligned, strict=True))
 
 

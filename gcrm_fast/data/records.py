@@ -40,6 +40,7 @@ COMPLETION_FORMATS = {
 }
 PROMPTS, ORDERS = ("prompt", "question"), ("scores", "ranks", "is_correct")  # fields without a completion
 CONTEXT = ("system", "tools")  # read next to any prompt
+MOST_PAIRS = 10**6  # of one prompt
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -262,7 +263,8 @@ def ordered_pairs(values: Sequence[float], limit: int) -> list[tuple[int, int]]:
     """Pairs of indices (greater value, smaller value) without ties; a maximum of ``limit``, 0 for all.
 
     A pure function of its input. In order of value, each item meets the one half the list away first and its
-    neighbors last: a limit keeps wide differences, and takes every item about equally often.
+    neighbors last: a limit keeps wide differences, and takes every item about equally often. Raises UserError for more
+    than MOST_PAIRS without a limit.
     """
     n = len(values)
     order = sorted(range(n), key=lambda i: -values[i])
@@ -276,6 +278,8 @@ def ordered_pairs(values: Sequence[float], limit: int) -> list[tuple[int, int]]:
             pairs.append((a, b) if values[a] > values[b] else (b, a))
             if len(pairs) == limit:
                 return pairs
+        if not limit and len(pairs) > MOST_PAIRS:
+            raise UserError(f"{n} completions give more than {MOST_PAIRS:,} pairs: limit them with --pairs-per-prompt")
     return pairs
 
 

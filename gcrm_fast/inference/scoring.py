@@ -23,6 +23,7 @@ from gcrm_fast.checkpoints.weights import open_reward_model
 from gcrm_fast.common.devices import compute_dtype, default_device
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.notes import warn_once
+from gcrm_fast.common.options import AtLeastOne, check_value
 from gcrm_fast.common.processes import rank
 from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.chat import TODAY, as_text
@@ -34,6 +35,7 @@ from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import check_vocabulary, load_tokenizer
 from gcrm_fast.inference.cached import CACHE_TOKENS
 from gcrm_fast.inference.streaming import LiveScorer, Stream
+from gcrm_fast.model.attention import Backend
 from gcrm_fast.model.reward_model import LlamaRewardModel, goal_state, load
 from gcrm_kernels import q_values
 
@@ -116,8 +118,15 @@ class RewardModel:
                 ``auto`` is what the model was trained with.
 
         Raises:
-            UserError: no such model, a language model without a reward head, or goals of other weights.
+            UserError: no such model, a language model without a reward head, goals of other weights, or a value that
+                its argument does not accept.
         """
+        check_value("tokens_per_batch", tokens_per_batch, AtLeastOne)
+        check_value("attention", attention, Backend)
+        check_value("end", end, Choice)
+        check_value("special_tokens", special_tokens, Literal["auto"] | Reading)
+        place = default_device() if device is None else torch.device(device)
+        computed = compute_dtype(dtype, place)
         folder = locate(str(path_or_hub), "MODEL", MODEL_FILES)
         config, weights = open_reward_model(folder)
         where, line = where_read(folder, end)
@@ -128,9 +137,8 @@ class RewardModel:
         if TODAY.search(str(tokenizer.chat_template)):
             warn_once(f"{folder}: the chat template writes today's date: rewards of messages depend on the day")
         check_vocabulary(tokenizer, config.vocab_size, str(folder))
-        place = default_device() if device is None else torch.device(device)
         with torch.device("meta"):
-            network = LlamaRewardModel(config, attention).cast(compute_dtype(dtype, place))
+            network = LlamaRewardModel(config, attention).cast(computed)
         digest = hashlib.sha256()
 
         def value(name: str, shape: torch.Size, rows: slice) -> Tensor:

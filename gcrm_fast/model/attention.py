@@ -8,6 +8,7 @@ gathered as [P C1 | P C2 | ...] that makes one call compute a shared prefix once
 """
 
 import importlib.util
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from gcrm_fast.common.torch_compat import varlen_attention
 from gcrm_fast.model.segment_attention import segment_attention
 
-BACKENDS = ("auto", "flash_attn", "torch_varlen", "eager")
+Backend = Literal["auto", "flash_attn", "torch_varlen", "eager"]
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -43,7 +44,7 @@ def packed_attention(
     Args:
         cu_seqlens_q, cu_seqlens_k: [B + 1] int32, on the device of q.
         max_seqlen_q, max_seqlen_k: longest segment, in rows.
-        backend: one of ``BACKENDS`` except ``auto``.
+        backend: a ``Backend`` except ``auto``.
     """
     inputs = q_TND, k_KGD, v_KGD, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
     if backend == "flash_attn":

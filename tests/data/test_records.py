@@ -532,3 +532,10 @@ def test_ties_by_the_ten_thousand_are_no_work(limit: int) -> None:
     pairs = ordered_pairs([1.0] * 30_000 + [2.0], limit)
     assert len(pairs) == (limit or 30_000)
     assert all(better == 30_000 for better, _ in pairs)
+
+
+def test_all_pairs_of_thousands_need_a_limit() -> None:
+    """They would fill the memory."""
+    with pytest.raises(UserError, match="2000 completions give more than 1,000,000 pairs: limit them with --pairs-per"):
+        ordered_pairs(range(2000), 0)
+    assert len(ordered_pairs(range(2000), 20)) == 20

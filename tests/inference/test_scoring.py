@@ -254,6 +254,27 @@ def test_it_is_exported_without_loading_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"dtype": "half"}, "--dtype half: must be one of auto, bfloat16, float16, float32"),
+        ({"dtype": torch.int8}, "--dtype int8: must be one of"),
+        ({"tokens_per_batch": 0}, "--tokens-per-batch 0: must be at least 1"),
+        ({"tokens_per_batch": "9"}, "--tokens-per-batch 9: must be a whole number"),
+        (
+            {"attention": "flash"},
+            r"--attention flash: must be one of auto, flash_attn, torch_varlen, eager \(did you mean",
+        ),
+        ({"end": "bos"}, "--end bos: must be one of auto, eos, as-is"),
+        ({"special_tokens": True}, "--special-tokens True: must be one of auto or one of tokens, text"),
+    ],
+)
+def test_wrong_arguments_are_one_line(folder: Path, wrong: dict[str, Any], message: str) -> None:
+    """Python's arguments are checked as the command line's options are."""
+    with pytest.raises(UserError, match=message):
+        RewardModel.from_pretrained(folder, **wrong)
+
+
 def test_models_that_must_not_score(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no reward head: train one with gcrm train --model"):
         RewardModel.from_pretrained(llama(tmp_path / "language"), device="cpu")
