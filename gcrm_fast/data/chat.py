@@ -178,11 +178,16 @@ def _split(
     context = dialogues[first][:count]
     if is_messages(prompt):
         context = messages_of(prompt_name, prompt) + context
-    elif prompt is not None and fields.text(prompt_name, prompt) not in [m["content"] for m in context]:
-        raise FieldError(prompt_name, f"is text, and no message of '{first}' repeats it: give both as messages")
+    elif prompt is not None and fields.text(prompt_name, prompt).strip() not in _texts(context):
+        omit = f", or omit it: --columns {','.join(f'{name}={name}' for name in sides)}" if len(sides) > 1 else ""
+        raise FieldError(prompt_name, f"is text, and no message of '{first}' repeats it: give both as messages{omit}")
     if not context:
         raise FieldError(prompt_name, f"is missing, and '{first}' contains only the answer")
     return context, {name: messages[count:] for name, messages in dialogues.items()}
+
+
+def _texts(messages: list[dict[str, Any]]) -> list[str]:
+    return [(message["content"] or "").strip() for message in messages]
 
 
 def _shared(dialogues: Mapping[str, list[dict[str, Any]]], *, implicit: bool) -> int:

@@ -15,7 +15,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.data import fields as checked
 from gcrm_fast.data.chat import as_texts, is_empty
 from gcrm_fast.data.fields import FieldError, kind
-from gcrm_fast.data.formats import adapted, judgment, suggested_columns
+from gcrm_fast.data.formats import Tie, adapted, judged_by, judgment, suggested_columns
 from gcrm_fast.data.messages import decoded, is_messages
 from gcrm_fast.data.rendering import EndlessTemplate
 from gcrm_fast.data.sources import BadRecords, rows
@@ -147,12 +147,18 @@ def parse_columns(text: str, formats: Formats = FORMATS) -> dict[str, str]:
     return columns
 
 
-def format_of(values: Mapping[str, Any], formats: Formats) -> str:
-    """The name of the one format whose fields are all there. Raises UserError for none, or more than one."""
+def format_of(values: Mapping[str, Any], raw: Mapping[str, Any], formats: Formats) -> str:
+    """The name of the one format whose fields are all there. Raises UserError for none, or more than one, with the
+    option --columns that suits the names of the ``raw`` record."""
     complete = [name for name, needed in formats.items() if all(field in values for field in needed)]
+    complete = complete[:1] if complete[1:] == ["conversation"] else complete  # the other one has its parts
     if len(complete) > 1:
-        raise UserError(f"has the fields of two formats, {' and '.join(complete)}: choose with --columns")
+        options = " or ".join(filter(None, (suggested_columns(raw, formats[name]) for name in complete)))
+        raise UserError(f"has the fields of two formats, {' and '.join(complete)}: pass {options or '--columns'}")
     if complete:
+        bare = layout_of(values, complete[0]) == "dialogue" and ASSISTANT not in str(values["chosen"])
+        if bare and (columns := suggested_columns(raw, ("prompt", *formats[complete[0]]))):
+            raise FieldError("prompt", f"is missing: pass {columns}")
         return complete[0]
     nearest = max(formats.values(), key=lambda needed: sum(field in values for field in needed) / len(needed))
     missing = next(field for field in nearest if field not in values)
@@ -161,9 +167,14 @@ def format_of(values: Mapping[str, Any], formats: Formats) -> str:
         missing = nearest[1]
     listed = ", ".join(f"'{field}'" for field in nearest)
     for needed in formats.values():
-        if columns := suggested_columns(values, needed):
+        if columns := suggested_columns(raw, needed):
             raise FieldError(missing, f"is missing: a record needs {listed}: pass {columns}")
-    raise FieldError(missing, f"is missing: a record needs {listed}, or the fields of another format (README)")
+    present = ", ".join(map(repr, list(raw)[:12])) or "no field"
+    raise FieldError(
+        missing,
+        f"is missing: a record needs {listed}, or the fields of another format (docs/data.md); it has {present}: name "
+        f"those to read, as in --columns {','.join(f'{field}=NAME' for field in nearest)}",
+    )
 
 
 def layout_of(values: Mapping[str, Any], format_: str) -> str:
@@ -186,7 +197,9 @@ def sides_of(
         sides = {f"completions[{i}]": completion for i, completion in enumerate(given)}
         raw_cuts = values.get("completions_cut", [False] * len(given))
         raw_cuts = checked.entries("completions_cut", raw_cuts, len(given))
-        cuts = [checked.boolean(f"completions_cut[{i}]", cut) for i, cut in enumerate(raw_cuts)]
+        cuts = [
+            checked.boolean(f"completions_cut[{i}]", False if cut is None else cut) for i, cut in enumerate(raw_cuts)
+        ]
     else:
         sides = {name: values[name] for name in names}
         cuts = [checked.boolean(f"{name}_cut", values.get(f"{name}_cut", False)) for name in names]
@@ -226,15 +239,18 @@ def _split_dialogues(sides: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 
 
 def preferences(values: Mapping[str, Any], needed: Sequence[str], sides: list[Side], limit: int) -> list[list[Side]]:
-    """[better, worse] of the sides: the two of a pair, or ordered by 'scores' (more is better) or 'ranks' (less is)."""
+    """[better, worse] of the sides: the two of a pair, or ordered by 'scores' (more is better) or 'ranks' (less is),
+    where these are not null."""
     order = next((name for name in needed if name in ORDERS), None)
     chosen = [(0, 1)]
     if order:
         given = checked.entries(order, values[order], len(sides))
         if len(sides) < 2:
             raise FieldError("completions", "has 1 entry: at least two are compared")
-        ranking = [judgment(f"{order}[{i}]", value) for i, value in enumerate(given)]
-        chosen = ordered_pairs(ranking if order == "scores" else [-value for value in ranking], limit)
+        judged = [i for i, value in enumerate(given) if value is not None]
+        ranking = [judgment(f"{order}[{i}]", given[i]) for i in judged]
+        ordered = ordered_pairs(ranking if order == "scores" else [-value for value in ranking], limit)
+        chosen = [(judged[better], judged[worse]) for better, worse in ordered]
     pairs = [[sides[better], sides[worse]] for better, worse in chosen]
     for better, worse in pairs:
         if better.text == worse.text:
@@ -279,8 +295,8 @@ def _converted(
     for where, raw in rows(source, bad):
         count += 1
         try:
-            values = _renamed(raw, columns)
-            format_ = format_of(values, formats)
+            values = _renamed(raw, columns, source)
+            format_ = format_of(values, raw, formats)
             layout = layout_of(values, format_)
             if first and layout != first[0]:
                 raise UserError(f"has the format '{layout}', but {first[1]} '{first[0]}': split the data")
@@ -288,7 +304,10 @@ def _converted(
         except UserError as error:
             if isinstance(error, EndlessTemplate) and error.hopeless:
                 raise _placed(error, where, columns) from None
-            bad.add(_placed(error, where, columns))
+            if isinstance(error, Tie) and formats is FORMATS:
+                yield []
+            else:
+                bad.add(_placed(error, where, columns))
             continue
         first = first or (layout, where)
         yield items
@@ -298,7 +317,7 @@ def _converted(
         raise UserError(f"{source}: contains no records: one JSON object per line, or rows, are expected")
 
 
-def _renamed(raw: Any, columns: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(raw: Any, columns: Mapping[str, str], source: str) -> dict[str, Any]:
     """The fields that a record has, under this project's names; with ``columns`` no others."""
     if not isinstance(raw, dict):
         raise UserError(f"a record must be a JSON object, this is {kind(raw)}")
@@ -307,7 +326,7 @@ def _renamed(raw: Any, columns: Mapping[str, str]) -> dict[str, Any]:
             raise UserError(f"field '{column}', named by --columns for '{name}', is missing")
     named = {name: raw[column] for name, column in columns.items()} or raw
     present = {name: value for name, value in named.items() if value is not None}  # null means absent
-    return present if columns else adapted(present)
+    return present if columns else adapted(present, source)
 
 
 def _placed(error: UserError, where: str, columns: Mapping[str, str]) -> UserError:
@@ -343,7 +362,8 @@ def read_pairs(
         margin = checked.number("margin", values.get("margin", 0.0))
         extra = {name: _group_field(name, raw) for name in fields}
         if "is_correct" in needed:
-            row = Judged(sides[0], judgment("is_correct", values["is_correct"]), where, extra)
+            name = "is_correct" if columns else judged_by(raw)
+            row = Judged(sides[0], judgment(name, values["is_correct"]), where, extra)
             judged.setdefault(prompt, []).append(row)
             return []
         return [

@@ -392,68 +392,6 @@ def test_template_that_fails_without_text_or_tools(tmp_path):
     assert pair.prompt == "wx<|im_start|>q<|im_end|><|im_start|>wx<|im_end|><|im_start|>7<|im_end|><|im_start|>"
 
 
-FOREIGN: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str, str]]]] = {
-    "PKU": (
-        [{"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 1, "safer_response_id": 0}],
-        [("p", "y", "x")],
-    ),
-    "SHP": ([{"history": "p", "human_ref_A": "x", "human_ref_B": "y", "labels": 0}], [("p", "y", "x")]),
-    "Nectar": (
-        [{"prompt": "p", "answers": [{"answer": "x", "rank": 2.0}, {"answer": "y", "rank": 1.0}]}],
-        [("p", "y", "x")],
-    ),
-    "UltraFeedback": (
-        [
-            {
-                "instruction": "p",
-                "completions": [{"response": "x", "overall_score": 3}, {"response": "y", "overall_score": 7.5}],
-            }
-        ],
-        [("p", "y", "x")],
-    ),
-    "RewardBench 2": (
-        [{"prompt": "p", "chosen": ["x"], "rejected": ["y", "z"], "subset": "s"}],
-        [("p", "x", "y"), ("p", "x", "z")],
-    ),
-    "several rejected": (
-        [{"prompt": "p", "chosen": "x", "rejected": ["y", "z"]}],
-        [("p", "x", "y"), ("p", "x", "z")],
-    ),
-    "HelpSteer": (
-        [{"prompt": "p", "response": text, "helpfulness": n, "verbosity": 0} for text, n in (("x", 1), ("y", 3))],
-        [("p", "y", "x")],
-    ),
-    "KTO": (
-        [
-            {"prompt": prompt, "completion": text, "label": right}
-            for prompt, text, right in (("p", "x", True), ("q", "x", True), ("p", "y", False), ("p", "x", False))
-        ],
-        [("p", "x", "y")],
-    ),
-    "verified": (
-        [{"prompt": "p", "completion": text, "is_correct": text == "x"} for text in ("y", "x")],
-        [("p", "x", "y")],
-    ),
-    "booleans": ([{"prompt": "p", "completions": ["x", "y"], "is_correct": [False, True]}], [("p", "y", "x")]),
-    "boolean scores": ([{"prompt": "p", "completions": ["x", "y"], "scores": [False, True]}], [("p", "y", "x")]),
-    "ShareGPT": (
-        [
-            {
-                "conversations": [{"from": "human", "value": "q"}],
-                "chosen": {"from": "gpt", "value": "x"},
-                "rejected": {"from": "gpt", "value": "y"},
-            }
-        ],
-        [("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "x<|im_end|>\n", "y<|im_end|>\n")],
-    ),
-}
-
-
-@pytest.mark.parametrize(("records", "expected"), FOREIGN.values(), ids=FOREIGN.keys())
-def test_shapes_of_public_data_sets(tmp_path, records, expected):
-    assert sorted(sides(read(tmp_path, *records, tokenizer=chat_tokenizer(CHATML)))) == expected
-
-
 def test_judgments_are_paired_within_a_prompt_and_capped(tmp_path):
     records = [{"prompt": f"p{i % 2}", "completion": f"c{i}", "is_correct": i % 4 < 2} for i in range(16)]
     bad = BadRecords()
@@ -486,6 +424,12 @@ def test_null_means_absent(tmp_path):
     optional = {"margin": None, "chosen_cut": None, "tools": None, "system": None, "completions": None}
     [pair] = read(tmp_path, GOOD | optional)
     assert (pair.margin, pair.chosen_cut) == (0.0, False)
+    lists = {"prompt": "p", "completions": ["x", "y", "z"], "completions_cut": [True, None, None]}
+    for order, values in (("scores", [1, None, 0]), ("ranks", [1, None, 2]), ("is_correct", [True, None, False])):
+        [pair] = read(tmp_path, lists | {order: values})
+        assert (*sides([pair]), pair.chosen_cut, pair.rejected_cut) == (("p", "x", "z"), True, False)
+    with pytest.raises(UserError, match=r"completions\[1\]' is null"):
+        read(tmp_path, lists | {"completions": ["x", None, "z"], "scores": [1, 2, 3]})
 
 
 # ------------------------------------------------------------------------------------------------------ bad records

@@ -165,9 +165,9 @@ FAULTS = {
     ),
     "data: the worse response preferred": (
         "gcrm_fast/data/formats.py",
-        '"chosen": record[f"response_{int(better)}"]',
-        '"chosen": record[f"response_{1 - int(better)}"]',
-        "tests/data/test_records.py -k public",
+        "(second, first) if better else",
+        "(first, second) if better else",
+        "tests/data/test_public_data.py -k PKU",
     ),
     "data: judgments of different prompts paired": (
         "gcrm_fast/data/records.py",
@@ -390,5 +390,23 @@ FAULTS = {
         "        if not any(silent):\n            raise\n",
         "        raise\n",
         "tests/data/test_records.py -k fails_without",
+    ),
+    "data: a tie is a pair": (
+        "gcrm_fast/data/formats.py",
+        "    if better is None:\n",
+        "    if False:\n",
+        "tests/data/test_public_data.py -k ties",
+    ),
+    "data: completions without a score compared as if they were 0": (
+        "gcrm_fast/data/records.py",
+        "if value is not None]\n        ranking",
+        "]\n        ranking",
+        "tests/data/test_records.py -k null",
+    ),
+    "data: a pasted program loses its quotes": (
+        "gcrm_fast/data/formats.py",
+        """.replace("'", "\\\\'")""",
+        "",
+        "tests/data/test_public_data.py -k paste",
     ),
 }
