@@ -6,8 +6,9 @@ from collections.abc import Mapping
 import torch
 
 from gcrm_fast.common.statistics import highest_by_chance
+from gcrm_fast.common.errors import printable
 from gcrm_fast.common.tables import table
-from gcrm_fast.data.encoding import TokenizedPair, TokenReport
+from gcrm_fast.data.encoding import CUT, Completion, TokenizedPair, TokenReport, token_texts
 from gcrm_fast.training.accounting import work
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.memory import memory_limit, memory_plan
@@ -16,6 +17,7 @@ from gcrm_fast.training.prepare import Prepared, steps_of
 
 MANY_DROPPED = 0.1  # of the training pairs
 COLLAPSED = 0.95  # mean cosine between states of one completion
+SHOWN = 200  # characters at both ends of a long text
 HELD_OUT = {
     "AUROC": "auroc",
     "pair accuracy": "accuracy",
@@ -87,8 +89,27 @@ def q_verdict(evaluation: Mapping[str, float]) -> str:
     )
 
 
+def first_pair_rows(prepared: Prepared) -> list[tuple[str, str]]:
+    """The first training pair as the model reads it: texts, where each completion starts, where its reward is read."""
+    pair = prepared.train[0]
+    sides = ("chosen", pair.chosen_ids, pair.chosen_start), ("rejected", pair.rejected_ids, pair.rejected_start)
+    prompt = "".join(token_texts(prepared.tokenizer, Completion(pair.chosen_ids[: pair.chosen_start], 0, CUT)))
+    rows = [("first pair", pair.where or pair.name), ("  prompt", _quoted(prompt))]
+    for name, ids, start in sides:
+        *_, last = texts = token_texts(prepared.tokenizer, Completion(ids, start, CUT))
+        place = f"tokens {start + 1} to {len(ids)}; the reward is read at the last, {_quoted(last)}"
+        rows.append((f"  {name}", f"{_quoted(''.join(texts))}, {place}"))
+    return rows
+
+
+def _quoted(text: str) -> str:
+    """On one line, without its middle where it is long."""
+    text = text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}"
+    return f'"{printable(text)}"'
+
+
 def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
-    """What --dry-run prints: lengths, drops, packs, steps, predicted memory."""
+    """What --dry-run prints: drops, the first pair, lengths, packs, steps, predicted memory."""
     steps, sampled_steps = steps_of(prepared, config, 0, 1), min(8, prepared.steps)
     packs = [pack for i in range(sampled_steps) for pack in steps[i].packs]
     done = [work(pack, prepared.model_config, "none") for pack in packs]
@@ -97,6 +118,7 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     return table(
         [
             *data_rows(prepared, config),
+            *first_pair_rows(prepared),
             ("prompt tokens", prepared.report.prompt_summary()),
             ("completion tokens", prepared.report.completion_summary()),
             ("steps", f"{prepared.steps} of {config.global_batch_pairs} pairs"),

@@ -349,4 +349,10 @@ FAULTS = {
         "",
         "tests/training/test_step.py -k ends_in_one_line",
     ),
+    "training: --dry-run shows a completion that starts elsewhere": (
+        "gcrm_fast/training/describe.py",
+        "tokens {start + 1} to",
+        "tokens {start} to",
+        "tests/training/test_dry_run.py",
+    ),
 }
