@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.common.errors import one_line
+from gcrm_fast.common.errors import UserError, one_line
 from gcrm_fast.common.notes import warn_once
 from gcrm_fast.data import fields, rendering
 from gcrm_fast.data.fields import FieldError
@@ -109,7 +109,7 @@ def _has_turns(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Whether the chat template seems to have written the text."""
     if tokenizer not in _turns:
         written = ""
-        with contextlib.suppress(FieldError):  # a template that expects other messages
+        with contextlib.suppress(UserError):  # a template that expects other messages, or never ends
             written = _written(tokenizer, "", _PROBE_DIALOGUE, ask=False)
         question = str(_PROBE_DIALOGUE.messages[0]["content"])
         _turns[tokenizer] = written.partition(question)[2].partition(PROBE)[0].strip().partition("\n")[0]

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import torch
 
-from gcrm_fast.common.statistics import highest_by_chance
 from gcrm_fast.common.errors import printable
+from gcrm_fast.common.statistics import highest_by_chance
 from gcrm_fast.common.tables import table
 from gcrm_fast.data.encoding import CUT, Completion, TokenizedPair, TokenReport, token_texts
 from gcrm_fast.training.accounting import work
