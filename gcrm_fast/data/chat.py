@@ -8,7 +8,7 @@ starts no earlier than the first message in which the sides differ.
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.common.errors import one_line
+from gcrm_fast.common.errors import UserError, one_line
 from gcrm_fast.common.notes import warn_once
 from gcrm_fast.data import fields, rendering
 from gcrm_fast.data.fields import FieldError
-from gcrm_fast.data.messages import Messages, is_messages, messages_of, tools_of
+from gcrm_fast.data.messages import Messages, is_messages, messages_of, tools_of, with_text_arguments
 from gcrm_fast.data.special_tokens import Rendered, protected
 
-ANSWERING = ("assistant", "tool")  # roles of the messages that make up a completion
+ANSWERING = ("assistant", "tool", "ipython", "function")  # roles of the messages that make up a completion
 PROBE = "§"  # an answer that no generation prompt begins with
 
 
@@ -95,10 +95,13 @@ def as_texts(
         for name, answer in answers.items()
     }
     if not all(whole.startswith(asked) for whole in wholes.values()):
-        asked = _common_start(tokenizer, asked_name, _Dialogue(context, tools), asked)
+        asked = _common_start(tokenizer, asked_name, _Dialogue(context, tools), asked, [*wholes.values()])
     for name, whole in wholes.items():
         if not asked or not whole.startswith(asked):
             raise FieldError(name, "changes how the chat template writes the prompt: the answer has no start")
+        calls = [call for message in answers[name] for call in message.get("tool_calls", ())]
+        if calls and not any(_texts(answers[name])) and not any(_name(call) in whole[len(asked) :] for call in calls):
+            raise FieldError(name, "is a call, which the chat template of the model does not write")
     return asked, [Rendered(whole[len(asked) :]) for whole in wholes.values()]
 
 
@@ -106,7 +109,7 @@ def _has_turns(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Whether the chat template seems to have written the text."""
     if tokenizer not in _turns:
         written = ""
-        with contextlib.suppress(FieldError):  # a template that expects other messages
+        with contextlib.suppress(UserError):  # a template that expects other messages, or never ends
             written = _written(tokenizer, "", _PROBE_DIALOGUE, ask=False)
         question = str(_PROBE_DIALOGUE.messages[0]["content"])
         _turns[tokenizer] = written.partition(question)[2].partition(PROBE)[0].strip().partition("\n")[0]
@@ -186,6 +189,11 @@ def _split(
     return context, {name: messages[count:] for name, messages in dialogues.items()}
 
 
+def _name(call: dict[str, Any]) -> str:
+    function = call.get("function")
+    return str((function if isinstance(function, dict) else call).get("name"))
+
+
 def _texts(messages: list[dict[str, Any]]) -> list[str]:
     return [(message["content"] or "").strip() for message in messages]
 
@@ -220,13 +228,27 @@ def _with_system(context: list[dict[str, Any]], system: str) -> list[dict[str, A
     return [{"role": "system", "content": system}, *context]
 
 
-def _common_start(tokenizer: PreTrainedTokenizerBase | None, name: str, dialogue: _Dialogue, asked: str) -> str:
+def _common_start(
+    tokenizer: PreTrainedTokenizerBase | None, name: str, dialogue: _Dialogue, asked: str, wholes: list[str]
+) -> str:
     """The prompt of a template whose generation prompt begins the answer, with a thought for example: what it shares
-    with an answer that has none. "" where that does not contain the whole dialogue."""
-    answered = dialogue._replace(messages=[*dialogue.messages, {"role": "assistant", "content": PROBE}])
-    pairs = zip(asked, _written(tokenizer, name, answered, ask=False), strict=False)
-    common = asked[: sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))]
-    return common if common.startswith(_written(tokenizer, name, dialogue, ask=False)) else ""
+    with an answer that has none. Where that does not contain the whole dialogue, what precedes every answer: some
+    templates write a system message only before a question without an answer. "" for none."""
+    probe = dialogue._replace(messages=[*dialogue.messages, {"role": "assistant", "content": PROBE}])
+    answered = _written(tokenizer, name, probe, ask=False)
+    common = _shared_start(asked, answered)
+    if common.startswith(_written(tokenizer, name, dialogue, ask=False)):
+        return common
+    common = _shared_start(answered.partition(PROBE)[0], *wholes)
+    last = protected(tokenizer, _texts(dialogue.messages)[-1]) if tokenizer else ""
+    if not last or last not in common:
+        return ""
+    warn_once("the chat template of this model writes an answered prompt otherwise, maybe without its system message")
+    return common
+
+
+def _shared_start(*texts: str) -> str:
+    return texts[0][: sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False)))]
 
 
 def _written(tokenizer: PreTrainedTokenizerBase | None, name: str, dialogue: _Dialogue, *, ask: bool) -> str:
@@ -249,24 +271,37 @@ def _written(tokenizer: PreTrainedTokenizerBase | None, name: str, dialogue: _Di
             return text == render(messages, tools)
         return False
 
-    def spelled(content: str) -> list[dict[str, Any]]:
-        return [{**m, "content": content} if none else m for m, none in zip(messages, silent, strict=True)]
+    def spelled(messages: list[dict[str, Any]], content: str) -> list[dict[str, Any]]:
+        return [m | {"content": content} if m["content"] is None else m for m in messages]
 
     messages = dialogue.messages
-    silent = [message["content"] is None for message in messages]
-    try:
+    forms = [messages]
+    if any("tool_calls" in message for message in messages):
+        # Some templates read only text: as the arguments of calls, as the content next to them.
+        forms.append(with_text_arguments(messages))
+        forms += [spelled(form, "") for form in forms]
+    text, messages = _first_rendered(render, forms)
+    if any(message["content"] is None for message in messages) and unread(spelled(messages, "None"), dialogue.tools):
+        messages = spelled(messages, "")  # null was written as Jinja writes it
         text = render(messages)
-    except FieldError:  # it may only read text
-        if not any(silent):
-            raise
-        text = render(spelled(""))
-    if any(silent):
-        if unread(spelled("None"), dialogue.tools):  # Jinja's way to write null
-            text = render(spelled(""))
-        if unread([{k: v for k, v in m.items() if k != "tool_calls"} for m in spelled("")], dialogue.tools):
-            warn_once("the chat template of this model does not write tool calls: they are missing from the text")
+    without = [{k: v for k, v in m.items() if k != "tool_calls"} for m in spelled(messages, "")]
+    if len(forms) > 1 and unread(without, dialogue.tools):
+        warn_once("the chat template of this model does not write tool calls: they are missing from the text")
     if dialogue.tools and unread(messages, None):
         warn_once("the chat template of this model does not write tools: they are missing from the text")
     if not ask and tokenizer not in _rendered and messages[-1]["content"]:
         _rendered[tokenizer] = dialogue
     return text
+
+
+def _first_rendered(
+    render: Callable[[list[dict[str, Any]]], str], forms: list[list[dict[str, Any]]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """The text of the first form of the messages that the template takes, and the form. Raises the first FieldError."""
+    errors = []
+    for form in forms:
+        try:
+            return render(form), form
+        except FieldError as error:
+            errors.append(error)
+    raise errors[0]

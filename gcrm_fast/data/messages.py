@@ -76,13 +76,28 @@ def _message(name: str, value: Any) -> dict[str, Any]:
     fields.text(f"{name}.role", message.get("role"))
     calls = message.get("tool_calls")
     message["content"] = _content(f"{name}.content", message.get("content"), optional=bool(calls))
+    message.pop("tool_calls", None)  # also an empty list, which some templates take for a call
     if calls:
         message["tool_calls"] = [_call(f"{name}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
     return message
 
 
+def with_text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, with the arguments of calls as JSON text, which DeepSeek's templates expect."""
+
+    def spelled(call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function")
+        if not isinstance(function, dict):
+            return call
+        arguments = function.get("arguments")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": text}}
+
+    return [m | {"tool_calls": [*map(spelled, m["tool_calls"])]} if "tool_calls" in m else m for m in messages]
+
+
 def _content(name: str, value: Any, *, optional: bool) -> str | None:
-    if value is None and optional:
+    if value in (None, "") and optional:
         return None
     if not isinstance(value, list):
         return fields.text(name, value)

@@ -2,17 +2,13 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.notes import warn_once
-from gcrm_fast.data.encoding import Completion, encode_completions
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, parse_columns, read_completions
 from gcrm_fast.data.sources import BadRecords
-from gcrm_fast.inference.candidates import encoded
 from support.chat import CHATML, chat_tokenizer
 
 USER, YES, NO = (
@@ -123,24 +119,3 @@ def test_fields_columns_and_several_sources(tmp_path: Path) -> None:
     assert [(Path(c.where).name, c.row) for c in found] == [("a:1", 0), ("a:3", 1), ("b:1", 2), ("b:1", 2)]
     with pytest.raises(UserError, match=r"has the format 'completions', but .*:1 'completion': split the data"):
         read(tmp_path, record, {"prompt": "p", "completions": ["c"]})
-
-
-def test_completions_beyond_the_positions_of_the_model_are_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
-    class Model:
-        """As much of a reward model as the tokens need."""
-
-        config = SimpleNamespace(max_position_embeddings=4)
-
-        @staticmethod
-        def encode(prompts: list[str], completions: list[str], cuts: list[bool]) -> list[Completion]:
-            return encode_completions(chat_tokenizer(CHATML), prompts, completions, cuts)
-
-    warn_once.cache_clear()
-    one = Candidate(prompt="1", completion="2", where="f:1", row=0, name="completion")
-    long = Candidate(prompt="1", completion="2 3 4 5", where="f:2", row=1, name="completion")
-    assert len(encoded([one], Model())) == 1
-    assert capsys.readouterr().err == ""
-    for _ in range(2):
-        encoded([one, long], Model())
-    [line] = capsys.readouterr().err.splitlines()
-    assert "more tokens than the 4 positions" in line

@@ -362,6 +362,37 @@ def test_template_that_does_not_write_tools_is_named_once(tmp_path, capsys):
     ]
 
 
+def test_arguments_of_calls_are_text_where_the_template_adds_them(tmp_path):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    record = {"prompt": [USER], "chosen": [CALL | {"content": ""}], "rejected": [NO | {"tool_calls": []}]}
+    [pair] = read(tmp_path, record, tokenizer=chat_tokenizer(template))
+    assert (pair.chosen, pair.rejected) == ('<|im_start|>wx{"city": "Oslo"}<|im_end|>', "<|im_start|>no<|im_end|>")
+
+
+def test_an_answer_that_the_template_does_not_write_is_refused(tmp_path):
+    record = {"prompt": [USER], "chosen": [CALL], "rejected": [NO]}
+    with pytest.raises(UserError, match="field 'chosen' is a call, which the chat template of the model does not"):
+        read(tmp_path, record, tokenizer=chat_tokenizer(CHATML))
+
+
+def test_template_that_writes_a_system_message_only_before_an_answer(tmp_path, capsys):
+    """As Mistral's: the answer starts where it does in the whole dialogue, which is what other trainers read."""
+    warn_once.cache_clear()
+    tokenizer = chat_tokenizer(
+        "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and system %}{{ system }}\n{% endif %}"
+        "{{ m.content }}[/INST]{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    record = {"system": "s", "prompt": [USER, YES, USER], "chosen": [YES], "rejected": [NO]}
+    pairs = read(tmp_path, record, record, tokenizer=tokenizer)
+    assert sides(pairs)[0] == ("[INST] q[/INST] yes<|eos|>[INST] q[/INST] ", "yes<|eos|>", "no<|eos|>")
+    [warning] = capsys.readouterr().err.splitlines()
+    assert "writes an answered prompt otherwise" in warning
+
+
 @pytest.mark.parametrize("template", [CHATML, THOUGHT, TOOLS, LLAMA2])
 def test_plain_text_for_a_chat_model_is_warned_of_once(tmp_path, capsys, template):
     warn_once.cache_clear()

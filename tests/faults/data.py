@@ -141,7 +141,7 @@ FAULTS = {
     ),
     "data: a thought belongs to the prompt": (
         "gcrm_fast/data/chat.py",
-        "asked = _common_start(tokenizer, asked_name, _Dialogue(context, tools), asked)",
+        "asked = _common_start(tokenizer, asked_name, _Dialogue(context, tools), asked, [*wholes.values()])",
         "pass",
         "tests/data/test_records.py -k thought",
     ),
@@ -387,8 +387,8 @@ FAULTS = {
     ),
     "data: null next to calls refused": (
         "gcrm_fast/data/chat.py",
-        "        if not any(silent):\n            raise\n",
-        "        raise\n",
+        "        forms += [spelled",
+        "        forms[:0] = [] and [spelled",
         "tests/data/test_records.py -k fails_without",
     ),
     "data: a tie is a pair": (
@@ -414,5 +414,10 @@ FAULTS = {
         "if not limit and len(pairs) > MOST_PAIRS:",
         "if False:",
         "tests/data/test_records.py -k need_a_limit",
+    "data: an answer that nothing writes is a completion": (
+        "gcrm_fast/data/chat.py",
+        "if calls and not any(_texts(answers[name]))",
+        "if False and not any(_texts(answers[name]))",
+        "tests/data/test_records.py -k does_not_write_is_refused",
     ),
 }
