@@ -74,7 +74,8 @@ def plot_roc(scored: Mapping[str, Labeled], rows: Sequence[Row], path: Path) -> 
 
 
 def plot_partial(scored: Mapping[str, Labeled], rows: Sequence[Row], path: Path) -> None:
-    """AUROC of reward, Q and position-only Q at the first p % of each completion, with intervals."""
+    """AUROC of reward, Q and position-only Q at the first p % of each completion, with intervals; empty circles where
+    the interval is not above 0.5."""
     found = _of_sources(rows)
     with _panels(path, len(scored), min(len(scored), ACROSS), 4.6, 3.8) as panels:
         for axes, (source, labeled) in zip(panels, scored.items(), strict=True):
@@ -83,11 +84,20 @@ def plot_partial(scored: Mapping[str, Labeled], rows: Sequence[Row], path: Path)
                 ("auroc_reward", "running reward", labeled.reward_NP),
                 ("auroc_q", "Q-value", labeled.q_NP),
             ):
-                [line] = axes.plot(
-                    PERCENT, [values[f"{name}@{p}"].value for p in PERCENT], "o-", label=label, markersize=3
-                )
+                aurocs = [values[f"{name}@{p}"].value for p in PERCENT]
+                [line] = axes.plot(PERCENT, aurocs, "o-", label=label, markersize=3)
                 bounds = [auroc_interval(labeled.right_N, score_N, labeled.question_N) for score_N in score_NP.T]
                 axes.fill_between(PERCENT, *np.array(bounds).T, color=line.get_color(), alpha=0.15, linewidth=0)
+                chance = [i for i, (low, _) in enumerate(bounds) if low <= 0.5]
+                axes.plot(
+                    [PERCENT[i] for i in chance],
+                    [aurocs[i] for i in chance],
+                    "o",
+                    color=line.get_color(),
+                    markerfacecolor="w",
+                    markersize=5,
+                    label=f"{label}: no better than chance" if chance else None,
+                )
             by_position = [values[f"baseline_position_q@{p}"].value for p in PERCENT]
             axes.plot(PERCENT, by_position, ":", color="tab:orange", label="Q-value by position alone")
             length = values["baseline_length"].value

@@ -37,6 +37,16 @@ def test_curves_keep_the_two_losses_apart_and_name_their_run(tmp_path: Path, dra
     assert low < 0.1 < high, "no value is cut off"
 
 
+def test_curves_are_gray_where_q_is_no_better_than_chance(tmp_path: Path, drawn: Drawn) -> None:
+    percents = range(0, 101, 10)
+    row = {"step": 1, "eval/auroc": 0.9, "eval/pairs": 100}
+    row |= {f"eval/q_{side}/{p}": 0.5 for side in ("chosen", "rejected") for p in percents}
+    row |= {f"eval/auroc_q_at/{p}": 0.6 if p < 50 else 0.7 for p in percents}
+    plot_curves([row], tmp_path / "curves.png")
+    [axes] = [axes for axes in drawn().axes if axes.get_title().startswith("Mean Q-value")]
+    assert [patch.get_x() + 5 for patch in axes.patches] == [0, 10, 20, 30, 40]
+
+
 def test_savings_have_a_line_per_method(tmp_path: Path, drawn: Drawn) -> None:
     questions = [
         Question(
@@ -80,5 +90,7 @@ def test_roc_and_partial_show_intervals(tmp_path: Path, drawn: Drawn) -> None:
     plots.plot_partial({"some.jsonl": labeled}, rows, tmp_path / "partial.png")
     [axes] = drawn().axes
     band = axes.collections[0].get_paths()[0].vertices
+    blind = {str(line.get_label()): len(line.get_xdata()) for line in axes.lines if "chance" in str(line.get_label())}
+    assert blind == {"running reward: no better than chance": 11, "Q-value: no better than chance": 11}
     last = band[band[:, 0] == 100][:, 1]
     assert (last.min(), last.max()) == pytest.approx((found["auroc_reward"].low, found["auroc_reward"].high))

@@ -1,6 +1,12 @@
 """Faults planted in evaluation/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "partial plot: chance not marked": (
+        "gcrm_fast/evaluation/plots.py",
+        "if low <= 0.5]",
+        "if low <= 0]",
+        "tests/evaluation/test_plots.py -k partial",
+    ),
     "judging: intervals draw completions": (
         "gcrm_fast/evaluation/measures.py",
         "_, number_N = np.unique(question_N, return_inverse=True)",

@@ -1,6 +1,12 @@
 """Faults planted in inference/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "scoring: one prompt for the first completion alone": (
+        "gcrm_fast/inference/scoring.py",
+        "asked = asked * len(given)",
+        'asked = asked + [""] * (len(given) - 1)',
+        "tests/inference/test_scoring.py -k single",
+    ),
     "families: texts longer than the window scored": (
         "gcrm_fast/inference/scoring.py",
         "if window and len(completion.ids) > window:",

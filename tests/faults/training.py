@@ -1,6 +1,36 @@
 """Faults planted in training/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "eval split: pairs of a prompt on both sides": (
+        "gcrm_fast/data/overlap.py",
+        'return hashlib.sha256(f"{seed} {bare(pair.prompt)}".encode()).digest()',
+        'return hashlib.sha256(f"{seed} {pair.prompt}".encode()).digest()',
+        "tests/data/test_overlap.py",
+    ),
+    "hub: a public repository": (
+        "gcrm_fast/training/hub.py",
+        "private=True",
+        "private=False",
+        "tests/training/test_metrics_log.py -k hub",
+    ),
+    "tensorboard: options not shown": (
+        "gcrm_fast/training/metrics_log.py",
+        'self._writer.add_hparams(shown, dict(results), run_name=".")',
+        "del shown, results",
+        "tests/training/test_metrics_log.py -k tensorboard",
+    ),
+    "model card: eos after a turn that has ended": (
+        "gcrm_fast/training/model_card.py",
+        'eos = "" if example.ended else',
+        'eos = "" if False else',
+        "tests/training/test_model_card.py -k example",
+    ),
+    "curves: trusts any Q": (
+        "gcrm_fast/training/curves.py",
+        'last[f"eval/auroc_q_at/{percent}"] <= chance',
+        'last[f"eval/auroc_q_at/{percent}"] <= 0',
+        "tests/evaluation/test_plots.py -k gray",
+    ),
     "train.py: packages hidden by folders of ours": (
         "gcrm_fast/train.py",
         "    del sys.path[0]",
