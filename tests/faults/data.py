@@ -414,6 +414,7 @@ FAULTS = {
         "if not limit and len(pairs) > MOST_PAIRS:",
         "if False:",
         "tests/data/test_records.py -k need_a_limit",
+    ),
     "data: an answer that nothing writes is a completion": (
         "gcrm_fast/data/chat.py",
         "if calls and not any(_texts(answers[name]))",
