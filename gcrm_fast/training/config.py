@@ -64,6 +64,7 @@ class TrainConfig(Options):
         "epochs": ("num-epochs", "max-epochs", "num-train-epochs"),
         "steps": ("max-steps",),
         "warmup": ("warmup-ratio", "warmup-steps", "lr-warmup-ratio"),
+        "center-rewards": ("center-rewards-coefficient",),
         "clip": ("max-grad-norm", "max-norm", "grad-clip"),
         "beta2": ("adam-beta2",),
         "optimizer": ("optim",),
@@ -167,6 +168,11 @@ class TrainConfig(Options):
     objective_variant: Literal["paper", "repo", "dense"] = "paper"
     """How the contrastive loss draws and reduces positions: as in the paper, as in the authors' code (repo), or over
     all positions (dense), which is the exact expectation of the paper's."""
+    label_smoothing: Annotated[float, Range(least=0, below=0.5)] = 0.0
+    """Probability that a pair's label is wrong, which the ranking loss allows for."""
+    center_rewards: NotNegative = 0.0
+    """Weight of the squared sum of a pair's two rewards in the ranking loss, which keeps rewards around 0; 0.01 is what
+    TRL's examples use."""
     contrastive_weight: NotNegative = 0.5
     """Weight of the contrastive loss (lambda)."""
     sampling: Literal["random", "late_goal", "late_both", "avg", "rs", "end", "end_mix"] = "random"

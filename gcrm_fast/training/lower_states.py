@@ -153,8 +153,8 @@ def _write(
 
 
 def _with(pair: TokenizedPair, states: np.ndarray) -> TokenizedPair:
-    sequences = list(distinct_sequences([pair]).values())
-    shared = common_prefix(sequences) if len(sequences) == 2 else len(pair.rejected_ids)
+    (sequences,) = distinct_sequences([pair])
+    shared = common_prefix([*sequences.values()]) if len(sequences) == 2 else len(pair.rejected_ids)
     length = len(pair.chosen_ids)
     return replace(pair, states=PairStates(states[:length], states[length:], shared))
 

@@ -75,6 +75,7 @@ class Objective:
 
     ``dense`` compares all positions of a pair: the exact expectation of drawn ones, paired, log_then_mean. ``average``
     makes the mean of the drawn goal states the goal of each source. ``distance``: cosine, dot or euclidean (negative).
+    ``label_smoothing`` and ``centering``: see ``preference_loss``.
     """
 
     contrastive_weight: float = 0.5
@@ -84,11 +85,23 @@ class Objective:
     temperature: float = 1.0
     average: bool = False
     distance: str = "cosine"
+    label_smoothing: float = 0.0
+    centering: float = 0.0
 
 
 def ranking_loss(reward_2N: Tensor, margin_N: Tensor) -> Tensor:
     """-log sigmoid(r_chosen - r_rejected - margin) of each pair, [N]."""
     return -F.logsigmoid(reward_2N[0] - reward_2N[1] - margin_N)
+
+
+def preference_loss(reward_2N: Tensor, margin_N: Tensor, objective: Objective) -> Tensor:
+    """Ranking loss of each pair, [N], whose label is the other way round with probability ``label_smoothing`` (Mitchell
+    2023, conservative DPO), plus ``centering`` times the squared sum of its rewards (Eisenstein et al. 2023,
+    arXiv 2312.09244, section 2)."""
+    loss_N = ranking_loss(reward_2N, margin_N)
+    if objective.label_smoothing:
+        loss_N = loss_N + objective.label_smoothing * (reward_2N.diff(dim=0)[0].neg() - margin_N)
+    return loss_N + objective.centering * reward_2N.sum(0) ** 2 if objective.centering else loss_N
 
 
 def contrastive_loss(z_RD: Tensor, pairs: PairRows, objective: Objective) -> tuple[Tensor, ContrastiveStatistics]:
@@ -132,7 +145,7 @@ def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tenso
 
     With weight 0 the contrastive loss is still measured, without a gradient: the curves stay comparable.
     """
-    ranking_N = ranking_loss(output.reward_2N, pairs.margin_N)
+    ranking_N = preference_loss(output.reward_2N, pairs.margin_N, objective)
     with torch.set_grad_enabled(torch.is_grad_enabled() and objective.contrastive_weight != 0):
         contrastive_N, similarity = contrastive_loss(output.z_RD, pairs, objective)
     total_N = ranking_N + objective.contrastive_weight * contrastive_N

@@ -244,6 +244,8 @@ def objective_of(config: TrainConfig) -> Objective:
         temperature=config.temperature,
         average=average,
         distance=config.distance,
+        label_smoothing=config.label_smoothing,
+        centering=config.center_rewards,
     )
 
 

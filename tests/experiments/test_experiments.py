@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 
 from gcrm_fast import train
+from gcrm_fast.checkpoints.config_json import read_config
+from gcrm_fast.checkpoints.weights import open_weights
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
+from support.models import save
 from support.training_runs import ROOT
 
-MODULES = ("arithmetic_chain", "ablations", "objectives", "summary")
+MODULES = ("arithmetic_chain", "ablations", "objectives", "real_model", "smollm2", "summary")
 SMALL = ("--hidden-size", "16", "--intermediate-size", "16", "--layers", "1", "--goal-pairs", "8", "--cache", "none")
 
 
@@ -306,3 +309,54 @@ def test_ablations_continue_from_their_rows(
     )
     mean, half = experiments.summary.two_way_interval(own - base)
     assert f"{mean:+.3f} ± {half:.3f}" in text
+
+
+# ---------------------------------------------------------------------------------------------- a pretrained model
+
+
+def test_a_pretrained_models_arms_one_by_one(
+    experiments: SimpleNamespace,
+    trainings: list[list[str]],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Finished arms are read from the report; the next call adds what is missing and compares by seed."""
+    script = experiments.real_model
+    monkeypatch.setenv("GCRM_DATA", str(data))
+    save(tmp_path / "model")
+    sizes = ("--train-layers", "1", "--pairs", "20", "--held-out", "10", "--goal-pairs", "8", "--epochs", "1")
+    paths = ("--model", str(tmp_path / "model"), "--runs", str(tmp_path / "runs"), "-o", str(tmp_path / "report"))
+    arms = ("--only", "ranking", "paper")
+    assert script.main([*sizes, *paths, *arms, "--seeds", "1"]) == 0
+    assert script.main([*sizes, *paths, *arms, "--seeds", "2"]) == 0
+    assert len(trainings) == 4
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [(row["arm"], row["seed"]) for row in rows] == [("ranking", 0), ("paper", 0), ("ranking", 1), ("paper", 1)]
+    assert rows[0]["before"] != rows[0]["after"]
+    held_out = (tmp_path / "runs" / "GSM8K-held-out.jsonl").read_text().splitlines()
+    assert len(set(held_out)) == 10
+    text = (tmp_path / "report.md").read_text()
+    assert "| ranking (2) | paper (2) |" in text
+    assert text.count("| paper | ") == 1
+    capsys.readouterr()
+    assert script.main([*sizes, *paths, "--lr", "1", "--seeds", "1"]) == 2
+    assert "its rows are of another budget" in capsys.readouterr().err
+
+
+def test_differences_by_seed_and_what_they_would_have_shown(experiments: SimpleNamespace) -> None:
+    difference = experiments.real_model.difference
+    assert difference({0: 0.7, 1: 0.71, 2: 0.72}, {0: 0.6, 1: 0.61, 2: 0.62}).endswith("(effect)")
+    assert "no effect shown" in difference({0: 0.7, 1: 0.5}, {0: 0.6, 1: 0.6})
+    assert difference({0: 0.7}, {0: 0.6, 1: 0.6}) == "-"
+
+
+@pytest.mark.skipif(not (ROOT / "runs" / "smollm2").is_dir(), reason="needs the model of make real-model")
+def test_the_pretrained_model_is_read_and_has_no_trace_of_its_quantization() -> None:
+    folder = ROOT / "runs" / "smollm2"
+    config = read_config(folder, head="linear", projection_size=0)
+    assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (30, 576, 49152)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert open_weights(folder, config, seed=0).notes == (f"{folder}: holds no reward head: a new one is initialized",)
+    assert "Apache-2.0" in (folder / "LICENSE.txt").read_text()

@@ -27,8 +27,8 @@ FAULTS = {
     ),
     "read rows shifted": (
         "gcrm_fast/model/llama.py",
-        "prune=i == len(self.layers) - 1",
-        "prune=i == 0",
+        "prune=prune and i == len(self.layers) - 1",
+        "prune=prune and i == 0",
         "tests/model/test_invariants.py",
     ),
     "llama3 rope not interpolated": (

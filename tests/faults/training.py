@@ -73,6 +73,24 @@ FAULTS = {
         "shapes.keys() - shapes.keys()",
         "tests/training/test_train_layers.py -k layers_below_stay",
     ),
+    "label smoothing rewards the wrong side": (
+        "gcrm_fast/training/objectives.py",
+        "loss_N + objective.label_smoothing * (",
+        "loss_N - objective.label_smoothing * (",
+        "tests/training/test_objectives.py -k smoothed",
+    ),
+    "centering of the difference": (
+        "gcrm_fast/training/objectives.py",
+        "reward_2N.sum(0) ** 2",
+        "reward_2N.diff(dim=0)[0] ** 2",
+        "tests/training/test_objectives.py -k smoothed",
+    ),
+    "center-rewards: not passed on": (
+        "gcrm_fast/training/prepare.py",
+        "        centering=config.center_rewards,\n",
+        "",
+        "tests/training/test_objectives.py -k reach",
+    ),
     "margin dropped": (
         "gcrm_fast/training/objectives.py",
         "reward_2N[1] - margin_N",

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gcrm_fast.training.objectives import Objective, contrastive_loss, ranking_loss
+from gcrm_fast.training.config import parse
+from gcrm_fast.training.objectives import Objective, contrastive_loss, preference_loss, ranking_loss
+from gcrm_fast.training.prepare import objective_of
 from gcrm_kernels import goal_contrastive_loss, q_values, reference
 
 
@@ -47,6 +49,23 @@ def test_contrastive_loss_equals_its_transcription(pairing: str, reduce: str, ta
     expected = torch.tensor(transcription(z, rows, pairing, reduce, tau), dtype=torch.float64)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     assert statistics.positive_similarity.shape == statistics.negative_similarity.shape == (5,)
+
+
+def test_smoothed_labels_and_centered_rewards_equal_their_transcription() -> None:
+    reward = torch.randn(2, 5, dtype=torch.float64)
+    margin = torch.rand(5, dtype=torch.float64)
+    found = preference_loss(reward, margin, Objective(label_smoothing=0.1, centering=0.3))
+    for n, (chosen, rejected) in enumerate(reward.T.tolist()):
+        difference = chosen - rejected - float(margin[n])
+        expected = -0.9 * math.log(sigmoid(difference)) - 0.1 * math.log(sigmoid(-difference))
+        assert float(found[n]) == pytest.approx(expected + 0.3 * (chosen + rejected) ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("option", "field"), [("--label-smoothing", "label_smoothing"), ("--center-rewards", "centering")]
+)
+def test_the_options_reach_the_objective(option: str, field: str) -> None:
+    assert getattr(objective_of(parse([option, "0.2"])), field) == 0.2
 
 
 @pytest.mark.parametrize("distance", ["cosine", "dot", "euclidean"])

@@ -1,0 +1,232 @@
+"""Trains the top layers of a pretrained model (make real-model) with several objectives and seeds on real pairs.
+
+    make real-model; GCRM_DATA=... python experiments/real_model.py
+
+What is measured is that of ``gcrm train``'s own evaluations before and after training: pairs of other questions, all
+arms on the same ones. States below the trained layers are cached, so that all arms after the first start from these.
+Models are kept under --runs; each finished arm is a row in real_model.json at once, and a second call continues with
+the arms that are missing. Writes experiments/real_model.md (tables) and real_model.json (every number).
+"""
+
+import gzip
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import Argument, AtLeastOne
+from gcrm_fast.common.options import Options as CommandOptions
+from summary import COVERAGE, cell, data_folder, machine, markdown, mean_interval, to_json, trained, write_aside
+
+ARMS: dict[str, tuple[str, ...]] = {
+    "ranking": ("--objective", "ranking"),
+    "paper": (),
+    "after-divergence": ("--negatives", "after-divergence"),
+    "dense": ("--objective-variant", "dense"),
+    "end_mix": ("--sampling", "end_mix"),
+    "temperature 0.2": ("--temperature", "0.2"),
+    "projection 64": ("--projection-size", "64"),
+}
+SETS = {"GSM8K": ("gsm8k_pairs.jsonl.gz", "gsm8k_pairs_test.jsonl.gz")}
+MEASURES = {  # of the log: their names in the tables
+    "eval/accuracy": "pair accuracy",
+    "eval/auroc": "AUROC of reward",
+    "eval/auroc_q": "AUROC of Q at the end token",
+    "eval/auroc_q_at/before_end": "AUROC of Q one token before",
+    "eval/auroc_q_at/50": "AUROC of Q at 50%",
+    "eval/loss/contrastive": "contrastive loss",
+    "eval/similarity/positive": "positive cosine",
+    "eval/similarity/negative": "negative cosine",
+    "eval/similarity/within": "cosine within a completion",
+}
+Q_ALONG = {f"eval/q_{side}/{part}": f"{side} {part}%" for side in ("chosen", "rejected") for part in (10, 50, 90, 100)}
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Compares objectives on a pretrained model; see the top of the script."""
+
+    data: str = ""
+    """Folder of the data; default: GCRM_DATA."""
+    model: str = "runs/smollm2"
+    """Pretrained model: a folder, or a name on the Hugging Face Hub."""
+    runs: Path = Path("runs/real_model")
+    """Folder of the models."""
+    seeds: AtLeastOne = 3
+    """Models per objective."""
+    train_layers: AtLeastOne = 4
+    """Number of layers to train."""
+    pairs: AtLeastOne = 1000
+    """Number of training pairs."""
+    held_out: AtLeastOne = 250
+    """Number of held-out pairs."""
+    goal_pairs: AtLeastOne = 128
+    """Number of training pairs behind the goal state."""
+    epochs: AtLeastOne = 2
+    """Number of passes over the training pairs."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    dtype: str = "auto"
+    """Precision of the computation, as in gcrm train."""
+    only: tuple[str, ...] = ()
+    """Names of the objectives to train; default: all."""
+    report: Annotated[Path, Argument(short="-o", metavar="PATH")] = HERE / "real_model"
+    """Path of the report, without the suffixes .md and .json."""
+
+
+def chosen_pairs(source: Path, count: int, path: Path) -> Path:
+    """A file of ``count`` records of ``source``, the same random ones at every call: neighbors share their question."""
+    with gzip.open(source, "rt", encoding="utf-8") as file:
+        lines = file.readlines()
+    order = np.random.default_rng(0).permutation(len(lines))[:count]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, "".join(lines[i] for i in order))
+    return path
+
+
+def arguments(options: Options, arm: str, name: str, seed: int) -> list[str]:
+    """Of gcrm train, without --output."""
+    folder, (train, held_out) = data_folder(options.data), SETS[name]
+    values = {
+        "model": options.model,
+        "data": chosen_pairs(folder / train, options.pairs, options.runs / f"{name}-train.jsonl"),
+        "eval-data": chosen_pairs(folder / held_out, options.held_out, options.runs / f"{name}-held-out.jsonl"),
+        "train-layers": options.train_layers,
+        "epochs": options.epochs,
+        "lr": options.lr,
+        "dtype": options.dtype,
+        "seed": seed,
+        "global-batch-pairs": 16,
+        "max-length": 512,
+        "goal-pairs": options.goal_pairs,
+        "eval-every": 10**6,
+        "log-every": 10,
+        "keep": 1,
+        "template-date": "2026-01-01",
+    }
+    flags = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    return [*flags, "--cache-states", *ARMS[arm]]
+
+
+def evaluations(folder: Path) -> dict[str, Any]:
+    """The first and the last evaluation of a run, and what length and a bag of tokens reach on the same pairs."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line for line in lines if "eval/auroc" in line]
+    speeds = [line["pairs_per_s"] for line in lines if "pairs_per_s" in line]
+    return {
+        "before": {key: value for key, value in held_out[0].items() if key.startswith("eval/")},
+        "after": {key: value for key, value in held_out[-1].items() if key.startswith("eval/")},
+        "shortcuts": {k: v for line in lines for k, v in line.items() if k.startswith("baseline/")},
+        "pairs_per_s": float(np.median(speeds)),
+    }
+
+
+def budget(options: Options) -> dict[str, Any]:
+    """What all rows of a report have in common."""
+    names = ("model", "train_layers", "pairs", "held_out", "goal_pairs", "epochs", "lr", "dtype")
+    return {name: getattr(options, name) for name in names}
+
+
+def earlier(options: Options) -> list[dict[str, Any]]:
+    """Rows of the report so far. Raises UserError where they are of another budget."""
+    path = options.report.with_suffix(".json")
+    if not path.exists():
+        return []
+    report = json.loads(path.read_text())
+    if report["budget"] != budget(options):
+        raise UserError(f"{path}: its rows are of another budget ({report['budget']}): choose another --report")
+    return list(report["rows"])
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def values(rows: list[dict[str, Any]], name: str, arm: str, key: str) -> dict[int, float]:
+    """By seed."""
+    return {row["seed"]: row["after"][key] for row in rows if (row["set"], row["arm"]) == (name, arm)}
+
+
+def difference(ours: dict[int, float], ranking: dict[int, float]) -> str:
+    """Mean difference over the seeds of both, with its interval, and whether it is an effect."""
+    paired = [ours[seed] - ranking[seed] for seed in sorted(ours.keys() & ranking.keys())]
+    if len(paired) < 2:
+        return "-"
+    mean, half = mean_interval(paired)
+    verdict = "effect" if abs(mean) > half else f"no effect shown: one of {half:.3f} would have been"
+    return f"{cell(paired, '+')} ({verdict})"
+
+
+def tables(rows: list[dict[str, Any]], name: str) -> str:
+    """What training does to each measure, by arm, and the differences from the ranking loss."""
+    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]
+    before = rows[0]["before"]
+    seeds = {arm: len(values(rows, name, arm, "eval/auroc")) for arm in arms}
+    along = {**MEASURES, **{key: f"Q, {what}" for key, what in Q_ALONG.items()}}
+    lines = [
+        [what, f"{before.get(key, float('nan')):.3f}"]
+        + [cell([*values(rows, name, arm, key).values()]) if seeds[arm] else "-" for arm in arms]
+        for key, what in along.items()
+    ]
+    head = ["", "before training", *(f"{arm} ({seeds[arm]})" for arm in arms)]
+    compared = [
+        [arm, *(difference(values(rows, name, arm, k), values(rows, name, "ranking", k)) for k in list(MEASURES)[:5])]
+        for arm in arms
+        if arm != "ranking"
+    ]
+    shortcut = rows[0]["shortcuts"]
+    return (
+        f"## {name}\n\n{markdown(head, lines)}\n\n"
+        f"AUROC of what needs no understanding, on the same pairs: length {shortcut['baseline/auroc_length']:.3f}, bag "
+        f"of tokens {shortcut['baseline/auroc_bag_of_tokens']:.3f}.\n\n"
+        f"Difference from the ranking loss, same seeds, {COVERAGE:.0%} t-interval over seeds:\n\n"
+        f"{markdown(['', *list(MEASURES.values())[:5]], compared)}\n"
+    )
+
+
+def write_report(options: Options, rows: list[dict[str, Any]], of: str) -> None:
+    common = budget(options)
+    text = f"""# Objectives on a pretrained model
+
+The top {common["train_layers"]} layers of `{common["model"]}`, {common["pairs"]} training pairs, {common["epochs"]}
+epochs, 16 pairs per step, learning rate {common["lr"]:g}, {common["held_out"]} held-out pairs of other questions. In
+brackets: number of seeds; ± is the {COVERAGE:.0%} t-interval over seeds. Machine: {of}. Written by
+`python experiments/real_model.py`.
+
+"""
+    names = [name for name in SETS if any(row["set"] == name for row in rows)]
+    text += "\n".join(tables([row for row in rows if row["set"] == name], name) for name in names)
+    write_aside(options.report.with_suffix(".md"), text)
+    write_aside(options.report.with_suffix(".json"), to_json({"machine": of, "budget": common, "rows": rows}))
+
+
+def run(options: Options) -> None:
+    """Trains what is missing, seed by seed, and writes the report after each. Raises UserError."""
+    if unknown := set(options.only) - ARMS.keys():
+        raise UserError(f"--only {' '.join(sorted(unknown))}: must be of {', '.join(ARMS)}")
+    rows = earlier(options)
+    for seed in range(options.seeds):
+        for name in SETS:
+            for arm in options.only or ARMS:
+                if any((row["set"], row["arm"], row["seed"]) == (name, arm, seed) for row in rows):
+                    continue
+                folder = options.runs / f"{name}-{arm}-seed{seed}".replace(" ", "-")
+                print(f"{name}, {arm}, seed {seed}", flush=True)
+                trained(folder, arguments(options, arm, name, seed))
+                rows.append({"set": name, "arm": arm, "seed": seed, **evaluations(folder)})
+                write_report(options, rows, machine())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
+    given = sys.argv[1:] if argv is None else argv
+    return exit_code("real_model.py", lambda: run(parse_options(Options, given, "real_model.py")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
