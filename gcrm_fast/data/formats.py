@@ -188,7 +188,7 @@ def _two_sides(record: Record) -> Record:
 
 
 def _rejected_answer(record: Record) -> Record:
-    """ms-swift: a dialogue, and a worse answer in place of its last."""
+    """ms-swift: a dialogue, and a worse answer instead of its last."""
     *prompt, chosen = fields.entries("messages", record["messages"]) or [None]
     rejected = {"role": "assistant", "content": record["rejected_response"]}
     return _without(record, "messages") | {"prompt": prompt, "chosen": [chosen], "rejected": [rejected]}
