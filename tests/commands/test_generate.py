@@ -79,6 +79,15 @@ def test_output_has_answers_samples_and_costs(
     assert ("saved about" in done.stdout) == (method != "best-of-n")
 
 
+def test_the_output_is_in_the_order_of_the_prompts(tmp_path: Path) -> None:
+    partial = command.Partial(tmp_path / "out.jsonl", {})
+    for i in (2, 0, 1):
+        partial.add(i, {"id": i})
+    partial.finish(tmp_path / "out.jsonl")
+    assert [record["id"] for record in lines(tmp_path / "out.jsonl")] == [0, 1, 2]
+    assert not partial.path.exists()
+
+
 def test_sampling_without_a_reward_model(policy: Path, asked: Path, tmp_path: Path, gcrm: Gcrm) -> None:
     output = tmp_path / "out.jsonl"
     assert gcrm("generate", policy, asked, "-o", output, *SHORT, "--temperature", 0, "--samples", 1).returncode == 0

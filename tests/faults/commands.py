@@ -143,7 +143,7 @@ FAULTS = {
         "gcrm_fast/commands/generate.py",
         "for i in sorted(self.records))",
         "for i in self.records)",
-        "tests/commands/test_generate.py -k output_has",
+        "tests/commands/test_generate.py -k order_of_the_prompts",
     ),
     "generate: finished prompts are written again": (
         "gcrm_fast/commands/generate.py",

@@ -1,0 +1,271 @@
+"""Writing text: ours against transformers' generate, in one process.
+
+    python bench/generate.py [--policy tiny|1b|8b|FOLDER] [--dtype float32|bfloat16] [--quick]
+
+transformers    generate with its cache, left-padded, at the batch size that is fastest here
+ours            Policy: each prompt once, attention on the cache itself, a finished text leaves the batch at once
+
+Two cases: 16 samples of one prompt of 300 tokens, 128 new tokens each; 16 prompts of 50 to 300 tokens that stop after
+20 to 200. Greedy, the same weights and dtype; in float32 the tokens are compared first, and if they differ, nothing is
+timed. Prefill is the time to the first token of every text, decode the rest. Contestants take turns; tokens/s counts
+new tokens, and is that of the median time, with its 10th and 90th percentile.
+
+Then the first case again with a reward model of the same size: without it; with rewards at the end alone; with live
+Q-values; with a live filter that drops about half of the samples. "reward model s" is one forward of all texts.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+import measure
+from gcrm_fast import Policy, RewardModel, train
+from gcrm_fast.data.encoding import CUT, Completion
+from gcrm_fast.data.ends import End
+from gcrm_fast.data.tokenization import choose_pad, train_tokenizer
+from gcrm_fast.inference.decoding import Result, decode
+from gcrm_fast.inference.generation import Ending, Row, Sampling, Writer
+from gcrm_fast.inference.methods import Method
+from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
+from our_step import MODELS
+
+THEIRS, OURS = "transformers", "ours"
+BATCHES = (16, 8, 4, 1)  # transformers takes the fastest
+COLUMNS = ("case", "method", "batch", "new tokens", "tokens/s", "p10", "p90", "x", "prefill s", "decode tokens/s")
+LIVE_COLUMNS = ("method", "seconds", "p10", "p90", "policy tokens", "reward tokens", "saved tokens", "reward model s")
+SEED = 0
+
+Case = list[tuple[list[int], int]]  # prompts, and how many new tokens each gets
+
+
+# --------------------------------------------------------------------------------------------------------- contestants
+
+
+class Limits(StoppingCriteria):
+    """Stops each text after its own number of tokens."""
+
+    def __init__(self, limits: Sequence[int], start: int) -> None:
+        self.limits, self.start = torch.tensor(limits), start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return input_ids.shape[1] - self.start >= self.limits.to(input_ids.device)
+
+
+@torch.inference_mode()
+def their_ids(model: Any, case: Case, size: int, pad: int) -> list[list[int]]:
+    new_ids: list[list[int]] = []
+    for a in range(0, len(case), size):
+        part = case[a : a + size]
+        longest, limits = max(len(ids) for ids, _ in part), [limit for _, limit in part]
+        padded = torch.tensor([[pad] * (longest - len(ids)) + ids for ids, _ in part], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _ in part], device=model.device)
+        whole = model.generate(
+            padded,
+            attention_mask=mask,
+            max_new_tokens=max(limits),
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=pad,
+            stopping_criteria=StoppingCriteriaList([Limits(limits, longest)]),
+        )
+        new_ids += [row[longest:][:limit].tolist() for row, limit in zip(whole, limits, strict=True)]
+    return new_ids
+
+
+class LimitedWriter(Writer):
+    """Ends each prompt's rows after its own number of tokens, and nowhere else."""
+
+    def __init__(self, policy: Policy, limits: dict[str, int]) -> None:
+        super().__init__(policy, Sampling(max_new_tokens=max(limits.values())), rows=16)
+        self.limits = limits
+
+    def _append(self, row: Row, token: int, log_p: float) -> None:
+        row.ids.append(token)
+        ending: Ending = "length"
+        if len(row.ids) == self.limits[row.group.name]:
+            self.end(row, ending)
+
+
+def our_ids(policy: Policy, case: Case) -> list[list[int]]:
+    writer = LimitedWriter(policy, {str(i): limit for i, (_, limit) in enumerate(case)})
+    distinct = list(dict.fromkeys((tuple(ids), limit) for ids, limit in case))
+    count = {one: sum((tuple(ids), limit) == one for ids, limit in case) for one in distinct}
+    first = {one: next(i for i, (ids, limit) in enumerate(case) if (tuple(ids), limit) == one) for one in distinct}
+    groups = {one: writer.add(list(one[0]), count[one], str(first[one])) for one in distinct}
+    while writer.step():
+        pass
+    rows = {one: iter(group.rows) for one, group in groups.items()}
+    return [next(rows[tuple(ids), limit]).ids for ids, limit in case]
+
+
+def random_folder(config: ModelConfig, folder: Path) -> None:
+    """A policy of that shape with random weights."""
+    tokenizer = train_tokenizer(["text"], 259)
+    raw = asdict(config) | {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    torch.manual_seed(SEED)
+    LlamaForCausalLM(LlamaConfig(**raw, initializer_range=0.1)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def reward_model(policy: Policy) -> RewardModel:
+    """One with the policy's trunk, and a random head and goal."""
+    config = policy.config
+    with torch.device("meta"):
+        network = LlamaRewardModel(config)
+    network.model = policy.network.model
+    assert isinstance(network.score, torch.nn.Linear)
+    head = initial_value("score.weight", network.score.weight.shape, config, SEED)
+    network.score.weight = torch.nn.Parameter(head.to(policy.device), requires_grad=False)
+    goal = torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(SEED))
+    goals = {"default": goal}
+    return RewardModel(network.eval(), policy.tokenizer, policy.device, "", goals, policy.tokens_per_batch, End())
+
+
+# --------------------------------------------------------------------------------------------------------------- races
+
+
+def cases(vocabulary: int, quick: bool) -> dict[str, Case]:
+    rng = np.random.default_rng(SEED)
+
+    def ids(count: int) -> list[int]:
+        return rng.integers(3, min(vocabulary, 250), size=count).tolist()
+
+    shrink = 8 if quick else 1
+    one = ids(300 // shrink)
+    several = [(ids(int(rng.integers(50, 301)) // shrink), int(rng.integers(20, 201)) // shrink) for _ in range(16)]
+    return {"16 samples": [(one, 128 // shrink)] * 16, "16 prompts": several}
+
+
+def first_tokens(case: Case) -> Case:
+    return [(ids, 1) for ids, _ in case]
+
+
+def best_batch(function: Callable[[int], object], device: torch.device) -> int:
+    taken = {}
+    for size in BATCHES:
+        start = measure.now(device)
+        function(size)
+        taken[size] = measure.now(device) - start
+    return min(taken, key=lambda size: taken[size])
+
+
+def race(model: Any, policy: Policy, name: str, case: Case, seconds: float) -> list[dict[str, Any]]:
+    """A row for each contestant."""
+    pad, device = choose_pad(policy.tokenizer, policy.config.vocab_size, "the policy"), policy.device
+    size = best_batch(lambda size: their_ids(model, case, size, pad), device)
+    whole = {THEIRS: partial(their_ids, model, case, size, pad), OURS: partial(our_ids, policy, case)}
+    start = {
+        THEIRS: partial(their_ids, model, first_tokens(case), size, pad),
+        OURS: partial(our_ids, policy, first_tokens(case)),
+    }
+    taken, prefill = measure.times(whole, device, seconds), measure.times(start, device, seconds / 4)
+    tokens = sum(limit for _, limit in case)
+    return [
+        {
+            "case": name,
+            "method": method,
+            "batch": size if method == THEIRS else 16,
+            "new tokens": tokens,
+            "tokens/s": 1000 * tokens / taken[method][0],
+            "p10": 1000 * tokens / taken[method][2],
+            "p90": 1000 * tokens / taken[method][1],
+            "x": taken[THEIRS][0] / taken[method][0],
+            "prefill s": prefill[method][0] / 1000,
+            "decode tokens/s": 1000 * (tokens - len(case)) / max(taken[method][0] - prefill[method][0], 1e-9),
+        }
+        for method in (THEIRS, OURS)
+    ]
+
+
+def live(policy: Policy, case: Case, seconds: float) -> list[dict[str, Any]]:
+    """What live Q-values cost, and what a filter saves."""
+    reward, (ids, limit) = reward_model(policy), case[0]
+    prompt = str(policy.tokenizer.decode(ids))
+    sampling = Sampling(max_new_tokens=limit, temperature=1.0, seed=SEED)
+
+    def run(method: Method, model: RewardModel | None) -> Result:
+        found = list(decode(policy, [prompt], reward=model, method=method, sampling=sampling))
+        assert isinstance(found[-1], Result)
+        return found[-1]
+
+    plain, at_end = Method(kind="sample"), Method(every=0)
+    texts = run(Method(), reward).texts
+    threshold = float(np.median([min(text.q_n[5:], default=1.0) for text in texts]))
+    dropping = replace(at_end, kind="filter", every=16, threshold=threshold)
+    functions = {
+        "no reward model": partial(run, plain, None),
+        "rewards at the end": partial(run, at_end, reward),
+        "live Q every 16 tokens": partial(run, Method(), reward),
+        "live filter": partial(run, dropping, reward),
+    }
+    start = policy.encode([prompt])[0]
+    scored = [Completion(np.array([*start, *text.ids], dtype=np.int32), len(start), CUT) for text in texts]
+    taken = measure.times({**functions, "forward": lambda: reward.judge(scored)}, policy.device, seconds)
+    rows = []
+    for name, function in functions.items():
+        result, (median, low, high) = function(), taken[name]
+        row = {"method": name, "seconds": median / 1000, "p10": low / 1000, "p90": high / 1000}
+        costs = {"policy tokens": result.policy_tokens, "reward tokens": result.reward_tokens}
+        rows.append(row | costs | {"saved tokens": result.saved_tokens, "reward model s": taken["forward"][0] / 1000})
+    return rows
+
+
+def same_tokens(model: Any, policy: Policy, case: Case) -> bool:
+    pad = choose_pad(policy.tokenizer, policy.config.vocab_size, "the policy")
+    return their_ids(model, case, len(case), pad) == our_ids(policy, case)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", default="tiny", help=f"{', '.join(MODELS)} (random weights) or a folder")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds per contestant; default: 20")
+    parser.add_argument("--quick", action="store_true", help="an eighth of all lengths, the minimum number of runs")
+    options = parser.parse_args()
+    options.seconds = 0.0 if options.quick else options.seconds
+    return options
+
+
+def main() -> None:
+    options = arguments()
+    train.keep_freed_memory()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where, dtype = measure.environment(device), getattr(torch, options.dtype)
+    about = {"policy": Path(options.policy).name, "dtype": options.dtype}
+    print(", ".join(f"{k} {v}" for k, v in {**where, **about}.items()), flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.policy)
+        if options.policy in MODELS:
+            folder = Path(temporary) / "policy"
+            random_folder(MODELS[options.policy], folder)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = model.to(device).eval()
+        policy = Policy.from_pretrained(folder, device=device, dtype=dtype)
+    rows: list[dict[str, Any]] = []
+    everything = cases(policy.config.vocab_size, options.quick)
+    for name, case in everything.items():
+        if dtype == torch.float32 and not same_tokens(model, policy, case):
+            print(f"error: {name}: the tokens differ, so nothing is timed", file=sys.stderr)
+            sys.exit(1)
+    for name, case in everything.items():
+        rows += race(model, policy, name, case, options.seconds)
+        print(measure.table(rows[-2:], COLUMNS), flush=True)
+    costs = live(policy, everything["16 samples"], options.seconds)
+    print(measure.table(costs, LIVE_COLUMNS), flush=True)
+    name = f"generate-{about['policy']}-{options.dtype}"
+    stem = measure.record(name, [{**row, **about} for row in (*rows, *costs)], where)
+    print(f"written: {stem}.*")
+
+
+if __name__ == "__main__":
+    main()
