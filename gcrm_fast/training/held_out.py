@@ -145,7 +145,11 @@ def score_tokens(
     scores: dict[int, TokenScores] = {}
     with evaluating(model):
         for pack in _packs(
-            pairs, budget, replace(sampling, variant="dense", positions="random"), device, quantiles=False
+            pairs,
+            budget,
+            replace(sampling, variant="dense", positions="random", negatives="anywhere"),
+            device,
+            quantiles=False,
         ):
             rows_M = pack.pairs.positions_M
             # The model gives rewards at end rows: here every row is one.

@@ -375,6 +375,18 @@ def test_held_out_passes_run_in_evaluation_mode_without_gradients(pairs: list[To
     assert set(seen) == {(False, False)}
 
 
+@pytest.mark.parametrize("sampling", [Sampling(negatives="after-divergence"), Sampling(positions="rs")])
+def test_every_token_is_scored_wherever_the_loss_draws(pairs: list[TokenizedPair], sampling: Sampling) -> None:
+    with parallel.process_group() as (mesh, device):
+        model = small_model(small_config(), torch.float32)
+        parallel.shard(model, mesh, torch.float32, gather="step")
+        found = held_out.score_tokens(model, pairs, torch.ones(32), Budget(200, 32), sampling, device)
+    for pair in pairs:
+        chosen, rejected = found[pair.pair_id]
+        assert chosen.shape == (2, len(pair.chosen_ids) - pair.chosen_start)
+        assert rejected.shape == (2, len(pair.rejected_ids) - pair.rejected_start)
+
+
 def test_weights_gathered_once_per_step_train_the_same(pairs: list[TokenizedPair]) -> None:
     """Several packs per step and several steps: the same bits as with weights gathered for every pass, and each unit is
     gathered once per step."""
