@@ -158,7 +158,7 @@ def difference(ours: dict[int, float], ranking: dict[int, float]) -> str:
     if len(paired) < 2:
         return "-"
     mean, half = mean_interval(paired)
-    verdict = "effect" if abs(mean) > half else f"no effect shown: one of {half:.3f} would have been"
+    verdict = "effect over seeds" if abs(mean) > half else "no effect shown"
     return f"{cell(paired, '+')} ({verdict})"
 
 
@@ -193,9 +193,9 @@ def write_report(options: Options, rows: list[dict[str, Any]], of: str) -> None:
     common = budget(options)
     text = f"""# Objectives on a pretrained model
 
-The top {common["train_layers"]} layers of `{common["model"]}`, {common["pairs"]} training pairs, {common["epochs"]}
-epochs, 16 pairs per step, learning rate {common["lr"]:g}, {common["held_out"]} held-out pairs of other questions. In
-brackets: number of seeds; ± is the {COVERAGE:.0%} t-interval over seeds. Machine: {of}. Written by
+The top {common["train_layers"]} layers of `{common["model"]}`, {common["epochs"]} epochs, 16 pairs per step,
+learning rate {common["lr"]:g}. {common["pairs"]} training pairs and {common["held_out"]} held-out pairs of other questions
+were drawn; those over the maximum length are dropped. In brackets: number of seeds; ± is the {COVERAGE:.0%} t-interval over seeds. Machine: {of}. Written by
 `python experiments/real_model.py`.
 
 """
