@@ -194,8 +194,9 @@ def write_report(options: Options, rows: list[dict[str, Any]], of: str) -> None:
     text = f"""# Objectives on a pretrained model
 
 The top {common["train_layers"]} layers of `{common["model"]}`, {common["epochs"]} epochs, 16 pairs per step,
-learning rate {common["lr"]:g}. {common["pairs"]} training pairs and {common["held_out"]} held-out pairs of other questions
-were drawn; those over the maximum length are dropped. In brackets: number of seeds; ± is the {COVERAGE:.0%} t-interval over seeds. Machine: {of}. Written by
+learning rate {common["lr"]:g}. {common["pairs"]} training pairs and {common["held_out"]} held-out pairs of other
+questions were drawn; those over the maximum length are dropped. In brackets: number of seeds; ± is the {COVERAGE:.0%}
+t-interval over seeds. Machine: {of}. Written by
 `python experiments/real_model.py`.
 
 """

@@ -223,7 +223,8 @@ def _judged(record: Record) -> Record:
     if judgment is None or is_messages(judgment) or (prompt is None and not dialogue):
         return record if dialogue is None else _without(record, "conversations") | {"messages": dialogue}
     if name is not None and prompt is not None:
-        return record | {"prompt": prompt, "completion": record[name], "is_correct": judgment}
+        asked = {} if "question" in record else {"prompt": prompt}
+        return record | asked | {"completion": record[name], "is_correct": judgment}
     if prompt is None and is_messages(dialogue):
         parts = {"prompt": dialogue[:-1], "completion": dialogue[-1:], "is_correct": judgment}
         return _without(record, "conversations", "messages") | parts

@@ -29,6 +29,7 @@ FORMATS = {  # of preference pairs
     "scores": ("prompt", "completions", "scores"),
     "ranks": ("prompt", "completions", "ranks"),
     "is_correct": ("prompt", "completion", "is_correct"),  # paired with other completions of the prompt
+    "question and is_correct": ("question", "completion", "is_correct"),
 }
 COMPLETION_FORMATS = {
     "completion": ("prompt", "completion"),
