@@ -63,10 +63,10 @@ def test_verdicts(given: dict[str, Any], ours: list[Any], verdict: str, monkeypa
 
 def test_a_folder_that_is_not_read_here_is_named_without_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise UserError("/tmp/work/model: holds an adapter")
+        raise UserError("/somewhere/model: holds an adapter")
 
     monkeypatch.setattr(run, "rewards_here", refuse)
-    assert run.judged(answer(folder="/tmp/work/model"), {})[1] == "not read here: the folder: holds an adapter"
+    assert run.judged(answer(folder="/somewhere/model"), {})[1] == "not read here: the folder: holds an adapter"
 
 
 def test_a_peer_that_is_not_available_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
