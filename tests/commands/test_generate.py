@@ -1,5 +1,6 @@
 """``gcrm generate``: the output, its summary, interrupted runs, and what can be wrong."""
 
+import functools
 import gzip
 import json
 import os
@@ -277,7 +278,12 @@ def test_ctrl_c_keeps_what_is_finished(policy: Path, tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"one {i}"}) + "\n" for i in range(2000)))
     arguments = ["generate", policy, path, "-o", tmp_path / "out.jsonl", "--rows", "4", *map(str, SHORT)]
-    process = subprocess.Popen([sys.executable, "-m", "gcrm_fast", *map(str, arguments)], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gcrm_fast", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     partial = tmp_path / "out.jsonl.partial"
     while not partial.is_file() or len(partial.read_bytes().splitlines()) < 5:
         assert process.poll() is None
