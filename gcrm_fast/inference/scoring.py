@@ -350,21 +350,14 @@ class RewardModel:
         """States z of every completion token, which goals are compared with, [n, D] float32 for each completion."""
         questions, answers, single = self._texts(prompts, completions)
         encoded = self.encode(questions, answers)
-        states: dict[int, np.ndarray] = {}
-        for pack, hidden_RH in self._states(encoded, True):
-            z_RD = self.network.compared(hidden_RH).float().cpu().numpy()
-            states.update({i: z_RD[rows] for i, rows in zip(pack.indices, pack.rows_of, strict=True)})
-        return states[0] if single else [states[i] for i in range(len(encoded))]
+        states = self._compared(encoded, True)
+        return states[0] if single else states
 
     def end_states(
         self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
     ) -> np.ndarray:
         """States z at the last token of each completion, [n, D] float32. Raises UserError for one that is ``unfit``."""
-        states: dict[int, np.ndarray] = {}
-        for pack, hidden_RH in self._states(encoded, False, names, progress):
-            z_RD = self.network.compared(hidden_RH).float().cpu().numpy()
-            states.update({i: z_RD[rows[0]] for i, rows in zip(pack.indices, pack.rows_of, strict=True)})
-        return np.stack([states[i] for i in range(len(encoded))])
+        return np.concatenate(self._compared(encoded, False, names, progress))
 
     def goal_state(
         self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
@@ -394,6 +387,16 @@ class RewardModel:
         for a in range(0, len(groups), PLANNED_GROUPS):
             for part in plan_packs(groups[a : a + PLANNED_GROUPS], self.budget, 1):
                 yield build_score_pack(part, per_token=per_token)
+
+    def _compared(
+        self, encoded: Sequence[Completion], per_token: bool, names: Sequence[str] | None = None, progress: bool = False
+    ) -> list[np.ndarray]:
+        """States z of every completion token or, without ``per_token``, of the last one: [n, D] float32 each."""
+        states: dict[int, np.ndarray] = {}
+        for pack, hidden_RH in self._states(encoded, per_token, names, progress):
+            z_RD = self.network.compared(hidden_RH).float().cpu().numpy()
+            states.update({i: z_RD[rows] for i, rows in zip(pack.indices, pack.rows_of, strict=True)})
+        return [states[i] for i in range(len(encoded))]
 
     def _states(
         self, encoded: Sequence[Completion], per_token: bool, names: Sequence[str] | None = None, progress: bool = False
