@@ -347,7 +347,7 @@ def test_a_pretrained_models_arms_one_by_one(
 
 def test_differences_by_seed_and_what_they_would_have_shown(experiments: SimpleNamespace) -> None:
     difference = experiments.real_model.difference
-    assert difference({0: 0.7, 1: 0.71, 2: 0.72}, {0: 0.6, 1: 0.61, 2: 0.62}).endswith("(effect)")
+    assert difference({0: 0.7, 1: 0.71, 2: 0.72}, {0: 0.6, 1: 0.61, 2: 0.62}).endswith("(effect over seeds)")
     assert "no effect shown" in difference({0: 0.7, 1: 0.5}, {0: 0.6, 1: 0.6})
     assert difference({0: 0.7}, {0: 0.6, 1: 0.6}) == "-"
 
