@@ -24,6 +24,7 @@ from gcrm_fast.common.command_line import exit_code, parse_options
 from gcrm_fast.common.options import Argument, AtLeastOne
 from gcrm_fast.common.options import Options as CommandOptions
 from gcrm_fast.common.statistics import couples
+from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate, read_completions
 from gcrm_fast.evaluation.measures import correlations
 from gcrm_fast.evaluation.voting import Question, filtered, majority
@@ -118,7 +119,7 @@ def q_of(judged: Judged) -> np.ndarray:
 
 
 def by_problem(
-    model: RewardModel, candidates: Sequence[Candidate], judged: Sequence[Judged]
+    model: RewardModel, candidates: Sequence[Candidate], encoded: Sequence[Completion], judged: Sequence[Judged]
 ) -> dict[str, list[float | None]]:
     """The measures of BY_PROBLEM, one value per problem; None where a problem has no right or no wrong solution."""
     right_N = np.array([c.fields["is_correct"] for c in candidates])
@@ -130,7 +131,6 @@ def by_problem(
             values[name].append(above_wrong / n if n else np.nan)
         for name, value in votes(candidates, judged, own).items():
             values[name].append(value)
-    encoded = model.encode([c.prompt for c in candidates], [c.completion for c in candidates])
     located: list[list[Located]] = [[] for _ in values["reward"]]
     for one in wrong_solutions(model, candidates, encoded):
         q, q_right = q_of(judged[one.own]), q_of(judged[one.right])
@@ -147,14 +147,17 @@ def coupling(judged: Sequence[Judged]) -> dict[str, float]:
     return {f"correlation at {place}%": correlations(rewards, q)[0] for place, q in at.items()}
 
 
-def measured(folder: Path, goal: str, held_out: Path) -> dict[str, Any]:
-    """All measures of one model with one goal."""
+def measured(folder: Path, goals: Sequence[str], held_out: Path) -> list[dict[str, Any]]:
+    """All measures of one model with each of the goals."""
     model = RewardModel.from_pretrained(folder)
     candidates = read_completions([str(held_out)], fields=("*",), tokenizer=model.tokenizer)
     encoded = model.encode([c.prompt for c in candidates], [c.completion for c in candidates])
-    goal_D = named_goal(goal, model.fingerprint, model.config.state_size)
-    judged = model.judge(encoded, goals_GD=goal_D[None], per_token=True)
-    return {"scalars": coupling(judged), "problems": by_problem(model, candidates, judged)}
+    result = []
+    for goal in goals:
+        goal_D = named_goal(goal, model.fingerprint, model.config.state_size)
+        judged = model.judge(encoded, goals_GD=goal_D[None], per_token=True)
+        result.append({"scalars": coupling(judged), "problems": by_problem(model, candidates, encoded, judged)})
+    return result
 
 
 def last_evaluation(run: Path) -> dict[str, float]:
@@ -178,10 +181,10 @@ def train_arm(options: Options, arm: str, seed: int, held_out: Path, other: Path
     wanted: dict[str, tuple[str, ...]] = {arm: ()}
     if arm == BASE:
         wanted |= {RANDOM_GOAL: ("--token", "random", "--seed", str(seed)), SINGLE_GOAL: ("--limit", "1")}
-    rows = []
     for name, how in wanted.items():
         done("goals", model, other, "-o", goals, "--name", name, "--where", "is_correct==true", *how)
-        found = measured(model, f"{goals}:{name}", held_out)
+    rows = []
+    for name, found in zip(wanted, measured(model, [f"{goals}:{name}" for name in wanted], held_out), strict=True):
         scalars = found["scalars"] | (last_evaluation(run) if name == arm else {})
         known = {"arm": name, "seed": seed, "steps": options.steps, "machine": machine()}
         rows.append(known | {"scalars": scalars, "problems": found["problems"]})
