@@ -12,6 +12,7 @@ from gcrm_fast.commands.shared import PAIRED, limited, open_model, records
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
 from gcrm_fast.data.records import Candidate
+from gcrm_fast.data.special_tokens import readable
 from gcrm_fast.evaluation.page import Column, Record, margin, marks_of, page, selected
 from gcrm_fast.inference.candidates import encoded, judge
 from gcrm_fast.inference.scoring import RewardModel
@@ -81,7 +82,8 @@ def shown(
             for i, candidate in enumerate(candidates)
         ]
         title = f"Record {candidates[0].row} ({Path(candidates[0].where).name})"
-        result.append(Record(title=title, prompt=candidates[0].prompt, columns=columns))
+        prompt = readable(model.tokenizer, candidates[0].prompt)
+        result.append(Record(title=title, prompt=prompt, columns=columns))
     return result
 
 

@@ -1,5 +1,6 @@
 """Special tokens that people's text spells out: kept as plain text on request, in every reader of the model."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -151,5 +152,8 @@ def test_the_choice_is_saved_and_used_by_every_reader(folder: Path, tmp_path: Pa
         assert main(["score", str(trained), str(data), "-o", "-", *options]) == 0
         scored = [json.loads(line)["reward_chosen"] for line in capsys.readouterr().out.splitlines()]
         np.testing.assert_allclose(scored, expected, atol=1e-6)
+    page = tmp_path / "page.html"
+    assert main(["inspect", str(trained), str(data), "-o", str(page), "--row", "0"]) == 0
+    assert html.escape(SPELLED[0]) in page.read_text(encoding="utf-8")
     model = RewardModel.from_pretrained(trained, special_tokens="tokens")
     assert not model.tokenizer.split_special_tokens
