@@ -4,9 +4,11 @@ Letters: T tokens of a pack, K gathered key rows, R read rows, H hidden size, F 
 width of all query heads and of all key/value heads.
 """
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ from gcrm_kernels.launch import HAS_TRITON
 OPTIMIZER_BYTES = {"adamw": 16.0, "adamw-bf16": 8.0, "adamw-8bit": 10.1}
 GRADIENT_BYTES = {"adamw": 4.0, "adamw-bf16": 2.0, "adamw-8bit": 4.0}  # of these
 WEIGHT_BYTES = GRADIENT_BYTES
+# Limits of a container, version 2 and 1 of Linux's control groups.
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 # (recomputation, when weights are gathered), fastest first: on one H100 at the 1b shape the product is about 2% of a
 # step, gathering for every pack 7%, the MLP 15%.
 PLANS = (
@@ -133,8 +137,16 @@ def memory_limit(device: torch.device) -> int:
     """Bytes that tensors may take: free memory of the GPU, or the rest of this process's share of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes.local_world_size()
-    return share - in_use(device)
+    return machine_memory() // processes.local_world_size() - in_use(device)
+
+
+def machine_memory(container_limits: Sequence[Path] = CONTAINER_LIMITS) -> int:
+    """Bytes of memory of the machine, or of the container where that has less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in container_limits:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(path.read_text(encoding="ascii")))
+    return min(limits)
 
 
 def in_use(device: torch.device) -> int:

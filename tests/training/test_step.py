@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import math
 import multiprocessing
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ from gcrm_fast.training.memory import (
     choose_plan,
     kept_for_backward,
     largest_pack,
+    machine_memory,
     memory_plan,
     predicted_memory,
 )
@@ -266,6 +268,17 @@ def test_a_run_whose_model_does_not_fit_ends_in_one_line(
     monkeypatch.setattr(run, "memory_limit", lambda device: 1000)
     assert train.main(arguments(pair_file, tmp_path)) == 2
     assert "0.0 GiB are free: use a smaller model" in capsys.readouterr().err
+
+
+def test_memory_of_a_container_counts_where_it_is_less_than_the_machine_has(tmp_path: Path) -> None:
+    missing, unlimited, lower = tmp_path / "missing", tmp_path / "memory.max", tmp_path / "memory.limit_in_bytes"
+    unlimited.write_text("max\n")
+    whole = machine_memory([missing, unlimited])
+    assert whole == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lower.write_text(f"{2**20}\n")
+    assert machine_memory([missing, unlimited, lower]) == 2**20
+    lower.write_text(f"{2**63 - 4096}\n")
+    assert machine_memory([lower]) == whole
 
 
 def test_a_pack_is_no_larger_than_the_pairs_of_a_step() -> None:
