@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def own_copy() -> Path:
     return folder
 
 
-def is_red(test: str, *options: str) -> bool:
+def is_red(test: str) -> bool:
+    """Whether a test fails: a file, and after " -k " which of its tests."""
     folder = own_copy()
     environment = {
         **os.environ,
@@ -51,14 +53,17 @@ def is_red(test: str, *options: str) -> bool:
         "OMP_NUM_THREADS": "1",
     }
     file, _, selected = test.partition(" -k ")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, file, "-k", selected]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", selected]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
     return result.returncode == 1
 
 
-def is_red_unplanted(file: str) -> bool:
-    """Whether a whole file fails without a fault, slow tests aside."""
-    return is_red(file, "-m", "not slow")
+def joined(tests: Iterable[str]) -> list[str]:
+    """The same tests, those of a file as one."""
+    selected: dict[str, set[str]] = {}
+    for file, _, words in (test.partition(" -k ") for test in tests):
+        selected.setdefault(file, set()).add(f"({words})" if words else "")
+    return [file if "" in own else f"{file} -k {' or '.join(sorted(own))}" for file, own in sorted(selected.items())]
 
 
 def verdict(fault: Fault) -> str:
@@ -81,10 +86,10 @@ def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as copies, ProcessPoolExecutor(os.cpu_count()) as pool:
         os.environ["GCRM_COPIES"] = copies
-        files = sorted({test.partition(" -k ")[0] for *_, test in chosen.values()})
-        already = [file for file, red in zip(files, pool.map(is_red_unplanted, files), strict=True) if red]
-        for file in already:
-            print(f"red without any fault: {file}")
+        unplanted = joined(test for *_, test in chosen.values())
+        already = [test for test, red in zip(unplanted, pool.map(is_red, unplanted), strict=True) if red]
+        for test in already:
+            print(f"red without any fault: {test}")
         if already:
             return 1
         missed = 0
