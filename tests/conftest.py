@@ -12,8 +12,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-from support.training_runs import Gcrm, Result, torchrun, write_pairs
-
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -23,6 +21,7 @@ from gcrm_fast import cli
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_kernels import launch
 from support.small import SPECIAL, VOCAB
+from support.training_runs import Gcrm, Result, torchrun, write_pairs
 
 # The same examples at every run, so that a red test is the change's own. --hypothesis-profile=default: fresh ones.
 settings.register_profile("repeatable", derandomize=True)
