@@ -11,6 +11,7 @@ solution as in a right one. The named values turn a few sums into thousands of p
 """
 
 import random
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from gcrm_fast.data.records import Pair
 MODULUS = 5
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 HELD_OUT_SHARE = 10  # one problem in this many, by a hash of its text, is never trained on
+SOLUTION = re.compile(r"(\d\+\d=\d;)+")
 PATIENCE = 100_000  # draws without a new held-out problem, after which no more are expected
 
 
@@ -48,6 +50,11 @@ def _values(prompt: str) -> list[int]:
 def is_correct(prompt: str, completion: str) -> bool:
     """Whether a completion solves the problem with every step right, judged from the texts alone."""
     return completion == _solution(_values(prompt), 0, 0)
+
+
+def final_answer(completion: str) -> str | None:
+    """The last result of a solution, right or wrong; None for what is not a solution."""
+    return completion[-2] if SOLUTION.fullmatch(completion) else None
 
 
 def generate(pairs: int, eval_pairs: int, seed: int, max_steps: int) -> tuple[list[Pair], list[Pair]]:

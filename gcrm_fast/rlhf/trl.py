@@ -2,9 +2,10 @@
 
 from gcrm_fast.rlhf.trl import RewardFunction
 GRPOTrainer(..., reward_funcs=RewardFunction("runs/my-run/model"))
+GRPOTrainer(..., reward_funcs=RewardFunction(verifiers={"sums": "math"}, otherwise="runs/my-run/model"))
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from gcrm_fast.data.ends import Choice
 from gcrm_fast.data.messages import Messages
 from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.inference.scoring import RewardModel
+from gcrm_fast.rlhf.hybrid import Judge, scored
+from gcrm_fast.rlhf.verifiers import Verifiers
 
 
 class RewardFunction:
@@ -24,12 +27,19 @@ class RewardFunction:
     does), a completion that does not end with one was cut by its length limit and is scored as such. Without ``ends``
     every completion counts as ended. ``end`` and ``special_tokens``, of a model that is loaded: see
     ``RewardModel.from_pretrained``. ``name`` is its name in logs.
+
+    With ``verifiers``, the verifier of each task (see verifiers.py), or a ``judge``, the reward is the hybrid one of
+    hybrid.py, the reward model is named by ``otherwise``, and the columns that ``hybrid.scored`` names are read.
+    ``parts`` holds the means of the parts of the last call, which go to TRL's log as NAME/PART.
     """
 
     def __init__(
         self,
-        model: RewardModel | str | Path,
+        model: RewardModel | str | Path | None = None,
         *,
+        verifiers: Mapping[str, str] | None = None,
+        judge: Judge | None = None,
+        otherwise: RewardModel | str | Path | None = None,
         q_weight: float = 0.0,
         goal: str | None = None,
         ends: Collection[int] = (),
@@ -37,11 +47,19 @@ class RewardFunction:
         special_tokens: Literal["auto"] | Reading = "auto",
         name: str = "gcrm",
     ) -> None:
-        if not isinstance(model, RewardModel):
+        self.hybrid = verifiers is not None or judge is not None
+        if (model is not None and self.hybrid) or (otherwise is not None and not self.hybrid):
+            raise TypeError("the reward model is otherwise= with verifiers or a judge, and the first argument without")
+        model = otherwise if self.hybrid else model
+        if model is None and not self.hybrid:
+            raise TypeError("name a reward model, verifiers or a judge")
+        self.verifiers, self.judge = Verifiers(verifiers or {}), judge
+        self.parts: dict[str, float] = {}
+        if model is not None and not isinstance(model, RewardModel):
             model = RewardModel.from_pretrained(model, end=end, special_tokens=special_tokens)
         self.model = model
         self.q_weight = q_weight
-        self.goals_GD = self.model.goal(goal)[None] if q_weight else None
+        self.goals_GD = model.goal(goal)[None] if model is not None and q_weight else None
         self.ends = frozenset(ends)
         self.__name__ = name
 
@@ -50,23 +68,57 @@ class RewardFunction:
         prompts: Sequence[str | Messages],
         completions: Sequence[str | Messages],
         completion_ids: Sequence[Sequence[int]] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
     ) -> list[float]:
         """Rewards in the order of ``completions``. Of ``columns``, the data set's others, ``tools`` and ``system`` are
-        read, one per prompt; the rest changes nothing."""
+        read, one per prompt, and those of a hybrid reward; the rest changes nothing."""
+        cuts = [False] * len(completions)
+        if self.ends and completion_ids is not None:
+            cuts = [bool(ids) and ids[-1] not in self.ends for ids in completion_ids]
+        if not self.hybrid:
+            return self._rewards(prompts, completions, cuts, columns)
+
+        def rewards(own: Sequence[int], texts: Sequence[str | Messages]) -> list[float]:
+            """A text that is a completion itself has its cut; references are whole."""
+            context = {name: [columns[name][i] for i in own] for name in ("tools", "system") if columns.get(name)}
+            own_cuts = [cuts[i] and text is completions[i] for i, text in zip(own, texts, strict=True)]
+            return self._rewards([prompts[i] for i in own], texts, own_cuts, context)
+
+        result = scored(
+            prompts,
+            completions,
+            columns,
+            verifiers=self.verifiers,
+            judge=self.judge,
+            rewards=rewards if self.model is not None else None,
+        )
+        self.parts = {name: sum(values) / len(values) for name, values in result.parts.items()}
+        if log_metric is not None:
+            for name, value in self.parts.items():
+                log_metric(f"{self.__name__}/{name}", value)
+        return result.scores
+
+    def _rewards(
+        self,
+        prompts: Sequence[str | Messages],
+        completions: Sequence[str | Messages],
+        cuts: Sequence[bool],
+        columns: Mapping[str, Any],
+    ) -> list[float]:
+        """The reward model's."""
+        assert self.model is not None
         context = [columns.get(name) or [None] * len(prompts) for name in ("tools", "system")]
         texts = [
             as_text(self.model.tokenizer, prompt, completion, tools=tools, system=system)
             for prompt, completion, tools, system in zip(prompts, completions, *context, strict=True)
         ]
-        cuts = [False] * len(texts)
-        if self.ends and completion_ids is not None:
-            cuts = [bool(ids) and ids[-1] not in self.ends for ids in completion_ids]
         judged = self.model.judge(self._encode(texts, cuts), goals_GD=self.goals_GD)
         return [j.reward + (self.q_weight * float(j.q_Gn[0, -1]) if j.q_Gn is not None else 0.0) for j in judged]
 
     def _encode(self, texts: Sequence[tuple[str, str]], cuts: Sequence[bool]) -> list[Completion]:
         """Tokens; a cut completion that has none (a policy may write only special tokens) counts as ended."""
+        assert self.model is not None
         prompts, completions = [prompt for prompt, _ in texts], [completion for _, completion in texts]
         encoded = self.model.encode(prompts, completions, cuts)
         empty = [c.ending == CUT and c.start == len(c.ids) for c in encoded]

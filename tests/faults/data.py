@@ -326,13 +326,13 @@ FAULTS = {
         "tests/data/test_packing.py -k negative_goals_of_rs",
     ),
     "rendering: a rendering takes as long as it likes": (
-        "gcrm_fast/data/rendering.py",
+        "gcrm_fast/common/limited.py",
         "signal.setitimer(signal.ITIMER_REAL, seconds)",
         "signal.setitimer(signal.ITIMER_REAL, 200 * seconds)",
         "tests/data/test_rendering.py -k in_time",
     ),
     "rendering: the answer to an interrupted request goes to the next": (
-        "gcrm_fast/data/rendering.py",
+        "gcrm_fast/common/limited.py",
         "                process.kill()\n                self.stop()\n",
         "",
         "tests/data/test_rendering.py -k interrupted",

@@ -13,4 +13,40 @@ FAULTS = {
         "False",
         "tests/rlhf/test_trl.py -k length_limit",
     ),
+    "verifiers: one that fails counts as right": (
+        "gcrm_fast/rlhf/verifiers.py",
+        "verdict = Verdict(answer or 0.0, kind",
+        "verdict = Verdict(1.0 if kind else answer or 0.0, kind",
+        "tests/rlhf/test_verifiers.py -k one_that_fails",
+    ),
+    "verifiers: the first match counts": (
+        "gcrm_fast/rlhf/verifiers.py",
+        "matches[-1][",
+        "matches[0][",
+        "tests/rlhf/test_verifiers.py -k patterns",
+    ),
+    "verifiers: no time limit": (
+        "gcrm_fast/rlhf/verifiers.py",
+        "_process(self.seconds, request",
+        "_process(10 * self.seconds, request",
+        "tests/rlhf/test_verifiers.py -k pattern_without_end",
+    ),
+    "hybrid: raw rewards instead of the difference from the reference": (
+        "gcrm_fast/rlhf/hybrid.py",
+        "    difference = reward - reference\n",
+        "    difference = reward\n",
+        "tests/rlhf/test_hybrid.py -k score_of_its_task",
+    ),
+    "hybrid: the worst response is the reference": (
+        "gcrm_fast/rlhf/hybrid.py",
+        "best = max(",
+        "best = min(",
+        "tests/rlhf/test_hybrid.py -k best_of_several",
+    ),
+    "hybrid: references are cut with their completions": (
+        "gcrm_fast/rlhf/trl.py",
+        "cuts[i] and text is completions[i] for",
+        "cuts[i] for",
+        "tests/rlhf/test_hybrid.py -k cut_completion",
+    ),
 }

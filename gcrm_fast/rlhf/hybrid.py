@@ -1,0 +1,124 @@
+"""The hybrid reward: a task's verifier where it has one, elsewhere a score against a reference; all in [0, 1].
+
+After "Exploring Data Scaling Trends and Effects in RLHF" (arXiv 2503.22230): the verifier of the prompt's task, where
+it has one; elsewhere a judge (GenRM) compares the response with a reference, or the reward model stands in for it with
+sigmoid(r(response) - r(reference)), which its logs call a proxy. Rewards of different prompts are not comparable, but
+these are: 0.5 is parity with the reference.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.messages import Messages
+from gcrm_fast.rlhf.verifiers import QUOTED, Verifiers, plain
+
+Text = str | Messages
+
+
+class Judge(Protocol):
+    """Compares responses with references."""
+
+    def scores(self, prompts: Sequence[Text], completions: Sequence[Text], references: Sequence[Text]) -> list[float]:
+        """For each completion from 0 to 1; 0.5 is as good as the reference."""
+        ...
+
+
+class Scored(NamedTuple):
+    """Scores in [0, 1], and the values that they were made of by their names: those of some completions each."""
+
+    scores: list[float]
+    parts: dict[str, list[float]]
+
+
+Rewards = Callable[[Sequence[int], Sequence[Text]], list[float]]  # of texts that answer the prompts of these numbers
+
+
+def proxy(reward: float, reference: float) -> float:
+    """sigmoid(reward - reference): the chance, to a Bradley-Terry model, that a response is better than a reference."""
+    difference = reward - reference
+    # The exponent is never positive, so it cannot overflow.
+    return 1 / (1 + math.exp(-difference)) if difference >= 0 else 1 - 1 / (1 + math.exp(difference))
+
+
+def scored(
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    columns: Mapping[str, Any],
+    *,
+    verifiers: Verifiers,
+    judge: Judge | None,
+    rewards: Rewards | None,
+) -> Scored:
+    """The hybrid reward of completions, one per prompt.
+
+    Of ``columns``, which have an entry per prompt, are read: ``task``; ``reference``, the right answer of a task with a
+    verifier, elsewhere a response to compare with; ``reference_completions``, responses of which the one with the
+    greatest reward is the reference, where ``reference`` is null. ``rewards``: the reward model's.
+
+    Raises:
+        UserError: a prompt without verifier and reference; no reward model or judge where one is needed.
+    """
+    tasks, references, choices = (
+        columns.get(name) or [None] * len(prompts) for name in ("task", "reference", "reference_completions")
+    )
+    scores, parts = [0.0] * len(prompts), dict[str, list[float]]()
+    others: list[int] = []
+    for i, (prompt, task, reference) in enumerate(zip(prompts, tasks, references, strict=True)):
+        if task in verifiers:
+            verdict = verifiers.check(task, prompt, completions[i], reference)
+            scores[i] = verdict.score
+            parts.setdefault(f"verifier_{task}", []).append(verdict.score)
+            for kind in ("unreadable", "failed"):
+                parts.setdefault(kind, []).append(float(verdict.kind == kind))
+        else:
+            others.append(i)
+    if not others:
+        return Scored(scores, parts)
+    found = _references(others, prompts, references, choices, rewards)
+    if judge is not None:
+        own = judge.scores([prompts[i] for i in others], [completions[i] for i in others], [found[i] for i in others])
+        parts["judge"] = own
+    elif rewards is not None:
+        distinct = {(repr(prompts[i]), repr(found[i])): i for i in others}
+        texts = [completions[i] for i in others] + [found[i] for i in distinct.values()]
+        both = rewards([*others, *distinct.values()], texts)
+        of_reference = dict(zip(distinct, both[len(others) :], strict=True))
+        parts["reward"] = both[: len(others)]
+        parts["reference_reward"] = [of_reference[repr(prompts[i]), repr(found[i])] for i in others]
+        own = [proxy(*pair) for pair in zip(parts["reward"], parts["reference_reward"], strict=True)]
+        parts["proxy"] = own
+    else:
+        named = f"the task {tasks[others[0]]!r}" if tasks[others[0]] else "a prompt without a task"
+        raise UserError(f"{named} has no verifier: pass one, or a reward model as otherwise=, or a judge")
+    for i, score in zip(others, own, strict=True):
+        scores[i] = score
+    return Scored(scores, parts)
+
+
+def _references(
+    others: Sequence[int],
+    prompts: Sequence[Text],
+    references: Sequence[Text | None],
+    choices: Sequence[Sequence[Text] | None],
+    rewards: Rewards | None,
+) -> dict[int, Text]:
+    """The response that each of ``others`` is compared with."""
+    found: dict[int, Text] = {i: reference for i in others if (reference := references[i]) is not None}
+    asked: dict[str, list[int]] = {}
+    for i in others:
+        if i in found:
+            continue
+        if not choices[i]:
+            start = plain(prompts[i])[:QUOTED]
+            raise UserError(f"the prompt {start!r} has no verifier of its task and no reference: add one to its record")
+        asked.setdefault(repr((prompts[i], choices[i])), []).append(i)
+    if asked and rewards is None:
+        raise UserError("the best of reference_completions is not known without a reward model: pass one as otherwise=")
+    for same in asked.values():
+        own = list(choices[same[0]] or ())
+        assert rewards is not None
+        best = max(zip(rewards([same[0]] * len(own), own), range(len(own)), strict=True), key=lambda pair: pair[0])[1]
+        found |= dict.fromkeys(same, own[best])
+    return found

@@ -1,0 +1,110 @@
+"""The hybrid reward: verifiers where a task has one, the reward model against a reference elsewhere."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gcrm_fast import RewardModel
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.rlhf.hybrid import proxy
+from gcrm_fast.rlhf.trl import RewardFunction
+from support.models import save
+
+PROMPTS = ["one?", "two?", "two?", "three?"]
+COMPLETIONS = [" so #### 4", " five, six", " seven", " #### 5"]
+COLUMNS: dict[str, list[Any]] = {
+    "task": ["sums", None, "talk", "sums"],
+    "reference": ["4", " four", " four", "4"],
+}
+VERIFIERS = {"sums": r"regex:#### (\d+)"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> RewardModel:
+    folder = tmp_path_factory.mktemp("rewards") / "model"
+    save(folder)
+    return RewardModel.from_pretrained(folder)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_each_prompt_gets_the_score_of_its_task(model: RewardModel) -> None:
+    reward = RewardFunction(verifiers=VERIFIERS, otherwise=model)
+    logged: dict[str, float] = {}
+    found = reward(PROMPTS, COMPLETIONS, log_metric=logged.__setitem__, **COLUMNS)
+    own, reference = model.score("two?", COMPLETIONS[1:3]), model.score("two?", " four")
+    expected = [1.0, sigmoid(own[0] - reference), sigmoid(own[1] - reference), 0.0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert logged == {f"gcrm/{name}": pytest.approx(value, rel=1e-5) for name, value in reward.parts.items()}
+    assert reward.parts == {
+        "verifier_sums": 0.5,
+        "unreadable": 0.0,
+        "failed": 0.0,
+        "reward": pytest.approx(own.mean(), rel=1e-5),
+        "reference_reward": pytest.approx(reference, rel=1e-5),
+        "proxy": pytest.approx(np.mean(expected[1:3]), rel=1e-5),
+    }
+
+
+def test_the_best_of_several_responses_is_the_reference(model: RewardModel) -> None:
+    choices = [" four", " six", " one, two"]
+    reward = RewardFunction(verifiers={}, otherwise=model)
+    [found] = reward(["two?"], [" seven"], reference=[None], reference_completions=[choices])
+    best = max(model.score("two?", choices))
+    assert found == pytest.approx(sigmoid(model.score("two?", " seven") - best), rel=1e-5)
+
+
+def test_a_cut_completion_is_scored_as_such_and_its_reference_is_not(model: RewardModel) -> None:
+    reward = RewardFunction(verifiers={}, otherwise=model, ends=[1])
+    text = " seven"
+    [found] = reward(["two?"], [text], completion_ids=[[9]], reference=[" four"])
+    [cut] = model.judge(model.encode(["two?"], [text], [True]))
+    assert found == pytest.approx(sigmoid(cut.reward - model.score("two?", " four")), rel=1e-5)
+    assert found != pytest.approx(sigmoid(model.score("two?", text) - model.score("two?", " four")), rel=1e-3)
+
+
+def test_a_task_without_reward_model(model: RewardModel) -> None:
+    reward = RewardFunction(verifiers=VERIFIERS)
+    assert reward(PROMPTS[:1], COMPLETIONS[:1], task=["sums"], reference=["4"]) == [1.0]
+    with pytest.raises(UserError, match="the task 'talk' has no verifier: pass one, or a reward model as otherwise="):
+        reward(["x"], ["y"], task=["talk"], reference=["z"])
+    with pytest.raises(UserError, match="pass one as otherwise="):
+        reward(["x"], ["y"], reference_completions=[["z", "w"]])
+    with pytest.raises(UserError, match=r"the prompt 'x' has no verifier of its task and no reference"):
+        RewardFunction(verifiers=VERIFIERS, otherwise=model)(["x"], ["y"], task=["talk"])
+
+
+def test_the_reward_model_is_named_once(model: RewardModel) -> None:
+    for wrong in ({"model": model, "verifiers": VERIFIERS}, {"otherwise": model}, {}):
+        with pytest.raises(TypeError, match="reward model"):
+            RewardFunction(**wrong)
+
+
+def test_the_proxy_does_not_overflow() -> None:
+    assert [proxy(1e6, 0.0), proxy(0.0, 1e6), proxy(3.0, 3.0)] == [1.0, 0.0, 0.5]
+    assert proxy(2.0, 3.5) + proxy(3.5, 2.0) == pytest.approx(1.0, abs=1e-15)
+
+
+class Fixed:
+    """A judge that is asked for what it should be."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[object, ...]] = []
+
+    def scores(self, prompts: Sequence[Any], completions: Sequence[Any], references: Sequence[Any]) -> list[float]:
+        self.asked += zip(prompts, completions, references, strict=True)
+        return [0.75] * len(prompts)
+
+
+def test_a_judge_stands_in_for_the_proxy() -> None:
+    judge = Fixed()
+    reward = RewardFunction(verifiers=VERIFIERS, judge=judge)
+    assert reward(PROMPTS, COMPLETIONS, **COLUMNS) == [1.0, 0.75, 0.75, 0.0]
+    assert judge.asked == [("two?", " five, six", " four"), ("two?", " seven", " four")]
+    assert reward.parts["judge"] == 0.75
+    assert "proxy" not in reward.parts
