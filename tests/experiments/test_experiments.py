@@ -4,6 +4,7 @@ import gzip
 import importlib
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from gcrm_fast import train
+from gcrm_fast import Policy, train
 from gcrm_fast.checkpoints.config_json import read_config
 from gcrm_fast.checkpoints.weights import open_weights
+from gcrm_fast.data.arithmetic import generate, is_correct
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
+from gcrm_fast.data.tokenization import train_tokenizer
 from support.models import save
 from support.training_runs import ROOT
 
-MODULES = ("arithmetic_chain", "ablations", "objectives", "real_model", "smollm2", "summary")
+MODULES = ("arithmetic_chain", "ablations", "objectives", "policies", "real_model", "smollm2", "summary")
 SMALL = ("--hidden-size", "16", "--intermediate-size", "16", "--layers", "1", "--goal-pairs", "8", "--cache", "none")
 
 
@@ -309,6 +313,61 @@ def test_ablations_continue_from_their_rows(
     )
     mean, half = experiments.summary.two_way_interval(own - base)
     assert f"{mean:+.3f} ± {half:.3f}" in text
+
+
+# ---------------------------------------------------------------------------------------------------------- policies
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two policies for sums of two values, of one training run in a process of its own."""
+    runs = tmp_path_factory.mktemp("policies")
+    small = {"hidden-size": 32, "layers": 1, "arithmetic-steps": 1, "problems": 2000, "held-out": 50, "lr": 0.01}
+    options = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, str(ROOT / "experiments" / "policies.py"), "--runs", str(runs), *options]
+    subprocess.run([*command, "--right", "12", "3", "--steps", "200"], check=True, timeout=300)
+    return runs
+
+
+def test_policies_are_written_where_they_reach_a_percentage(policies: Path) -> None:
+    weak, strong = (json.loads((policies / name / "policy.json").read_text()) for name in ("right-3", "right-12"))
+    assert 0.03 <= weak["right"] < 0.12 <= strong["right"]
+    assert 0 < weak["trained_steps"] < strong["trained_steps"]
+    assert sorted(path.name for path in policies.iterdir()) == ["right-12", "right-3"]
+
+
+def test_the_exact_share_is_that_of_samples(policies: Path) -> None:
+    policy = Policy.from_pretrained(policies / "right-12")
+    prompts = [pair.prompt for pair in generate(0, 50, 0, 1)[1]] * 20
+    texts = policy.generate(prompts, max_new_tokens=12, temperature=1.0)
+    sampled = np.mean([is_correct(prompt, text) for prompt, text in zip(prompts, texts, strict=True)])
+    exact = json.loads((policies / "right-12" / "policy.json").read_text())["right"]
+    assert sampled == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / len(prompts)))
+
+
+def test_the_exact_share_is_the_probability_of_every_token_of_the_solutions(experiments: SimpleNamespace) -> None:
+    options = experiments.policies.Options(hidden_size=16, layers=1, problems=40, held_out=8)
+    pairs, held_out = experiments.policies.problems(options)
+    tokenizer = train_tokenizer([pair.prompt + pair.chosen for pair in pairs], 259)
+    policy = experiments.policies.new_policy(options, tokenizer)
+    expected = 0.0
+    for pair in held_out:
+        prompt = tokenizer(pair.prompt)["input_ids"]
+        ids = [*tokenizer(pair.prompt + pair.chosen)["input_ids"], tokenizer.eos_token_id]
+        log_p = policy(torch.tensor([ids])).logits[0].detach().double().log_softmax(-1)
+        expected += np.exp(sum(log_p[i - 1, ids[i]].item() for i in range(len(prompt), len(ids)))) / len(held_out)
+    assert experiments.policies.share_right(policy, tokenizer, held_out) == pytest.approx(expected, rel=1e-4, abs=0)
+
+
+def test_policies_that_cannot_be_reached(
+    experiments: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("--hidden-size", "16", "--layers", "1", "--problems", "40", "--held-out", "8", "--runs", str(tmp_path))
+    assert experiments.policies.main([*small, "--right", "99", "--steps", "5"]) == 2
+    assert "--steps 5: too few to reach 99% of right samples" in capsys.readouterr().err
+    assert experiments.policies.main([*small, "--right", "100"]) == 2
+    assert "--right 100: must be a whole number between 1 and 99" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------- a pretrained model

@@ -43,4 +43,16 @@ FAULTS = {
         "for ok in (a, b)]",
         "tests/experiments/test_experiments.py -k whole",
     ),
+    "policies: the first token of a solution not counted": (
+        "experiments/policies.py",
+        "(places >= torch.tensor(prompts)[:, None])",
+        "(places > torch.tensor(prompts)[:, None])",
+        "tests/experiments/test_experiments.py -k every_token_of_the_solutions",
+    ),
+    "policies: the last percentage written at once": (
+        "experiments/policies.py",
+        "while self.wanted and right >= self.wanted[0] / 100:",
+        "while self.wanted and right >= min(self.wanted) / 1000:",
+        "tests/experiments/test_experiments.py -k reach_a_percentage",
+    ),
 }
