@@ -357,6 +357,8 @@ class ServeOptions(Options):
     environment variable GCRM_TOKEN; without that none is required."""
     tokens_per_batch: AtLeastOne = 16384
     """Maximum number of tokens computed at a time, and of one completion with its prompt."""
+    verifier: tuple[str, ...] = ()
+    """Verifiers of requests with tasks, each TASK=VERIFIER: math, arithmetic, regex:PATTERN or MODULE:FUNCTION."""
     delay: Annotated[float, Range(least=0, greatest=60)] = 0.003
     """Seconds that a request to an idle model waits for others to share its batch."""
     queue: AtLeastOne = 4096

@@ -1,5 +1,6 @@
 """``gcrm serve``: rewards and Q-values over HTTP; inference/server.py answers, inference/batcher.py computes."""
 
+import functools
 import ipaddress
 import os
 import signal
@@ -11,6 +12,8 @@ from gcrm_fast.commands.options import ServeOptions
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.inference.scoring import RewardModel
+from gcrm_fast.rlhf.hybrid import scored
+from gcrm_fast.rlhf.verifiers import Verifiers, parse_verifiers
 
 TOKEN_VARIABLE = "GCRM_TOKEN"
 
@@ -51,7 +54,7 @@ def is_open(host: str) -> bool:
 
 def serve(options: ServeOptions) -> None:
     """Loads the model and serves until SIGTERM or SIGINT, then answers the pending requests and returns."""
-    token = read_token(options)
+    token, verifiers = read_token(options), Verifiers(parse_verifiers(options.verifier))
     if is_open(options.host) and not token:
         warning = f"{options.host} can be reached from other machines, and no token is required"
         remedy = f"set {TOKEN_VARIABLE} or --token-file"
@@ -76,7 +79,14 @@ def serve(options: ServeOptions) -> None:
             special_tokens=options.special_tokens,
         )
         batcher = Batcher(scorer, delay=options.delay, limit=options.queue)
-        app = create_app(batcher, name=options.model, token=token, max_body=options.max_body, timeout=options.timeout)
+        app = create_app(
+            batcher,
+            name=options.model,
+            token=token,
+            max_body=options.max_body,
+            timeout=options.timeout,
+            hybrid=functools.partial(scored, verifiers=verifiers, judge=None),
+        )
 
         def announce() -> None:
             host, port = listener.getsockname()[:2]

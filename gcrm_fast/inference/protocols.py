@@ -35,7 +35,7 @@ class RewardRequest(BaseModel):
 
 class ScoreRequest(BaseModel):
     """``cuts`` marks completions that a length limit cut; ``tools`` and ``system`` have an entry per prompt, null for
-    none; ``goal`` names one of the model's goal states."""
+    none; ``goal`` names one of the model's goal states. ``task`` or ``reference`` asks for the hybrid reward."""
 
     model_config = ConfigDict(extra="forbid")
     prompts: list[str | Objects]
@@ -44,10 +44,12 @@ class ScoreRequest(BaseModel):
     tools: list[Objects | None] | None = None
     system: list[str | None] | None = None
     goal: Annotated[str | None, Field(min_length=1)] = None
+    task: list[str | None] | None = None
+    reference: list[str | int | float | Objects | None] | None = None
 
     def texts(self) -> tuple[list[Text], list[Text], list[Context]]:
         """Prompts and completions, as text or messages, and what goes with them."""
-        for name in ("prompts", "cuts", "tools", "system"):
+        for name in ("prompts", "cuts", "tools", "system", "task", "reference"):
             if (values := getattr(self, name)) is not None:
                 check_length(name, values, "completions", self.completions)
         nothing = [None] * len(self.completions)

@@ -7,7 +7,8 @@
     GET  /v1/models    {"object": "list", "data": [{"id": model, "object": "model"}]}
     POST /score        {"prompts": [...], "completions": [...], "cuts": [...], "tools": [...], "system": [...],
                         "goal": name}, text or messages
-                       -> {"rewards": [...], "goal": name, "q_values": [[one per token], ...]}
+                       -> {"rewards": [...], "goal": name, "q_values": [[one per token], ...]}; with "task": [...] or
+                          "reference": [...] the hybrid reward, {"rewards": [...], "parts": [{name: value}, ...]}
     POST /classify     vLLM's protocols: {"model": name, "input": [prompt + completion]}, or "messages"
     POST /pooling      -> {"data": [{"probs": [reward], ...}], ...}, {"data": [{"data": [reward], ...}], ...}
 
@@ -18,9 +19,9 @@ import asyncio
 import hmac
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -30,6 +31,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.inference.batcher import Batcher, Context, Job, Text
 from gcrm_fast.inference.metrics import CountRequests
 from gcrm_fast.inference.protocols import RewardRequest, ScoreRequest, Shape, VllmRequest, check_content, parse
@@ -38,7 +40,21 @@ HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: 
 BODIES = 16  # of the maximum size that may be in memory at a time
 
 
-def create_app(batcher: Batcher, *, name: str, token: str, max_body: int, timeout: float) -> Starlette:
+class Hybrid(Protocol):
+    """Scores of completions by the verifiers of their tasks or against references, and the parts of each; ``rewards``
+    are the model's, of texts that answer the prompts of some numbers."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        columns: Mapping[str, Any],
+        *,
+        rewards: Callable[[Sequence[int], Sequence[Text]], list[float]],
+    ) -> tuple[list[float], list[dict[str, float]]]: ...
+
+
+def create_app(batcher: Batcher, *, name: str, token: str, max_body: int, timeout: float, hybrid: Hybrid) -> Starlette:
     """The application, which starts and closes the batcher.
 
     Args:
@@ -46,6 +62,7 @@ def create_app(batcher: Batcher, *, name: str, token: str, max_body: int, timeou
         token: the bearer token that requests need; "" for none.
         max_body: bytes of a request's body.
         timeout: seconds for a body to arrive, and again for its answer.
+        hybrid: the hybrid reward of requests with tasks or references.
     """
 
     @asynccontextmanager
@@ -54,7 +71,7 @@ def create_app(batcher: Batcher, *, name: str, token: str, max_body: int, timeou
         yield
         await asyncio.to_thread(batcher.close)
 
-    routes = Endpoints(batcher, name, token, max_body, timeout).routes()
+    routes = Endpoints(batcher, name, token, max_body, timeout, hybrid).routes()
     count = Middleware(CountRequests, metrics=batcher.metrics, paths=frozenset(route.path for route in routes))
     handlers = {HTTPException: error_response}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers, middleware=[count])
@@ -71,9 +88,9 @@ async def error_response(_: Request, error: Exception) -> JSONResponse:
 class Endpoints:
     """What the server answers; the arguments are those of ``create_app``."""
 
-    def __init__(self, batcher: Batcher, name: str, token: str, max_body: int, timeout: float) -> None:
+    def __init__(self, batcher: Batcher, name: str, token: str, max_body: int, timeout: float, hybrid: Hybrid) -> None:
         self.batcher, self.name, self.token = batcher, name, token.encode()
-        self.max_body, self.timeout = max_body, timeout
+        self.max_body, self.timeout, self.hybrid = max_body, timeout, hybrid
         self.held = 0  # bytes of all bodies in memory
 
     def routes(self) -> list[Route]:
@@ -99,6 +116,8 @@ class Endpoints:
 
     async def score(self, body: ScoreRequest, request: Request) -> dict[str, Any]:
         texts = body.texts()
+        if body.task is not None or body.reference is not None:
+            return await self._score_hybrid(body, request, *texts)
         goals = list(self.batcher.scorer.goals)
         if body.goal is not None and body.goal not in goals:
             names = ", ".join(goals) or "none"
@@ -110,6 +129,36 @@ class Endpoints:
             "goal": goals[goal] if goals else None,
             "q_values": [j.q_Gn[goal].tolist() for j in judged if j.q_Gn is not None] if goals else None,
         }
+
+    async def _score_hybrid(
+        self,
+        body: ScoreRequest,
+        request: Request,
+        prompts: Sequence[Text],
+        completions: Sequence[Text],
+        contexts: Sequence[Context],
+    ) -> dict[str, Any]:
+        if body.goal is not None:
+            raise HTTPException(
+                422, "field 'goal': a hybrid reward has no Q-values: omit it, or 'task' and 'reference'"
+            )
+        loop, cuts = asyncio.get_running_loop(), body.cuts or [False] * len(completions)
+
+        def rewards(own: Sequence[int], texts: Sequence[Text]) -> list[float]:
+            """In the thread of the verifiers. References, which are other texts than the completions, are whole."""
+            own_cuts = [cuts[i] and text is completions[i] for i, text in zip(own, texts, strict=True)]
+            job = self._judge(request, [prompts[i] for i in own], texts, [contexts[i] for i in own], own_cuts)
+            return [j.reward for j in asyncio.run_coroutine_threadsafe(job, loop).result().judged]
+
+        columns = {"task": body.task, "reference": body.reference}
+        work = asyncio.to_thread(self.hybrid, prompts, completions, columns, rewards=rewards)
+        try:
+            scores, parts = await asyncio.wait_for(work, self.timeout)
+        except UserError as error:
+            raise HTTPException(422, str(error)) from None
+        except TimeoutError:
+            raise HTTPException(504, f"no answer within {self.timeout:g} s") from None
+        return {"rewards": scores, "parts": parts}
 
     async def classify(self, body: VllmRequest, request: Request) -> dict[str, Any]:
         job = await self._judge(request, *body.texts())

@@ -26,10 +26,16 @@ class Judge(Protocol):
 
 
 class Scored(NamedTuple):
-    """Scores in [0, 1], and the values that they were made of by their names: those of some completions each."""
+    """Scores in [0, 1], and for each completion the values that its score was made of, by their names."""
 
     scores: list[float]
-    parts: dict[str, list[float]]
+    parts: list[dict[str, float]]
+
+    def means(self) -> dict[str, float]:
+        """The mean of each part over the completions that have it."""
+        names = dict.fromkeys(name for part in self.parts for name in part)
+        values = {name: [part[name] for part in self.parts if name in part] for name in names}
+        return {name: sum(own) / len(own) for name, own in values.items()}
 
 
 Rewards = Callable[[Sequence[int], Sequence[Text]], list[float]]  # of texts that answer the prompts of these numbers
@@ -63,15 +69,15 @@ def scored(
     tasks, references, choices = (
         columns.get(name) or [None] * len(prompts) for name in ("task", "reference", "reference_completions")
     )
-    scores, parts = [0.0] * len(prompts), dict[str, list[float]]()
+    scores: list[float] = [0.0] * len(prompts)
+    parts: list[dict[str, float]] = [{} for _ in prompts]
     others: list[int] = []
     for i, (prompt, task, reference) in enumerate(zip(prompts, tasks, references, strict=True)):
         if task in verifiers:
             verdict = verifiers.check(task, prompt, completions[i], reference)
             scores[i] = verdict.score
-            parts.setdefault(f"verifier_{task}", []).append(verdict.score)
-            for kind in ("unreadable", "failed"):
-                parts.setdefault(kind, []).append(float(verdict.kind == kind))
+            flags = {kind: float(verdict.kind == kind) for kind in ("unreadable", "failed")}
+            parts[i] = {f"verifier_{task}": verdict.score, **flags}
         else:
             others.append(i)
     if not others:
@@ -79,21 +85,25 @@ def scored(
     found = _references(others, prompts, references, choices, rewards)
     if judge is not None:
         own = judge.scores([prompts[i] for i in others], [completions[i] for i in others], [found[i] for i in others])
-        parts["judge"] = own
+        of_others = [{"judge": score} for score in own]
     elif rewards is not None:
         distinct = {(repr(prompts[i]), repr(found[i])): i for i in others}
         texts = [completions[i] for i in others] + [found[i] for i in distinct.values()]
         both = rewards([*others, *distinct.values()], texts)
         of_reference = dict(zip(distinct, both[len(others) :], strict=True))
-        parts["reward"] = both[: len(others)]
-        parts["reference_reward"] = [of_reference[repr(prompts[i]), repr(found[i])] for i in others]
-        own = [proxy(*pair) for pair in zip(parts["reward"], parts["reference_reward"], strict=True)]
-        parts["proxy"] = own
+        pairs = [
+            (reward, of_reference[repr(prompts[i]), repr(found[i])]) for i, reward in zip(others, both, strict=False)
+        ]
+        own = [proxy(*pair) for pair in pairs]
+        of_others = [
+            {"proxy": score, "reward": reward, "reference_reward": reference}
+            for score, (reward, reference) in zip(own, pairs, strict=True)
+        ]
     else:
         named = f"the task {tasks[others[0]]!r}" if tasks[others[0]] else "a prompt without a task"
         raise UserError(f"{named} has no verifier: pass one, or a reward model as otherwise=, or a judge")
-    for i, score in zip(others, own, strict=True):
-        scores[i] = score
+    for i, score, part in zip(others, own, of_others, strict=True):
+        scores[i], parts[i] = score, part
     return Scored(scores, parts)
 
 

@@ -93,7 +93,7 @@ class RewardFunction:
             judge=self.judge,
             rewards=rewards if self.model is not None else None,
         )
-        self.parts = {name: sum(values) / len(values) for name, values in result.parts.items()}
+        self.parts = result.means()
         if log_metric is not None:
             for name, value in self.parts.items():
                 log_metric(f"{self.__name__}/{name}", value)

@@ -49,4 +49,10 @@ FAULTS = {
         "cuts[i] for",
         "tests/rlhf/test_hybrid.py -k cut_completion",
     ),
+    "serve: references are cut with their completions": (
+        "gcrm_fast/inference/server.py",
+        "cuts[i] and text is completions[i] for",
+        "cuts[i] for",
+        "tests/inference/test_serve.py -k hybrid_reward",
+    ),
 }

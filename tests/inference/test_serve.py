@@ -133,6 +133,38 @@ def test_score_of_cut_completions_and_of_messages(server: Server, model: RewardM
     assert scored.body["rewards"] == pytest.approx(model.score([prompt], ["yes<|im_end|>\n"]), abs=1e-5)
 
 
+def test_tasks_and_references_ask_for_the_hybrid_reward(model: RewardModel) -> None:
+    body = {
+        "prompts": PROMPTS[:4],
+        "completions": ["#### 4", " yes.", " 漢字", " 5"],
+        "task": ["sums", None, "talk", "sums"],
+        "reference": [4, " no", " no", "4"],
+        "cuts": [False, False, True, False],
+    }
+    verifiers = {"sums": r"regex:#### (\d+)"}
+    with running(model, verifiers=verifiers) as server:
+        answer = server.ask("/score", body)
+        assert answer.status == 200, answer
+        reward = RewardFunction(verifiers=verifiers, otherwise=model, ends=[0])
+        expected = reward(
+            body["prompts"], body["completions"], [[0], [0], [1], [0]], task=body["task"], reference=body["reference"]
+        )
+        np.testing.assert_allclose(answer.body["rewards"], expected, rtol=1e-5)
+        assert answer.body["parts"][0] == {"verifier_sums": 1.0, "unreadable": 0.0, "failed": 0.0}
+        assert answer.body["parts"][3] == {"verifier_sums": 0.0, "unreadable": 1.0, "failed": 0.0}
+        assert answer.body["parts"][1].keys() == {"proxy", "reward", "reference_reward"}
+        for change, message in (
+            ({"reference": None}, "the prompt 'hello?' has no verifier of its task and no reference"),
+            ({"task": ["sums"]}, "field 'task' has 1 entries, but 'completions' has 4"),
+            ({"goal": "default"}, "field 'goal': a hybrid reward has no Q-values"),
+        ):
+            refused = server.ask("/score", body | change)
+            assert (refused.status, message in refused.body["error"]) == (422, True), refused
+    with running(model, verifiers={"slow": "support.checks:misbehaves"}, timeout=1.0) as server:
+        late = server.ask("/score", {"prompts": ["x"], "completions": ["sleep"], "task": ["slow"]})
+        assert late.status == 504
+
+
 def test_tools_and_system_reach_the_template(
     server: Server, model: RewardModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,12 +1,13 @@
 """A small server for tests, in a thread of the test's process, and a client."""
 
 import contextlib
+import functools
 import http.client
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from gcrm_fast.data.tokenization import choose_pad
 from gcrm_fast.inference.batcher import Batcher
 from gcrm_fast.inference.connections import Server as Program
 from gcrm_fast.inference.server import create_app
+from gcrm_fast.rlhf.hybrid import scored
+from gcrm_fast.rlhf.verifiers import Verifiers
 from support.chat import CHATML, chat_tokenizer
 from support.small import small_config, small_model
 
@@ -104,9 +107,11 @@ def running(
     patience: float = 20.0,
     connections: int = 100,
     send_buffer: int = 0,
+    verifiers: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
     batcher = Batcher(model, delay=delay, limit=limit)
-    app = create_app(batcher, name="small", token=token, max_body=max_body, timeout=timeout)
+    hybrid = functools.partial(scored, verifiers=Verifiers(verifiers or {}), judge=None)
+    app = create_app(batcher, name="small", token=token, max_body=max_body, timeout=timeout, hybrid=hybrid)
     ready = threading.Event()
 
     def announce() -> None:
