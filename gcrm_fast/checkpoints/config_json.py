@@ -26,8 +26,9 @@ SAME_FIELDS = (  # of ModelConfig and of config.json
 )
 
 
-def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig:
-    """The shape of the model in ``folder``, from a config.json of transformers 4 or 5.
+def read_config(folder: Path, **of_head: Any) -> ModelConfig:
+    """The shape of the model in ``folder``, from a config.json of transformers 4 or 5. ``of_head``: the fields that it
+    has no place for (see ``weights.read_heads``); by default a linear head.
 
     Raises:
         UserError: no such file, an adapter, or a model or field that is not supported.
@@ -61,10 +62,9 @@ def read_config(folder: Path, *, head: str, projection_size: int) -> ModelConfig
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=positions,
-        head=head,
-        projection_size=projection_size,
         model_type=model_type,
         sliding_window=_sliding_window(raw, path, family, positions),
+        **of_head,
     )
     if n_heads % config.num_key_value_heads:
         raise UserError(f"{path}: field 'num_key_value_heads' is {config.num_key_value_heads}: must divide {n_heads}")

@@ -4,7 +4,7 @@ A saved model is a folder of transformers' sequence classifier of its family, e.
 with one label, plus
 
     gcrm.json            which head, projection size, end-token policy, how special tokens are read, weights fingerprint
-    gcrm.safetensors     projection and MLP head, where there are any: what the transformers class cannot hold
+    gcrm.safetensors     projection and heads of several layers: what the transformers class cannot hold
     goal.safetensors     the default goal state (see goals.py)
     README.md            the model card, of a run (see model_card.py)
 """
@@ -30,6 +30,7 @@ from gcrm_fast.data.chat import ending_at_the_reward
 from gcrm_fast.data.ends import Kind
 from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import save_tokenizer
+from gcrm_fast.model import heads
 from gcrm_fast.model.llama import ModelConfig
 
 
@@ -79,13 +80,16 @@ def write_model(
     folder.mkdir(parents=True)
     held = {k: v for k, v in state.items() if k.startswith("model.") or k == "score.weight"}
     companion = {k: v for k, v in state.items() if k not in held}
-    dtype = next(iter(held.values())).dtype
+    dtype = state["model.norm.weight"].dtype
+    held |= heads.KINDS[config.head].exported(state)
     save_torch_state_dict(held if bias is None else held | {"score.bias": bias}, folder, max_shard_size="5GB")
     _index(folder, [*held, *(["score.bias"] if bias is not None else [])])
     if companion:
         save_file(companion, folder / COMPANION, metadata={"format": "pt"})
     weights = fingerprint(state)
     own = {"head": config.head, "projection_size": config.projection_size, "end_policy": POLICIES[end]}
+    if config.bottleneck_size:
+        own |= {"bottleneck_size": config.bottleneck_size, "compare": config.compare}
     reading: Reading = "text" if tokenizer.split_special_tokens else "tokens"
     gcrm = {**own, "special_tokens": reading, "fingerprint": weights, **(about or {})}
     (folder / HEAD_FILE).write_text(json.dumps(gcrm, indent=2) + "\n")

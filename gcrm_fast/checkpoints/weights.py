@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +13,7 @@ from gcrm_fast.checkpoints.config_json import read_config, read_json
 from gcrm_fast.checkpoints.locating import COMPANION, HEAD_FILE
 from gcrm_fast.common.errors import UserError, one_line
 from gcrm_fast.model import heads
+from gcrm_fast.model.families import Family
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.reward_model import LlamaRewardModel, RowReader, initial_value
 
@@ -60,27 +61,35 @@ class Stored(NamedTuple):
 
 def open_reward_model(folder: Path) -> tuple[ModelConfig, Weights]:
     """Shape and weights of a trained reward model. Raises UserError, see read_heads, read_config and open_weights."""
-    head, projection_size = read_heads(folder)
-    config = read_config(folder, head=head, projection_size=projection_size)
+    config = read_config(folder, **read_heads(folder))
     return config, open_weights(folder, config, seed=None)
 
 
-def read_heads(folder: Path) -> tuple[str, int]:
-    """Kind of the reward head and width of the projection (0 for none), from gcrm.json; without one, a linear head.
+def read_heads(folder: Path) -> dict[str, Any]:
+    """Fields of a ModelConfig that gcrm.json holds: kind and width of the reward head, width of the projection (0 for
+    none), what is compared. Without such a file none, which is a linear head.
 
     Raises:
         UserError: a damaged gcrm.json.
     """
     path = folder / HEAD_FILE
     if not path.exists():
-        return "linear", 0
-    raw = read_json(path, "save the model again")
-    head, size = raw.get("head"), raw.get("projection_size")
-    if head not in heads.KINDS:
-        raise UserError(f"{path}: field 'head' is {head!r}: must be one of {', '.join(heads.KINDS)}")
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise UserError(f"{path}: field 'projection_size' is {size!r}: must be 0 or a positive integer")
-    return head, size
+        return {}
+    raw = {"bottleneck_size": 0, "compare": "states", **read_json(path, "save the model again")}
+    found: dict[str, Any] = {name: raw.get(name) for name in ("head", "bottleneck_size", "projection_size", "compare")}
+    for name, values in (("head", tuple(heads.KINDS)), ("compare", ("states", "latents"))):
+        if found[name] not in values:
+            raise UserError(f"{path}: field {name!r} is {found[name]!r}: must be one of {', '.join(values)}")
+    for name in ("bottleneck_size", "projection_size"):
+        size = found[name]
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise UserError(f"{path}: field {name!r} is {size!r}: must be 0 or a positive integer")
+    if (found["head"] == "bottleneck") != (found["bottleneck_size"] > 0):
+        raise UserError(
+            f"{path}: field 'bottleneck_size' is {found['bottleneck_size']} with head {found['head']!r}: it must be "
+            "positive for a bottleneck, 0 for other heads"
+        )
+    return found
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -125,7 +134,7 @@ def open_language_model(folder: Path) -> tuple[ModelConfig, bool, Weights]:
     Raises:
         UserError: see read_config and open_weights; no lm_head.
     """
-    config = read_config(folder, head="linear", projection_size=0)
+    config = read_config(folder)
     stored = _scan(_weight_files(folder))
     wanted = {name: shape for name, shape in parameter_shapes(config).items() if name.startswith("model.")}
     source = _match_trunk(stored, wanted, folder)
@@ -181,7 +190,10 @@ def _match(
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """(stored name of each parameter that the folder holds, notes). Raises UserError, see open_weights."""
     source, skipped, notes = _match_trunk(stored, wanted, folder), dict(SKIPPED), []
-    if head := _linear_head(stored, folder, config):
+    of_head = {name: name for name in wanted if name.startswith("score.")}
+    if "score.weight" not in of_head and of_head.keys() & stored.keys():
+        stored = {key: tensor for key, tensor in stored.items() if key != "score.weight"}  # made of these when saved
+    if head := _linear_head(stored, folder, config.head, "score.weight" in of_head, config.family):
         source["score.weight"] = f"{head}.weight"
         skipped[f".{head}.bias"] = BIAS_SKIPPED
         if f"{head}.bias" in stored:
@@ -220,20 +232,19 @@ def _match_trunk(stored: Mapping[str, Stored], wanted: Mapping[str, torch.Size],
     return source
 
 
-def _linear_head(stored: Mapping[str, Stored], folder: Path, config: ModelConfig) -> str:
-    """Which of HEADS the files hold; empty for none."""
+def _linear_head(stored: Mapping[str, Stored], folder: Path, kind: str, one_layer: bool, family: Family) -> str:
+    """Which of HEADS the files hold; empty for none. ``one_layer``: whether the head of that ``kind`` is one."""
     present = [head for head in HEADS if f"{head}.weight" in stored]
     if len(present) > 1:
         raise UserError(f"{folder}: holds {len(present)} reward heads ({', '.join(present)}): remove all but one")
-    one_layer = heads.KINDS[config.head].in_transformers
     if present and not one_layer:
         what = f"its reward head '{present[0]}.weight' is linear"
-        raise UserError(f"{folder}: {what}: omit --head {config.head}, or start from the language model")
+        raise UserError(f"{folder}: {what}: omit --head {kind}, or start from the language model")
     if not present and one_layer and "Classification" in str(_stated(folder, "architectures")):
         raise UserError(
             f"{folder}: tensor 'score.weight' missing from its safetensors files, but config.json, field "
             f"'architectures', names a classifier: download it again, or for a new head write "
-            f"{config.family.class_name('ForCausalLM')} there"
+            f"{family.class_name('ForCausalLM')} there"
         )
     return present[0] if present else ""
 
@@ -270,6 +281,8 @@ def _check(key: str, tensor: Stored, shape: torch.Size) -> None:
 def _hint(rest: Collection[str], stored: Mapping[str, Stored]) -> str:
     """What to do about tensors without a place; a model that this program saved needs its options."""
     options = ["--head mlp"] if "score.0.weight" in rest else []
+    if "score.reward.weight" in rest:
+        options.append(f"--head bottleneck --bottleneck-size {stored['score.reward.weight'].shape[1]}")
     if "projection.weight" in rest:
         options.append(f"--projection-size {stored['projection.weight'].shape[0]}")
     if options:

@@ -84,6 +84,15 @@ def converted(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
     return result
 
 
+def in_one_layer(config: ModelConfig, state: Mapping[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The model with a linear head that gives the same rewards; a bottleneck's latents are lost."""
+    exported = heads.KINDS[config.head].exported(state)
+    if not exported:
+        return config, dict(state)
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("score.")}
+    return replace(config, head="linear", bottleneck_size=0, compare="states"), kept | exported
+
+
 def export(options: ExportOptions) -> None:
     """Writes the folder and prints what became of the model. Raises UserError."""
     output = Path(options.output)
@@ -91,7 +100,8 @@ def export(options: ExportOptions) -> None:
         raise UserError(f"--output {output}: exists: choose another")
     folder = locate(options.model, "MODEL", MODEL_FILES)
     config, weights = open_reward_model(folder)
-    if config.head != "linear" and (options.format != "transformers" or options.standardize):
+    one_layer = options.format != "transformers" or bool(options.standardize)
+    if one_layer and not heads.KINDS[config.head].in_transformers:
         asked = "--standardize scales" if options.standardize else f"--format {options.format} holds"
         raise UserError(
             f"{options.model}: its reward head has several layers, {asked} one: use it with gcrm_fast, or train with "
@@ -107,6 +117,9 @@ def export(options: ExportOptions) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end.pad)
     goal_file, before = folder / GOAL_FILE, fingerprint(state)
     goals, counts = read_goals(goal_file, before, config.state_size) if goal_file.exists() else ({}, {})
+    if one_layer:
+        goals = {} if config.compare == "latents" else goals
+        config, state = in_one_layer(config, state)
     scale = measure(options) if options.standardize else None
     about = {"standardized": {**scale._asdict(), "shift": scale.shift}} if scale else {}
     if scale:
@@ -153,6 +166,8 @@ def _summary(
         return rows
     if not heads.KINDS[config.head].in_transformers:
         rows.append(("reward head", f"in {COMPANION}, for gcrm_fast only: transformers has no head of several layers"))
+    if config.bottleneck_size:
+        rows.append(("latents", f"in {COMPANION}, for gcrm_fast only: score.weight gives the reward without them"))
     if config.projection_size:
         rows.append(("projection", f"in {COMPANION}, for Q-values here: the format has no place for it"))
     return rows

@@ -12,7 +12,6 @@ from gcrm_fast.commands.shared import load, records
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import columns, number
-from gcrm_fast.data.records import Candidate
 from gcrm_fast.evaluation.detectors import NEIGHBORS, STOP, Finding, Reference, early_stop
 from gcrm_fast.evaluation.plots import plot_map, plot_monitor
 from gcrm_fast.evaluation.results import Row, check_folder, write_rows
@@ -25,18 +24,13 @@ def parts_of(prompts: Sequence[str]) -> np.ndarray:
     return np.array([zlib.crc32(prompt.encode()) >> 16 & 3 for prompt in prompts])
 
 
-def end_states(model: RewardModel, candidates: Sequence[Candidate]) -> np.ndarray:
-    """The compared states at the last token of completions, [N, D] float64."""
-    tokens = encoded(candidates, model)
-    return model.end_states(tokens, names=[c.label for c in candidates], progress=True).astype(np.float64)
-
-
 def read_latents(model: RewardModel, sources: Sequence[str], options: MonitorOptions) -> tuple[np.ndarray, list[str]]:
     """Latents of all whole completions of the sources, and their prompts. Raises UserError."""
     found = [c for of_record in records(sources, model, options) for c in of_record if not c.cut]
     if len(found) <= NEIGHBORS:
         raise UserError(f"{' '.join(sources)}: {len(found)} completions: give more than {NEIGHBORS}")
-    return end_states(model, found), [c.prompt for c in found]
+    latents_ND = model.latents(encoded(found, model), names=[c.label for c in found], progress=True)
+    return latents_ND.astype(np.float64), [c.prompt for c in found]
 
 
 def rows_of(source: str, finding: Finding) -> list[Row]:

@@ -23,6 +23,7 @@ from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.sampling import (
     Sampling,
     divergence,
+    draw_noise,
     draw_samples,
     first_negative,
     other_pair,
@@ -229,6 +230,7 @@ class _WantedRows:
     quantiles_2Q: list[np.ndarray]
     shared_negatives: float
     has_negative: bool
+    noise_2D: np.ndarray
 
 
 def _wanted_rows(
@@ -261,6 +263,7 @@ def _wanted_rows(
         ],
         shared_negatives=(negative_goals < divergence(pair) - pair.rejected_start).mean() if other is pair else 0.0,
         has_negative=other is not None,
+        noise_2D=draw_noise(pair, sampling, epoch),
     )
 
 
@@ -297,6 +300,9 @@ def _read_rows(
         has_negative_N=_tensor(np.array([w.has_negative for w in wanted]), np.bool_),
         shared_negatives_N=_tensor(np.array([w.shared_negatives for w in wanted]), np.float32),
         margin_N=_tensor(np.array([p.margin for p in pairs]), np.float32),
+        noise_2ND=_tensor(
+            np.array([w.noise_2D for w in wanted]).reshape(n, 2, sampling.noise).swapaxes(0, 1), np.float32
+        ),
         pair_ids=tuple(p.pair_id for p in pairs),
     )
 

@@ -28,6 +28,7 @@ class Sampling:
     negatives: str = "anywhere"  # or "after-divergence": negative goals only from the first differing token on
     seed: int = 0
     positions: str = "random"
+    noise: int = 0  # numbers that the reward head draws per completion
 
 
 def shared_start(a: np.ndarray, b: np.ndarray) -> int:
@@ -145,6 +146,13 @@ def _to_the_end(rng: np.random.Generator, n_chosen: int, n_rejected: int, first:
 def _from_end(u_S: np.ndarray, n: int) -> np.ndarray:
     """Positions of the released code among n tokens, u in [0, 1): n - floor((1 - u) * (n - 1) + 1)."""
     return n - np.floor((1 - u_S) * (n - 1) + 1).astype(np.int64)
+
+
+def draw_noise(pair: TokenizedPair, sampling: Sampling, epoch: int) -> np.ndarray:
+    """Standard normal values [2, D] float32 for the latents of chosen [0] and rejected [1]: a function of (seed, epoch,
+    pair id) alone, as ``draw_samples`` is, in numbers of another stream."""
+    rng = np.random.Generator(np.random.Philox(key=[sampling.seed, epoch], counter=[0, 0, 1, pair.pair_id]))
+    return rng.standard_normal((2, sampling.noise), dtype=np.float32)
 
 
 def quantile_positions(n: int) -> np.ndarray:

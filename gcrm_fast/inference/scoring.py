@@ -5,7 +5,7 @@ Letters: N completions, n tokens of a completion, R read rows of a pack, G goals
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 
@@ -350,14 +350,16 @@ class RewardModel:
         """States z of every completion token, which goals are compared with, [n, D] float32 for each completion."""
         questions, answers, single = self._texts(prompts, completions)
         encoded = self.encode(questions, answers)
-        states = self._compared(encoded, True)
+        states = self._read(self.network.compared, encoded, True)
         return states[0] if single else states
 
-    def end_states(
+    @torch.inference_mode()
+    def latents(
         self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
     ) -> np.ndarray:
-        """States z at the last token of each completion, [n, D] float32. Raises UserError for one that is ``unfit``."""
-        return np.concatenate(self._compared(encoded, False, names, progress))
+        """What detectors of over-optimization see of each completion, [N, D] float32: the mean latent of a bottleneck
+        head at the last token, or else the state z. Raises UserError for one that is ``unfit``."""
+        return np.concatenate(self._read(self.network.latents, encoded, False, names, progress))
 
     def goal_state(
         self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
@@ -388,13 +390,19 @@ class RewardModel:
             for part in plan_packs(groups[a : a + PLANNED_GROUPS], self.budget, 1):
                 yield build_score_pack(part, per_token=per_token)
 
-    def _compared(
-        self, encoded: Sequence[Completion], per_token: bool, names: Sequence[str] | None = None, progress: bool = False
+    def _read(
+        self,
+        function: Callable[[Tensor], Tensor],
+        encoded: Sequence[Completion],
+        per_token: bool,
+        names: Sequence[str] | None = None,
+        progress: bool = False,
     ) -> list[np.ndarray]:
-        """States z of every completion token or, without ``per_token``, of the last one: [n, D] float32 each."""
+        """[n, D] float32 for each completion: ``function`` of the states [R, H] of all its tokens or, without
+        ``per_token``, of the last one."""
         states: dict[int, np.ndarray] = {}
         for pack, hidden_RH in self._states(encoded, per_token, names, progress):
-            z_RD = self.network.compared(hidden_RH).float().cpu().numpy()
+            z_RD = function(hidden_RH).float().cpu().numpy()
             states.update({i: z_RD[rows] for i, rows in zip(pack.indices, pack.rows_of, strict=True)})
         return [states[i] for i in range(len(encoded))]
 

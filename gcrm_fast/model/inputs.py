@@ -1,6 +1,7 @@
 """The network's input: a flat axis of packed tokens, and the rows of it that a loss reads.
 
-Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples per pair. Layout: packing.py.
+Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples per pair, D width
+of the head's noise. Layout: packing.py.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ class PairRows:
     has_negative_N: Tensor  # bool; False where negative goals come from another prompt and there is none
     shared_negatives_N: Tensor  # float32, share of the negative goals that lie before the completions diverge
     margin_N: Tensor  # float32
+    noise_2ND: Tensor  # float32, standard normal, for the latents of a bottleneck head; D = 0 for other heads
     pair_ids: tuple[int, ...]
 
 

@@ -43,8 +43,10 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     max_position_embeddings: int = 4096
-    head: str = "linear"  # or "mlp", the paper's ablation: three ReLU layers of width H
+    head: str = "linear"  # or another of heads.KINDS
+    bottleneck_size: int = 0  # D of the latents of a bottleneck head; 0 for other heads
     projection_size: int = 0  # D of the projection W [D, H] that the contrastive loss compares; 0 for none
+    compare: str = "states"  # what the contrastive loss and goals compare, or "latents": those of the head
     model_type: str = "llama"  # of FAMILIES
     sliding_window: int | None = None  # tokens up to which attention to all of them is the model's; None for any number
 
@@ -55,7 +57,7 @@ class ModelConfig:
     @property
     def state_size(self) -> int:
         """Width D of the states that the contrastive loss and goals compare."""
-        return self.projection_size or self.hidden_size
+        return self.bottleneck_size if self.compare == "latents" else self.projection_size or self.hidden_size
 
     def parameters_per_layer(self) -> int:
         h, q, kv = self.hidden_size, self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim

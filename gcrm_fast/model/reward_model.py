@@ -28,10 +28,12 @@ RowReader = Callable[[str, torch.Size, slice], Tensor]  # (parameter name, its f
 
 
 class Output(NamedTuple):
-    """reward [2, pairs] float32 at the end rows of chosen [0] and rejected [1]; z [R, D or H] what cosines compare."""
+    """reward [2, pairs] float32 at the end rows of chosen [0] and rejected [1]; z [R, D or H] what cosines compare;
+    terms [2, pairs] by name, see heads.Read."""
 
     reward_2N: Tensor
     z_RD: Tensor
+    terms: dict[str, Tensor]
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -49,13 +51,14 @@ class LlamaRewardModel(nn.Module):
         self, config: ModelConfig, attention_backend: str = "auto", recompute: str = "none", first: int = 0
     ) -> None:
         super().__init__()
-        h = config.hidden_size
         self.config = config
         self.attention_backend = attention_backend
         self.gather = "block"  # see parallel.shard
         self.model = Llama(config, recompute, first)
-        self.score = heads.KINDS[config.head](h)
-        self.projection = nn.Linear(h, config.projection_size, bias=False) if config.projection_size else None
+        self.score = heads.KINDS[config.head](config)
+        self.projection = (
+            nn.Linear(config.hidden_size, config.projection_size, bias=False) if config.projection_size else None
+        )
 
     def cast(self, dtype: torch.dtype) -> Self:
         """Stores all parameters but the reward head's in ``dtype``; RoPE's frequencies stay float32."""
@@ -73,9 +76,11 @@ class LlamaRewardModel(nn.Module):
 
     def forward(self, pack: Pack) -> Output:
         hidden_RH = self.model(pack, self.attention_backend)
-        reward = self.rewards(hidden_RH.index_select(0, pack.pairs.end_2N.flatten()))
+        ends_EH = hidden_RH.index_select(0, pack.pairs.end_2N.flatten())
+        reward_E, terms = self.score.read(upcast(ends_EH), pack.pairs.noise_2ND.flatten(0, 1))
         # A stack and not a view: FSDP's hooks must own the tensors that leave the module.
-        return Output(torch.stack(reward.chunk(2)), self.compared(hidden_RH))
+        reward_2N, *terms_2N = (torch.stack(value_E.chunk(2)) for value_E in (reward_E, *terms.values()))
+        return Output(reward_2N, self.compared(hidden_RH), dict(zip(terms, terms_2N, strict=True)))
 
     def rewards(self, hidden_RH: Tensor) -> Tensor:
         """[R] float32. Rewards are differences of nearly equal numbers: the head runs in float32 whatever the trunk's
@@ -83,8 +88,15 @@ class LlamaRewardModel(nn.Module):
         return self.score(upcast(hidden_RH)).squeeze(1)
 
     def compared(self, hidden_RH: Tensor) -> Tensor:
-        """z [R, D or H], what cosines compare: projected states, or the states themselves."""
+        """z [R, D or H], what cosines compare: the head's latents, projected states, or the states themselves."""
+        if self.config.compare == "latents":
+            return self.latents(hidden_RH)
         return hidden_RH if self.projection is None else self.projection(hidden_RH)
+
+    def latents(self, hidden_RH: Tensor) -> Tensor:
+        """[R, D or H]: the head's latents, or what cosines compare where the head has none."""
+        own_RD = self.score.latents(upcast(hidden_RH))
+        return self.compared(hidden_RH) if own_RD is None else own_RD
 
 
 @torch.no_grad()

@@ -70,7 +70,8 @@ def work(pack: Pack, config: ModelConfig, recompute: str, trained_layers: int | 
     # One of the MLP's three products; the last of a recomputed part is not needed again.
     product = 2 * h * config.intermediate_size * ((layers - 1) * t + r)
     again = {"none": 0, "product": 0, "mlp": 2 * product, "block": trained - product}[recompute]
-    read = 2 * h * config.projection_size * r + 2 * pack.n_pairs * heads.KINDS[config.head].flops(h)
+    compared = config.bottleneck_size if config.compare == "latents" else config.projection_size
+    read = 2 * h * compared * r + 2 * pack.n_pairs * heads.KINDS[config.head].flops(config)
     return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, below + 3 * (trained + read), again)
 
 

@@ -148,8 +148,11 @@ class TrainConfig(Options):
     """Width of the MLPs of a model without --model."""
     vocab_size: Annotated[int, Range(least=259, greatest=2**20)] = 4096
     """Vocabulary size of the byte-level BPE tokenizer trained for a model without --model."""
-    head: Literal["linear", "mlp"] = "linear"
-    """Reward head: linear, or the paper's ablation with three ReLU layers."""
+    head: Literal["linear", "mlp", "bottleneck"] = "linear"
+    """Reward head: linear; mlp, the paper's ablation with three ReLU layers; or bottleneck, which reads the reward from
+    a random latent (InfoRM)."""
+    bottleneck_size: Annotated[int, Range(least=1, greatest=2**16)] = 128
+    """Width of the latent of --head bottleneck."""
     train_layers: ZeroOrMore = 0
     """Number of layers to train, the top ones, with the final norm, the head and the projection. Those below keep the
     weights of --model, without gradients, moments or stored activations. 0, or the number of all layers, trains the
@@ -192,6 +195,11 @@ class TrainConfig(Options):
     """Order of mean and logarithm in the contrastive loss. auto is mean_then_log for repo, log_then_mean otherwise."""
     temperature: Positive = 1.0
     """Temperature tau in sigmoid(cos / tau)."""
+    bottleneck_weight: NotNegative = 0.1
+    """Weight of the KL divergence of both latents of a pair from a standard normal, with --head bottleneck (beta)."""
+    compare: Literal["states", "latents"] = "states"
+    """What the contrastive loss and Q-values compare: hidden states, projected ones with --projection-size, or the mean
+    latents of --head bottleneck."""
     negatives: Literal["anywhere", "after-divergence"] = "anywhere"
     """Where negative goals are drawn in the rejected completion. after-divergence skips the text that both completions
     share."""
@@ -336,6 +344,9 @@ class TrainConfig(Options):
             need(drawn, "sampling", "random or avg with --negatives after-divergence")
         if self.sampling == "avg":
             need(self.pairing in ("auto", "paired"), "pairing", "paired with --sampling avg: there is one goal")
+        if self.compare == "latents":
+            need(self.head == "bottleneck", "compare", "states without --head bottleneck")
+            need(not self.projection_size, "projection_size", "0 with --compare latents")
         if self.cache_states:
             need(self.train_layers > 0, "train_layers", "1 or more with --cache-states")
             need(self.cache != "none", "cache", "a folder or auto with --cache-states")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from gcrm_fast.common import processes
@@ -68,6 +68,8 @@ def shard(model: LlamaRewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype,
     head_policy = MixedPrecisionPolicy(param_dtype=torch.float32)
     for unit, of_unit in (*((block, policy) for block in model.model.blocks), (model.score, head_policy)):
         fully_shard(unit, mesh=mesh, mp_policy=of_unit)
+    for method in model.score.forwards:
+        register_fsdp_forward_method(model.score, method)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     set_gather(model, gather)
 

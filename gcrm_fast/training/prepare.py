@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -114,7 +115,7 @@ def open_model(config: TrainConfig) -> tuple[ModelConfig, Weights]:
         UserError: a model that is not supported, or whose sliding window is shorter than --max-length.
     """
     folder = locate(config.model, "--model", MODEL_FILES)
-    model_config = read_config(folder, head=config.head, projection_size=config.projection_size)
+    model_config = read_config(folder, **head_of(config))
     window = model_config.sliding_window
     if window and config.max_length > window:
         raise UserError(
@@ -122,6 +123,16 @@ def open_model(config: TrainConfig) -> tuple[ModelConfig, Weights]:
             f"--max-length {window} or less"
         )
     return model_config, open_weights(folder, model_config, config.seed)
+
+
+def head_of(config: TrainConfig) -> dict[str, Any]:
+    """Fields of the ModelConfig that say what is read from the hidden states."""
+    return {
+        "head": config.head,
+        "bottleneck_size": config.bottleneck_size if config.head == "bottleneck" else 0,
+        "projection_size": config.projection_size,
+        "compare": config.compare,
+    }
 
 
 def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ModelConfig, Weights]:
@@ -135,8 +146,7 @@ def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         num_key_value_heads=config.kv_heads,
         head_dim=config.head_size or config.hidden_size // config.heads,
         max_position_embeddings=config.max_length,
-        head=config.head,
-        projection_size=config.projection_size,
+        **head_of(config),
     )
     return model_config, fresh_weights(model_config, config.seed)
 
@@ -210,7 +220,14 @@ def prepare(config: TrainConfig) -> Prepared:
         bad=bad,
         weights=weights,
         budget=budget,
-        sampling=Sampling(config.samples, config.objective_variant, config.negatives, config.seed, config.sampling),
+        sampling=Sampling(
+            config.samples,
+            config.objective_variant,
+            config.negatives,
+            config.seed,
+            config.sampling,
+            noise=model_config.bottleneck_size,
+        ),
         steps=config.steps or max(1, math.ceil(config.epochs * per_epoch)),
         output=output,
     )
@@ -246,6 +263,7 @@ def objective_of(config: TrainConfig) -> Objective:
         distance=config.distance,
         label_smoothing=config.label_smoothing,
         centering=config.center_rewards,
+        head_weights={"kl": config.bottleneck_weight} if config.head == "bottleneck" else {},
     )
 
 

@@ -39,7 +39,7 @@ from gcrm_fast.training.manifest import checkpoints, first_intact
 from gcrm_fast.training.memory import check_model_fits, memory_limit, memory_plan
 from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.model_card import Rows, example_of, model_card
-from gcrm_fast.training.objectives import STATISTICS, Objective
+from gcrm_fast.training.objectives import Objective, statistics_of
 from gcrm_fast.training.optimizer import Updater, cast_weights
 from gcrm_fast.training.prepare import Prepared, objective_of, steps_of, trained_layers
 from gcrm_fast.training.report import shown_pairs, write_report
@@ -219,7 +219,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
         model.compile_blocks()
     parallel.shard(model, mesh, dtype, gather=plan.gather)
     parallel.materialize(model, mesh, device, prepared.weights.rows)
-    state = RunState(model, Updater(model, config, prepared.steps, device), Window(STATISTICS, device))
+    state = RunState(model, Updater(model, config, prepared.steps, device), Window(statistics_of(config.head), device))
     if checkpoint:
         state.load(checkpoint, group)
         notes.append(f"resumed from {checkpoint.path} after step {start}")

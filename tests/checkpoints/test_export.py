@@ -26,6 +26,7 @@ from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.data.tokenization import choose_pad
 from gcrm_fast.model.reward_model import LlamaRewardModel
+from support import models
 from support.chat import TEMPLATES, chat_tokenizer
 from support.folders import VOCAB, llama, tokenizer, trunk
 from support.small import small_config, small_model
@@ -341,6 +342,36 @@ def test_a_head_of_several_layers_goes_beside(mlp: Path, tmp_path: Path, capsys:
     assert "in gcrm.safetensors, for gcrm_fast only" in capsys.readouterr().out
     rewards = [RewardModel.from_pretrained(folder).score(PROMPTS, COMPLETIONS) for folder in (mlp, tmp_path / "out")]
     np.testing.assert_array_equal(*rewards)
+
+
+@pytest.mark.parametrize("format", ["transformers", "vllm", "openrlhf", "token-classification"])
+@pytest.mark.parametrize("compare", ["states", "latents"])
+def test_a_bottleneck_becomes_one_layer(
+    format: str, compare: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its latents and a goal of theirs stay with the first format only; the goal of states stays with all but vLLM."""
+    models.save(tmp_path / "in", head="bottleneck", bottleneck_size=6, compare=compare)
+    command = [str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--format", format]
+    assert cli.run("export", command) == 0
+    assert ("latents" in capsys.readouterr().out) == (format == "transformers")
+    before, after = (RewardModel.from_pretrained(tmp_path / name) for name in ("in", "out"))
+    np.testing.assert_allclose(after.score(PROMPTS, COMPLETIONS), before.score(PROMPTS, COMPLETIONS), rtol=1e-5)
+    assert after.config.head == ("bottleneck" if format == "transformers" else "linear")
+    kept = format == "transformers" or (format != "vllm" and compare == "states")
+    assert bool(after.goals) == kept
+    if kept:
+        for a, b in zip(after.q_values(PROMPTS, COMPLETIONS), before.q_values(PROMPTS, COMPLETIONS), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_rewards_of_a_bottleneck_are_standardized_in_one_layer(source: Path, tmp_path: Path) -> None:
+    models.save(tmp_path / "in", head="bottleneck", bottleneck_size=6)
+    (tmp_path / "data").write_text(json.dumps({"prompt": PROMPTS[0], "completions": COMPLETIONS}) + "\n")
+    before = RewardModel.from_pretrained(tmp_path / "in").score(PROMPTS[0], COMPLETIONS)
+    command = [str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--standardize", str(tmp_path / "data")]
+    assert cli.run("export", command) == 0
+    after = RewardModel.from_pretrained(tmp_path / "out").score(PROMPTS[0], COMPLETIONS)
+    np.testing.assert_allclose(after, before / before.std(), rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from gcrm_fast import RewardModel
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.evaluation.detectors import Reference, clusters, early_stop, neighbor_distance
 from support import models
@@ -111,3 +113,18 @@ def test_the_command_sees_a_policy_that_repeats_itself(
     result = gcrm("monitor", folder, few, "--reference", sft, "-o", tmp_path / "out2")
     assert "few.jsonl: 5 completions: give more than 5" in result.stderr
     assert not (tmp_path / "out2").exists()
+
+
+def test_a_bottleneck_is_seen_by_its_latents(gcrm: Gcrm, rng: np.random.Generator, tmp_path: Path) -> None:
+    """Six numbers instead of 32 states, for which 200 references are enough."""
+    network = models.save(tmp_path / "m", head="bottleneck", bottleneck_size=6)
+    model = RewardModel.from_pretrained(tmp_path / "m", device="cpu")
+    encoded = model.encode(["one", "two"], [" three", " four five"])
+    hidden_NH = torch.from_numpy(
+        np.stack([h[-1] for h in model.representations(["one", "two"], [" three", " four five"])])
+    )
+    np.testing.assert_allclose(model.latents(encoded), network.score.latents(hidden_NH).detach(), rtol=1e-4, atol=1e-5)
+    sft, step = (write(tmp_path / f"{name}.jsonl", samples(rng, 200, WORDS)) for name in ("sft", "step"))
+    result = gcrm("monitor", tmp_path / "m", step, "--reference", sft, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "few for latents" not in result.stderr

@@ -111,8 +111,8 @@ FAULTS = {
     ),
     "export: an MLP head dropped": (
         "gcrm_fast/commands/export.py",
-        'if config.head != "linear" and (',
-        "if False and (",
+        "if one_layer and not heads",
+        "if False and not heads",
         "tests/checkpoints/test_export.py -k one_line",
     ),
     "export: no line about a head that transformers cannot read": (

@@ -1,6 +1,48 @@
 """Faults planted in model/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "bottleneck: KL of averages over dimensions, as released": (
+        "gcrm_fast/model/heads.py",
+        "kl_E = 0.5 * (mu_ED**2 + log_variance_ED.exp() - log_variance_ED - 1).sum(1)",
+        "kl_E = 0.5 * (mu_ED.mean(1) ** 2 + log_variance_ED.mean(1).exp() - log_variance_ED.mean(1) - 1)",
+        "tests/training/test_bottleneck.py -k distant_latent",
+    ),
+    "bottleneck: log variance used as log deviation": (
+        "gcrm_fast/model/heads.py",
+        "(log_variance_ED / 2).exp()",
+        "log_variance_ED.exp()",
+        "tests/training/test_bottleneck.py -k transcription",
+    ),
+    "bottleneck: noise in evaluation": (
+        "gcrm_fast/model/heads.py",
+        "* noise_ED if self.training else mu_ED",
+        "* noise_ED",
+        "tests/training/test_bottleneck.py -k mean_otherwise",
+    ),
+    "bottleneck: another weight saved for transformers": (
+        "gcrm_fast/model/heads.py",
+        "w_1D @ encoder[: w_1D.shape[1]]",
+        "w_1D @ encoder[w_1D.shape[1] :]",
+        "tests/training/test_bottleneck.py -k in_transformers",
+    ),
+    "bottleneck: no KL in the loss": (
+        "gcrm_fast/training/objectives.py",
+        "total_N = total_N + weight * terms[name]",
+        "total_N = total_N + 0 * terms[name]",
+        "tests/training/test_bottleneck.py -k transcription",
+    ),
+    "bottleneck: the same noise in each epoch": (
+        "gcrm_fast/data/sampling.py",
+        "key=[sampling.seed, epoch], counter=[0, 0, 1, pair.pair_id]",
+        "key=[sampling.seed, 0], counter=[0, 0, 1, pair.pair_id]",
+        "tests/training/test_bottleneck.py -k seed_epoch",
+    ),
+    "bottleneck: noise in the order of a pack": (
+        "gcrm_fast/data/sampling.py",
+        "counter=[0, 0, 1, pair.pair_id]",
+        "counter=[0, 0, 1, 0]",
+        "tests/training/test_bottleneck.py -k seed_epoch",
+    ),
     "layers: the network knows records": (
         "gcrm_fast/model/inputs.py",
         "import numpy as np\n",

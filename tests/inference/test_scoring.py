@@ -296,6 +296,15 @@ def test_models_that_must_not_score(tmp_path: Path) -> None:
     (tmp_path / "bad" / "gcrm.json").write_text('{"head": "tree", "projection_size": 0}')
     with pytest.raises(UserError, match=r"gcrm\.json: field 'head' is 'tree': must be"):
         RewardModel.from_pretrained(tmp_path / "bad", device="cpu")
+    for wrong, message in (
+        ({"bottleneck_size": 0}, "field 'bottleneck_size' is 0 with head 'bottleneck': it must be positive"),
+        ({"bottleneck_size": "6"}, "field 'bottleneck_size' is '6': must be 0 or a positive integer"),
+        ({"compare": "rewards"}, "field 'compare' is 'rewards': must be one of states, latents"),
+    ):
+        good = {"head": "bottleneck", "projection_size": 0, "bottleneck_size": 6}
+        (tmp_path / "bad" / "gcrm.json").write_text(json.dumps(good | wrong))
+        with pytest.raises(UserError, match=message):
+            RewardModel.from_pretrained(tmp_path / "bad", device="cpu")
 
 
 def test_a_reward_model_of_another_program_scores_without_goals(tmp_path: Path) -> None:

@@ -197,19 +197,19 @@ def test_token_classifiers_have_their_familys_class(family: str, tmp_path: Path)
         np.testing.assert_allclose(found, judged.rewards_n, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("head", ["linear", "mlp", "bottleneck"])
 @pytest.mark.parametrize("family", FAMILY_CLASSES)
 def test_round_trip_with_every_head(family: str, head: str, tmp_path: Path) -> None:
     model = next(name for name, (own, _) in MODELS.items() if own == family)
     saved(tmp_path / "in", model, AutoModelForCausalLM)
-    shape = {"head": head, "projection_size": 5}
+    shape = {"head": head, "projection_size": 5, "bottleneck_size": 6 if head == "bottleneck" else 0}
     ours, _, config = load(tmp_path / "in", **shape)
     state = {name: p.detach() for name, p in ours.named_parameters()}
     write_model(tmp_path / "out", state, config, tokenizer())
     again, weights, read = load(tmp_path / "out", **shape)
     assert (read, weights.notes) == (config, ())
     assert all(torch.equal(parameter, state[name]) for name, parameter in again.named_parameters())
-    kind = "ForSequenceClassification" if head == "linear" else "Model"
+    kind = "Model" if head == "mlp" else "ForSequenceClassification"
     assert named(tmp_path / "out")["architectures"] == [FAMILY_CLASSES[family] + kind]
 
 

@@ -42,6 +42,7 @@ def assert_same(
         torch.testing.assert_close(a[1][name], b[1][name], rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+BOTTLENECK = {"head": "bottleneck", "bottleneck_size": 6}
 VARIANTS = [
     (Sampling(samples=5), Objective(), {}),
     (Sampling(samples=4, variant="repo"), Objective(pairing="grid", reduce="mean_then_log"), {"projection_size": 7}),
@@ -51,6 +52,8 @@ VARIANTS = [
     (Sampling(samples=4, positions="late_both"), Objective(distance="euclidean"), {"projection_size": 4}),
     (Sampling(samples=4, positions="avg"), Objective(average=True), {}),
     (Sampling(samples=5, positions="end_mix"), Objective(), {}),
+    (Sampling(samples=4, noise=6), Objective(head_weights={"kl": 0.3}), BOTTLENECK),
+    (Sampling(samples=4, noise=6), Objective(head_weights={"kl": 0.3}), BOTTLENECK | {"compare": "latents"}),
 ]
 
 
@@ -112,10 +115,14 @@ def test_any_cut_into_packs_gives_the_same_loss(pairs: list[TokenizedPair], worl
         assert_same(whole, loss_and_gradients(model, plan, sampling, objective))
 
 
+@pytest.mark.parametrize("config", [{"projection_size": 5, "head": "mlp"}, BOTTLENECK])
 @pytest.mark.parametrize("variant", ["paper", "dense"])
-def test_a_dummy_pack_touches_every_parameter_and_adds_nothing(variant: str) -> None:
-    model = small_model(small_config(projection_size=5, head="mlp"))
-    loss, gradients = loss_and_gradients(model, [[]], Sampling(variant=variant), Objective(dense=variant == "dense"))
+def test_a_dummy_pack_touches_every_parameter_and_adds_nothing(variant: str, config: dict[str, object]) -> None:
+    model = small_model(small_config(**config))
+    sampling = Sampling(variant=variant, noise=model.config.bottleneck_size)
+    weights = {"kl": 0.1} if sampling.noise else {}
+    objective = Objective(dense=variant == "dense", head_weights=weights)
+    loss, gradients = loss_and_gradients(model, [[]], sampling, objective)
     assert loss.item() == 0.0
     assert gradients.keys() == dict(model.named_parameters()).keys()
     assert all(not g.any() for g in gradients.values())

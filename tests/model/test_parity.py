@@ -54,9 +54,12 @@ def save(folder: Path, config: ModelConfig) -> tuple[LlamaRewardModel, dict[str,
     model = small_model(config, torch.float32)
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
     choose_pad(tokenizer(), config.vocab_size, "test")
-    goal = torch.ones(config.projection_size or config.hidden_size)
+    goal = torch.ones(config.state_size)
     save_model(folder, state, config, tokenizer(), goal, 3)
     return model, state
+
+
+BOTTLENECK = {"head": "bottleneck", "bottleneck_size": 6}
 
 
 def theirs_of(config: ModelConfig, kind: type = LlamaForSequenceClassification, **more: object) -> PreTrainedModel:
@@ -89,7 +92,7 @@ def assert_same(model: LlamaRewardModel, theirs: PreTrainedModel, pairs: list[To
     """Rewards of both completions and the hidden state at the end of the chosen one."""
     pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=4), 0)
     with torch.no_grad():
-        reward_2N, states = model(pack)
+        reward_2N, states, _ = model.eval()(pack)
         chosen_rows = iter(pack.pairs.end_2N[0].tolist())
         for n, pair in enumerate([*pairs[:5], pairs[6]]):
             for side, ids in enumerate((pair.chosen_ids, pair.rejected_ids)):
@@ -99,7 +102,7 @@ def assert_same(model: LlamaRewardModel, theirs: PreTrainedModel, pairs: list[To
             torch.testing.assert_close(states[next(chosen_rows)], hidden, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("changes", [*CONFIGS.values(), BOTTLENECK], ids=[*CONFIGS.keys(), "bottleneck"])
 def test_what_we_save_transformers_scores_alike(
     changes: dict[str, object], pairs: list[TokenizedPair], tmp_path: Path
 ) -> None:
@@ -139,7 +142,7 @@ def test_tied_embeddings(kept: str, tmp_path: Path) -> None:
         assert torch.equal(dict(model.model.named_parameters())[name], tensor)
 
 
-@pytest.mark.parametrize("changes", [{}, {"head": "mlp", "projection_size": 5}])
+@pytest.mark.parametrize("changes", [{}, {"head": "mlp", "projection_size": 5}, BOTTLENECK | {"compare": "latents"}])
 def test_round_trip_is_bitwise(changes: dict[str, Any], tmp_path: Path) -> None:
     config = small_config(vocab_size=300, **changes)
     _, state = save(tmp_path / "m", config)
@@ -149,8 +152,8 @@ def test_round_trip_is_bitwise(changes: dict[str, Any], tmp_path: Path) -> None:
         assert torch.equal(parameter, state[name]), name
     meta = json.loads((tmp_path / "m" / "gcrm.json").read_text())
     assert meta["fingerprint"] == fingerprint(state)
-    assert load_file(tmp_path / "m" / "goal.safetensors")["default"].shape == (config.projection_size or 32,)
-    assert ("score.weight" in load_file(tmp_path / "m" / "model.safetensors")) == (config.head == "linear")
+    assert load_file(tmp_path / "m" / "goal.safetensors")["default"].shape == (config.state_size,)
+    assert ("score.weight" in load_file(tmp_path / "m" / "model.safetensors")) == (config.head != "mlp")
 
 
 def test_saved_config_protects_against_the_usual_accidents(tmp_path: Path) -> None:

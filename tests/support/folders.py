@@ -59,9 +59,9 @@ def llama(folder: Path, tensors: Mapping[str, Tensor] | None = None, **config: o
     return folder
 
 
-def load(folder: Path, head: str = "linear", projection_size: int = 0) -> tuple[LlamaRewardModel, Weights, ModelConfig]:
+def load(folder: Path, **of_head: Any) -> tuple[LlamaRewardModel, Weights, ModelConfig]:
     """The model in ``folder`` in float32 on the CPU, as read for training."""
-    config = read_config(folder, head=head, projection_size=projection_size)
+    config = read_config(folder, **of_head)
     weights = open_weights(folder, config, seed=0)
     model = LlamaRewardModel(config)
     with torch.no_grad():

@@ -21,7 +21,7 @@ def save(folder: Path, **changes: Any) -> LlamaRewardModel:
     model = small_model(config, torch.float32)
     state: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
     choose_pad(tokenizer(), config.vocab_size, "test")
-    goal = torch.ones(config.projection_size or config.hidden_size)
+    goal = torch.ones(config.state_size)
     save_model(folder, state, config, tokenizer(), goal, 3)
     return model
 

@@ -136,14 +136,18 @@ def attention_flops(pack: Pack, config: Any) -> int:
     return 4 * seen * config.num_attention_heads * config.head_dim * config.num_hidden_layers
 
 
-@pytest.mark.parametrize("head", heads.KINDS)
+BOTTLENECK = {"head": "bottleneck", "bottleneck_size": 6}
+HEADS = [*({"head": head, "projection_size": 7} for head in heads.KINDS), {"compare": "latents"}]
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.get("head", "latents"))
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("layers", [2, 3])
 def test_counted_operations_are_those_of_the_model(
-    pairs: list[TokenizedPair], recompute: str, head: str, layers: int
+    pairs: list[TokenizedPair], recompute: str, head: dict[str, Any], layers: int
 ) -> None:
-    config = small_config(projection_size=7, head=head)
-    pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=2), 0)
+    config = small_config(**{**BOTTLENECK, **head})
+    pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=2, noise=6), 0)
     model = LlamaRewardModel(config, recompute=recompute)
     model.model.train_top(layers)
     with FlopCounterMode(display=False) as counter:

@@ -416,6 +416,11 @@ def test_bad_input_under_torchrun_fails_once_before_any_training(tmp_path: Path)
         (["--objective-variant", "dense", "--distance", "dot"], "--distance dot: must be cosine"),
         (["--objective-variant", "repo", "--sampling", "end"], "--sampling end: must be random or avg"),
         (["--negatives", "after-divergence", "--sampling", "late_goal"], "--sampling late_goal: must be random or avg"),
+        (["--compare", "latents"], "--compare latents: must be states without --head bottleneck"),
+        (
+            ["--head", "bottleneck", "--compare", "latents", "--projection-size", "4"],
+            "--projection-size 4: must be 0 with --compare latents",
+        ),
         (["--sampling", "avg", "--pairing", "grid"], "--pairing grid: must be paired"),
         (["--sampling", "rs", "--tokens-per-batch", "200"], "--sampling rs compares pairs of two prompts"),
         (["--config", "no.toml"], "no.toml"),
