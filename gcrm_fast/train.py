@@ -38,6 +38,7 @@ from gcrm_fast.training.describe import describe
 from gcrm_fast.training.hub import create_repository, upload
 from gcrm_fast.training.interrupts import Interrupts, Request, end_with_parent
 from gcrm_fast.training.loader import load
+from gcrm_fast.training.lora import seed_dropout
 from gcrm_fast.training.objectives import Objective, Statistics, losses
 from gcrm_fast.training.prepare import Prepared, check_unfinished, prepare
 from gcrm_fast.training.resume import with_template_date
@@ -76,6 +77,8 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
             run.meter.restart()
             for step in bar:
                 n_pairs, packs = run.meter.fetch(steps)
+                if config.lora_dropout:
+                    seed_dropout(config.seed, step)
                 statistics = accumulate(run.state.model, packs, n_pairs, run.objective, device)
                 run.meter.add(packs)
                 made, norm, learning_rate = run.state.updater.update(step, statistics["loss"])

@@ -10,6 +10,8 @@ from gcrm_fast.common.errors import UserError, one_line
 
 HEAD_FILE = "gcrm.json"
 COMPANION = "gcrm.safetensors"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's
+PEFT_PREFIX = "base_model.model."  # of the names in its files
 TOKENIZER_FILES = [
     *("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("vocab.json", "merges.txt"),

@@ -7,6 +7,8 @@ with one label, plus
     gcrm.safetensors     projection and heads of several layers: what the transformers class cannot hold
     goal.safetensors     the default goal state (see goals.py)
     README.md            the model card, of a run (see model_card.py)
+
+The folder of an adapter has peft's adapter_config.json and adapter_model.safetensors, no config.json and no goal.
 """
 
 import copy
@@ -14,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -24,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.checkpoints.config_json import huggingface_config
 from gcrm_fast.checkpoints.goals import DEFAULT, GOAL_FILE, write_goals
-from gcrm_fast.checkpoints.locating import COMPANION, HEAD_FILE
+from gcrm_fast.checkpoints.locating import ADAPTER_WEIGHTS, COMPANION, HEAD_FILE, PEFT_PREFIX
 from gcrm_fast.checkpoints.reading import POLICIES
 from gcrm_fast.data.chat import ending_at_the_reward
 from gcrm_fast.data.ends import Kind
@@ -32,6 +34,9 @@ from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import save_tokenizer
 from gcrm_fast.model import heads
 from gcrm_fast.model.llama import ModelConfig
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
 def add_tensor(update: Callable[[Any], None], name: str, tensor: Tensor) -> None:
@@ -84,22 +89,52 @@ def write_model(
     held |= heads.KINDS[config.head].exported(state)
     save_torch_state_dict(held if bias is None else held | {"score.bias": bias}, folder, max_shard_size="5GB")
     _index(folder, [*held, *(["score.bias"] if bias is not None else [])])
-    if companion:
-        save_file(companion, folder / COMPANION, metadata={"format": "pt"})
+    raw = {**huggingface_config(config, tokenizer, dtype), **(fields or {})}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     weights = fingerprint(state)
+    _write_companions(folder, companion, config, tokenizer, end, {"fingerprint": weights, **(about or {})})
+    return weights
+
+
+def write_adapter(
+    folder: Path,
+    settings: "LoraConfig",
+    adapters: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Writes a folder that peft loads onto the model which ``settings`` name. ``adapters`` have peft's names; the head
+    and the projection are in ``state``."""
+    folder.mkdir(parents=True)
+    settings.save_pretrained(str(folder))
+    own = {name: tensor for name, tensor in state.items() if not name.startswith("model.")}
+    held = {name: own.pop(name) for name in ("score.weight",) if name in own} | heads.KINDS[config.head].exported(state)
+    of_peft = {PEFT_PREFIX + name: tensor for name, tensor in held.items()}
+    save_file({**adapters, **of_peft}, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    _write_companions(folder, own, config, tokenizer, "eos", {})
+
+
+def _write_companions(
+    folder: Path,
+    companion: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    end: Kind,
+    about: Mapping[str, Any],
+) -> None:
+    """What stands next to the weights: tensors that transformers cannot hold, gcrm.json, the tokenizer."""
+    if companion:
+        save_file(dict(companion), folder / COMPANION, metadata={"format": "pt"})
     own = {"head": config.head, "projection_size": config.projection_size, "end_policy": POLICIES[end]}
     if config.bottleneck_size:
         own |= {"bottleneck_size": config.bottleneck_size, "compare": config.compare}
     reading: Reading = "text" if tokenizer.split_special_tokens else "tokens"
-    gcrm = {**own, "special_tokens": reading, "fingerprint": weights, **(about or {})}
-    (folder / HEAD_FILE).write_text(json.dumps(gcrm, indent=2) + "\n")
-    raw = {**huggingface_config(config, tokenizer, dtype), **(fields or {})}
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    (folder / HEAD_FILE).write_text(json.dumps({**own, "special_tokens": reading, **about}, indent=2) + "\n")
     if end == "eos":
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = ending_at_the_reward(tokenizer)
     save_tokenizer(tokenizer, folder)
-    return weights
 
 
 def _index(folder: Path, names: Iterable[str]) -> None:

@@ -188,7 +188,9 @@ class _LinearsOfOneInput(torch.autograd.Function):
 
 
 def linears(x_TH: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """``tuple(layer(x_TH) for layer in layers)``."""
+    """``tuple(layer(x_TH) for layer in layers)``; also where a layer computes more than its weight (LoRA)."""
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return tuple(layer(x_TH) for layer in layers)
     return _LinearsOfOneInput.apply(x_TH, *(p for layer in layers for p in (layer.weight, layer.bias)))
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.training.lora import Lora
 
 T = TypeVar("T")
 
@@ -59,20 +60,27 @@ def query_key_products(pack: Pack) -> int:
     return int((q_B * k_B - q_B * (q_B - 1) // 2).sum())
 
 
-def work(pack: Pack, config: ModelConfig, recompute: str, trained_layers: int | None = None) -> Work:
+def work(
+    pack: Pack, config: ModelConfig, recompute: str, trained_layers: int | None = None, lora: Lora | None = None
+) -> Work:
     """What training the top ``trained_layers`` blocks (None: all) on ``pack`` takes. A backward pass counts twice the
     forward (Kaplan et al. 2020, section 2.1), of attention too: what flash attention computes again belongs to neither
-    number. Blocks below have a forward only, and not even that where the pack brings their states."""
+    number. Blocks below have a forward only, and not even that where the pack brings their states. Under adapters the
+    gradients of the linear layers' weights are not computed."""
     t, r, h = len(pack.input_ids_T), len(pack.read_rows_R), config.hidden_size
     products, layers = query_key_products(pack), trained_layers or config.num_hidden_layers
     trained = forward_flops(replace(config, num_hidden_layers=layers), t, products, r)
     below = forward_flops(config, t, products, r) - trained if pack.states_TH is None else 0
+    omitted = 0
+    if lora:
+        omitted = trained - forward_flops(replace(config, num_hidden_layers=layers), 0, products, 0)
+        trained += lora.flops(config, t, r)
     # One of the MLP's three products; the last of a recomputed part is not needed again.
     product = 2 * h * config.intermediate_size * ((layers - 1) * t + r)
     again = {"none": 0, "product": 0, "mlp": 2 * product, "block": trained - product}[recompute]
     compared = config.bottleneck_size if config.compare == "latents" else config.projection_size
     read = 2 * h * compared * r + 2 * pack.n_pairs * heads.KINDS[config.head].flops(config)
-    return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, below + 3 * (trained + read), again)
+    return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, below + 3 * (trained + read) - omitted, again)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -117,10 +125,16 @@ class Meter:
     """Speed of training since the last reading, over all ranks."""
 
     def __init__(
-        self, config: ModelConfig, recompute: str, trained_layers: int, device: torch.device, peak: float
+        self,
+        config: ModelConfig,
+        recompute: str,
+        trained_layers: int,
+        lora: Lora | None,
+        device: torch.device,
+        peak: float,
     ) -> None:
         self.device, self.peak = device, peak
-        self.settings = config, recompute, trained_layers
+        self.settings = config, recompute, trained_layers, lora
         self.restart()
 
     def restart(self) -> None:

@@ -11,7 +11,7 @@ import tomllib
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_origin
 
 import tomli_w
 
@@ -25,6 +25,7 @@ MOST_GENERATED = 10**7  # pairs: about 10 GiB
 
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def _is_date(text: str) -> bool:
@@ -161,6 +162,15 @@ class TrainConfig(Options):
     """With --train-layers, compute the states that enter the trained layers once and keep them in the folder of
     --cache, for later epochs, evaluations and runs. A token takes 2 bytes per unit of the hidden size in bfloat16, 4 in
     float32."""
+    lora_rank: Annotated[int, Range(least=0, greatest=2**16)] = 0
+    """Rank of LoRA adapters, which are trained instead of the weights of --model, with the head and the projection; 0
+    trains the weights. The run also saves the adapter, in the folder adapter."""
+    lora_alpha: ZeroOrMore = 0
+    """LoRA adapters are scaled by this / --lora-rank; 0 is twice the rank."""
+    lora_targets: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linear layers that get an adapter, in every trained layer."""
+    lora_dropout: Annotated[float, Range(least=0, below=1)] = 0.0
+    """Dropout of the adapters' inputs."""
     projection_size: Annotated[int, Range(least=0, greatest=2**16)] = 0
     """Width of a learned projection of the hidden states that the contrastive loss compares; 0 compares the hidden
     states themselves."""
@@ -214,7 +224,7 @@ class TrainConfig(Options):
     steps: ZeroOrMore = 0
     """Number of optimizer steps; 0 takes as many as --epochs needs."""
     lr: NotNegative = 0.0
-    """Peak learning rate; 0 is 9e-6 (as in the paper) with --model, 1e-3 without."""
+    """Peak learning rate; 0 is 9e-6 (as in the paper) with --model, 1e-4 with --lora-rank, 1e-3 without --model."""
     warmup: Annotated[float, Range(least=0, below=1)] = 0.03
     """Fraction of the steps in which the learning rate grows linearly. A cosine decay to 0 follows."""
     beta2: Annotated[float, Range(above=0, below=1)] = 0.95
@@ -354,6 +364,8 @@ class TrainConfig(Options):
             held_out = bool(self.eval_data) or self.eval_split > 0 or generated
             need(held_out, "keep_best", "omitted without --eval-data or --eval-split")
             need(self.keep > 0, "keep", "1 or more with --keep-best")
+        need(bool(self.lora_targets), "lora_targets", "at least one layer")
+        need(not self.lora_rank or bool(self.model), "lora_rank", "0 without --model, the weights of which stay")
         if not self.model:
             if self.head_size:
                 need(self.head_size % 2 == 0, "head_size", "even")
@@ -361,6 +373,7 @@ class TrainConfig(Options):
                 need(self.hidden_size % (2 * self.heads) == 0, "hidden_size", "a multiple of 2 * --heads")
             need(self.heads % self.kv_heads == 0, "kv_heads", "a divisor of --heads")
         for name, wanted, module, extra in (
+            ("lora_rank", self.lora_rank > 0, "peft", "lora"),
             ("optimizer", self.optimizer != "adamw", "torchao", "torchao"),
             ("attention", self.attention == "flash_attn", "flash_attn", "flash"),
             ("report_to", self.report_to == "wandb", "wandb", "wandb"),
@@ -428,7 +441,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     for name, value in raw.items():
         if name not in kinds:
             raise UserError(f"{path}: unknown option {name!r}: see gcrm train --help for the names")
-        if kinds[name] == tuple[str, ...] and isinstance(value, (list, str)):
+        if get_origin(kinds[name]) is tuple and isinstance(value, (list, str)):
             value = tuple(value) if isinstance(value, list) else tuple(filter(None, [value]))
         if wanted := missed(value, kinds[name]):
             raise UserError(f"{path}: option {name!r} is {str(raw[name])[:60]!r}: must be {wanted}")

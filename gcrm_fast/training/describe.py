@@ -11,9 +11,9 @@ from gcrm_fast.common.tables import table
 from gcrm_fast.data.encoding import CUT, Completion, TokenizedPair, TokenReport, token_texts
 from gcrm_fast.training.accounting import work
 from gcrm_fast.training.config import TrainConfig
-from gcrm_fast.training.memory import memory_limit, memory_plan
+from gcrm_fast.training.memory import memory_limit, memory_plan, parameter_counts
 from gcrm_fast.training.metrics_log import MetricsLog
-from gcrm_fast.training.prepare import Prepared, steps_of, trained_layers
+from gcrm_fast.training.prepare import Prepared, lora_of, steps_of, trained_layers
 
 MANY_DROPPED = 0.1  # of the training pairs
 FEW_STEPS = 20
@@ -120,13 +120,12 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     """What --dry-run prints: drops, the first pair, lengths, packs, steps, predicted memory."""
     steps, sampled_steps = steps_of(prepared, config, 0, 1), min(8, prepared.steps)
     packs = [pack for i in range(sampled_steps) for pack in steps[i].packs]
-    layers = trained_layers(config, prepared.model_config)
-    done = [work(pack, prepared.model_config, "none", layers) for pack in packs]
+    layers, lora = trained_layers(config, prepared.model_config), lora_of(config, prepared.model_config)
+    done = [work(pack, prepared.model_config, "none", layers, lora) for pack in packs]
     tokens = sum(w.tokens for w in done)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parameters = f"{prepared.model_config.parameters() / 1e6:.2f} M"
-    if layers < prepared.model_config.num_hidden_layers:
-        parameters += f", of which {prepared.model_config.trained_parameters(layers) / 1e6:.2f} M are trained"
+    trained, whole = parameter_counts(prepared.model_config, layers, lora, cached_states=False)
+    parameters = f"{whole / 1e6:.2f} M" + (f", of which {trained / 1e6:.2f} M are trained" if trained < whole else "")
     return table(
         [
             *data_rows(prepared, config),

@@ -19,7 +19,8 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.accounting import peak_memory
 from gcrm_fast.training.config import TrainConfig
-from gcrm_fast.training.prepare import Prepared, trained_layers
+from gcrm_fast.training.lora import Lora
+from gcrm_fast.training.prepare import Prepared, lora_of, trained_layers
 from gcrm_kernels.launch import HAS_TRITON
 
 # Bytes per parameter: weights, gradient, two moments.
@@ -68,6 +69,7 @@ class MemoryShape:
     world_size: int  # processes that share a copy of the weights
     several_packs: bool  # per step
     trained_layers: int | None = None  # the top ones; None for all, and the embeddings
+    lora: Lora | None = None  # adapters, which are trained instead of these layers' weights
     cached_states: bool = False  # of the layers below, which are absent then
     evaluated_tokens: int = 0  # of the largest pack that runs without a backward
 
@@ -104,8 +106,7 @@ def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
     # What FSDP holds whole: weights in the compute dtype, and gradients of the root and of two blocks; and, until the
     # last pack of a step, all gradients in float32.
     layers = shape.trained_layers or config.num_hidden_layers
-    trained = config.trained_parameters(layers)
-    whole = trained if shape.cached_states else config.parameters()
+    trained, whole = parameter_counts(config, layers, shape.lora, shape.cached_states)
     largest = min(config.vocab_size * h + 2 * config.parameters_per_layer(), whole)
     gathered = (whole if gather == "step" else largest) * width
     gradients = min(largest, trained) * width + (4 * trained if shape.several_packs else 0)
@@ -115,11 +116,25 @@ def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
     working += tokens * (2 * h + 3 * f) * width  # gradients on their way
     of_trained = replace(config, num_hidden_layers=layers)
     kept = kept_for_backward(of_trained, tokens, keys, shape.read_rows, recompute, width, shape.kernels)
+    if shape.lora and recompute != "block":
+        kept += shape.lora.kept_for_backward(config, tokens, width)
     gradient = trained / shape.world_size * GRADIENT_BYTES[shape.optimizer]
-    frozen = (whole - trained) / shape.world_size * WEIGHT_BYTES[shape.optimizer]
-    held = int(trained / shape.world_size * OPTIMIZER_BYTES[shape.optimizer] - gradient + frozen)
+    held = int(held_bytes(trained, whole, shape.optimizer) / shape.world_size - gradient)
     training = gradients + max(kept + working, int(gradient))
     return held + gathered + max(training, evaluation)
+
+
+def parameter_counts(config: ModelConfig, layers: int, lora: Lora | None, cached_states: bool) -> tuple[int, int]:
+    """Number of parameters (trained, held), without the head and the projection, where the top ``layers`` are trained
+    or get adapters, and with ``cached_states`` the others are absent."""
+    of_layers = config.trained_parameters(layers)
+    held = of_layers if cached_states else config.parameters()
+    return (lora.parameters(config), held + lora.parameters(config)) if lora else (of_layers, held)
+
+
+def held_bytes(trained: int, whole: int, optimizer: str) -> float:
+    """Of the weights, and of the gradients and moments of those that are trained."""
+    return trained * OPTIMIZER_BYTES[optimizer] + (whole - trained) * WEIGHT_BYTES[optimizer]
 
 
 def choose_plan(limit: int, shape: MemoryShape, recompute: str = "auto", gather: str = "auto") -> MemoryPlan:
@@ -167,8 +182,11 @@ def largest_pack(sizes: Sequence[int], budget: int, global_batch_pairs: int, wor
 def check_model_fits(prepared: Prepared, config: TrainConfig, world_size: int, limit: int) -> None:
     """Raises UserError where weights, gradients and moments alone take more than ``limit`` bytes per process, before
     the system ends a process that allocates them."""
-    parameters = prepared.model_config.parameters()
-    needed = parameters * OPTIMIZER_BYTES[config.optimizer] * config.replicas / world_size
+    model = prepared.model_config
+    trained, parameters = parameter_counts(
+        model, trained_layers(config, model), lora_of(config, model), config.cache_states
+    )
+    needed = held_bytes(trained, parameters, config.optimizer) * config.replicas / world_size
     if needed > limit:
         raise UserError(
             f"{parameters / 1e6:.0f} M parameters take {needed / 2**30:.1f} GiB per process with --optimizer "
@@ -197,6 +215,7 @@ def memory_plan(
         world_size=world_size // config.replicas,
         several_packs=mean * config.global_batch_pairs > budget.tokens * world_size,
         trained_layers=trained_layers(config, prepared.model_config),
+        lora=lora_of(config, prepared.model_config),
         cached_states=config.cache_states,
         evaluated_tokens=largest_pack(computed, budget.tokens, len(computed), world_size),
     )

@@ -48,7 +48,7 @@ class Updater:
         self.seed, self.clip = config.seed, config.clip
         first = self.parameters[0]
         self.shard = first.device_mesh["shard"].get_local_rank() if isinstance(first, DTensor) else 0
-        self.peak = config.lr or (9e-6 if config.model else 1e-3)
+        self.peak = config.lr or (1e-4 if config.lora_rank else 9e-6 if config.model else 1e-3)
         self.steps, self.warmup = steps, math.ceil(config.warmup * steps)
         self.applied = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_row = torch.zeros((), dtype=torch.int64, device=device)

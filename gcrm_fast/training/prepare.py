@@ -30,6 +30,7 @@ from gcrm_fast.data.tokenization import choose_pad, load_tokenizer, train_tokeni
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig
 from gcrm_fast.training.loader import Steps
+from gcrm_fast.training.lora import Lora
 from gcrm_fast.training.objectives import Objective
 
 
@@ -270,6 +271,19 @@ def objective_of(config: TrainConfig) -> Objective:
 def trained_layers(config: TrainConfig, model: ModelConfig) -> int:
     """Number of top blocks that are trained; all of them include the embeddings."""
     return config.train_layers or model.num_hidden_layers
+
+
+def lora_of(config: TrainConfig, model: ModelConfig) -> Lora | None:
+    """The adapters to train, if any."""
+    if not config.lora_rank:
+        return None
+    return Lora(
+        rank=config.lora_rank,
+        alpha=config.lora_alpha or 2 * config.lora_rank,
+        targets=config.lora_targets,
+        dropout=config.lora_dropout,
+        layers=range(model.num_hidden_layers - trained_layers(config, model), model.num_hidden_layers),
+    )
 
 
 def steps_of(prepared: Prepared, config: TrainConfig, rank: int, world_size: int) -> Steps:

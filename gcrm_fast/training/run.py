@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from gcrm_fast.checkpoints.saving import save_model
+from gcrm_fast.checkpoints.saving import save_model, write_adapter
 from gcrm_fast.checkpoints.weights import parameter_shapes
 from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
@@ -34,6 +34,7 @@ from gcrm_fast.training.held_out import (
     shortcuts,
 )
 from gcrm_fast.training.loader import Steps
+from gcrm_fast.training.lora import Lora
 from gcrm_fast.training.lower_states import with_lower_states
 from gcrm_fast.training.manifest import checkpoints, first_intact
 from gcrm_fast.training.memory import check_model_fits, memory_limit, memory_plan
@@ -41,7 +42,7 @@ from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.model_card import Rows, example_of, model_card
 from gcrm_fast.training.objectives import Objective, statistics_of
 from gcrm_fast.training.optimizer import Updater, cast_weights
-from gcrm_fast.training.prepare import Prepared, objective_of, steps_of, trained_layers
+from gcrm_fast.training.prepare import Prepared, lora_of, objective_of, steps_of, trained_layers
 from gcrm_fast.training.report import shown_pairs, write_report
 from gcrm_fast.training.resume import RunState, Window, facts, find_checkpoint, with_dtype
 from gcrm_fast.training.snapshots import Checkpoints
@@ -50,10 +51,11 @@ EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evalu
 
 
 class FullModel(NamedTuple):
-    """A model to save: all weights on the CPU of rank 0 (none on other ranks), its goal state, and over how many pairs
-    that is the mean."""
+    """A model to save: all weights on the CPU of rank 0 (none on other ranks), with adapters merged, and the adapters;
+    its goal state, and over how many pairs that is the mean."""
 
     weights: dict[str, Tensor]
+    adapters: dict[str, Tensor]
     goal: Tensor
     goal_count: int
 
@@ -66,6 +68,7 @@ class Run:
     prepared: Prepared
     device: torch.device
     objective: Objective
+    lora: Lora | None
     state: RunState
     checkpoints: Checkpoints
     steps: Steps
@@ -155,12 +158,17 @@ class Run:
     def full_model(self) -> FullModel:
         """The current model; every rank must call it."""
         dtype = compute_dtype(self.config.dtype, self.device)
-        weights = parallel.full_state(self.state.model, dtype)
+        adapters: dict[str, Tensor] = {}
+        if self.lora:
+            state = parallel.full_state(self.state.model, torch.float32)
+            adapters, weights = self.lora.adapters(state), self.lora.merged(state, dtype)
+        else:
+            weights = parallel.full_state(self.state.model, dtype)
         if weights:  # on rank 0: with cached states the layers below are not in the model
             shapes = parameter_shapes(self.prepared.model_config)
             for name in shapes.keys() - weights.keys():
                 weights[name] = self.prepared.weights.whole(name, shapes[name]).to(dtype)
-        return FullModel(weights, *self.goal())
+        return FullModel(weights, adapters, *self.goal())
 
     def write_report(self, goal: Tensor) -> None:
         """Writes inspect.html, from the last evaluation; every rank must call it. Nothing without held-out pairs."""
@@ -184,6 +192,12 @@ class Run:
             example_of(prepared.held_out or prepared.train, prepared.tokenizer),
             chats=bool(prepared.tokenizer.chat_template),
         )
+        if self.lora:
+            settings = self.lora.configuration(prepared.model_config, self.config.model)
+            with written_aside(prepared.output / name.replace("model", "adapter")) as partial:
+                write_adapter(
+                    partial, settings, model.adapters, model.weights, prepared.model_config, prepared.tokenizer
+                )
         with written_aside(prepared.output / name) as partial:
             save_model(
                 partial, model.weights, prepared.model_config, prepared.tokenizer, model.goal.cpu(), model.goal_count
@@ -199,7 +213,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     checkpoint, notes = find_checkpoint(config, prepared.output, prepared.data_key, group)
     config = with_dtype(config, checkpoint, device, group)
     dtype = compute_dtype(config.dtype, device)
-    layers = trained_layers(config, prepared.model_config)
+    layers, lora = trained_layers(config, prepared.model_config), lora_of(config, prepared.model_config)
     first = prepared.model_config.num_hidden_layers - layers
     if config.cache_states and first:
         prepared = with_lower_states(prepared, config, first, dtype, device)
@@ -213,12 +227,15 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     plan = memory_plan(prepared, config, world_size, device, int(limit))
     with torch.device("meta"):
         model = LlamaRewardModel(prepared.model_config, config.attention, plan.recompute, first)
-    model.model.train_top(layers)
+        model.model.train_top(layers)
+        if lora:
+            lora.inject(model)
     cast_weights(model, config.optimizer)
     if config.compile:
         model.compile_blocks()
     parallel.shard(model, mesh, dtype, gather=plan.gather)
-    parallel.materialize(model, mesh, device, prepared.weights.rows)
+    rows = prepared.weights.rows
+    parallel.materialize(model, mesh, device, lora.rows(rows, config.seed) if lora else rows)
     state = RunState(model, Updater(model, config, prepared.steps, device), Window(statistics_of(config.head), device))
     if checkpoint:
         state.load(checkpoint, group)
@@ -241,10 +258,11 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
         prepared=prepared,
         device=device,
         objective=objective_of(config),
+        lora=lora,
         state=state,
         checkpoints=saved,
         steps=steps_of(prepared, config, rank, world_size),
-        meter=Meter(prepared.model_config, plan.recompute, layers, device, peak),
+        meter=Meter(prepared.model_config, plan.recompute, layers, lora, device, peak),
         log=log,
     )
     return run, start
