@@ -62,6 +62,7 @@ def serve(options: ServeOptions) -> None:
         from gcrm_fast.inference.batcher import Batcher
         from gcrm_fast.inference.connections import Server, connection_limit, limit_logs
         from gcrm_fast.inference.server import create_app
+        from gcrm_fast.inference.sessions import Sessions
 
         limit = connection_limit()
         limit_logs()
@@ -76,7 +77,10 @@ def serve(options: ServeOptions) -> None:
             special_tokens=options.special_tokens,
         )
         batcher = Batcher(scorer, delay=options.delay, limit=options.queue)
-        app = create_app(batcher, name=options.model, token=token, max_body=options.max_body, timeout=options.timeout)
+        sessions = Sessions(scorer, limit=options.streams, tokens=options.stream_tokens, idle=options.stream_idle)
+        app = create_app(
+            batcher, sessions, name=options.model, token=token, max_body=options.max_body, timeout=options.timeout
+        )
 
         def announce() -> None:
             host, port = listener.getsockname()[:2]

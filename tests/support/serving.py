@@ -20,6 +20,7 @@ from gcrm_fast.data.tokenization import choose_pad
 from gcrm_fast.inference.batcher import Batcher
 from gcrm_fast.inference.connections import Server as Program
 from gcrm_fast.inference.server import create_app
+from gcrm_fast.inference.sessions import Sessions
 from support.chat import CHATML, chat_tokenizer
 from support.small import small_config, small_model
 
@@ -104,9 +105,11 @@ def running(
     patience: float = 20.0,
     connections: int = 100,
     send_buffer: int = 0,
+    sessions: Sessions | None = None,
 ) -> Iterator[Server]:
     batcher = Batcher(model, delay=delay, limit=limit)
-    app = create_app(batcher, name="small", token=token, max_body=max_body, timeout=timeout)
+    sessions = sessions or Sessions(model, limit=4, tokens=4096, idle=60)
+    app = create_app(batcher, sessions, name="small", token=token, max_body=max_body, timeout=timeout)
     ready = threading.Event()
 
     def announce() -> None:
