@@ -363,6 +363,12 @@ class ServeOptions(Options):
     """Seconds that a request to an idle model waits for others to share its batch."""
     queue: AtLeastOne = 4096
     """Maximum number of completions that wait. Requests beyond that are answered 429."""
+    streams: AtLeastOne = 64
+    """Maximum number of open streams (POST /stream). More are answered 429."""
+    stream_tokens: AtLeastOne = 65536
+    """Maximum number of tokens of all open streams, whose keys and values stay in memory. Beyond that, 429."""
+    stream_idle: Annotated[float, Range(above=0, greatest=10**6)] = 300.0
+    """Seconds after which a stream that is sent nothing is closed."""
     max_body: AtLeastOne = 16 * 2**20
     """Maximum size of a request's body in bytes. Longer ones are answered 413."""
     timeout: Annotated[float, Range(above=0, greatest=10**6)] = 60.0

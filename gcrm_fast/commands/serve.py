@@ -65,6 +65,7 @@ def serve(options: ServeOptions) -> None:
         from gcrm_fast.inference.batcher import Batcher
         from gcrm_fast.inference.connections import Server, connection_limit, limit_logs
         from gcrm_fast.inference.server import create_app
+        from gcrm_fast.inference.sessions import Sessions
 
         limit = connection_limit()
         limit_logs()
@@ -79,8 +80,10 @@ def serve(options: ServeOptions) -> None:
             special_tokens=options.special_tokens,
         )
         batcher = Batcher(scorer, delay=options.delay, limit=options.queue)
+        sessions = Sessions(scorer, limit=options.streams, tokens=options.stream_tokens, idle=options.stream_idle)
         app = create_app(
             batcher,
+            sessions,
             name=options.model,
             token=token,
             max_body=options.max_body,

@@ -22,6 +22,7 @@ from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.inference.metrics import Metrics
 from gcrm_fast.inference.scoring import Judged, RewardModel, Text
+from gcrm_fast.model.cache import CacheFull
 
 Context = Mapping[str, Any]  # a prompt's tools and system message: arguments of as_text
 LOG = logging.getLogger("gcrm.serve")
@@ -79,6 +80,7 @@ class Batcher:
         self.waiting = 0  # completions, including those in the current batch
         self.metrics = Metrics(lambda: self.waiting)
         self._jobs: deque[Job] = deque()
+        self._calls: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._closing = False
         # A daemon: a second interrupt ends the program without waiting for it.
@@ -134,17 +136,47 @@ class Batcher:
                 future.set_result(job)
         return future
 
+    def call(self, work: Callable[[], Any]) -> asyncio.Future[Any]:
+        """A future of what ``work`` returns on the model's thread, between two batches; canceling it takes the work out
+        of the queue. Raises HTTPException 503 after ``close``."""
+        with self._changed:
+            if self._closing:
+                raise HTTPException(503, "the server is shutting down")
+            future = self._loop.create_future()
+            self._calls.append((work, future))
+            self._changed.notify()
+        return future
+
     # ------------------------------------------------------------------------------------------------ the model thread
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._jobs or self._closing)
-                if not self._jobs:
+                self._changed.wait_for(lambda: self._jobs or self._calls or self._closing)
+                if not (self._jobs or self._calls):
                     return
-                first = self._jobs[0].arrived
-            time.sleep(max(0.0, first + self.delay - time.monotonic()))
-            self._work()
+                calls, self._calls = self._calls, deque()
+                first = self._jobs[0].arrived if self._jobs else None
+            for work, future in calls:
+                self._call(work, future)
+            if first is not None:
+                time.sleep(max(0.0, first + self.delay - time.monotonic()))
+                self._work()
+
+    def _call(self, work: Callable[[], Any], future: asyncio.Future[Any]) -> None:
+        if future.done():
+            return
+        try:
+            result = work()
+        except CacheFull as error:
+            result = HTTPException(429, f"{error}: or close streams")
+        except UserError as error:
+            result = HTTPException(422, str(error))
+        except HTTPException as error:
+            result = error
+        except Exception as error:
+            result = _failed(error)
+        self._loop.call_soon_threadsafe(_settle, [(future, result)])
 
     def _work(self) -> None:
         """Tokenizes new jobs, then judges one batch of the oldest; an unfinished job joins the end of the queue."""
@@ -185,8 +217,7 @@ class Batcher:
                     self._together([job], work)
                 return
             if not isinstance(error, HTTPException):
-                LOG.exception("a request failed")
-                error = HTTPException(503, f"the model failed ({type(error).__name__}): see the server's log")
+                error = _failed(error)
             jobs[0].encoded, jobs[0].refused = [], True
             self._loop.call_soon_threadsafe(_settle, [(jobs[0].future, error)])
 
@@ -217,7 +248,14 @@ class Batcher:
         self._loop.call_soon_threadsafe(_settle, [(job.future, job) for job in jobs if job.whole])
 
 
-def _settle(results: Sequence[tuple[asyncio.Future["Job"], Job | HTTPException]]) -> None:
+def _failed(error: Exception) -> HTTPException:
+    """The answer to a request that failed, in an except clause; the log has the traceback."""
+    LOG.exception("a request failed")
+    return HTTPException(503, f"the model failed ({type(error).__name__}): see the server's log")
+
+
+def _settle(results: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
+    """Gives each future its result, or its HTTPException."""
     for future, result in results:
         if future.done():  # nobody waits any more
             continue

@@ -17,7 +17,7 @@ from gcrm_fast.data.encoding import CUT, Completion
 from gcrm_fast.data.messages import Messages
 from gcrm_fast.inference.generation import Policy, Row
 from gcrm_fast.inference.scoring import RewardModel
-from gcrm_fast.inference.streaming import LiveRow, LiveScorer
+from gcrm_fast.inference.streaming import LiveRow, LiveScorer, reencode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,25 +93,19 @@ class Judge:
 
     def look(self, rows: Sequence[Row]) -> list[int]:
         """Adds the Q-values of what the rows have written since the last look. Returns the tokens read of each."""
-        new_ids = [self._new_ids(row) for row in rows]
         judged = [self.judged[id(row)] for row in rows]
-        for row, own, q_Gm in zip(rows, judged, self.scorer.push([own.live for own in judged], new_ids), strict=True):
-            own.q_n += (self.weights_G @ q_Gm).tolist()
+        new = [self._new_ids(row, own) for row, own in zip(rows, judged, strict=True)]
+        q = self.scorer.push([own.live for own in judged], [ids for ids, _ in new])
+        for row, own, (_, place), q_Gm in zip(rows, judged, new, q, strict=True):
+            own.q_n[max(0, place) :] = (self.weights_G @ q_Gm)[max(0, -place) :].tolist()
             own.seen = len(row.ids)
-        return [len(ids) for ids in new_ids]
+        return [len(ids) for ids, _ in new]
 
-    def _new_ids(self, row: Row) -> list[int]:
-        own = self.judged[id(row)]
+    def _new_ids(self, row: Row, own: Judged) -> tuple[list[int], int]:
+        """New tokens of a row, and the place of the first among those of its completion."""
         if self.one_tokenizer:
-            return row.ids[own.seen :]
-        [whole] = self.model.encode([own.prompt], [row.text], [True])
-        ids, live = whole.ids.tolist(), own.live
-        shared = next((i for i, (a, b) in enumerate(zip(ids, live.ids, strict=False)) if a != b), len(live.ids))
-        if shared < len(live.ids):
-            shared = min(shared, len(ids) - 1)  # the state of the last token is needed again
-            live.rewind(shared)
-            del own.q_n[max(0, shared - live.start) :]
-        return ids[shared:]
+            return row.ids[own.seen :], len(own.q_n)
+        return reencode(self.model, own.live, own.prompt, row.text)
 
     def q_n(self, row: Row) -> np.ndarray:
         """The Q-values of the row's tokens so far, in tokens of the reward model."""

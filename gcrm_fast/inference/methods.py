@@ -4,9 +4,11 @@ A method says when the Q-values are needed, and then drops, forks or resumes row
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from gcrm_fast.inference.generation import Group, Row, Writer
 from gcrm_fast.inference.judging import Judge
@@ -94,19 +96,22 @@ class Rivals:
         return float(q_n[-1]) if len(q_n) else -math.inf
 
 
+def fallen(rows_q: Sequence[Sequence[float] | np.ndarray], threshold: float) -> list[int]:
+    """Which rows the filter drops, given the Q-values of their tokens: those with one below the threshold after the
+    first UNJUDGED, except for the row whose lowest is greatest."""
+    lowest = [min(q_n[UNJUDGED:], default=math.inf) for q_n in rows_q]
+    best = lowest.index(max(lowest))
+    return [i for i, low in enumerate(lowest) if low < threshold and i != best]
+
+
 class Filter(Rivals):
     """Drops a row whose Q falls below the threshold, but never the last."""
 
     def decide(self) -> None:
-        lowest = {id(row): self._lowest(row) for row in self.kept}
-        best = max(self.kept, key=lambda row: lowest[id(row)])
-        for row in self.kept:
-            if lowest[id(row)] < self.method.threshold and row is not best:
-                self.drop(row)
-
-    def _lowest(self, row: Row) -> float:
         assert self.judge is not None
-        return float(self.judge.q_n(row)[UNJUDGED:].min(initial=math.inf))
+        kept = self.kept
+        for i in fallen([self.judge.q_n(row) for row in kept], self.method.threshold):
+            self.drop(kept[i])
 
 
 class Halving(Rivals):

@@ -21,7 +21,11 @@ class Metrics:
         )
         self._tokens = Counter("gcrm_tokens", "Tokens of scored completions with their prompts.", registry=registry)
         self._batch = Histogram("gcrm_batch_completions", "Completions per batch.", buckets=SIZES, registry=registry)
-        Gauge("gcrm_waiting_completions", "Completions that wait or run.", registry=registry).set_function(waiting)
+        self.watch("gcrm_waiting_completions", "Completions that wait or run.", waiting)
+
+    def watch(self, name: str, meaning: str, value: Callable[[], float]) -> None:
+        """Adds a gauge that asks for its value."""
+        Gauge(name, meaning, registry=self._registry).set_function(value)
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """Counts an answered request."""
@@ -38,7 +42,8 @@ class Metrics:
 
 
 class CountRequests:
-    """Middleware that counts and times the requests of ``paths``; all others together as "other"."""
+    """Middleware that counts and times the requests of ``paths``, whose last part may be a name in braces; all others
+    together as "other"."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
         self.app, self.metrics, self.paths = app, metrics, paths
@@ -57,5 +62,10 @@ class CountRequests:
         try:
             await self.app(scope, receive, watched)
         finally:
-            path = scope["path"] if scope["path"] in self.paths else "other"
-            self.metrics.request(path, status, time.perf_counter() - start)
+            self.metrics.request(self._named(scope["path"]), status, time.perf_counter() - start)
+
+    def _named(self, path: str) -> str:
+        if path in self.paths:
+            return path
+        folder = path.rpartition("/")[0] + "/{"
+        return next((known for known in self.paths if known.startswith(folder)), "other")

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from email.message import Message
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.inference.batcher import Context, Text
 
 UNION = ("str", "list[dict[str,any]]")  # how pydantic names the alternatives of a text in the location of an error
+MOST_ROWS = 1024  # of a stream
 Shape = TypeVar("Shape", bound=BaseModel)
 Objects = list[dict[str, Any]]  # messages or tools, which data/messages.py checks
 
@@ -55,6 +56,51 @@ class ScoreRequest(BaseModel):
         nothing = [None] * len(self.completions)
         contexts = zip(self.tools or nothing, self.system or nothing, strict=True)
         return [*self.prompts], [*self.completions], [{"tools": tools, "system": system} for tools, system in contexts]
+
+
+class OpenRequest(BaseModel):
+    """A stream: its prompt as text or messages, or as ``prompt_ids`` of the model's tokenizer; the number of its rows;
+    the Q-value below which a row is dropped (null: none is)."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompt: str | Objects | None = None
+    prompt_ids: list[StrictInt] | None = None
+    rows: Annotated[int, Field(ge=1, le=MOST_ROWS)]
+    threshold: Annotated[float | None, Field(allow_inf_nan=False)] = None
+    goal: Annotated[str | None, Field(min_length=1)] = None
+    tools: Objects | None = None
+    system: str | None = None
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if (self.prompt is None) == (self.prompt_ids is None):
+            raise ValueError("give one of the fields 'prompt' and 'prompt_ids'")
+        return self
+
+
+class Chunk(BaseModel):
+    """What was written of a row since the last chunk, as ids or as text. ``end``: it ended by itself (stop), or a limit
+    cut it (length)."""
+
+    model_config = ConfigDict(extra="forbid")
+    row: StrictInt
+    ids: list[StrictInt] | None = None
+    text: str | None = None
+    end: Literal["stop", "length"] | None = None
+
+    @model_validator(mode="after")
+    def _one_content(self) -> Self:
+        if (self.ids is None) == (self.text is None):
+            raise ValueError("give one of the fields 'ids' and 'text'")
+        return self
+
+
+class PushRequest(BaseModel):
+    """Chunks of running rows, up to one per row, and rows that the client drops."""
+
+    model_config = ConfigDict(extra="forbid")
+    chunks: list[Chunk] = []
+    drop: list[StrictInt] = []
 
 
 class VllmRequest(BaseModel):

@@ -9,6 +9,12 @@
                         "goal": name}, text or messages
                        -> {"rewards": [...], "goal": name, "q_values": [[one per token], ...]}; with "task": [...] or
                           "reference": [...] the hybrid reward, {"rewards": [...], "parts": [{name: value}, ...]}
+    POST /stream       {"prompt": text or messages, "rows": number, "threshold": number, "goal": name}
+                       -> {"id": ID, "rows": [0, 1, ...], "goal": name, "prompt_tokens": number}
+    POST /stream/ID    {"chunks": [{"row": number, "ids": [...] or "text": text, "end": "stop" or "length"}, ...]}
+                       -> {"rows": [{"row": number, "first": place, "q_values": [...], "reward": number}, ...],
+                           "drop": [rows], "running": [rows]}
+    DELETE /stream/ID  {"closed": ID}
     POST /classify     vLLM's protocols: {"model": name, "input": [prompt + completion]}, or "messages"
     POST /pooling      -> {"data": [{"probs": [reward], ...}], ...}, {"data": [{"data": [reward], ...}], ...}
 
@@ -34,7 +40,17 @@ from starlette.routing import Route
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.inference.batcher import Batcher, Context, Job, Text
 from gcrm_fast.inference.metrics import CountRequests
-from gcrm_fast.inference.protocols import RewardRequest, ScoreRequest, Shape, VllmRequest, check_content, parse
+from gcrm_fast.inference.protocols import (
+    OpenRequest,
+    PushRequest,
+    RewardRequest,
+    ScoreRequest,
+    Shape,
+    VllmRequest,
+    check_content,
+    parse,
+)
+from gcrm_fast.inference.sessions import Sessions
 
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 BODIES = 16  # of the maximum size that may be in memory at a time
@@ -54,7 +70,9 @@ class Hybrid(Protocol):
     ) -> tuple[list[float], list[dict[str, float]]]: ...
 
 
-def create_app(batcher: Batcher, *, name: str, token: str, max_body: int, timeout: float, hybrid: Hybrid) -> Starlette:
+def create_app(
+    batcher: Batcher, sessions: Sessions, *, name: str, token: str, max_body: int, timeout: float, hybrid: Hybrid
+) -> Starlette:
     """The application, which starts and closes the batcher.
 
     Args:
@@ -71,7 +89,9 @@ def create_app(batcher: Batcher, *, name: str, token: str, max_body: int, timeou
         yield
         await asyncio.to_thread(batcher.close)
 
-    routes = Endpoints(batcher, name, token, max_body, timeout, hybrid).routes()
+    batcher.metrics.watch("gcrm_streams", "Open streams.", lambda: len(sessions.open_sessions))
+    batcher.metrics.watch("gcrm_stream_tokens", "Tokens of open streams in the cache.", lambda: sessions.tokens)
+    routes = Endpoints(batcher, sessions, name, token, max_body, timeout, hybrid).routes()
     count = Middleware(CountRequests, metrics=batcher.metrics, paths=frozenset(route.path for route in routes))
     handlers = {HTTPException: error_response}
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers, middleware=[count])
@@ -88,8 +108,17 @@ async def error_response(_: Request, error: Exception) -> JSONResponse:
 class Endpoints:
     """What the server answers; the arguments are those of ``create_app``."""
 
-    def __init__(self, batcher: Batcher, name: str, token: str, max_body: int, timeout: float, hybrid: Hybrid) -> None:
-        self.batcher, self.name, self.token = batcher, name, token.encode()
+    def __init__(
+        self,
+        batcher: Batcher,
+        sessions: Sessions,
+        name: str,
+        token: str,
+        max_body: int,
+        timeout: float,
+        hybrid: Hybrid,
+    ) -> None:
+        self.batcher, self.sessions, self.name, self.token = batcher, sessions, name, token.encode()
         self.max_body, self.timeout, self.hybrid = max_body, timeout, hybrid
         self.held = 0  # bytes of all bodies in memory
 
@@ -98,6 +127,9 @@ class Endpoints:
             Route("/health", self.health),
             self._post("/get_reward", RewardRequest, self.get_reward),
             self._post("/score", ScoreRequest, self.score),
+            self._post("/stream", OpenRequest, self.open_stream),
+            self._post("/stream/{id}", PushRequest, self.push),
+            Route("/stream/{id}", self.close_stream, methods=["DELETE"]),
             self._post("/classify", VllmRequest, self.classify),
             self._post("/pooling", VllmRequest, self.pooling),
             Route("/metrics", self.metrics),
@@ -159,6 +191,16 @@ class Endpoints:
         except TimeoutError:
             raise HTTPException(504, f"no answer within {self.timeout:g} s") from None
         return {"rewards": scores, "parts": parts}
+
+    async def open_stream(self, body: OpenRequest, request: Request) -> dict[str, Any]:
+        return await self._called(request, lambda: self.sessions.open(body))
+
+    async def push(self, body: PushRequest, request: Request) -> dict[str, Any]:
+        return await self._called(request, lambda: self.sessions.push(request.path_params["id"], body))
+
+    async def close_stream(self, request: Request) -> JSONResponse:
+        self._authorize(request)
+        return JSONResponse(await self._called(request, lambda: self.sessions.close(request.path_params["id"])))
 
     async def classify(self, body: VllmRequest, request: Request) -> dict[str, Any]:
         job = await self._judge(request, *body.texts())
@@ -238,8 +280,18 @@ class Endpoints:
         contexts: Sequence[Context],
         cuts: Sequence[bool] | None = None,
     ) -> Job:
-        """The job of the completions, judged, unless the client hangs up or the time is over."""
+        """The job of the completions, judged."""
         future = self.batcher.submit(prompts, completions, contexts, cuts or [False] * len(completions))
+        job: Job = await self._result(request, future)
+        return job
+
+    async def _called(self, request: Request, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``work`` returns on the model's thread."""
+        result: dict[str, Any] = await self._result(request, self.batcher.call(work))
+        return result
+
+    async def _result(self, request: Request, future: asyncio.Future[Any]) -> Any:
+        """The future's result, unless the client hangs up or the time is over."""
         gone = asyncio.ensure_future(_hang_up(request))
         try:
             await asyncio.wait((future, gone), timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED)

@@ -49,6 +49,21 @@ class LiveRow:
         self.ended = False
 
 
+def reencode(model: "RewardModel", row: LiveRow, prompt: str, text: str) -> tuple[list[int], int]:
+    """Rewinds the row to the tokens that it shares with prompt + text. Returns the tokens to push, and the place of the
+    first among those of the completion: negative where it is one of the prompt's."""
+    [whole] = model.encode([prompt], [text], [True])
+    ids = whole.ids.tolist()
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(ids, row.ids, strict=False)) if a != b), min(len(ids), len(row.ids))
+    )
+    if shared < len(row.ids):
+        shared = min(shared, len(ids) - 1)  # the state of the last token is needed again
+        row.rewind(shared)
+        row.start = min(row.start, whole.start)  # a token may join the end of the prompt and the start of the text
+    return ids[shared:], shared - row.start
+
+
 class LiveScorer:
     """Rows of any number of prompts through one reward model, with one cache of up to ``limit`` tokens."""
 

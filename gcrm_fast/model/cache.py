@@ -20,6 +20,10 @@ from gcrm_fast.model.llama import ModelConfig
 SMALLEST = 1024  # slots of a new cache
 
 
+class CacheFull(UserError):
+    """No slot is free."""
+
+
 @dataclass(eq=False)
 class Extent:
     """Consecutive slots. The first ``filled`` hold tokens; ``holders`` sequences begin or continue with them."""
@@ -55,7 +59,7 @@ class KVCache:
         if all(free < size for _, free in self._free):
             self._grow(size)
         if not self._free:
-            raise UserError(
+            raise CacheFull(
                 f"the cache of keys and values is full: the maximum is {self.limit} tokens "
                 f"({self.bytes_per_slot} bytes each): raise it, or use fewer or shorter samples"
             )

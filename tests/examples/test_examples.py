@@ -7,17 +7,19 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
 from gcrm_fast import RewardModel
 from gcrm_fast.data.chat import as_text
+from gcrm_fast.data.encoding import Completion
 from support.serving import running, write_served_model
 from support.training_runs import ROOT
 
@@ -74,6 +76,38 @@ def test_verl_marks_answers_that_were_cut(folder: Path, tmp_path: Path, monkeypa
             score = asyncio.run(manager.run_single([item]))["reward_score"]
             assert score == pytest.approx(judged.reward, rel=1e-5), text
             assert row["extra_info"] == {"cut": cut, "prompt": question}
+
+
+def test_a_client_filters_a_policy_while_it_writes(folder: Path) -> None:
+    """A policy that writes what the test says, 8 tokens a turn: the reward model drops all samples but the best."""
+    model, client = RewardModel.from_pretrained(folder), example("live_client")
+    end = model.tokenizer.eos_token_id
+    texts = [model.tokenizer(text * 20, add_special_tokens=False)["input_ids"] for text in (" yes", " no", " 123")]
+    samples = [[*texts[0][:9], end], [*texts[1][:13], end], texts[2][:16]]
+    prompt_ids = model.encode(["hello?"], [""], [True])[0].ids.tolist()
+    asked = []
+
+    def step(ids: Sequence[list[int]], turn: int) -> list[list[int]]:
+        asked.append(len(ids))
+        done = [one[len(prompt_ids) :] for one in ids]
+        own = [next(s for s in samples if s[: len(d)] == d) for d in done] if turn else samples
+        return [sample[len(d) : len(d) + client.CHUNK] for sample, d in zip(own, done, strict=True)]
+
+    with running(model) as server:
+        options = {"samples": 3, "stop_ids": [end], "max_new_tokens": 16}
+        url = f"http://127.0.0.1:{server.port}"
+        whole = client.filtered(url, step, prompt_ids, threshold=-1.0, **options)
+        strict = client.filtered(url, step, prompt_ids, threshold=1.0, **options)
+        metrics = server.ask("/metrics", method="GET").body
+    rewards = model.judge([Completion(np.array(prompt_ids + s, dtype=np.int32), len(prompt_ids), 0) for s in samples])
+    best = max((0, 1), key=lambda i: rewards[i].reward)
+    assert (whole.ids, whole.dropped) == (samples[best], [])
+    assert whole.reward == pytest.approx(rewards[best].reward, rel=1e-4)
+    assert whole.tokens == sum(map(len, samples))
+    assert len(strict.dropped) == 2
+    assert strict.tokens < whole.tokens
+    assert asked == [3, 3, 3, 1]
+    assert "gcrm_streams 0.0" in metrics
 
 
 class Classifier(BaseHTTPRequestHandler):

@@ -21,6 +21,7 @@ from gcrm_fast.data.tokenization import choose_pad
 from gcrm_fast.inference.batcher import Batcher
 from gcrm_fast.inference.connections import Server as Program
 from gcrm_fast.inference.server import create_app
+from gcrm_fast.inference.sessions import Sessions
 from gcrm_fast.rlhf.hybrid import scored
 from gcrm_fast.rlhf.verifiers import Verifiers
 from support.chat import CHATML, chat_tokenizer
@@ -108,10 +109,12 @@ def running(
     connections: int = 100,
     send_buffer: int = 0,
     verifiers: Mapping[str, str] | None = None,
+    sessions: Sessions | None = None,
 ) -> Iterator[Server]:
     batcher = Batcher(model, delay=delay, limit=limit)
+    sessions = sessions or Sessions(model, limit=4, tokens=4096, idle=60)
     hybrid = functools.partial(scored, verifiers=Verifiers(verifiers or {}), judge=None)
-    app = create_app(batcher, name="small", token=token, max_body=max_body, timeout=timeout, hybrid=hybrid)
+    app = create_app(batcher, sessions, name="small", token=token, max_body=max_body, timeout=timeout, hybrid=hybrid)
     ready = threading.Event()
 
     def announce() -> None:
