@@ -146,18 +146,20 @@ def _metavar(plain: Any) -> str:
 
 
 def _limits(field: Field[Any], kind: Any, layers: list[tuple[str, dict[str, Any]]], said: bool) -> str:
-    """The range of a field and its default, in words; no default that is empty where the help has ``said`` it."""
-    value, source = field.default, ""
-    for words, layer in layers:
-        if words and field.name in layer:
-            value, source = layer[field.name], f", from {words}"
+    """The range of a field and its defaults, in words; no default that is empty where the help has ``said`` it."""
     limits = [str(one) for one in typing.get_args(kind)[1:] if isinstance(one, Range)]
-    if isinstance(value, bool):
-        limits.append(f"default: {'yes' if value else 'no'}{source}")
-    elif value is not MISSING and not (said and value in ("", ())):
-        text = (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)).replace("%", "%%")
-        limits.append(f"default: {text or 'none'}{source}")
+    if field.default is not MISSING and not (said and field.default in ("", ())):
+        limits.append(f"default: {_in_words(field.default)}")
+    limits += [
+        f"with {words}: {_in_words(layer[field.name])}" for words, layer in layers if words and field.name in layer
+    ]
     return f" ({'; '.join(limits)})" if limits else ""
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (" ".join(map(str, value)) if isinstance(value, tuple) else str(value)).replace("%", "%%") or "none"
 
 
 def _converted(text: Any, kind: Any) -> Any:

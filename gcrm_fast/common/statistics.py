@@ -24,8 +24,8 @@ def auroc(right_N: np.ndarray, score_N: np.ndarray) -> float:
 
 def highest_by_chance(completions: int) -> float:
     """An AUROC that scores without information hardly ever exceed: 0.5 and three standard errors, for ``completions``
-    right ones and as many wrong ones."""
-    return 0.5 + 3 * math.sqrt((2 * completions + 1) / 12) / completions
+    right ones and as many wrong ones; 1 at the greatest."""
+    return min(0.5 + 3 * math.sqrt((2 * completions + 1) / 12) / completions, 1.0)
 
 
 def ratio(numerator: float, denominator: float) -> float:

@@ -16,7 +16,7 @@ from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.prepare import Prepared, lora_of, steps_of, trained_layers
 
 MANY_DROPPED = 0.1  # of the training pairs
-FEW_STEPS = 20
+FEW_STEPS, FEW_PAIRS = 20, 30
 COLLAPSED = 0.95  # mean cosine between states of one completion
 SHOWN = 200  # characters at both ends of a long text
 HELD_OUT = {
@@ -91,6 +91,8 @@ def q_verdict(evaluation: Mapping[str, float]) -> str:
     before, chance = evaluation["eval/auroc_q_at/before_end"], highest_by_chance(int(evaluation["eval/pairs"]))
     if before > chance:
         return f"Q tells chosen from rejected before the end token too (AUROC {before:.3f} one token before it)"
+    if evaluation["eval/pairs"] < FEW_PAIRS:
+        return f"too few held-out pairs ({evaluation['eval/pairs']:.0f}) to tell whether Q-values can be trusted"
     return (
         f"Q says nothing before the end token (AUROC {before:.3f} one token before it, where chance gives up to "
         f"{chance:.3f}): do not use Q-values inside completions"

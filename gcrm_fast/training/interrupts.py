@@ -19,6 +19,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from gcrm_fast.common import processes
+
 # One stop can send several signals: to all processes of a service and forwarded by torchrun; from shell and kernel.
 REPEATED = 2.0  # seconds
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -93,6 +95,8 @@ class Interrupts:
         now = time.monotonic()
         if self._own != Request.STOP:
             self._own, self._stop_time, self._signal = Request.STOP, now, number
+            if processes.rank() == 0:
+                os.write(2, b"\ngcrm train: stopping after this step; interrupt it again to end at once\n")
         elif now >= self._stop_time + REPEATED:
             os._exit(128 + number)
 

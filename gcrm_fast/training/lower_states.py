@@ -33,7 +33,7 @@ from gcrm_fast.model.reward_model import LlamaRewardModel, load
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.prepare import Prepared
 
-CHUNK = 256  # pairs per file
+CHUNK = 32  # pairs per file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,15 +119,25 @@ def pair_states(folder: Path, layers: LowerLayers, pairs: Sequence[TokenizedPair
     start = processes.local_rank() * len(chunks) // processes.local_world_size()
     order = [*range(start, len(chunks)), *range(start)]
     todo = [i for i in order if _read(paths[i], shapes[i]) is None]
-    bar = tqdm(todo, "states below the trained layers", disable=processes.rank() > 0 or not todo, leave=False)
+    bar = tqdm(
+        total=sum(shapes[i][0] for i in todo),
+        desc="states below the trained layers",
+        disable=processes.rank() > 0 or not todo,
+        leave=False,
+        unit="token",
+        unit_scale=True,
+        dynamic_ncols=True,
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for blocking, chosen in ((False, bar), (True, todo)):
-            for i in chosen:
+        for blocking in (False, True):
+            for i in todo:
                 if _read(paths[i], shapes[i]) is None:
                     _write(paths[i], shapes[i], layers, chunks[i], blocking)
+                bar.update(0 if blocking else shapes[i][0])
     except OSError as error:
         raise UserError(f"--cache {folder}: states cannot be written ({error.strerror}): omit --cache-states") from None
+    bar.close()
     with_states: list[TokenizedPair] = []
     for path, shape, chunk in zip(paths, shapes, chunks, strict=True):
         states = _read(path, shape)

@@ -53,13 +53,15 @@ class Example(NamedTuple):
 def example_of(pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBase) -> Example:
     """The first uncut pair of up to EXAMPLE_CHARACTERS, or else the shortest one, as its tokens read."""
 
+    adds_bos = tokenizer.bos_token_id in tokenizer("")["input_ids"]
+
     def text(ids: Any) -> str:
         return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
 
     def example(pair: TokenizedPair) -> Example:
         ended = int(pair.chosen_ids[-1]) != tokenizer.eos_token_id
         prompt, completion = pair.chosen_ids[: pair.chosen_start], pair.chosen_ids[pair.chosen_start :]
-        prompt = prompt[int(len(prompt) > 0 and prompt[0] == tokenizer.bos_token_id) :]
+        prompt = prompt[int(adds_bos and prompt[0] == tokenizer.bos_token_id) :]
         return Example(text(prompt), text(completion if ended else completion[:-1]), ended)
 
     near = [pair for pair in pairs if not pair.chosen_cut][:EXAMPLES]

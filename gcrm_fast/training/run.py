@@ -153,7 +153,8 @@ class Run:
         present = checkpoints(self.prepared.output)
         if not present:
             return "there is no checkpoint"
-        return f"the last checkpoint is {present[-1]}: the same command without --resume never continues from it"
+        changed = " without --resume never" if self.config.resume == "never" else ""
+        return f"the last checkpoint is {present[-1]}: to continue from it, run the same command again{changed}"
 
     def full_model(self) -> FullModel:
         """The current model; every rank must call it."""

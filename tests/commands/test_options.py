@@ -62,11 +62,12 @@ def test_help_has_groups_and_says_where_defaults_come_from(
     text = shown_help(capsys, monkeypatch, "train")
     titles = [line[:-1] for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles == ["options", *TrainConfig.GROUPS]
-    assert f"default: {PRESETS['arithmetic']['train_pairs']}, from --preset arithmetic)" in text
+    assert f"with --preset arithmetic: {PRESETS['arithmetic']['train_pairs']})" in text
+    assert "default: 64; with --preset arithmetic: 80)" in text  # pairs per step
     (tmp_path / "c.toml").write_text("layers = 7\n")
     text = shown_help(capsys, monkeypatch, "train", "--data", "x.jsonl", "--config", str(tmp_path / "c.toml"))
-    assert f"default: 7, from --config {tmp_path / 'c.toml'})" in text
-    assert "from --preset" not in text
+    assert f"with --config {tmp_path / 'c.toml'}: 7)" in text
+    assert "with --preset" not in text
     assert "(at least 0; default: 0.0)" in text
     assert "default: none)" in text
 

@@ -66,7 +66,8 @@ def test_evaluations_say_whether_q_is_more_than_the_end_token(pair_file: Path, t
     )
     assert re.search(r"Q-values +Q (says nothing|tells chosen from rejected) before the end token", result.stdout)
     small = {"eval/auroc_q_at/before_end": 0.52, "eval/similarity/within": 0.9}
-    assert "nothing before the end token (AUROC 0.520" in q_verdict(small | {"eval/pairs": 21})
+    assert "nothing before the end token (AUROC 0.520" in q_verdict(small | {"eval/pairs": 30})
+    assert q_verdict(small | {"eval/pairs": 29}).startswith("too few held-out pairs (29)")
     assert "before the end token too (AUROC 0.520" in q_verdict(small | {"eval/pairs": 100_000})
     assert "collapsed" in q_verdict(small | {"eval/pairs": 100_000, "eval/similarity/within": 0.96})
     assert re.search(r"Q (says nothing|tells chosen from rejected)", (tmp_path / "inspect.html").read_text())
