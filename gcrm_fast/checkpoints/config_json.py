@@ -31,10 +31,8 @@ def read_config(folder: Path, **of_head: Any) -> ModelConfig:
     has no place for (see ``weights.read_heads``); by default a linear head.
 
     Raises:
-        UserError: no such file, an adapter, or a model or field that is not supported.
+        UserError: no such file, or a model or field that is not supported.
     """
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: holds an adapter (adapter_config.json): merge it into its base model first")
     path = folder / "config.json"
     raw = read_json(path, "name the folder of a Hugging Face model")
     model_type = raw.get("model_type")

@@ -14,12 +14,12 @@ ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  #
 PEFT_PREFIX = "base_model.model."  # of the names in its files
 TOKENIZER_FILES = [
     *("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("vocab.json", "merges.txt"),
+    *("vocab.json", "merges.txt", ADAPTER),
 ]
 # Of the weights, in subfolders or in the format of Mistral itself: not fetched.
 OTHER_COPIES = ["*/*", "consolidated*.safetensors"]
 MODEL_FILES = [
-    *(*TOKENIZER_FILES, "adapter_config.json", HEAD_FILE, "*.safetensors", "*.safetensors.index.json"),
+    *(*TOKENIZER_FILES, HEAD_FILE, "*.safetensors", "*.safetensors.index.json"),
     "README.md",  # the model card, of which the card of what is trained from it names the license
 ]
 

@@ -5,10 +5,12 @@ from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from gcrm_fast.checkpoints.adapters import find_adapter, tokenizer_folder
 from gcrm_fast.checkpoints.config_json import read_json
-from gcrm_fast.checkpoints.locating import HEAD_FILE
+from gcrm_fast.checkpoints.locating import ADAPTER, HEAD_FILE
 from gcrm_fast.data.ends import Choice, End, Kind
 from gcrm_fast.data.special_tokens import Reading
+from gcrm_fast.data.tokenization import load_tokenizer
 
 # gcrm.json's and a goal file's 'end_policy'
 POLICIES: dict[Kind, str] = {
@@ -27,11 +29,14 @@ def where_read(folder: Path, choice: Choice) -> tuple[End, str]:
     """(end, a line that says where rewards are read and why, or "" for a model of this project as it was trained).
 
     Raises:
-        UserError: config.json or gcrm.json cannot be read.
+        UserError: config.json or gcrm.json cannot be read; see find_adapter.
     """
-    raw = read_json(folder / "config.json", "name the folder of a Hugging Face model")
+    adapter = find_adapter(folder)
+    raw = read_json((adapter.base if adapter else folder) / "config.json", "name the folder of a Hugging Face model")
     classifier = "ForSequenceClassification" in str(raw.get("architectures"))
     pad, eos = raw.get("pad_token_id"), raw.get("eos_token_id")
+    if adapter and adapter.classifies:  # whose trainer took the tokenizer's pad token
+        classifier, pad = True, load_tokenizer(tokenizer_folder(folder)).pad_token_id
     pad = pad if classifier and isinstance(pad, int) else None
     before_eos = pad is not None and pad in (eos if isinstance(eos, list) else [eos])
     kind: Kind
@@ -45,7 +50,8 @@ def where_read(folder: Path, choice: Choice) -> tuple[End, str]:
         why = f"{HEAD_FILE} says so"
     else:
         kind = "transformers" if classifier else "eos"
-        why = f"there is no {HEAD_FILE}, and config.json names {'a' if classifier else 'no'} sequence classifier"
+        stated = ADAPTER if adapter and adapter.classifies else "config.json"
+        why = f"there is no {HEAD_FILE}, and {stated} names {'a' if classifier else 'no'} sequence classifier"
     where = WHERE[kind]
     if kind != "eos" and before_eos:
         where, why = f"{where}, which is the one before eos", f"{why} with pad_token_id = eos_token_id"

@@ -9,8 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gcrm_fast.checkpoints.adapters import MERGE, Update, base_folder, find_adapter, sort_tensors
 from gcrm_fast.checkpoints.config_json import read_config, read_json
-from gcrm_fast.checkpoints.locating import COMPANION, HEAD_FILE
+from gcrm_fast.checkpoints.locating import ADAPTER_WEIGHTS, COMPANION, HEAD_FILE
 from gcrm_fast.common.errors import UserError, one_line
 from gcrm_fast.model import heads
 from gcrm_fast.model.families import Family
@@ -52,16 +53,41 @@ class Weights(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A tensor in a safetensors file; ``dtype`` is safetensors' name."""
+    """A tensor in a safetensors file; ``key`` is its name there, ``dtype`` safetensors' name."""
 
     path: Path
+    key: str
     shape: tuple[int, ...]
     dtype: str
 
 
+class _Files(NamedTuple):
+    """All tensors of a model, and what an adapter adds to them, by the name of the parameter."""
+
+    stored: dict[str, Stored]
+    updates: dict[str, Update]
+
+    def rows(self, name: str, key: str, rows: slice) -> Tensor:
+        """Rows of the parameter ``name``, which is stored as ``key``."""
+        tensor = self.stored[key]
+        with safe_open(tensor.path, framework="pt") as file:
+            weight = file.get_slice(tensor.key)[rows]
+        update = self.updates.get(name)
+        return update.added_to(weight, rows) if update else weight
+
+    def check_updates(self, wanted: Mapping[str, torch.Size]) -> None:
+        """Raises UserError for an update of what is no weight of the model, or of another shape."""
+        for name, update in self.updates.items():
+            if name not in wanted:
+                raise UserError(f"{update.file}: tensor {update.a!r} belongs to no weight of this model: {MERGE}")
+            if update.shape() != tuple(wanted[name]):
+                what = f"tensors {update.a!r} and {update.b!r} are for a weight of shape {update.shape()}"
+                raise UserError(f"{update.file}: {what}, not {tuple(wanted[name])}: name its own base model")
+
+
 def open_reward_model(folder: Path) -> tuple[ModelConfig, Weights]:
     """Shape and weights of a trained reward model. Raises UserError, see read_heads, read_config and open_weights."""
-    config = read_config(folder, **read_heads(folder))
+    config = read_config(base_folder(folder), **read_heads(folder))
     return config, open_weights(folder, config, seed=None)
 
 
@@ -113,17 +139,19 @@ def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights
         UserError: files missing or unreadable; tensors missing, unknown, in two files, or of the wrong shape or dtype;
             a head of another kind than ``config`` has.
     """
-    stored = _scan(_weight_files(folder))
-    layers = sum(key.endswith(".input_layernorm.weight") for key in stored)
+    files = _open(folder)
+    layers = sum(key.endswith(".input_layernorm.weight") for key in files.stored)
     if config.num_hidden_layers > max(layers, MOST_LAYERS):  # before a network of that many is built
         what = f"field 'num_hidden_layers' is {config.num_hidden_layers}, but the files hold {layers} layers"
         raise UserError(f"{folder / 'config.json'}: {what}: download it again")
-    source, notes = _match(stored, parameter_shapes(config), folder, config, seed)
+    shapes = parameter_shapes(config)
+    source, notes = _match(files.stored, shapes, folder, config, seed)
+    files.check_updates(shapes)
 
     def rows(name: str, shape: torch.Size, rows: slice) -> Tensor:
         if seed is not None and name not in source:
             return initial_value(name, shape, config, seed)[rows]
-        return _rows(stored[source[name]], source[name], rows)
+        return files.rows(name, source[name], rows)
 
     return Weights(rows, notes)
 
@@ -134,8 +162,9 @@ def open_language_model(folder: Path) -> tuple[ModelConfig, bool, Weights]:
     Raises:
         UserError: see read_config and open_weights; no lm_head.
     """
-    config = read_config(folder)
-    stored = _scan(_weight_files(folder))
+    config = read_config(base_folder(folder))
+    files = _open(folder)
+    stored = files.stored
     wanted = {name: shape for name, shape in parameter_shapes(config).items() if name.startswith("model.")}
     source = _match_trunk(stored, wanted, folder)
     tied = _stated(folder, "tie_word_embeddings") is True
@@ -146,7 +175,40 @@ def open_language_model(folder: Path) -> tuple[ModelConfig, bool, Weights]:
         source["lm_head.weight"] = own[0]
         wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
     _check_all(source, stored, wanted, folder)
-    return config, tied, Weights(lambda name, shape, rows: _rows(stored[source[name]], source[name], rows))
+    files.check_updates(wanted)
+    return config, tied, Weights(lambda name, shape, rows: files.rows(name, source[name], rows))
+
+
+def _open(folder: Path) -> _Files:
+    """The files of a model, or of an adapter and its base model.
+
+    Raises:
+        UserError: see find_adapter, sort_tensors, _weight_files and _scan.
+    """
+    adapter = find_adapter(folder)
+    stored = _scan(_weight_files(adapter.base if adapter else folder))
+    if not adapter:
+        return _Files(stored, {})
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path}: missing: weights are read from safetensors files only")
+    tensors = _scan([path])
+    whole, updates = sort_tensors(adapter, {name: tensor.shape for name, tensor in tensors.items()})
+    own = {name: tensors[key] for name, key in whole.items()} | _scan(_beside(folder))
+    trunk = _prefix(stored, adapter.base)
+    own = {trunk + name.removeprefix("model.") if name.startswith("model.") else name: own[name] for name in own}
+    if any(f"{head}.weight" in own for head in HEADS):
+        for head in HEADS:  # the adapter's stands for the base model's
+            stored.pop(f"{head}.weight", None)
+            stored.pop(f"{head}.bias", None)
+    return _Files(stored | own, updates)
+
+
+def _beside(folder: Path) -> list[Path]:
+    """The files of BESIDE that are there. Raises UserError for a head in a pickle."""
+    if (folder / "value_head.bin").is_file() and not (folder / "value_head.safetensors").is_file():
+        raise UserError(f"{folder / 'value_head.bin'}: a reward head in a pickle: convert it to value_head.safetensors")
+    return [folder / name for name in BESIDE if (folder / name).is_file()]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -164,9 +226,7 @@ def _weight_files(folder: Path) -> list[Path]:
             pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
             pickle = f" ({pickles[0]} is a pickle: convert it)" if pickles else ""
             raise UserError(f"{folder / name}: missing: weights are read from safetensors files only{pickle}")
-    if (folder / "value_head.bin").is_file() and not (folder / "value_head.safetensors").is_file():
-        raise UserError(f"{folder / 'value_head.bin'}: a reward head in a pickle: convert it to value_head.safetensors")
-    return [folder / name for name in (*sorted(names), *BESIDE) if (folder / name).is_file()]
+    return [*(folder / name for name in sorted(names)), *_beside(folder)]
 
 
 def _scan(files: Iterable[Path]) -> dict[str, Stored]:
@@ -179,7 +239,7 @@ def _scan(files: Iterable[Path]) -> dict[str, Stored]:
                     if name in stored:
                         raise UserError(f"{path}: tensor {name!r} is also in {stored[name].path.name}: remove one")
                     tensor = file.get_slice(name)
-                    stored[name] = Stored(path, tuple(tensor.get_shape()), tensor.get_dtype())
+                    stored[name] = Stored(path, name, tuple(tensor.get_shape()), tensor.get_dtype())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({one_line(error)}): download it again") from None
     return stored
@@ -219,17 +279,22 @@ def _match(
 
 def _match_trunk(stored: Mapping[str, Stored], wanted: Mapping[str, torch.Size], folder: Path) -> dict[str, str]:
     """Names that the trunk's parameters have in this folder's files, if they are there."""
-    anchors = [key for key in stored if f".{key}".endswith(f".{FIRST_TENSOR}")]
-    if len(anchors) != 1:
-        held = _some(anchors) if anchors else f"no tensor {FIRST_TENSOR!r}"
-        raise UserError(f"{folder}: {held} in its safetensors files: one model is expected there")
-    prefix = anchors[0].removesuffix(FIRST_TENSOR)
+    prefix = _prefix(stored, folder)
     source = {name: prefix + name.removeprefix("model.") for name in wanted if name.startswith("model.")}
     # Of two tied tensors safetensors' save_model keeps the first by name.
     embedding = source["model.embed_tokens.weight"]
     if embedding not in stored and "lm_head.weight" in stored and _stated(folder, "tie_word_embeddings") is True:
         source["model.embed_tokens.weight"] = "lm_head.weight"
     return source
+
+
+def _prefix(stored: Mapping[str, Stored], folder: Path) -> str:
+    """Of the trunk's names. Raises UserError where the files hold no trunk, or several."""
+    anchors = [key for key in stored if f".{key}".endswith(f".{FIRST_TENSOR}")]
+    if len(anchors) != 1:
+        held = _some(anchors) if anchors else f"no tensor {FIRST_TENSOR!r}"
+        raise UserError(f"{folder}: {held} in its safetensors files: one model is expected there")
+    return anchors[0].removesuffix(FIRST_TENSOR)
 
 
 def _linear_head(stored: Mapping[str, Stored], folder: Path, kind: str, one_layer: bool, family: Family) -> str:
@@ -250,12 +315,7 @@ def _linear_head(stored: Mapping[str, Stored], folder: Path, kind: str, one_laye
 
 
 def _stated(folder: Path, field: str) -> object:
-    return read_json(folder / "config.json", "download it again").get(field)
-
-
-def _rows(tensor: Stored, key: str, rows: slice) -> Tensor:
-    with safe_open(tensor.path, framework="pt") as file:
-        return file.get_slice(key)[rows]
+    return read_json(base_folder(folder) / "config.json", "download it again").get(field)
 
 
 def _check_all(
@@ -287,7 +347,9 @@ def _hint(rest: Collection[str], stored: Mapping[str, Stored]) -> str:
         options.append(f"--projection-size {stored['projection.weight'].shape[0]}")
     if options:
         return f"pass {' '.join(options)}, with which it was trained"
-    return "merge adapters into the weights, and make a head one linear layer 'score.weight'"
+    if any(".lora_" in name or ".modules_to_save" in name for name in rest):
+        return f"an adapter: {MERGE}"
+    return "make a head one linear layer 'score.weight'"
 
 
 def _some(names: Collection[str]) -> str:

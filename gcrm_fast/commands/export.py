@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gcrm_fast.checkpoints.adapters import tokenizer_folder
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals, write_goals
 from gcrm_fast.checkpoints.locating import COMPANION, MODEL_FILES, locate
 from gcrm_fast.checkpoints.reading import choose_special_tokens, where_read
@@ -108,7 +109,7 @@ def export(options: ExportOptions) -> None:
             "--head linear"
         )
     state = {name: weights.rows(name, shape, slice(None)) for name, shape in parameter_shapes(config).items()}
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(tokenizer_folder(folder))
     choose_special_tokens(tokenizer, folder)
     end, reading = where_read(folder, options.end)
     if end.pad is None:

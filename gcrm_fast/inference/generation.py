@@ -20,6 +20,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from gcrm_fast.checkpoints.adapters import base_folder, tokenizer_folder
 from gcrm_fast.checkpoints.config_json import read_json
 from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
 from gcrm_fast.checkpoints.weights import open_language_model
@@ -143,7 +144,7 @@ class Policy:
         """
         folder = locate(str(path_or_hub), "POLICY", MODEL_FILES)
         config, tied, weights = open_language_model(folder)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(tokenizer_folder(folder))
         check_vocabulary(tokenizer, config.vocab_size, str(folder))
         place = default_device() if device is None else torch.device(device)
         with torch.device("meta"):
@@ -151,7 +152,7 @@ class Policy:
         for parameter in network.parameters():  # RoPE's frequencies stay float32
             parameter.data = parameter.data.to(compute_dtype(dtype, place))
         load(network.eval().requires_grad_(False), place, weights.rows)
-        stop_ids = end_tokens(tokenizer) | _stated_stops(folder)
+        stop_ids = end_tokens(tokenizer) | _stated_stops(base_folder(folder))
         return cls(network, tokenizer, stop_ids, tokens_per_batch, cache_tokens)
 
     def encode(self, prompts: Sequence[str | Messages]) -> list[list[int]]:

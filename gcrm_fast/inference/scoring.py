@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from gcrm_fast.checkpoints.adapters import tokenizer_folder
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals
 from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
 from gcrm_fast.checkpoints.reading import choose_special_tokens, where_read
@@ -132,7 +133,7 @@ class RewardModel:
         where, line = where_read(folder, end)
         if line and rank() == 0:
             logging.getLogger("gcrm_fast").warning(line)
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(tokenizer_folder(folder))
         choose_special_tokens(tokenizer, folder, special_tokens)
         if TODAY.search(str(tokenizer.chat_template)):
             warn_once(f"{folder}: the chat template writes today's date: rewards of messages depend on the day")

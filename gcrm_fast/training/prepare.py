@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from gcrm_fast.checkpoints.adapters import MERGE, base_folder, tokenizer_folder
 from gcrm_fast.checkpoints.config_json import read_config
 from gcrm_fast.checkpoints.locating import MODEL_FILES, TOKENIZER_FILES, locate
 from gcrm_fast.checkpoints.weights import Weights, fresh_weights, open_weights
@@ -102,7 +103,7 @@ def open_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase | None:
     flag, name = ("--tokenizer", config.tokenizer) if config.tokenizer else ("--model", config.model)
     if not name:
         return None
-    tokenizer = load_tokenizer(locate(name, flag, TOKENIZER_FILES))
+    tokenizer = load_tokenizer(tokenizer_folder(locate(name, flag, TOKENIZER_FILES)))
     tokenizer.split_special_tokens = config.special_tokens == "text"
     if config.template_date:
         with_date(tokenizer, date.fromisoformat(config.template_date))
@@ -116,7 +117,10 @@ def open_model(config: TrainConfig) -> tuple[ModelConfig, Weights]:
         UserError: a model that is not supported, or whose sliding window is shorter than --max-length.
     """
     folder = locate(config.model, "--model", MODEL_FILES)
-    model_config = read_config(folder, **head_of(config))
+    base = base_folder(folder)
+    if config.lora_rank and base != folder:
+        raise UserError(f"--model {config.model}: is an adapter itself, on which --lora-rank puts none: {MERGE}")
+    model_config = read_config(base, **head_of(config))
     window = model_config.sliding_window
     if window and config.max_length > window:
         raise UserError(

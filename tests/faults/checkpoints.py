@@ -45,8 +45,8 @@ FAULTS = {
     ),
     "every rank reads whole tensors": (
         "gcrm_fast/checkpoints/weights.py",
-        "file.get_slice(key)[rows]",
-        "file.get_tensor(key)[rows]",
+        "file.get_slice(tensor.key)[rows]",
+        "file.get_tensor(tensor.key)[rows]",
         "tests/checkpoints/test_checkpoint.py",
     ),
     "tied embedding under the name of lm_head not found": (
@@ -138,5 +138,47 @@ FAULTS = {
         "if None not in (one, other) and one != other:",
         "if False:",
         "tests/data/test_bad_input.py -k two",
+    ),
+    "adapters: a rank-stabilized scale read as a plain one": (
+        "gcrm_fast/checkpoints/adapters.py",
+        'math.sqrt(rank) if self.settings.get("use_rslora") else rank',
+        "rank",
+        "tests/checkpoints/test_adapters.py -k computes",
+    ),
+    "adapters: the scale of all layers for one with a scale of its own": (
+        "gcrm_fast/checkpoints/adapters.py",
+        "                alpha = value\n",
+        "                pass\n",
+        "tests/checkpoints/test_adapters.py -k computes",
+    ),
+    "adapters: all rows of B for a part of the weight": (
+        "gcrm_fast/checkpoints/adapters.py",
+        "file.get_slice(self.b)[rows]",
+        "file.get_slice(self.b)[: len(weight)]",
+        "tests/checkpoints/test_adapters.py -k rows_of_a_part",
+    ),
+    "adapters: the head of the base model wins": (
+        "gcrm_fast/checkpoints/weights.py",
+        "_Files(stored | own, updates)",
+        "_Files(own | stored, updates)",
+        "tests/checkpoints/test_adapters.py -k computes",
+    ),
+    "adapters: what one adds to an unknown weight is dropped": (
+        "gcrm_fast/checkpoints/weights.py",
+        "            if name not in wanted:\n",
+        "            if False:\n",
+        "tests/checkpoints/test_adapters.py -k of_no_weight",
+    ),
+    "adapters: read as a language model's": (
+        "gcrm_fast/checkpoints/reading.py",
+        "classifier, pad = True, load",
+        "classifier, pad = False, load",
+        "tests/checkpoints/test_adapters.py -k where_transformers",
+    ),
+    "adapters: a kind that changes the base model is merged": (
+        "gcrm_fast/checkpoints/adapters.py",
+        'settings.get("init_lora_weights") not in INITIAL',
+        "False",
+        "tests/checkpoints/test_adapters.py -k refused",
     ),
 }

@@ -151,10 +151,12 @@ def run(key: str, models: dict[str, Any], work: Path) -> list[Row]:
     return rows
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peers", nargs="*", default=list(PEERS), choices=[*PEERS, []], help="default: all")
-    chosen = parser.parse_args().peers
+    parser.add_argument("peers", nargs="*", help=f"{', '.join(PEERS)}; default: all")
+    chosen = parser.parse_args(argv).peers or list(PEERS)
+    if unknown := [key for key in chosen if key not in PEERS]:
+        parser.error(f"no such peer: {unknown[0]}: choose from {', '.join(PEERS)}")
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as servers:
         work = Path(folder)

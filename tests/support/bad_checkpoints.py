@@ -291,7 +291,7 @@ CASES = [
     config("theta of zero", r"field 'rope_theta' is 0", rope_theta=0),
     damaged(
         "an adapter",
-        r"m: holds an adapter \(adapter_config\.json\)",
+        r"m/adapter_config\.json: field 'peft_type' is None: only 'LORA' is supported: merge it with peft",
         lambda m: (m / "adapter_config.json").write_text("{}"),
     ),
     # ---- files of weights
