@@ -13,9 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -35,6 +35,7 @@ from gcrm_fast.inference.scoring import RewardModel
 
 ADDED = ("text", "reward", "chosen", "samples", "policy_tokens", "reward_tokens", "saved_tokens", "seconds")
 UNFILTERED = "unfiltered"
+Record = TypeVar("Record", Method, Sampling)
 
 
 class Partial:
@@ -97,32 +98,10 @@ def goals_of(options: GenerateOptions, model: RewardModel) -> Goals:
     return goals.shuffled(options.seed) if options.control == "shuffled" else goals
 
 
-def method_of(options: GenerateOptions) -> Method:
-    return Method(
-        kind=options.method,
-        samples=options.samples,
-        threshold=options.threshold,
-        every=options.every,
-        keep=options.keep,
-        checkpoints=options.checkpoints,
-        beams=options.beams,
-        per_beam=options.per_beam,
-        step_tokens=options.step_tokens,
-        steps=options.steps,
-        alpha=options.alpha,
-        step_q=options.step_q,
-    )
-
-
-def sampling_of(options: GenerateOptions) -> Sampling:
-    return Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        seed=options.seed,
-        stop=options.stop,
-    )
+def of_options(record: type[Record], options: GenerateOptions, **others: Any) -> Record:
+    """A record with the options of its fields' names, and ``others``."""
+    names = {field.name for field in fields(record)} - others.keys()
+    return record(**{name: getattr(options, name) for name in names}, **others)
 
 
 def sample_record(text: Text) -> dict[str, Any]:
@@ -240,7 +219,8 @@ def generate(options: GenerateOptions) -> None:
     made_by["prompts"] = hashlib.sha256(b"".join(json_line(prompt.fields) for prompt in prompts)).hexdigest()
     with Output(output).held():
         partial = Partial(output, json.loads(json_line(made_by)))
-        method, sampling, seconds = method_of(options), sampling_of(options), {}
+        method = of_options(Method, options, kind=options.method)
+        sampling, seconds = of_options(Sampling, options), {}
 
         def results(kind: Method, todo: Sequence[int], name: str) -> Iterator[tuple[int, Result]]:
             asked, started = [prompts[i].prompt for i in todo], time.monotonic()

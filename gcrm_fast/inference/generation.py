@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -44,14 +44,20 @@ Ending = Literal["", "stop", "length", "dropped"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. A temperature of 0 takes the most likely one; ``top_k`` 0 and ``top_p`` 1 take any."""
+    """How tokens are chosen, and where texts end.
+
+    temperature: 0 takes the most likely token each time. top_p, top_k: sample only from the most likely tokens that
+    have this probability together (1: from all), from this many (0: from all). seed: of the random numbers, which
+    depend on it, the prompt, the sample's number and the position alone. stop: texts that end a continuation, as does a
+    stop token; the text that completes one is its last token.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, fits, range_ in (
@@ -169,70 +175,31 @@ class Policy:
         encoded = encode_completions(self.tokenizer, texts, empty, [True] * len(texts)) if texts else []
         return [one.ids.tolist() for one in encoded]
 
-    def generate(
-        self,
-        prompts: Sequence[str | Messages],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        rows: int = ROWS,
-    ) -> list[str]:
+    def generate(self, prompts: Sequence[str | Messages], *, rows: int = ROWS, **sampling: Any) -> list[str]:
         """The continuation of each prompt, text or messages, without special tokens. See ``generate_ids``."""
-        new_ids = self.generate_ids(
-            self.encode(prompts),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-            rows=rows,
-        )
+        new_ids = self.generate_ids(self.encode(prompts), rows=rows, **sampling)
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in new_ids]
 
     def generate_ids(
-        self,
-        prompts_ids: Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        rows: int = ROWS,
+        self, prompts_ids: Sequence[Sequence[int]], *, rows: int = ROWS, **sampling: Any
     ) -> list[list[int]]:
         """The new tokens of each prompt, the stop token last where one was reached.
 
         A prompt that occurs n times is computed once, and gets its first n samples.
 
         Args:
-            temperature: 0 takes the most likely token each time.
-            top_p, top_k: sample only from the most likely tokens that have this probability together, from this many.
-            seed: of the random numbers, which depend on it, the prompt, the sample's number and the position alone.
-            stop: texts that end a continuation, as does a stop token; the text that completes one is its last token.
             rows: maximum number of continuations that are written at a time.
+            sampling: the fields of Sampling, such as ``max_new_tokens`` and ``temperature``.
 
         Raises:
+            TypeError: an option that Sampling does not have.
             UserError: an option or a token out of range, an empty prompt, one that is too long for the cache or the
                 sliding window, or logits that are not finite.
         """
-        sampling = Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=tuple(stop),
-        )
         places: dict[tuple[int, ...], list[int]] = {}
         for i, ids in enumerate(prompts_ids):
             places.setdefault(tuple(int(token) for token in ids), []).append(i)
-        writer = Writer(self, sampling, rows=rows)
+        writer = Writer(self, Sampling(**sampling), rows=rows)
         groups = [writer.add(list(ids), len(own), f"prompt {own[0]}") for ids, own in places.items()]
         while writer.step():
             pass

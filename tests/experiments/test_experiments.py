@@ -2,6 +2,7 @@
 
 import gzip
 import importlib
+import itertools
 import json
 import math
 import subprocess
@@ -25,7 +26,7 @@ from gcrm_fast.data.tokenization import train_tokenizer
 from support.models import save
 from support.training_runs import ROOT
 
-MODULES = ("arithmetic_chain", "ablations", "objectives", "policies", "real_model", "smollm2", "summary")
+MODULES = ("arithmetic_chain", "ablations", "live", "objectives", "policies", "real_model", "smollm2", "summary")
 SMALL = ("--hidden-size", "16", "--intermediate-size", "16", "--layers", "1", "--goal-pairs", "8", "--cache", "none")
 
 
@@ -368,6 +369,82 @@ def test_policies_that_cannot_be_reached(
     assert experiments.policies.main([*small, "--right", "100"]) == 2
     assert "--right 100: must be a whole number between 1 and 99" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- live Q-values
+
+
+def test_the_best_and_the_most_common_of_some_samples(experiments: SimpleNamespace) -> None:
+    live = experiments.live
+    scores, right = [0.1, 0.9, 0.5, -np.inf], [1.0, 0.0, 1.0, 1.0]
+    for k in (1, 2, 3, 4):
+        subsets = list(itertools.combinations(range(4), k))
+        best = [right[max(own, key=lambda i: scores[i])] for own in subsets]
+        assert live.best_of(scores, right, k) == pytest.approx(np.mean(best))
+    assert live.majority_of(["1", "2", "2"], "2", 3) == 1.0
+    assert live.majority_of(["1", "2", "2"], "1", 1) == pytest.approx(1 / 3, abs=0.25)
+    assert (live.answer("3+1=4;4+4=3;"), live.answer("3+1="), live.answer("")) == ("3", "", "")
+
+
+def test_levels_at_the_same_number_of_tokens(experiments: SimpleNamespace) -> None:
+    """Two problems of 10 tokens per sample; the values are the number of samples, and its double."""
+    live = experiments.live
+    sizes = [float(k) for k in live.SIZES]
+    pool = {"length": [8.0, 12.0], "best": [sizes, [2 * k for k in sizes]]}
+    found = live.Found([{"objective": "o", "arm": live.UNSTEERED, "seed": 3, "problems": pool}], "o", [3])
+    assert found.at_tokens("best", np.array([50.0])).tolist() == [[5.0, 10.0]]  # between 4 and 6 samples
+
+
+def test_an_interval_of_one_seed_is_over_problems(experiments: SimpleNamespace) -> None:
+    values_SP = np.array([[0.0, 1.0, 1.0, 0.0, 1.0]])
+    assert experiments.live.interval(values_SP) == experiments.summary.mean_interval([0.0, 1.0, 1.0, 0.0, 1.0])
+    assert experiments.live.interval(np.repeat(values_SP, 2, 0)) == experiments.summary.two_way_interval(
+        np.repeat(values_SP, 2, 0)
+    )
+    assert "*" not in experiments.live.difference(values_SP - 0.5)
+    assert experiments.live.difference(np.full((1, 4), 0.5)).endswith("*")
+
+
+def test_live_from_policies_and_again(
+    experiments: SimpleNamespace,
+    policies: Path,
+    trainings: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    live = experiments.live
+    little = (*SMALL, "--train-pairs", "300", "--eval-pairs", "20", "--steps", "1")
+    monkeypatch.setattr(live, "OBJECTIVES", {name: (*given, *little) for name, given in live.OBJECTIVES.items()})
+    monkeypatch.setattr(live, "ARMS", {name: live.ARMS[name] for name in (*live.CONTROLS, "beams, alpha 0")})
+    paths = ("--policy", str(policies / "right-12"), "--runs", str(tmp_path / "runs"), "-o", str(tmp_path / "report"))
+    common = [*paths, "--problems", "5", "--seeds"]
+    assert live.main([*common, "1"]) == 0
+    assert len(trainings) == 2
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["arm"] for row in rows] == list(live.wanted()) * 2
+    assert all(len(values) == 5 for row in rows for values in row["problems"].values())
+    own, other = (
+        next(row["problems"] for row in rows if row["arm"] == "filter, Q < 0" + end) for end in ("", live.SHUFFLED)
+    )
+    assert own != other
+    text = (tmp_path / "report.md").read_text()
+    assert f"{np.mean(own['tokens']):.0f} | {np.mean(own['reward_tokens']):.0f}" in text
+    (tmp_path / "report.json").write_text(json.dumps({"rows": rows[:-2]}))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "main", None)
+        assert live.main([*common, "1"]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["rows"] == rows
+    assert live.main([*common, "2"]) == 0
+    assert len(trainings) == 4
+    text = (tmp_path / "report.md").read_text()
+    assert "still missing" not in text
+    assert "2 seeds each" in text
+    capsys.readouterr()
+    assert live.main([*paths, "--problems", "6"]) == 2
+    assert "its rows are of another number of problems" in capsys.readouterr().err
+    assert live.main(["--policy", "nowhere"]) == 2
+    assert "--policy nowhere: is no folder: run python experiments/policies.py first" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- a pretrained model

@@ -55,4 +55,22 @@ FAULTS = {
         "while self.wanted and right >= min(self.wanted) / 1000:",
         "tests/experiments/test_experiments.py -k reach_a_percentage",
     ),
+    "live: the worst of the samples": (
+        "experiments/live.py",
+        "np.argsort(scores)[::-1]",
+        "np.argsort(scores)",
+        "tests/experiments/test_experiments.py -k best_and_the_most_common",
+    ),
+    "live: tokens of one sample counted as one": (
+        "experiments/live.py",
+        'sizes_S = tokens_S / self.values(UNSTEERED, "length").mean(1)',
+        "sizes_S = tokens_S / 1",
+        "tests/experiments/test_experiments.py -k same_number_of_tokens",
+    ),
+    "live: the controls have the goal itself": (
+        "experiments/live.py",
+        "goals.shuffled(seed) if arm.endswith(SHUFFLED) else goals",
+        "goals",
+        "tests/experiments/test_experiments.py -k live_from_policies",
+    ),
 }

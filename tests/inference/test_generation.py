@@ -213,11 +213,14 @@ def test_prompts_that_cannot_be_continued(policy: Policy, folder: Path, tmp_path
         ({"temperature": -1.0}, "temperature is -1.0: must be 0 or more"),
         ({"top_p": 0.0}, "top_p is 0.0: must be more than 0 and at most 1"),
         ({"stop": [""]}, "must be a list of texts that are not empty"),
+        ({"stop": "end"}, "must be a list of texts that are not empty"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0: must be at least 1"),
         ({"rows": 0}, "rows is 0"),
     ):
         with pytest.raises(UserError, match=message):
             policy.generate_ids([[3]], **wrong)
+    with pytest.raises(TypeError, match="top_q"):
+        policy.generate(["one"], top_q=0.5)
     models.save(tmp_path / "rm")
     with pytest.raises(UserError, match="holds no lm_head: name a language model"):
         Policy.from_pretrained(tmp_path / "rm")

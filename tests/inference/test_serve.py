@@ -474,7 +474,7 @@ def test_the_program_warns_serves_and_ends_in_order(folder: Path) -> None:
 def test_the_curl_commands_of_the_docs(server: Server) -> None:
     text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     commands = [line for line in text.splitlines() if line.startswith("    curl ")]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         arguments = shlex.split(command.replace(":8000", f":{server.port}"))
         result = subprocess.run([*arguments, "--fail-with-body", "-sS"], capture_output=True, text=True, timeout=60)
