@@ -55,4 +55,52 @@ FAULTS = {
         "cuts[i] for",
         "tests/inference/test_serve.py -k hybrid_reward",
     ),
+    "samples: one sample per prompt is enough": (
+        "gcrm_fast/rlhf/samples.py",
+        "if len(completions) < 2:",
+        "if len(completions) < 1:",
+        "tests/rlhf/test_samples.py -k what_is_refused",
+    ),
+    "samples: the end token of another tokenizer is text": (
+        "gcrm_fast/rlhf/samples.py",
+        "if end and end[1] not in known:",
+        "if False:",
+        "tests/rlhf/test_samples.py -k another_tokenizer",
+    ),
+    "samples: the worst reference counts": (
+        "gcrm_fast/rlhf/samples.py",
+        "best = max(references)",
+        "best = min(references)",
+        "tests/rlhf/test_samples.py -k by_their_best",
+    ),
+    "select: places among all prompts instead of their domain": (
+        "gcrm_fast/rlhf/selection.py",
+        "own = np.flatnonzero(np.array(groups) == group)",
+        "own = np.arange(len(groups))",
+        "tests/rlhf/test_selection.py -k places",
+    ),
+    "select: the highest are kept": (
+        "gcrm_fast/rlhf/selection.py",
+        "kept_N = places_N < keep",
+        "kept_N = places_N > 1 - keep",
+        "tests/rlhf/test_selection.py -k lowest_share",
+    ),
+    "select: every pass of a curriculum in the same order": (
+        "gcrm_fast/rlhf/selection.py",
+        "(seed, number, start // len(own))",
+        "(seed, number)",
+        "tests/rlhf/test_selection.py -k stages",
+    ),
+    "select: prompts that no sample solves stay": (
+        "gcrm_fast/commands/select.py",
+        'unsolved_N = np.array([row["solved"] is False for row in found])',
+        "unsolved_N = np.zeros(len(found), dtype=bool)",
+        "tests/commands/test_select.py -k verifier",
+    ),
+    "select: finished windows are scored again": (
+        "gcrm_fast/commands/windows.py",
+        "range(done.windows * WINDOW, len(samples), WINDOW)",
+        "range(0, len(samples), WINDOW)",
+        "tests/commands/test_select.py -k resumes",
+    ),
 }
