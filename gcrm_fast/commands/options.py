@@ -243,6 +243,31 @@ class SelectOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SynthesizeOptions(ModelOptions):
+    """Writes preference pairs from unlabeled samples of a policy (RLP's synthetic preferences, arXiv 2403.19279). The
+    samples of a record are clustered by final answer: the one with the greatest reward in the largest cluster is
+    chosen, and one of the others is rejected at random. Train on these pairs together with those of people.
+
+    Writes the pairs to FILE and what was done to FILE.json. An interrupted run resumes where it stopped.
+    """
+
+    data: Annotated[tuple[str, ...], Argument(positional=True, metavar="FILE")]
+    """Samples: records of a prompt and several completions, and with answers, a list of final answers."""
+    output: OutputFile
+    """File of pairs to write, JSON lines, gzipped if its name ends in .gz."""
+    verifier: tuple[str, ...] = ()
+    """Verifier that reads the final answers of records without answers: math, arithmetic, regex:PATTERN or
+    MODULE:FUNCTION; as TASK=VERIFIER for records with this task. Where the right answer is known, it also judges the
+    pairs."""
+    entailment: str = ""
+    """Model of natural language inference, by which samples are clustered instead: those that entail each other."""
+    threshold: Annotated[float, Range(least=0, greatest=1)] = 0.5
+    """Least share of the samples that the largest cluster must have."""
+    seed: Annotated[int, Range(least=0, below=2**31)] = 0
+    """Seed of the rejected samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectOptions(JudgingOptions):
     """Writes a web page of records with their completions side by side: tokens colored by Q-value or running reward,
     charts along the completion, the first difference and the wrong step marked. By default the records with the lowest

@@ -23,9 +23,9 @@ from gcrm_fast.data.records import parse_columns
 from gcrm_fast.data.sources import STDIN, BadRecords, rows
 from gcrm_fast.evaluation.plots import plot_selection
 from gcrm_fast.inference.scoring import RewardModel
-from gcrm_fast.rlhf.samples import FORMATS, Samples, against, read_samples, rewards_of
+from gcrm_fast.rlhf.samples import FORMATS, Samples, against, read_samples, rewards_of, task_of, verdicts
 from gcrm_fast.rlhf.selection import SMALL, curriculum, lowest, normalized, pooled, stages
-from gcrm_fast.rlhf.verifiers import Verdict, Verifiers, parse_verifiers, plain
+from gcrm_fast.rlhf.verifiers import Verifiers, parse_verifiers, plain
 
 SHOWN = 5  # prompts without an answer that are printed
 WHOLE = "all"  # the domain where no field names one
@@ -78,19 +78,6 @@ def read(options: SelectOptions) -> list[Samples]:
     if not found:
         raise UserError(f"{' '.join(options.data)}: every record is bad; the first: {bad.skipped[0]}")
     return found
-
-
-def task_of(samples: Samples, by_task: dict[str, str]) -> str | None:
-    """The key of the record's verifier: its task, or "" for the verifier of all; None where it has none."""
-    return next((task for task in (samples.task, "") if task in by_task), None)
-
-
-def verdicts(samples: Samples, verifiers: Verifiers) -> list[Verdict] | None:
-    """Of each completion, by the verifier of its task or else by its label; None without both."""
-    task = task_of(samples, verifiers.by_task)
-    if task is None:
-        return [Verdict(float(one), "labeled") for one in samples.correct] if samples.correct is not None else None
-    return [verifiers.check(task, samples.prompt, text, samples.reference) for text in samples.completions]
 
 
 def score_window(
@@ -160,7 +147,7 @@ def records_of(samples: Sequence[Samples], found: Selection, options: SelectOpti
     records = []
     for i in np.flatnonzero(found.kept_N).tolist():
         added = {"score": found.scores_N[i], options.normalize: found.places_N[i]}
-        records.append({**samples[i].without_samples(), "selection": {**added, "source": samples[i].where}})
+        records.append({**samples[i].rest, "selection": {**added, "source": samples[i].where}})
     return records
 
 

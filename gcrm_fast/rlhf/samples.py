@@ -23,12 +23,13 @@ from gcrm_fast.data.records import placed, renamed
 from gcrm_fast.data.sources import BadRecords, rows
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.rlhf.hybrid import proxy
+from gcrm_fast.rlhf.verifiers import Verdict, Verifiers
 
 OF_COMPLETIONS = ("completions_cut", "answers", "is_correct", "completion_ids")  # lists with an entry for each
-READ = ("reference", "reference_completions", "task", "tools", "system")
+READ = ("task", "reference", "tools", "system")
 FORMATS = {
     "samples": ("prompt", "completions"),
-    "all of their fields": ("prompt", "completions", *OF_COMPLETIONS, *READ),
+    "all of their fields": ("prompt", "completions", "reference_completions", *OF_COMPLETIONS, *READ),
 }
 WRITTEN = ("completions", "reference_completions", "samples", *OF_COMPLETIONS)  # what does not belong to a prompt
 GENERATED = ("text", "reward", "chosen", "policy_tokens", "reward_tokens", "saved_tokens", "seconds", "unfiltered")
@@ -37,11 +38,13 @@ SPECIAL = re.compile(r"(<[|\uff5c][^<>\s]+[|\uff5c]>|</?s>|<eos>|<end_of_turn>|\
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The samples of one prompt, text or messages as in their record, which ``fields`` holds; ``where`` is
-    'source:line'; ``answers`` and ``correct`` have an entry per completion, or are None where the record has none."""
+    """The samples of one prompt, text or messages as in their record, which ``fields`` holds; ``rest`` is the record as
+    a prompt without samples; ``where`` is 'source:line'; ``answers`` and ``correct`` have an entry per completion, or
+    are None where the record has none."""
 
     where: str
     fields: dict[str, Any]
+    rest: dict[str, Any]
     prompt: str | Messages
     completions: list[str | Messages]
     cuts: list[bool]
@@ -57,11 +60,6 @@ class Samples:
         if isinstance(self.reference, str) or is_messages(self.reference):
             return [self.reference]
         return self.reference_completions
-
-    def without_samples(self) -> dict[str, Any]:
-        """The record as a prompt to sample from."""
-        omitted = {*WRITTEN, *(GENERATED if "samples" in self.fields else ())}
-        return {name: value for name, value in self.fields.items() if name not in omitted}
 
 
 def read_samples(
@@ -79,7 +77,8 @@ def read_samples(
         before = len(found), len(bad.skipped)
         for where, raw in rows(source, bad):
             try:
-                found.append(_samples(renamed(_listed(raw), columns, source), raw, where))
+                values = renamed(_listed(raw), columns, source)
+                found.append(_samples(values, raw, where, set(columns.values())))
             except UserError as error:
                 bad.add(placed(error, where, columns))
         if len(found) == before[0]:
@@ -99,7 +98,7 @@ def _listed(raw: Any) -> Any:
     return {**kept, "prompt": prompt, **dict(zip(("completions", "completions_cut"), listed, strict=True))}
 
 
-def _samples(values: Mapping[str, Any], raw: dict[str, Any], where: str) -> Samples:
+def _samples(values: Mapping[str, Any], raw: dict[str, Any], where: str, columns: set[str]) -> Samples:
     name = "prompt" if "prompt" in values else "question"
     if name not in values:
         raise FieldError("prompt", "is missing: a record needs a prompt and completions of it")
@@ -118,10 +117,14 @@ def _samples(values: Mapping[str, Any], raw: dict[str, Any], where: str) -> Samp
     answers = [_answer(f"answers[{i}]", one) for i, one in enumerate(lists.get("answers", []))]
     correct = [checked.boolean(f"is_correct[{i}]", one) for i, one in enumerate(lists.get("is_correct", []))]
     references = checked.entries("reference_completions", values.get("reference_completions", []))
+    prompt = _text(name, values[name])
+    others = {*NAMES, *WRITTEN, *columns, *(GENERATED if "samples" in raw else ())}
+    rest = {key: value for key, value in raw.items() if key not in others}
     return Samples(
         where=where,
         fields=raw,
-        prompt=_text(name, values[name]),
+        rest={"prompt": prompt, **{key: values[key] for key in READ if key in values}, **rest},
+        prompt=prompt,
         completions=completions,
         cuts=cuts or [False] * len(completions),
         answers=answers or None,
@@ -142,6 +145,22 @@ def _answer(name: str, value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
         raise FieldError(name, f"is {checked.kind(value)}, not a string, a number or null")
     return str(value).strip() or None if value is not None else None
+
+
+# ----------------------------------------------------------------------------------------------------------- verdicts
+
+
+def task_of(samples: Samples, by_task: Mapping[str, str]) -> str | None:
+    """The key of the record's verifier: its task, or "" for the verifier of all; None where it has none."""
+    return next((task for task in (samples.task, "") if task in by_task), None)
+
+
+def verdicts(samples: Samples, verifiers: Verifiers) -> list[Verdict] | None:
+    """Of each completion, by the verifier of its task or else by its label; None without both."""
+    task = task_of(samples, verifiers.by_task)
+    if task is None:
+        return [Verdict(float(one), "labeled") for one in samples.correct] if samples.correct is not None else None
+    return [verifiers.check(task, samples.prompt, text, samples.reference) for text in samples.completions]
 
 
 # ------------------------------------------------------------------------------------------------------------ rewards
@@ -171,34 +190,37 @@ def check_tokenizer(samples: Samples, tokenizer: PreTrainedTokenizerBase) -> Non
                 )
 
 
-def encode_samples(samples: Samples, model: RewardModel) -> tuple[list[Completion], list[Completion]]:
-    """The tokens of the completions and of the references. Raises UserError with the record's place."""
+def encode_samples(samples: Samples, model: RewardModel, *, references: bool = False) -> list[Completion]:
+    """The tokens of the completions, and then of the references. Raises UserError with the record's place."""
     check_tokenizer(samples, model.tokenizer)
-    texts = [*samples.completions, *samples.references]
+    others = samples.references if references else []
     names = [f"completions[{i}]" for i in range(len(samples.completions))]
-    names += [
-        "reference" if samples.references == [samples.reference] else f"reference_completions[{i}]"
-        for i in range(len(samples.references))
-    ]
-    context = {name: samples.fields.get(name) for name in ("tools", "system")}
+    names += (
+        ["reference"] if others == [samples.reference] else [f"reference_completions[{i}]" for i in range(len(others))]
+    )
+    context = {name: samples.rest.get(name) for name in ("tools", "system")}
     try:
-        pairs = [as_text(model.tokenizer, samples.prompt, text, **context) for text in texts]
+        texts = [as_text(model.tokenizer, samples.prompt, text, **context) for text in (*samples.completions, *others)]
     except UserError as error:
         raise UserError(f"{samples.where}: {error}") from None
-    cuts = [*samples.cuts, *(False for _ in samples.references)]
-    tokens = model.encode([prompt for prompt, _ in pairs], [text for _, text in pairs], cuts)
+    cuts = [*samples.cuts, *(False for _ in others)]
+    tokens = model.encode([prompt for prompt, _ in texts], [text for _, text in texts], cuts)
     for name, one in zip(names, tokens, strict=True):
         if unfit := model.unfit(one):
             raise UserError(f"{samples.where}: field '{name}' {unfit}")
-    count = len(samples.completions)
-    return tokens[:count], tokens[count:]
+    return tokens
 
 
 def rewards_of(window: Sequence[Samples], model: RewardModel) -> list[tuple[list[float], list[float]]]:
     """For each record the rewards of its completions, and of its references."""
-    tokens = [encode_samples(samples, model) for samples in window]
-    rewards = iter(model.judge([one for both in tokens for own in both for one in own]))
-    return [([next(rewards).reward for _ in own], [next(rewards).reward for _ in others]) for own, others in tokens]
+    tokens = [encode_samples(samples, model, references=True) for samples in window]
+    judged = iter(model.judge([one for own in tokens for one in own]))
+    found = []
+    for samples, own in zip(window, tokens, strict=True):
+        rewards = [next(judged).reward for _ in own]
+        count = len(samples.completions)
+        found.append((rewards[:count], rewards[count:]))
+    return found
 
 
 def against(rewards: Sequence[float], references: Sequence[float]) -> tuple[float, float]:

@@ -103,4 +103,46 @@ FAULTS = {
         "range(0, len(samples), WINDOW)",
         "tests/commands/test_select.py -k resumes",
     ),
+    "synthesize: unreadable answers are one answer": (
+        "gcrm_fast/rlhf/synthesis.py",
+        "setdefault(i if answer is None else answer, len(numbers))",
+        'setdefault(answer or "", len(numbers))',
+        "tests/rlhf/test_synthesis.py -k unreadable",
+    ),
+    "synthesize: the lowest reward of the largest cluster is chosen": (
+        "gcrm_fast/rlhf/synthesis.py",
+        "chosen = max(",
+        "chosen = min(",
+        "tests/rlhf/test_synthesis.py -k best_of_the_largest",
+    ),
+    "synthesize: ties give pairs": (
+        "gcrm_fast/rlhf/synthesis.py",
+        "if others[0][1] == size:",
+        "if False:",
+        "tests/rlhf/test_synthesis.py -k which_records",
+    ),
+    "synthesize: entailment in one direction": (
+        "gcrm_fast/rlhf/synthesis.py",
+        "if entails(first, i) and entails(i, first)",
+        "if entails(first, i)",
+        "tests/rlhf/test_synthesis.py -k both_directions",
+    ),
+    "synthesize: any label is entailment": (
+        "gcrm_fast/rlhf/entailment.py",
+        "(logits.argmax(-1) == self.label)",
+        "(logits.argmax(-1) != self.label)",
+        "tests/rlhf/test_synthesis.py -k in_batches",
+    ),
+    "synthesize: cut samples count as ended": (
+        "gcrm_fast/commands/synthesize.py",
+        "for name, i in both.items() if samples.cuts[i]",
+        "for name, i in both.items() if False",
+        "tests/commands/test_synthesize.py -k train_as_any",
+    ),
+    "synthesize: another seed draws the same": (
+        "gcrm_fast/commands/synthesize.py",
+        "default_rng((seed, zlib",
+        "default_rng((0, zlib",
+        "tests/commands/test_synthesize.py -k resumes",
+    ),
 }

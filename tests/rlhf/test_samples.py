@@ -28,7 +28,7 @@ def test_records(tmp_path: Path) -> None:
     [one, other] = read_samples([str(write(tmp_path / "s.jsonl", [record, record]))])
     assert (one.prompt, one.completions, one.cuts) == ("one?", [" two", " three, four"], [False, True])
     assert (one.answers, one.correct, one.references) == (["4", None], [True, False], [" five"])
-    assert one.without_samples() == {"prompt": "one?", "reference": " five", "d": 1}
+    assert one.rest == {"prompt": "one?", "reference": " five", "d": 1}
     assert other.where.endswith("s.jsonl:2"), "records of one prompt stay apart"
 
 
@@ -41,13 +41,14 @@ def test_the_output_of_generate(tmp_path: Path) -> None:
     record = {"question": "one?", "id": 7, "text": " two", "chosen": 0, "samples": samples, "seconds": 0.1}
     [one] = read_samples([str(write(tmp_path / "s.jsonl", [record]))])
     assert (one.prompt, one.completions, one.cuts) == ("one?", [" two", " three"], [False, True])
-    assert one.without_samples() == {"question": "one?", "id": 7}
+    assert one.rest == {"prompt": "one?", "id": 7}
 
 
 def test_columns(tmp_path: Path) -> None:
     path = write(tmp_path / "s.jsonl", [{"q": "one?", "outs": ["a", "b"], "completions": "no"}])
     [one] = read_samples([str(path)], columns={"prompt": "q", "completions": "outs"})
     assert (one.prompt, one.completions) == ("one?", ["a", "b"])
+    assert one.rest == {"prompt": "one?"}
 
 
 @pytest.mark.parametrize(
