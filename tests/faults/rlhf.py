@@ -145,4 +145,22 @@ FAULTS = {
         "default_rng((0, zlib",
         "tests/commands/test_synthesize.py -k resumes",
     ),
+    "judge: one order alone": (
+        "gcrm_fast/rlhf/generative.py",
+        "0.5 * (a + 1 - b)",
+        "a",
+        "tests/rlhf/test_generative.py -k both_orders",
+    ),
+    "judge: the second verdict is for the first response": (
+        "gcrm_fast/rlhf/generative.py",
+        "float(both.softmax(0)[0])",
+        "float(both.softmax(0)[1])",
+        "tests/rlhf/test_generative.py -k transformers",
+    ),
+    "judge: probabilities of an endpoint do not add up to 1": (
+        "gcrm_fast/rlhf/generative.py",
+        "return probabilities[0] / sum(probabilities)",
+        "return probabilities[0]",
+        "tests/rlhf/test_generative.py -k endpoint",
+    ),
 }
