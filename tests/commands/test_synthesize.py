@@ -14,6 +14,7 @@ from gcrm_fast.data.arithmetic import generate, is_correct, samples
 from gcrm_fast.data.records import read_pairs
 from support.judged import write
 from support.models import save
+from support.policies import save as save_policy
 from support.serving import write_served_model
 from support.training_runs import TINY, Gcrm
 
@@ -196,3 +197,24 @@ def test_what_is_refused_in_one_line(
     assert result.returncode == 2, result.stderr
     assert message in result.stderr.splitlines()[-1]
     assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_the_output_of_generate_is_read(run: Any, gcrm: Gcrm, tmp_path: Path) -> None:
+    policy = save_policy(tmp_path / "policy", num_hidden_layers=1, ends=0.5)
+    prompts = write(tmp_path / "p.jsonl", [{"question": f"{word}?", "id": word} for word in ("one", "two", "three")])
+    sampled = gcrm("generate", policy, prompts, "--samples", 4, "--max-new-tokens", 6, "-o", tmp_path / "s.jsonl")
+    assert sampled.returncode == 0, sampled.stderr
+    result = run("--verifier", "regex:(?s)^.", "--threshold", "0")
+    pairs = lines(tmp_path / "pairs.jsonl") if result.returncode == 0 else []
+    found = {record["id"]: record["samples"] for record in lines(tmp_path / "s.jsonl")}
+    expected = 0
+    for word, own in found.items():
+        firsts = [sample["text"][:1].strip() for sample in own]
+        counts = sorted((firsts.count(first) for first in set(firsts)), reverse=True)
+        expected += len(counts) > 1 and counts[0] > counts[1]
+        for pair in pairs:
+            if pair["id"] == word:
+                assert pair["prompt"] == f"{word}?"
+                assert {pair["chosen"], pair["rejected"]} <= {sample["text"] for sample in own}
+    assert len(pairs) == expected, result.stderr
+    assert expected
