@@ -36,6 +36,14 @@ COMMANDS = {
     "monitor": Command(
         "watch a policy drift from its reference", "commands.options:MonitorOptions", "commands.monitor:monitor"
     ),
+    "select": Command(
+        "choose the prompts that a policy learns most from", "commands.options:SelectOptions", "commands.select:select"
+    ),
+    "synthesize": Command(
+        "write preference pairs from unlabeled samples",
+        "commands.options:SynthesizeOptions",
+        "commands.synthesize:synthesize",
+    ),
     "generate": Command(
         "write texts that a reward model chooses or steers",
         "commands.options:GenerateOptions",

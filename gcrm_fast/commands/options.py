@@ -191,6 +191,83 @@ class MonitorOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SelectOptions(ModelOptions):
+    """Selects the prompts to train a policy on next: those on which its samples score lowest, within each domain
+    (Pre-PPO, arXiv 2503.22230). Records have a prompt, completions of the policy, and for scores of a reward model a
+    reference, or reference_completions of the policy before RL, of which the best counts.
+
+    Writes the prompts to FILE, what was done to FILE.json, the scores per domain to FILE.png, and prompts that may have
+    no answer to FILE.unanswerable.jsonl. An interrupted run resumes where it stopped.
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {"selection": "score", "curriculum": "order", "model": "model"}
+
+    data: Annotated[tuple[str, ...], Argument(positional=True, metavar="FILE")]
+    """Samples: files of JSON lines (plain or gzipped; - is stdin) or Parquet, folders that datasets saved, or datasets
+    of the Hub."""
+    output: OutputFile
+    """File of JSON lines to write, gzipped if its name ends in .gz."""
+    score: Literal["reward", "proxy", "pass-rate"] = "reward"
+    """Score of a prompt, a mean over its samples. reward: r(sample) - r(reference); proxy: its sigmoid; pass-rate: the
+    share that is right, by --verifier or the field is_correct."""
+    verifier: tuple[str, ...] = ()
+    """Verifier that judges samples: math, arithmetic, regex:PATTERN or MODULE:FUNCTION; as TASK=VERIFIER for records
+    with this task. Prompts that no sample solves are dropped and listed."""
+    domain: str = ""
+    """Field with a prompt's domain. By default all prompts are of one."""
+    keep: Annotated[float, Range(above=0, greatest=1)] = 0.1
+    """Share of the prompts to keep, those with the lowest scores."""
+    normalize: Literal["rank", "z"] = "rank"
+    """How domains are made comparable. rank keeps the same share of each; z keeps the lowest of all by standard
+    deviations from the domain's mean."""
+    merge: tuple[str, ...] = ()
+    """Prompts to train on too, which are written first, unchanged; selected prompts that are among them are omitted."""
+    order: str = ""
+    """Stages of a curriculum, which is written to FILE.curriculum.jsonl: domains, as in math+code,all. A trainer must
+    read it without shuffling."""
+    steps: ZeroOrMore = 0
+    """Training steps of the curriculum, equally many per stage."""
+    prompts_per_step: AtLeastOne = 8
+    """Number of prompts per step of the curriculum."""
+    seed: Annotated[int, Range(least=0, below=2**31)] = 0
+    """Seed of the curriculum's order."""
+    model: str = ""
+    """Reward model: a folder, or a name on the Hugging Face Hub."""
+
+    def check(self) -> None:
+        super().check()
+        if self.score != "pass-rate" and not self.model:
+            raise UserError(f"--score {self.score}: needs a reward model: name one with --model")
+        if bool(self.order) != bool(self.steps):
+            raise UserError("--order and --steps: a curriculum needs both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesizeOptions(ModelOptions):
+    """Writes preference pairs from unlabeled samples of a policy (RLP's synthetic preferences, arXiv 2403.19279). The
+    samples of a record are clustered by final answer: the one with the greatest reward in the largest cluster is
+    chosen, and one of the others is rejected at random. Train on these pairs together with those of people.
+
+    Writes the pairs to FILE and what was done to FILE.json. An interrupted run resumes where it stopped.
+    """
+
+    data: Annotated[tuple[str, ...], Argument(positional=True, metavar="FILE")]
+    """Samples: records of a prompt and several completions, and with answers, a list of final answers."""
+    output: OutputFile
+    """File of pairs to write, JSON lines, gzipped if its name ends in .gz."""
+    verifier: tuple[str, ...] = ()
+    """Verifier that reads the final answers of records without answers: math, arithmetic, regex:PATTERN or
+    MODULE:FUNCTION; as TASK=VERIFIER for records with this task. Where the right answer is known, it also judges the
+    pairs."""
+    entailment: str = ""
+    """Model of natural language inference, by which samples are clustered instead: those that entail each other."""
+    threshold: Annotated[float, Range(least=0, greatest=1)] = 0.5
+    """Least share of the samples that the largest cluster must have."""
+    seed: Annotated[int, Range(least=0, below=2**31)] = 0
+    """Seed of the rejected samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectOptions(JudgingOptions):
     """Writes a web page of records with their completions side by side: tokens colored by Q-value or running reward,
     charts along the completion, the first difference and the wrong step marked. By default the records with the lowest

@@ -300,7 +300,7 @@ def _converted(
     for where, raw in rows(source, bad):
         count += 1
         try:
-            values = _renamed(raw, columns, source)
+            values = renamed(raw, columns, source)
             format_ = format_of(values, raw, formats)
             layout = layout_of(values, format_)
             if first and layout != first[0]:
@@ -308,11 +308,11 @@ def _converted(
             items = convert(values, formats[format_], raw, where)
         except UserError as error:
             if isinstance(error, EndlessTemplate) and error.hopeless:
-                raise _placed(error, where, columns) from None
+                raise placed(error, where, columns) from None
             if isinstance(error, Tie) and formats is FORMATS:
                 yield []
             else:
-                bad.add(_placed(error, where, columns))
+                bad.add(placed(error, where, columns))
             continue
         first = first or (layout, where)
         yield items
@@ -322,7 +322,7 @@ def _converted(
         raise UserError(f"{source}: contains no records: one JSON object per line, or rows, are expected")
 
 
-def _renamed(raw: Any, columns: Mapping[str, str], source: str) -> dict[str, Any]:
+def renamed(raw: Any, columns: Mapping[str, str], source: str) -> dict[str, Any]:
     """The fields that a record has, under this project's names; with ``columns`` no others."""
     if not isinstance(raw, dict):
         raise UserError(f"a record must be a JSON object, this is {kind(raw)}")
@@ -334,7 +334,7 @@ def _renamed(raw: Any, columns: Mapping[str, str], source: str) -> dict[str, Any
     return present if columns else adapted(present, source)
 
 
-def _placed(error: UserError, where: str, columns: Mapping[str, str]) -> UserError:
+def placed(error: UserError, where: str, columns: Mapping[str, str]) -> UserError:
     """The error with the record's place, a field under the record's own name for it."""
     if isinstance(error, FieldError):
         stem, bracket, rest = error.name.partition("[")

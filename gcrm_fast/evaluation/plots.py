@@ -35,7 +35,7 @@ def _panels(path: Path, sources: int, across: int, width: float, height: float) 
         axes.grid(alpha=0.3)
         if not axes.get_legend():
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
 
 
@@ -156,6 +156,16 @@ def plot_map(points: Mapping[str, np.ndarray], path: Path) -> None:
             color = "0.75" if i == 0 else matplotlib.colormaps["viridis"](i / max(len(points) - 1, 1))
             axes.scatter(points_N2[:, 0], points_N2[:, 1], s=8, color=color, label=_title(name), alpha=0.7, linewidth=0)
         axes.set(title="Latents of the last token", xlabel="first principal component", ylabel="second")
+
+
+def plot_selection(scores: Mapping[str, tuple[np.ndarray, np.ndarray]], name: str, path: Path) -> None:
+    """A panel per domain: the scores of its prompts, and of those that are kept. ``scores``: (scores, kept or not)."""
+    with _panels(path, len(scores), min(len(scores), ACROSS), 4.2, 3) as panels:
+        for axes, (domain, (score_N, kept_N)) in zip(panels, scores.items(), strict=True):
+            edges = np.histogram_bin_edges(score_N, 30).tolist()
+            axes.hist(score_N, edges, alpha=0.55, label=f"all ({len(score_N)})")
+            axes.hist(score_N[kept_N], edges, alpha=0.8, label=f"kept ({kept_N.sum()})")
+            axes.set(title=_title(domain), xlabel=name, ylabel="prompts")
 
 
 def plot_savings(groups: Mapping[str, tuple[Sequence[Result], Saving, Sequence[Saving]]], path: Path) -> None:

@@ -25,6 +25,7 @@ from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.common.limited import EndedError, LimitedProcess, serve
 from gcrm_fast.data.messages import Messages
 
+WITHOUT_REFERENCE = "arithmetic"
 SECONDS = 10.0  # per response
 LOADING = 120.0  # seconds for the imports of a verifier
 MEMORY = 16 * 2**30  # bytes of address space; a user's function may import large libraries

@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM
 
 from gcrm_fast import RewardModel
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.rlhf.hybrid import proxy
 from gcrm_fast.rlhf.trl import RewardFunction
 from support.models import save
+from support.policies import save as save_policy
 
 PROMPTS = ["one?", "two?", "two?", "three?"]
 COMPLETIONS = [" so #### 4", " five, six", " seven", " #### 5"]
@@ -108,3 +112,39 @@ def test_a_judge_stands_in_for_the_proxy() -> None:
     assert judge.asked == [("two?", " five, six", " four"), ("two?", " seven", " four")]
     assert reward.parts["judge"] == 0.75
     assert "proxy" not in reward.parts
+
+
+@pytest.mark.slow
+def test_trl_passes_the_columns_and_logs_the_parts(model: RewardModel, tmp_path: Path) -> None:
+    from trl import GRPOConfig, GRPOTrainer
+
+    policy = AutoModelForCausalLM.from_pretrained(save_policy(tmp_path / "policy", num_hidden_layers=1))
+    records = [
+        {"prompt": "one?", "task": "sums", "reference": "4", "reference_completions": None},
+        {"prompt": "two?", "task": None, "reference": None, "reference_completions": [" four", " six"]},
+    ]
+    arguments = GRPOConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_completion_length=4,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = GRPOTrainer(
+        model=policy,
+        reward_funcs=RewardFunction(verifiers=VERIFIERS, otherwise=model),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(records),
+        processing_class=model.tokenizer,
+    )
+    trainer.train()
+    row = trainer.state.log_history[0]
+    parts = ("verifier_sums", "unreadable", "failed", "proxy", "reward", "reference_reward")
+    assert {f"gcrm/{part}" for part in parts} <= row.keys()
+    assert row["rewards/gcrm/mean"] == pytest.approx((row["gcrm/verifier_sums"] + row["gcrm/proxy"]) / 2, rel=1e-4)
