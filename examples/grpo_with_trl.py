@@ -4,7 +4,8 @@
     python examples/grpo_with_trl.py runs/arithmetic-gcrm-paper-seed0/model
 
 The policy first imitates solutions of which half are wrong, so that it knows the form but not the answers. Its gain is
-judged by doing the sums, which it never sees. Needs pip install 'gcrm-fast[trl,datasets]'; a minute on a CPU.
+judged by doing the sums, which it never sees. With a weak reward model (a held-out AUROC of 0.61 was tried) the reward
+rises while the sums get worse. Needs pip install 'gcrm-fast[trl,datasets]'; a minute on a CPU.
 """
 
 import random

@@ -99,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"gcrm {__version__}")
     parser.add_argument("command", metavar="COMMAND", help="one of those below; gcrm COMMAND --help lists its options")
+    if not argv:
+        parser.print_help()
+        return 2
     # Only the first word is read here: everything after it belongs to the command, --help included.
     name = parser.parse_args(argv[:1]).command
     if name not in COMMANDS:

@@ -106,7 +106,7 @@ def documented_launch(option: str) -> list[str]:
     """torchrun's own options in the launch line of docs/clusters.md that has this one."""
     section = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
     words = shlex.split(next(line for line in section.splitlines() if option in line))
-    return words[words.index("torchrun") + 1 : words.index("gcrm_fast/train.py")]
+    return words[words.index("torchrun") + 1 : words.index("-m")]
 
 
 @pytest.fixture

@@ -170,4 +170,4 @@ def evaluate(options: EvaluateOptions) -> None:
         plot_roc(scored, rows, folder / "roc.png")
         plot_partial(scored, rows, folder / "partial.png")
         plot_histograms(scored, folder / "histograms.png")
-    print(table(rows))
+    print(f"{table(rows)}\n\nwrote {options.output}")

@@ -127,3 +127,4 @@ def inspect(options: InspectOptions) -> None:
     by_heading = {heading: [next(remaining) for _ in of_group] for heading, of_group in groups.items()}
     with written_aside(output) as partial:
         page(title=title, about=about, groups=by_heading).save(partial)
+    print(f"wrote {output}")

@@ -151,8 +151,14 @@ def table(elections: Sequence[Election]) -> str:
                 *shares,
             ]
         )
-    head = ["", "questions", "samples", "threshold", "dropped", "tokens saved", "as released", "none left"]
-    return columns(["", "accuracy", "won", "lost", "p"], lines) + "\n\n" + columns(head, savings)
+    head = ["", "questions", "samples", "threshold", "dropped", "tokens saved", "as released", "unfiltered"]
+    note = (
+        "unfiltered: questions whose samples all fall below the threshold; none of theirs is dropped"
+        if any(election.saving.none_left for election in elections)
+        else ""
+    )
+    tables = [columns(["", "accuracy", "won", "lost", "p"], lines), columns(head, savings), note]
+    return "\n\n".join(filter(None, tables))
 
 
 def vote(options: VoteOptions) -> None:
@@ -199,4 +205,4 @@ def vote(options: VoteOptions) -> None:
             "the filter): exact McNemar test, two-sided",
         }
         write_rows(folder, [row for election in elections for row in rows_of(", ".join(options.data), election)], about)
-    print(table(elections))
+    print(f"{table(elections)}\n\nwrote {options.output}")

@@ -180,7 +180,7 @@ def command(config: TrainConfig, world_size: int) -> str:
     words = (
         ["gcrm", "train"]
         if world_size == 1
-        else ["torchrun", "--standalone", "--nproc-per-node", str(world_size), "gcrm_fast/train.py"]
+        else ["torchrun", "--standalone", "--nproc-per-node", str(world_size), "-m", "gcrm_fast.train"]
     )
     default = dataclasses.replace(TrainConfig(), **PRESETS[config.preset])
     for field in dataclasses.fields(TrainConfig):

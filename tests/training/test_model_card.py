@@ -109,7 +109,7 @@ def test_header_of_a_model_from_files(tmp_path: Path) -> None:
 def test_the_command_gives_the_same_configuration(arguments: list[str]) -> None:
     config = parse(arguments)
     assert parse(shlex.split(command(config, 1))[2:]) == config
-    assert command(config, 4).startswith("torchrun --standalone --nproc-per-node 4 gcrm_fast/train.py")
+    assert command(config, 4).startswith("torchrun --standalone --nproc-per-node 4 -m gcrm_fast.train")
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp"])

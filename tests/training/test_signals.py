@@ -56,7 +56,7 @@ def stopped(pair_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("stopped")
     section = (ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
     launch = shlex.split(next(line for line in section.splitlines() if "--signals-to-handle" in line))
-    options = launch[1 : launch.index("gcrm_fast/train.py")]  # the last number of processes counts
+    options = launch[1 : launch.index("-m")]  # the last number of processes counts
     run = start(
         *arguments(
             pair_file, output, "--steps", "100000", "--save-every", "50000", "--eval-every", "50000", "--log-every", "1"
