@@ -55,4 +55,10 @@ FAULTS = {
         "while self.wanted and right >= min(self.wanted) / 1000:",
         "tests/experiments/test_experiments.py -k reach_a_percentage",
     ),
+    "TRL's losses of pairs in another order": (
+        "experiments/same_as_trl.py",
+        "for i in range(prepared.steps) for group",
+        "for i in reversed(range(prepared.steps)) for group",
+        "tests/experiments/test_experiments.py -k of_trl_at_each_step",
+    ),
 }
