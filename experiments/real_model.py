@@ -19,7 +19,7 @@ import numpy as np
 
 from gcrm_fast.common.command_line import exit_code, parse_options
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import Argument, AtLeastOne
+from gcrm_fast.common.options import Argument, AtLeastOne, ZeroOrMore
 from gcrm_fast.common.options import Options as CommandOptions
 from summary import COVERAGE, cell, data_folder, machine, markdown, mean_interval, to_json, trained, write_aside
 
@@ -76,6 +76,9 @@ class Options(CommandOptions):
     """Precision of the computation, as in gcrm train."""
     only: tuple[str, ...] = ()
     """Names of the objectives to train; default: all."""
+    trl_steps: ZeroOrMore = 0
+    """Number of steps in which the loss is compared with that of TRL's RewardTrainer; 0 compares none, and keeps what
+    the report has. No objective is trained then."""
     report: Annotated[Path, Argument(short="-o", metavar="PATH")] = HERE / "real_model"
     """Path of the report, without the suffixes .md and .json."""
 
@@ -133,15 +136,15 @@ def budget(options: Options) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def earlier(options: Options) -> list[dict[str, Any]]:
-    """Rows of the report so far. Raises UserError where they are of another budget."""
+def earlier(options: Options) -> dict[str, Any]:
+    """The report so far. Raises UserError where its rows are of another budget."""
     path = options.report.with_suffix(".json")
     if not path.exists():
-        return []
-    report = json.loads(path.read_text())
-    if report["budget"] != budget(options):
+        return {"budget": budget(options), "rows": []}
+    report: dict[str, Any] = json.loads(path.read_text())
+    if not options.trl_steps and report["budget"] != budget(options):
         raise UserError(f"{path}: its rows are of another budget ({report['budget']}): choose another --report")
-    return list(report["rows"])
+    return report
 
 
 # ------------------------------------------------------------------------------------------------------- the report
@@ -189,8 +192,21 @@ def tables(rows: list[dict[str, Any]], name: str) -> str:
     )
 
 
-def write_report(options: Options, rows: list[dict[str, Any]], of: str) -> None:
-    common = budget(options)
+def trl_section(found: dict[str, Any]) -> str:
+    """The losses of both trainers, every few steps, and their largest difference."""
+    shown = range(0, len(found["ours"]), 5)
+    rows = [[str(i + 1), f"{found['ours'][i]:.6f}", f"{found['trl'][i]:.6f}"] for i in (*shown, len(found["ours"]) - 1)]
+    return (
+        f"\n## The same as TRL's RewardTrainer\n\nThe whole of `{found['model']}` in {found['dtype']}, ranking loss, "
+        f"{len(found['ours'])} steps of the same pairs ({found['pairs']} in all, {found['tokens']} tokens) in the same "
+        f"order, learning rate {found['lr']:g} with a cosine decay, one seed. Machine: {found['machine']}. Largest "
+        f"difference of the loss at any step: {found['largest_difference']:.1e}.\n\n"
+        f"{markdown(['step', 'gcrm train', 'RewardTrainer'], rows)}\n"
+    )
+
+
+def write_report(options: Options, report: dict[str, Any]) -> None:
+    common, rows, of = (report[name] for name in ("budget", "rows", "machine"))
     text = f"""# Objectives on a pretrained model
 
 The top {common["train_layers"]} layers of `{common["model"]}`, {common["epochs"]} epochs, 16 pairs per step,
@@ -202,15 +218,24 @@ t-interval over seeds. Machine: {of}. Written by
 """
     names = [name for name in SETS if any(row["set"] == name for row in rows)]
     text += "\n".join(tables([row for row in rows if row["set"] == name], name) for name in names)
+    text += trl_section(report["trl"]) if "trl" in report else ""
     write_aside(options.report.with_suffix(".md"), text)
-    write_aside(options.report.with_suffix(".json"), to_json({"machine": of, "budget": common, "rows": rows}))
+    write_aside(options.report.with_suffix(".json"), to_json(report))
 
 
 def run(options: Options) -> None:
     """Trains what is missing, seed by seed, and writes the report after each. Raises UserError."""
     if unknown := set(options.only) - ARMS.keys():
         raise UserError(f"--only {' '.join(sorted(unknown))}: must be of {', '.join(ARMS)}")
-    rows = earlier(options)
+    report = earlier(options)
+    rows: list[dict[str, Any]] = report["rows"]
+    if options.trl_steps:
+        from same_as_trl import compare  # here: the rest needs no TRL
+
+        source = data_folder(options.data) / SETS["GSM8K"][0]
+        found = compare(options.model, source, options.trl_steps, options.lr, options.runs)
+        write_report(options, {"machine": machine(), **report, "trl": {"machine": machine(), **found}})
+        return
     for seed in range(options.seeds):
         for name in SETS:
             for arm in options.only or ARMS:
@@ -220,7 +245,7 @@ def run(options: Options) -> None:
                 print(f"{name}, {arm}, seed {seed}", flush=True)
                 trained(folder, arguments(options, arm, name, seed))
                 rows.append({"set": name, "arm": arm, "seed": seed, **evaluations(folder)})
-                write_report(options, rows, machine())
+                write_report(options, {**report, "machine": machine()})
 
 
 def main(argv: list[str] | None = None) -> int:

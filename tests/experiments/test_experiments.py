@@ -26,7 +26,17 @@ from gcrm_fast.data.tokenization import train_tokenizer
 from support.models import save
 from support.training_runs import ROOT
 
-MODULES = ("arithmetic_chain", "ablations", "live", "objectives", "policies", "real_model", "smollm2", "summary")
+MODULES = (
+    "arithmetic_chain",
+    "ablations",
+    "live",
+    "objectives",
+    "policies",
+    "real_model",
+    "same_as_trl",
+    "smollm2",
+    "summary",
+)
 SMALL = ("--hidden-size", "16", "--intermediate-size", "16", "--layers", "1", "--goal-pairs", "8", "--cache", "none")
 
 
@@ -479,6 +489,26 @@ def test_a_pretrained_models_arms_one_by_one(
     capsys.readouterr()
     assert script.main([*sizes, *paths, "--lr", "1", "--seeds", "1"]) == 2
     assert "its rows are of another budget" in capsys.readouterr().err
+
+
+def test_the_ranking_loss_is_that_of_trl_at_each_step(
+    experiments: SimpleNamespace, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a model that learns within six steps; the report keeps what it has."""
+    pytest.importorskip("trl", reason="pip install 'gcrm-fast[trl]'")
+    monkeypatch.setenv("GCRM_DATA", str(data))
+    save(tmp_path / "model")
+    script, report = experiments.real_model, tmp_path / "report"
+    common = {"model": "m", "train_layers": 3, "pairs": 1, "held_out": 1, "goal_pairs": 1, "epochs": 1, "lr": 1.0}
+    report.with_suffix(".json").write_text(json.dumps({"machine": "m", "budget": common, "rows": []}))
+    words = ["--model", str(tmp_path / "model"), "--runs", str(tmp_path / "runs"), "-o", str(report)]
+    assert script.main([*words, "--trl-steps", "6", "--lr", "0.01"]) == 0
+    found = json.loads(report.with_suffix(".json").read_text())
+    assert found["budget"] == common
+    assert len(found["trl"]["ours"]) == 6
+    assert max(found["trl"]["ours"]) - min(found["trl"]["ours"]) > 0.01
+    assert found["trl"]["largest_difference"] < 1e-4
+    assert "Largest difference of the loss at any step: " in report.with_suffix(".md").read_text()
 
 
 def test_differences_by_seed_and_what_they_would_have_shown(experiments: SimpleNamespace) -> None:
