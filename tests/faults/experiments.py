@@ -72,6 +72,7 @@ FAULTS = {
         "goals.shuffled(seed) if arm.endswith(SHUFFLED) else goals",
         "goals",
         "tests/experiments/test_experiments.py -k live_from_policies",
+    ),
     "TRL's losses of pairs in another order": (
         "experiments/same_as_trl.py",
         "for i in range(prepared.steps) for group",
