@@ -11,16 +11,30 @@ import importlib
 import os
 import pkgutil
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
+import torch
 
 import faults
 
+PRELOADED = (
+    "hypothesis",
+    "matplotlib.pyplot",
+    "sklearn.linear_model",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+)
 ROOT = Path(__file__).resolve().parents[1]
 Fault = tuple[str, str, str, str]
 
@@ -43,19 +57,35 @@ def own_copy() -> Path:
     return folder
 
 
+def preload() -> None:
+    """Imports the large libraries once per process that forks: a test would take seconds for them, each time."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, see conftest.py
+    torch.set_num_threads(1)
+    for name in PRELOADED:
+        importlib.import_module(name)
+
+
+def run_tests(folder: Path, test: str) -> NoReturn:
+    """In a process of its own, which ends with pytest's exit code."""
+    os.chdir(folder)
+    paths = [str(folder), str(folder / "kernels")]
+    sys.path[:0] = paths
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    file, _, selected = test.partition(" -k ")
+    sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", file, "-k", selected]))
+
+
 def is_red(test: str) -> bool:
     """Whether a test fails: a file, and after " -k " which of its tests."""
-    folder = own_copy()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{folder}{os.pathsep}{folder / 'kernels'}",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    file, _, selected = test.partition(" -k ")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", selected]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
-    return result.returncode == 1
+    process = get_context("fork").Process(target=run_tests, args=(own_copy(), test))
+    process.start()
+    process.join()
+    return process.exitcode == 1
 
 
 def joined(tests: Iterable[str]) -> list[str]:
@@ -84,8 +114,12 @@ def main() -> int:
     wanted = " ".join(sys.argv[1:])
     chosen = {name: fault for name, fault in planted().items() if wanted in name}
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as copies, ProcessPoolExecutor(os.cpu_count()) as pool:
+    with (
+        tempfile.TemporaryDirectory() as copies,
+        ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork"), initializer=preload) as pool,
+    ):
         os.environ["GCRM_COPIES"] = copies
+        os.environ["OMP_NUM_THREADS"] = "1"
         unplanted = joined(test for *_, test in chosen.values())
         already = [test for test, red in zip(unplanted, pool.map(is_red, unplanted), strict=True) if red]
         for test in already:
