@@ -102,7 +102,7 @@ def python_of(key: str) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True, text=True)
         for step in steps:
-            arguments = [python, "-m", "pip", *step.split(), "--quiet", "--disable-pip-version-check"]
+            arguments = [str(python), "-m", "pip", *step.split(), "--quiet", "--disable-pip-version-check"]
             subprocess.run(arguments, check=True, capture_output=True, text=True)
         stamp.write_text(wanted)  # last, so that an interrupted build starts over
     return python

@@ -12,11 +12,15 @@ from transformers import BatchEncoding
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "rewardbench_local.sh"
 _to = BatchEncoding.to
-BatchEncoding.to = lambda self, device, **options: _to(self, "cpu" if device == "cuda" else device, **options)
+
+
+def to_cpu(self: BatchEncoding, device: Any, **options: Any) -> BatchEncoding:
+    return _to(self, "cpu" if device == "cuda" else device, **options)
 
 
 def main(work: Path, answers: Path) -> None:
     models = json.loads((work / "models.json").read_text())
+    setattr(BatchEncoding, "to", to_cpu)  # noqa: B010 (mypy refuses to assign to a method)
     os.chdir(work)
     # As the example calls it: what it writes is named after the model, below the working directory.
     [command] = re.findall(r"^rewardbench (.+)$", SCRIPT.read_text().replace("\\\n", ""), re.MULTILINE)

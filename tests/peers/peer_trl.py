@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 
 from gcrm_fast.rlhf.trl import RewardFunction
 
-SETTINGS = {"report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True, "seed": 0}
+SETTINGS: dict[str, Any] = {"report_to": [], "save_strategy": "no", "use_cpu": True, "bf16": False, "seed": 0}
 
 
 def trained(base: dict[str, Any], work: Path, kind: str, *, plain: bool = False) -> dict[str, Any]:
@@ -28,25 +28,28 @@ def trained(base: dict[str, Any], work: Path, kind: str, *, plain: bool = False)
         texts = [[c["messages"][:1], c["messages"][1:]] for c in cases]
     rows["rejected"] = [*rows["chosen"][1:], rows["chosen"][0]] if plain else [c["messages"] for c in cases[::-1]]
     lora = None if kind in ("whole", "plain") else LoraConfig(task_type="SEQ_CLS", r=4, target_modules="all-linear")
+    names = AutoTokenizer.from_pretrained(base["folder"])
     trainer = RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(base["folder"], dtype=torch.float32),
         args=RewardConfig(output_dir=str(work / "trl"), max_steps=2, learning_rate=1e-2, **SETTINGS),
         train_dataset=Dataset.from_dict(rows),
-        processing_class=AutoTokenizer.from_pretrained(base["folder"]),
+        processing_class=names,
         peft_config=lora,
     )
     trainer.train()
-    model = trainer.model.eval()
+    model: Any = trainer.model
+    model.eval()
     with torch.no_grad():
-        ids = [torch.tensor([row["chosen_ids"]]) for row in trainer.train_dataset]
+        dataset: Any = trainer.train_dataset
+        ids = [torch.tensor([row["chosen_ids"]]) for row in dataset]
         found = [model(input_ids=one, attention_mask=torch.ones_like(one)).logits.item() for one in ids]
     if kind == "merged":
         model.merge_and_unload().save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+        names.save_pretrained(folder)
     else:
         trainer.save_model(str(folder))
-    names = {"whole": "messages", "plain": "texts", "merged": "a LoRA adapter, merged", "adapter": "a LoRA adapter"}
-    what = f"model saved by RewardTrainer ({names[kind]}), scored by gcrm"
+    kinds = {"whole": "messages", "plain": "texts", "merged": "a LoRA adapter, merged", "adapter": "a LoRA adapter"}
+    what = f"model saved by RewardTrainer ({kinds[kind]}), scored by gcrm"
     return {"what": what, "model": "base", "folder": str(folder), "found": found, "texts": texts}
 
 
@@ -62,15 +65,22 @@ def rewarded(model: dict[str, Any], name: str, work: Path) -> dict[str, Any]:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    function, texts, found = RewardFunction(model["folder"]), [], []
+    function = RewardFunction(model["folder"])
+    texts: list[list[Any]] = []
+    found: list[float] = []
 
-    def gcrm(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    def gcrm(prompts: list[Any], completions: list[Any], **columns: Any) -> Any:
         rewards = function(prompts, completions, **columns)
         texts.extend([prompt, completion] for prompt, completion in zip(prompts, completions, strict=True))
         found.extend(rewards)
         return rewards
 
-    options = {"per_device_train_batch_size": 8, "num_generations": 2, "max_completion_length": 6, "max_steps": 1}
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "max_steps": 1,
+    }
     trainer = GRPOTrainer(
         model=LlamaForCausalLM(config),
         reward_funcs=gcrm,

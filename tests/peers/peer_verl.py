@@ -60,7 +60,8 @@ def rewards(loop: RewardLoopWorker, data: DataProto) -> list[float]:
 
 
 def main(work: Path, answers: Path) -> None:
-    models, made = json.loads((work / "models.json").read_text()), []
+    models = json.loads((work / "models.json").read_text())
+    made: list[dict[str, Any]] = []
     function = f"reward.custom_reward_function.path={EXAMPLE}"
     manager = ["source=importlib", "name=CutsIncluded", f"module.path={EXAMPLE}"]
     for name in ("text", "chatml"):

@@ -85,6 +85,7 @@ def rewards_here(answer: dict[str, Any], models: dict[str, Any]) -> list[Any]:
         return [
             np.concatenate([given[: len(given) - len(j.rewards_n)], j.rewards_n])
             for given, j in zip(answer["found"], rewards, strict=True)
+            if j.rewards_n is not None  # it was asked for
         ]
     return [j.reward + shift for j in rewards]
 

@@ -51,7 +51,7 @@ def answer(**changes: Any) -> dict[str, Any]:
         (answer(known="a bug of theirs"), [1.0, 3.0], "differs: a bug of theirs"),
         (answer(known="a bug of theirs"), [1.0, 2.0], "equal"),
         (answer(found=[1.0, float("nan")]), [1.0, 2.0], "differs"),
-        (answer(found=[[1.0, 2.0], [3.0]]), [[1.0, 2.0], [3.5]], "differs"),
+        (answer(found=[[1.0, 2.0], [3.0]]), [[1.0, 2.5], [3.0]], "differs"),
         ({"what": "x", "said": "float16", "documented": "float16"}, [], "float16, as documented"),
         ({"what": "x", "said": "bfloat16", "documented": "float16"}, [], "differs: bfloat16"),
     ],
@@ -77,3 +77,27 @@ def test_a_peer_that_is_not_available_says_why(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.delenv(name, raising=False)
     [row] = run.run("trl", {}, tmp_path)
     assert row["verdict"].startswith("not installed: ERROR: No matching distribution found for torch")
+
+
+def test_without_names_all_peers_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def noted(key: str, *_: object) -> list[run.Row]:
+        ran.append(key)
+        return RESULTS[key]
+
+    (tmp_path / "page.md").write_text(run.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    for name, value in {"RESULTS": tmp_path / "results.json", "PAGE": tmp_path / "page.md"}.items():
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(run, "prepared", lambda work: {})
+    monkeypatch.setattr(run, "run", noted)
+    run.main([])
+    assert ran == [*PEERS]
+    run.main(["trl"])
+    assert ran == [*PEERS, "trl"]
+    assert json.loads((tmp_path / "results.json").read_text()) == RESULTS
+    with pytest.raises(SystemExit):
+        run.main(["nobody"])
+    assert "no such peer: nobody: choose from vllm, " in capsys.readouterr().err
