@@ -79,12 +79,14 @@ class Reader(HTMLParser):
 
 
 def test_the_page_shows_every_token_once_and_how_each_sample_ended(tmp_path: Path) -> None:
-    file = written(tmp_path / "out.jsonl", record("ab<c", "abx", "ab\ny"), record("</style><script>", prompt="two"))
+    evil = record("ab", prompt="two")
+    evil["samples"][0]["tokens"]["texts"] = ["</style>", "<script>"]
+    file = written(tmp_path / "out.jsonl", record("ab<c", "abx", "ab\ny"), evil)
     out = tmp_path / "page.html"
     assert cli.run("inspect", ["nowhere", str(file), "-o", str(out)]) == 0  # the model is not loaded
     text = out.read_text()
     made = Reader(text)
-    assert len(made.titles) == len("ab") + len("<c") + len("x") + len("\ny") + len("</style><script>")
+    assert len(made.titles) == len("ab") + len("<c") + len("x") + len("\ny") + 2
     assert made.titles[:3] == ["token 1: Q 0.000", "token 2: Q 0.010", "token 3: Q 0.020"]
     assert "token 3: Q 0.120" in made.titles
     assert "script" not in made.tags
