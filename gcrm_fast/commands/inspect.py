@@ -1,19 +1,23 @@
-"""``gcrm inspect``: a web page of records, token by token (evaluation/page.py)."""
+"""``gcrm inspect``: a web page of records, token by token (evaluation/page.py), or of generated texts (tree.py)."""
 
 import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from gcrm_fast.commands.options import InspectOptions
 from gcrm_fast.commands.shared import PAIRED, limited, open_model, records
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
+from gcrm_fast.data.prompts import read_prompts
 from gcrm_fast.data.records import Candidate
+from gcrm_fast.data.sources import STDIN, BadRecords, rows
 from gcrm_fast.data.special_tokens import readable
-from gcrm_fast.evaluation.page import Column, Record, margin, marks_of, page, selected
+from gcrm_fast.evaluation.page import Column, Page, Record, margin, marks_of, page, selected
+from gcrm_fast.evaluation.tree import Tree, samples_of, tree_page
 from gcrm_fast.inference.candidates import encoded, judge
 from gcrm_fast.inference.scoring import RewardModel
 
@@ -109,12 +113,46 @@ def select(model: RewardModel, options: InspectOptions) -> tuple[dict[str, list[
     return {heading: [pool[i] for i in rows] for heading, rows in groups.items()}, about
 
 
+def is_generated(sources: Sequence[str]) -> bool:
+    """Whether the first record is one of gcrm generate. Standard input, which is read once, is taken to be none."""
+    first = next(rows(sources[0], BadRecords(skip=True)), None) if sources[0] != STDIN else None
+    return first is not None and isinstance(first[1], dict) and first[1].keys() >= {"samples", "policy_tokens"}
+
+
+def generated_page(options: InspectOptions) -> Page:
+    """The page of a file of gcrm generate: the records of --row, or --random others. Raises UserError."""
+    records = list(read_prompts(options.data, bad=BadRecords(skip=options.on_bad_record == "skip")))
+    if options.row and max(options.row) >= len(records):
+        raise UserError(f"--row {max(options.row)}: there are {len(records)} records, numbered from 0")
+    chosen = list(options.row) or sorted(np.random.default_rng(0).permutation(len(records))[: options.random].tolist())
+    if not chosen:
+        raise UserError("--random 0: selects no record: raise it, or name a --row")
+    trees = []
+    for i in chosen:
+        samples = samples_of(records[i].fields, records[i].where)
+        prompt = records[i].prompt
+        text = prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        trees.append((Tree.of(f"Record {i} ({Path(records[i].where).name})", text, samples), samples))
+    return tree_page(title=title_of(options), about=[f"{len(chosen)} of {len(records)} records"], trees=trees)
+
+
+def title_of(options: InspectOptions) -> str:
+    return "Inspect " + ", ".join(Path(source).name for source in options.data)
+
+
 def inspect(options: InspectOptions) -> None:
     """Raises UserError."""
     output = output_file(options.output, options.data)
+    made = generated_page(options) if is_generated(options.data) else judged_page(options)
+    with written_aside(output) as partial:
+        made.save(partial)
+    print(f"wrote {output}")
+
+
+def judged_page(options: InspectOptions) -> Page:
+    """The page of records that the model judges. Raises UserError."""
     model, goal_D = open_model(options)
     about = [f"Model {options.model}" + (f", goal {options.goal}" if options.goal else "")]
-    title = "Inspect " + ", ".join(Path(source).name for source in options.data)
     if options.row:
         groups = {"": read_rows(options, model)}
     else:
@@ -125,6 +163,4 @@ def inspect(options: InspectOptions) -> None:
     flat = shown(model, [candidates for of_group in groups.values() for candidates in of_group], goal_D, options)
     remaining = iter(flat)
     by_heading = {heading: [next(remaining) for _ in of_group] for heading, of_group in groups.items()}
-    with written_aside(output) as partial:
-        page(title=title, about=about, groups=by_heading).save(partial)
-    print(f"wrote {output}")
+    return page(title=title_of(options), about=about, groups=by_heading)

@@ -271,7 +271,8 @@ class SynthesizeOptions(ModelOptions):
 class InspectOptions(JudgingOptions):
     """Writes a web page of records with their completions side by side: tokens colored by Q-value or running reward,
     charts along the completion, the first difference and the wrong step marked. By default the records with the lowest
-    margins between right and wrong completions, and some drawn at random."""
+    margins between right and wrong completions, and some drawn at random. A file of gcrm generate is shown with the
+    Q-values that it holds, its samples or beams as a tree; the model is not loaded."""
 
     output: OutputFile
     """HTML file to write."""

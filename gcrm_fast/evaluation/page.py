@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -210,11 +211,9 @@ def token_ticks(length: int) -> list[int]:
 
 def page(*, title: str, about: Sequence[str], groups: dict[str, list[Record]]) -> Page:
     """The report. ``about``: lines below the title; ``groups``: records by heading, "" for none."""
-    environment = Environment(
-        loader=PackageLoader("gcrm_fast.evaluation", package_path=""), autoescape=True, undefined=StrictUndefined
-    )
     columns = [column for records in groups.values() for record in records for column in record.columns]
-    html = environment.get_template("page.html.jinja").render(
+    html = rendered(
+        "page.html.jinja",
         title=title,
         about=about,
         groups=groups,
@@ -223,6 +222,14 @@ def page(*, title: str, about: Sequence[str], groups: dict[str, list[Record]]) -
         levels=LEVELS,
         long=LONG,
         folded_prompt=FOLDED_PROMPT,
-        line_feed=Markup('<span class="gone">↵</span>\n'),
     )
     return Page(title=title, html=html)
+
+
+def rendered(template: str, **values: Any) -> str:
+    """The HTML of a template of this folder, which escapes all text."""
+    environment = Environment(
+        loader=PackageLoader("gcrm_fast.evaluation", package_path=""), autoescape=True, undefined=StrictUndefined
+    )
+    line_feed = Markup('<span class="gone">↵</span>\n')
+    return environment.get_template(template).render(line_feed=line_feed, **values)

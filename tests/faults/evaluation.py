@@ -193,4 +193,22 @@ FAULTS = {
         "for label in np.unique(label_N[label_N >= 0]):",
         "tests/evaluation/test_detectors.py -k by_hand",
     ),
+    "tree: a branch takes the Q-values of its first tokens": (
+        "gcrm_fast/evaluation/tree.py",
+        "q_n=first.q_n[start:end]",
+        "q_n=first.q_n[: end - start]",
+        "tests/evaluation/test_tree.py -k share_a_branch",
+    ),
+    "tree: shorter texts are lost": (
+        "gcrm_fast/evaluation/tree.py",
+        "ends=[one for one in samples if len(one.text_n) == end]",
+        "ends=[one for one in samples if len(one.text_n) == end and len(samples) == 1]",
+        "tests/evaluation/test_tree.py -k share_a_branch",
+    ),
+    "tree: tokens are not escaped": (
+        "gcrm_fast/evaluation/tree.html.jinja",
+        "(text | e).replace",
+        "(text | safe).replace",
+        "tests/evaluation/test_tree.py -k every_token_once",
+    ),
 }
