@@ -193,8 +193,8 @@ def grpo(
         per_device_train_batch_size=64,
         num_generations=8,
         max_completion_length=LENGTH,
-        learning_rate=5e-4,
-        beta=0.0,
+        learning_rate=3e-4,
+        beta=0.1,
         shuffle_dataset=shuffle,
         logging_steps=1,
         report_to=[],
@@ -359,7 +359,7 @@ def report(found: dict[str, Any]) -> str:
             cell([row["gold"] for row in own]),
             cell([row["distinct"] for row in own]),
             cell([row["entropy_bits"] for row in own]),
-            cell([row["auroc_on_own_samples"] for row in own]),
+            cell([math.nan if row["auroc_on_own_samples"] is None else row["auroc_on_own_samples"] for row in own]),
         ]
         for arm, own in of.items()
     ]

@@ -27,7 +27,8 @@ def row(arm: str, seed: int, gold: float) -> dict[str, Any]:
     trajectory = [{"step": 10 * i, "gold": gold, "reward": 0.1 * i} for i in range(11)]
     accuracy = {"pairs": {"share": 0.75}}
     spg = {"coverage": 0.5, "accuracy": accuracy, "auroc_before": 0.7, "auroc_after": float("nan")}
-    return {**own, "trajectory": trajectory, "auroc_on_own_samples": 0.7, "spg": spg}
+    auroc = float("nan") if arm == "rlp-spg" else 0.7  # all samples are wrong
+    return {**own, "trajectory": trajectory, "auroc_on_own_samples": auroc, "spg": spg}
 
 
 def test_finished_rows_are_kept_and_other_settings_refused(
