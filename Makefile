@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 WITH_BENCH := .venv/.bench
 WITH_DOCS := .venv/.docs
 
-.PHONY: help setup train evaluate test test-all lint mutants torture bench peers docs real-model wheel gpu clean
+.PHONY: help setup train evaluate test test-all lint mutants torture bench peers docs loop real-model wheel gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -54,6 +54,9 @@ $(WITH_DOCS): $(INSTALLED)
 
 docs: $(WITH_DOCS)  ## build the documentation in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
+
+loop: $(WITH_BENCH)  ## reward model, GRPO, the policy's samples, and again: does the loop help?
+	$(BIN)/python experiments/rlhf_loop.py $(ARGS)
 
 torture: $(INSTALLED)  ## kill and starve training runs and a server, about an hour
 	$(BIN)/python -m pytest tests/torture.py $(ARGS)

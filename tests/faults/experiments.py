@@ -79,4 +79,16 @@ FAULTS = {
         "for i in reversed(range(prepared.steps)) for group",
         "tests/experiments/test_experiments.py -k of_trl_at_each_step",
     ),
+    "loop: finished rows are computed a second time": (
+        "experiments/rlhf_loop.py",
+        'if any((row["seed"], row["arm"]) == (seed, arm) for row in found["rows"]):',
+        "if False:",
+        "tests/experiments/test_rlhf_loop.py -k finished_rows",
+    ),
+    "loop: one seed is enough for a claim": (
+        "experiments/rlhf_loop.py",
+        'verdict = "shown" if mean > half',
+        'verdict = "shown" if mean > 0',
+        "tests/experiments/test_rlhf_loop.py -k needs_three_seeds",
+    ),
 }

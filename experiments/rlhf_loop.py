@@ -1,0 +1,444 @@
+"""The whole loop on arithmetic: preferences, a reward model, GRPO, and what the policy's samples teach next.
+
+    make loop                                           # one seed: plain, hybrid, rlp-spg
+    make loop ARGS=--full                               # three seeds, also selection of prompts and the curriculum
+
+A policy imitates right solutions until it solves a quarter of the held-out problems; a reward model learns from pairs;
+TRL's GRPO trains the policy on prompts of its own. The arms differ in the reward, or in the prompts:
+
+    plain        the reward model
+    hybrid       the verifier on half of the prompts, elsewhere the reward model against the best of 4 samples of the
+                 imitating policy
+    rlp-spg      plain, then gcrm synthesize on its samples, a reward model of all pairs, and GRPO again from the start
+    lowest-10    plain on the tenth of the prompts that gcrm select keeps; lowest-50: on half of them
+    random-10    plain on a random tenth
+    curriculum   plain, prompts of two steps first
+
+Gold is exact: the probability of the right solution, every step of it, at temperature 1. Finished rows are kept in
+rlhf_loop.json, and the same command continues with the others. Needs pip install 'gcrm-fast[trl,datasets]'.
+"""
+
+import json
+import math
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import numpy as np
+from transformers import LlamaForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from gcrm_fast import Policy, RewardModel, cli
+from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.options import AtLeastOne, Options, Range, flag
+from gcrm_fast.common.statistics import auroc
+from gcrm_fast.data.arithmetic import generate, is_correct
+from gcrm_fast.data.records import Pair
+from gcrm_fast.rlhf.trl import RewardFunction
+from gcrm_fast.training.config import PRESETS
+from policies import Options as PolicyOptions
+from policies import share_right
+from policies import train as train_policies
+from summary import cell, machine, markdown, to_json, trained, write_aside
+
+ARMS = ("plain", "hybrid", "rlp-spg")
+MORE_ARMS = ("lowest-10", "lowest-50", "random-10", "curriculum")
+STEPS = 2  # of a problem
+LENGTH = 6 * STEPS + 2  # maximum tokens of a solution, one per character
+SHAPE = (
+    *("global_batch_pairs", "vocab_size", "hidden_size", "intermediate_size", "layers", "kv_heads", "head_size"),
+    *("lr", "warmup", "weight_decay"),
+)  # what the reward model takes from the arithmetic preset
+UNLABELED = 3  # one problem in this many, by a hash of its text, is in no pair: a prompt of GRPO
+OUTPUT = Path(__file__).with_suffix(".json")
+SAMPLES = 10  # per prompt, as in RLP
+REFERENCES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions(Options):
+    """Runs the loop; see the top of the script."""
+
+    full: bool = False
+    """Three seeds and all arms, instead of one seed of three arms."""
+    runs: Path = Path("runs/rlhf-loop")
+    """Folder of models and samples."""
+    output: Path = OUTPUT
+    """File of the finished rows; the report is written next to it."""
+    grpo_steps: AtLeastOne = 100
+    """Optimizer steps of GRPO, of 8 prompts with 8 samples each."""
+    prompts: Annotated[int, Range(least=20)] = 400
+    """Number of prompts of GRPO."""
+    train_pairs: AtLeastOne = 16_000
+    """Preference pairs of the reward model."""
+    rm_steps: AtLeastOne = 400
+    """Optimizer steps of the reward model."""
+    right: Annotated[int, Range(least=1, greatest=99)] = 25
+    """Percentage of held-out problems that the imitating policy solves."""
+    held_out: AtLeastOne = 300
+    """Number of held-out problems."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What the arms of a seed share: problems, the imitating policy, and the reward model."""
+
+    seed: int
+    options: LoopOptions
+    folder: Path
+    prompts: list[str]
+    held_out: list[Pair]
+    policy: Path
+    pairs: Path
+    reward_model: Path
+    ends: list[int]
+
+    def reward(self, model: Path) -> RewardFunction:
+        """Of a reward model alone."""
+        return RewardFunction(model, ends=self.ends)
+
+
+def lines(path: Path, records: Sequence[dict[str, Any]]) -> Path:
+    write_aside(path, "".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def command(name: str, *arguments: object) -> None:
+    """``gcrm NAME ARGUMENTS``. Raises UserError where it fails."""
+    if cli.run(name, [*map(str, arguments)]):
+        raise UserError(f"gcrm {name} failed with the error above")
+
+
+def reward_model(folder: Path, name: str, sources: Sequence[Path], seed: int, options: LoopOptions) -> Path:
+    """Trained by ranking on the pairs of all sources, with the shape and learning rate of the arithmetic preset."""
+    preset = {key: value for key, value in PRESETS["arithmetic"].items() if key in SHAPE}
+    chosen = {**preset, "steps": options.rm_steps, "seed": seed, "eval_split": 0.02, "objective": "ranking"}
+    flags = [text for key, value in chosen.items() for text in (flag(key), str(value))]
+    return trained(folder / name, ["--data", *map(str, sources), "--dtype", "float32", *flags])
+
+
+def prepare(seed: int, options: LoopOptions) -> World:
+    folder = options.runs / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs, held_out = generate(2 * options.train_pairs, options.held_out, seed, STEPS)
+    labeled = [pair for pair in pairs if zlib.crc32(pair.prompt.encode()) % UNLABELED][: options.train_pairs]
+    unlabeled = dict.fromkeys(p.prompt for p in pairs if not zlib.crc32(p.prompt.encode()) % UNLABELED)
+    data = lines(
+        folder / "pairs.jsonl", [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in labeled]
+    )
+    policy = folder / "policies" / f"right-{options.right}"
+    if not policy.is_dir():
+        train_policies(
+            PolicyOptions(
+                right=(str(options.right),),
+                runs=policy.parent,
+                seed=seed,
+                arithmetic_steps=STEPS,
+                held_out=options.held_out,
+            )
+        )
+    return World(
+        seed=seed,
+        options=options,
+        folder=folder,
+        prompts=list(unlabeled)[: options.prompts],
+        ends=sorted(Policy.from_pretrained(policy, device="cpu").stop_ids),
+        held_out=held_out,
+        policy=policy,
+        pairs=data,
+        reward_model=reward_model(folder, "reward-model", [data], seed, options),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- GRPO
+
+
+class Gold(TrainerCallback):
+    """The exact share of right solutions of held-out problems, every tenth of the run."""
+
+    def __init__(self, world: World, tokenizer: Any) -> None:
+        self.world, self.tokenizer = world, tokenizer
+        self.every = max(1, world.options.grpo_steps // 10)
+        self.gold: dict[int, float] = {}
+
+    def measure(self, policy: Any, step: int) -> None:
+        self.gold[step] = share_right(policy.eval(), self.tokenizer, self.world.held_out)
+        policy.train()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        if state.global_step % self.every == 0:
+            self.measure(objects["model"], state.global_step)
+
+
+def grpo(
+    world: World, name: str, reward: RewardFunction, records: Sequence[dict[str, Any]], shuffle: bool = True
+) -> tuple[Path, list[dict[str, float]]]:
+    """Trains the imitating policy; its folder, and gold and reward by step."""
+    folder = world.folder / name
+    if (folder / "trajectory.json").exists():
+        return folder, json.loads((folder / "trajectory.json").read_text())
+    policy = LlamaForCausalLM.from_pretrained(world.policy)
+    tokenizer = Policy.from_pretrained(world.policy, device="cpu").tokenizer
+    gold = Gold(world, tokenizer)
+    gold.measure(policy, 0)
+    arguments = GRPOConfig(
+        output_dir=str(world.folder / "scratch"),
+        max_steps=world.options.grpo_steps,
+        per_device_train_batch_size=64,
+        num_generations=8,
+        max_completion_length=LENGTH,
+        learning_rate=3e-4,
+        beta=0.1,
+        shuffle_dataset=shuffle,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        seed=world.seed,
+    )
+    trained_function: Any = reward
+    trainer = GRPOTrainer(
+        model=policy,
+        reward_funcs=trained_function,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(list(records)),
+        processing_class=tokenizer,
+        callbacks=[gold],
+    )
+    trainer.train()
+    rewards = [row["rewards/gcrm/mean"] for row in trainer.state.log_history if "rewards/gcrm/mean" in row]
+    near = [rewards[max(0, step - gold.every) : max(1, step)] for step in gold.gold]
+    rows = [
+        {"step": step, "gold": value, "reward": float(np.mean(own))}
+        for (step, value), own in zip(gold.gold.items(), near, strict=True)
+    ]
+    policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_aside(folder / "trajectory.json", json.dumps(rows))
+    return folder, rows
+
+
+def samples_of(policy: Path, prompts: Sequence[str], each: int, seed: int) -> list[dict[str, Any]]:
+    """Records of gcrm synthesize and select."""
+    writer = Policy.from_pretrained(policy, device="cpu")
+    asked = writer.encode([prompt for prompt in prompts for _ in range(each)])
+    ids = writer.generate_ids(asked, max_new_tokens=LENGTH, temperature=1.0, seed=seed)
+    texts = [str(writer.tokenizer.decode(one, skip_special_tokens=True)) for one in ids]
+    cuts = [one[-1] not in writer.stop_ids for one in ids]
+    parts = [slice(each * i, each * (i + 1)) for i in range(len(prompts))]
+    return [
+        {"prompt": prompt, "completions": texts[own], "completions_cut": cuts[own]}
+        for prompt, own in zip(prompts, parts, strict=True)
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------- arms
+
+
+def plain(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+    policy, rows = grpo(world, "plain", world.reward(world.reward_model), [{"prompt": p} for p in world.prompts])
+    return policy, world.reward_model, rows, {}
+
+
+def hybrid(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+    checked = world.prompts[::2]
+    others = samples_of(world.policy, world.prompts[1::2], REFERENCES, world.seed)
+    records: list[dict[str, Any]] = [{"prompt": p, "task": "sums", "reference_completions": None} for p in checked]
+    records += [{"prompt": one["prompt"], "task": None, "reference_completions": one["completions"]} for one in others]
+    reward = RewardFunction(verifiers={"sums": "arithmetic"}, otherwise=world.reward_model, ends=world.ends)
+    policy, rows = grpo(world, "hybrid", reward, records)
+    return policy, world.reward_model, rows, {}
+
+
+def rlp_spg(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+    first, *_ = plain(world)
+    sampled = lines(world.folder / "spg-samples.jsonl", samples_of(first, world.prompts, SAMPLES, world.seed))
+    pairs = world.folder / "spg-pairs.jsonl"
+    command("synthesize", world.reward_model, sampled, "--verifier", "arithmetic", "-o", pairs)
+    retrained = reward_model(world.folder, "reward-model-spg", [world.pairs, pairs], world.seed, world.options)
+    policy, rows = grpo(world, "rlp-spg", world.reward(retrained), [{"prompt": p} for p in world.prompts])
+    about = json.loads(pairs.with_name(pairs.name + ".json").read_text())
+    shown = {name: about[name] for name in ("coverage", "outcomes", "accuracy", "tokens")}
+    on_samples = samples_of(first, [p.prompt for p in world.held_out], 4, world.seed + 7)
+    shown |= {"auroc_before": auroc_on(world.reward_model, on_samples), "auroc_after": auroc_on(retrained, on_samples)}
+    return policy, retrained, rows, {"spg": shown}
+
+
+def selected(world: World, keep: float) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+    own = samples_of(world.policy, world.prompts, SAMPLES, world.seed)
+    others = samples_of(world.policy, world.prompts, REFERENCES, world.seed + 1)
+    records = [{**one, "reference_completions": other["completions"]} for one, other in zip(own, others, strict=True)]
+    name = f"lowest-{round(100 * keep)}"
+    output = world.folder / f"{name}.jsonl"
+    sampled = lines(world.folder / f"{name}-samples.jsonl", records)
+    command("select", sampled, "--model", world.reward_model, "--keep", keep, "-o", output)
+    kept = [{"prompt": json.loads(line)["prompt"]} for line in output.read_text().splitlines()]
+    policy, rows = grpo(world, name, world.reward(world.reward_model), kept)
+    return policy, world.reward_model, rows, {"prompts": len(kept)}
+
+
+def random_tenth(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+    drawn = np.random.default_rng(world.seed).permutation(len(world.prompts))[: len(world.prompts) // 10]
+    records = [{"prompt": world.prompts[i]} for i in drawn.tolist()]
+    policy, rows = grpo(world, "random-10", world.reward(world.reward_model), records)
+    return policy, world.reward_model, rows, {"prompts": len(records)}
+
+
+def early_hard(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+    hard = [p for p in world.prompts if p.count("+") == STEPS]
+    rng = np.random.default_rng(world.seed)
+    half = 8 * world.options.grpo_steps // 2
+    order = [hard[i] for i in rng.integers(len(hard), size=half)]
+    order += [world.prompts[i] for i in rng.integers(len(world.prompts), size=half)]
+    records = [{"prompt": prompt} for prompt in order]
+    policy, rows = grpo(world, "curriculum", world.reward(world.reward_model), records, shuffle=False)
+    return policy, world.reward_model, rows, {}
+
+
+Arm = Callable[[World], tuple[Path, Path, list[dict[str, float]], dict[str, Any]]]
+RUN: dict[str, Arm] = {
+    "plain": plain,
+    "hybrid": hybrid,
+    "rlp-spg": rlp_spg,
+    "lowest-10": lambda world: selected(world, 0.1),
+    "lowest-50": lambda world: selected(world, 0.5),
+    "random-10": random_tenth,
+    "curriculum": early_hard,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+def auroc_on(model: Path, records: Sequence[dict[str, Any]]) -> float:
+    """How well a reward model separates right from wrong samples; NaN where all are alike."""
+    prompts = [one["prompt"] for one in records for _ in one["completions"]]
+    texts = [text for one in records for text in one["completions"]]
+    right_N = np.array([is_correct(prompt, text) for prompt, text in zip(prompts, texts, strict=True)])
+    return auroc(right_N, RewardModel.from_pretrained(model, device="cpu").score(prompts, texts))
+
+
+def row_of(world: World, arm: str) -> dict[str, Any]:
+    policy, model, trajectory, more = RUN[arm](world)
+    records = samples_of(policy, [pair.prompt for pair in world.held_out], 8, world.seed + 7)
+    entropies = []
+    for one in records:
+        shares = np.array(list(Counter(one["completions"]).values())) / len(one["completions"])
+        entropies.append(float(-(shares * np.log2(shares)).sum()))
+    return {
+        "seed": world.seed,
+        "arm": arm,
+        "gold_before": trajectory[0]["gold"],
+        "gold": trajectory[-1]["gold"],
+        "trajectory": trajectory,
+        "distinct": float(np.mean([len(set(one["completions"])) for one in records])),
+        "entropy_bits": float(np.mean(entropies)),
+        "auroc_on_own_samples": auroc_on(model, records),
+        **more,
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    rows = found["rows"]
+    arms = [arm for arm in RUN if any(row["arm"] == arm for row in rows)]
+    of = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
+    table = [
+        [
+            arm,
+            str(len(own)),
+            cell([row["gold_before"] for row in own]),
+            cell([row["gold"] for row in own]),
+            cell([row["distinct"] for row in own]),
+            cell([row["entropy_bits"] for row in own]),
+            cell([math.nan if row["auroc_on_own_samples"] is None else row["auroc_on_own_samples"] for row in own]),
+        ]
+        for arm, own in of.items()
+    ]
+    head = ["arm", "seeds", "gold before", "gold after", "distinct of 8", "entropy, bits", "AUROC on its samples"]
+    text = ["# The loop on arithmetic", "", markdown(head, table), ""]
+    for row in of.get("rlp-spg", []):
+        spg = row["spg"]
+        share = spg["accuracy"]["pairs"]["share"]
+        text += [
+            f"Seed {row['seed']}, synthetic pairs: coverage {spg['coverage']:.0%}, accuracy "
+            f"{number(share)}. AUROC on samples of the plain arm's policy, of held-out problems: "
+            f"{number(spg['auroc_before'])} before, {number(spg['auroc_after'])} after.",
+            "",
+        ]
+    text += ["Reward and gold over the steps of GRPO:", ""]
+    lines_ = [
+        [
+            row["arm"],
+            str(row["seed"]),
+            *(f"{point['reward']:.2f} / {point['gold']:.3f}" for point in row["trajectory"][::5]),
+        ]
+        for row in rows
+    ]
+    width = max(len(line) for line in lines_)
+    steps = [str(point["step"]) for point in rows[0]["trajectory"][::5]]
+    text += [markdown(["arm", "seed", *steps], [line for line in lines_ if len(line) == width]), ""]
+    text += [claims(of), "", f"`{found['command']}`, {found['machine']}.", ""]
+    return "\n".join(text)
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def claims(of: dict[str, list[dict[str, Any]]]) -> str:
+    """Of each compared arm against plain, by the seeds that both have."""
+    said = []
+    for arm, own in of.items():
+        base = {row["seed"]: row["gold"] for row in of.get("plain", [])}
+        gains = [row["gold"] - base[row["seed"]] for row in own if arm != "plain" and row["seed"] in base]
+        if not gains:
+            continue
+        mean = float(np.mean(gains))
+        if len(gains) < 3:
+            verdict = f"no claim from {len(gains)} seed{'s' * (len(gains) > 1)}"
+        else:
+            half = float(cell(gains).split("±")[1])
+            verdict = "shown" if mean > half else "refuted" if -mean > half else "not shown, nor refuted"
+        said.append(f"- {arm} beats plain: {verdict} (gold {cell(gains, '+')}).")
+    return "\n".join(said)
+
+
+def run(options: LoopOptions) -> None:
+    datasets.disable_progress_bars()
+    settings = {
+        name: getattr(options, name)
+        for name in ("grpo_steps", "prompts", "train_pairs", "rm_steps", "right", "held_out")
+    }
+    found: dict[str, Any] = {"settings": settings, "rows": []}
+    if options.output.exists():
+        found = json.loads(options.output.read_text())
+    if found["settings"] != settings:
+        raise UserError(f"{options.output}: has rows of other settings: name another --output, or move it")
+    for seed in range(3 if options.full else 1):
+        for arm in (*ARMS, *MORE_ARMS) if options.full else ARMS:
+            if any((row["seed"], row["arm"]) == (seed, arm) for row in found["rows"]):
+                continue
+            found["rows"].append(row_of(prepare(seed, options), arm))
+            found |= {"command": "make loop" + (" ARGS=--full" if options.full else ""), "machine": machine()}
+            write_aside(options.output, to_json(found))
+            write_aside(options.output.with_suffix(".md"), report(json.loads(to_json(found))))
+            print(f"seed {seed}, {arm}: gold {found['rows'][-1]['gold']:.3f}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code("rlhf_loop.py", lambda: run(parse_options(LoopOptions, arguments, "rlhf_loop.py")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
