@@ -33,7 +33,7 @@ from gcrm_fast.inference.judging import Goals
 from gcrm_fast.inference.methods import Method
 from gcrm_fast.inference.scoring import RewardModel
 
-ADDED = ("text", "reward", "chosen", "samples", "policy_tokens", "reward_tokens", "saved_tokens", "seconds")
+ADDED = ("text", "reward", "chosen_sample", "samples", "policy_tokens", "reward_tokens", "saved_tokens", "seconds")
 UNFILTERED = "unfiltered"
 Record = TypeVar("Record", Method, Sampling)
 

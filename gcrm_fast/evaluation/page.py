@@ -25,6 +25,7 @@ WINDOWS = 40  # of equal length, instead of steps, in a long completion with few
 MIN_STEPS = 4
 DIFFERENCE = "first difference"
 KEPT = 12  # shared tokens that stay visible in front of the first difference; more are folded
+PREVIEWED = 70  # characters of a prompt next to the title of its record
 FOLDED_PROMPT = 400  # characters from which the prompt is folded
 
 
@@ -75,6 +76,12 @@ class Record:
     def margin(self) -> float | None:
         """Reward of the best right completion minus that of the best wrong one; None without both kinds."""
         return margin([(column.right, float(column.reward_n[-1])) for column in self.columns])
+
+    @property
+    def preview(self) -> str:
+        """The end of the prompt in one line: chats often begin with the same system message."""
+        text = " ".join(self.prompt.split())
+        return text if len(text) <= PREVIEWED else "…" + text[-PREVIEWED:]
 
     @property
     def folded(self) -> int:

@@ -83,7 +83,7 @@ def samples_of(record: dict[str, Any], where: str) -> list[Sample]:
                 q_n=np.array(one["tokens"]["q_values"], dtype=np.float64),
                 ending=ENDINGS[ENDINGS.index(one["ending"])],
                 reward=None if one["reward"] is None else float(one["reward"]),
-                chosen=i == record["chosen"],
+                chosen=i == record["chosen_sample"],
             )
             for i, one in enumerate(record["samples"])
         ]

@@ -32,7 +32,16 @@ FORMATS = {
     "all of their fields": ("prompt", "completions", "reference_completions", *OF_COMPLETIONS, *READ),
 }
 WRITTEN = ("completions", "reference_completions", "samples", *OF_COMPLETIONS)  # what does not belong to a prompt
-GENERATED = ("text", "reward", "chosen", "policy_tokens", "reward_tokens", "saved_tokens", "seconds", "unfiltered")
+GENERATED = (
+    "text",
+    "reward",
+    "chosen_sample",
+    "policy_tokens",
+    "reward_tokens",
+    "saved_tokens",
+    "seconds",
+    "unfiltered",
+)
 SPECIAL = re.compile(r"(<[|\uff5c][^<>\s]+[|\uff5c]>|</?s>|<eos>|<end_of_turn>|\[/?INST\])\s*$")
 
 

@@ -62,7 +62,7 @@ def test_output_has_answers_samples_and_costs(
     assert [{name: record[name] for name in ("prompt", "id")} for record in records] == PROMPTS
     model = RewardModel.from_pretrained(reward, device="cpu")
     for record in records:
-        chosen = record["samples"][record["chosen"]]
+        chosen = record["samples"][record["chosen_sample"]]
         assert (record["text"], record["reward"]) == (chosen["text"], chosen["reward"])
         assert record["policy_tokens"] >= max(len(sample["ids"]) for sample in record["samples"])
         assert record["reward_tokens"] > 0

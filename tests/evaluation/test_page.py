@@ -87,6 +87,12 @@ def test_a_page_marks_difference_and_error_and_keeps_all_text(model: Path, tmp_p
     assert str(tips[-1]).startswith(f"token {len(q_n)} of {len(q_n)}: Q {q_n[-1]:.3f}, reward so far ")
 
 
+def test_the_title_of_a_record_shows_the_end_of_its_prompt() -> None:
+    """Chats with the same system message differ there."""
+    assert Record(title="Pair 1", prompt="1+1\n= ", columns=[]).preview == "1+1 ="
+    assert Record(title="Pair 1", prompt="system " * 20 + "\nWho?", columns=[]).preview.endswith("system Who?")
+
+
 def test_one_completion_stands_alone_and_lists_stand_together(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     lone = {"question": "one", "completion": "two\n\nthree", "first_error_step": 1, "is_correct": False}

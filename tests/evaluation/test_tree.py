@@ -56,7 +56,7 @@ def record(*texts: str, **changes: Any) -> dict[str, Any]:
         for i, text in enumerate(texts)
     ]
     costs = {"policy_tokens": 9, "reward_tokens": 9, "saved_tokens": 0, "seconds": 0.1}
-    return {"prompt": "<b>one</b>", "text": texts[0], "chosen": 0, "samples": samples, **costs, **changes}
+    return {"prompt": "<b>one</b>", "text": texts[0], "chosen_sample": 0, "samples": samples, **costs, **changes}
 
 
 def written(path: Path, *records: Any) -> Path:
