@@ -142,8 +142,7 @@ class Attention(nn.Module):
         axis = shared.axis
         assert isinstance(axis, CachedAxis)
         assert shared.slots is not None
-        in_order = torch.arange(len(q_TND), device=q_TND.device)
-        q_TND, *new = rotate_and_gather(q_TND, k_TGD, v_TGD, *shared.rope, in_order, None)
+        q_TND, *new = rotate_and_gather(q_TND, k_TGD, v_TGD, *shared.rope, None, None)
         for x_SGD, new_TGD in zip(shared.slots, new, strict=True):
             x_SGD.index_copy_(0, axis.slots_T, new_TGD)
         return q_TND
@@ -189,7 +188,8 @@ class _LinearsOfOneInput(torch.autograd.Function):
 
 def linears(x_TH: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """``tuple(layer(x_TH) for layer in layers)``; also where a layer computes more than its weight (LoRA)."""
-    if any(type(layer) is not nn.Linear for layer in layers):
+    if not torch.is_grad_enabled() or any(type(layer) is not nn.Linear for layer in layers):
+        return tuple(layer(x_TH) for layer in layers)
         return tuple(layer(x_TH) for layer in layers)
     return _LinearsOfOneInput.apply(x_TH, *(p for layer in layers for p in (layer.weight, layer.bias)))
 

@@ -57,13 +57,15 @@ def _analytic_backward(
 # ---------------------------------------------------------------------------------------------------------- operators
 
 
-@torch.library.custom_op("gcrm::rms_norm", mutates_args=())
 @operator_body
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _computed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y [T, H], s [T, H], or empty where it would be x, r [T]); all inputs contiguous."""
     run = triton_rms_norm.forward if use_triton(x) else _analytic_forward
     y, s, inverse = run(x, residual, weight, eps)
     return y, s, inverse
+
+
+_forward = torch.library.custom_op("gcrm::rms_norm", _computed, mutates_args=())
 
 
 @_forward.register_fake
@@ -130,11 +132,13 @@ def rms_norm(
     """
     if x_TH.dim() != 2 or weight_H.shape != x_TH.shape[1:]:
         raise ValueError(f"x {tuple(x_TH.shape)}, weight {tuple(weight_H.shape)}: must be [T, H] and [H]")
+    # An operator's own cost is that of several small products: text is written a few rows at a time.
+    forward = _forward if torch.is_grad_enabled() or torch.compiler.is_compiling() else _computed
     if residual_TH is None:
-        return _forward(x_TH.contiguous(), None, weight_H.contiguous(), eps)[0]
+        return forward(x_TH.contiguous(), None, weight_H.contiguous(), eps)[0]
     if residual_TH.shape != x_TH.shape or residual_TH.dtype != x_TH.dtype:
         raise ValueError(
             f"residual {tuple(residual_TH.shape)} {residual_TH.dtype}: must be like x, {tuple(x_TH.shape)} {x_TH.dtype}"
         )
-    y_TH, s_TH, _ = _forward(x_TH.contiguous(), residual_TH.contiguous(), weight_H.contiguous(), eps)
+    y_TH, s_TH, _ = forward(x_TH.contiguous(), residual_TH.contiguous(), weight_H.contiguous(), eps)
     return y_TH, s_TH

@@ -95,7 +95,7 @@ def rotate_and_gather(
     v_TGD: Tensor,
     cos_TD: Tensor,
     sin_TD: Tensor,
-    kv_index_K: Tensor,
+    kv_index_K: Tensor | None,
     kv_inverse: InverseIndex | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q [T, N, D] rotated, k [K, G, D] rotated and gathered, v [K, G, D] gathered). Differentiable, by the kernels
@@ -104,7 +104,7 @@ def rotate_and_gather(
     Args:
         q_TND, k_TGD, v_TGD: of one dtype. The kernels take any stride between rows of contiguous heads.
         cos_TD, sin_TD: of each row's angles, both halves equal.
-        kv_index_K: int64, the row that each gathered row is read from.
+        kv_index_K: int64, the row that each gathered row is read from; None for all rows in their order.
         kv_inverse: ``InverseIndex.of(kv_index_K, T)`` on q's device; None for inference (a backward then builds it).
 
     Raises:
@@ -117,7 +117,11 @@ def rotate_and_gather(
         raise ValueError(f"{shapes}: must be [T, N, D], twice [T, G, D] and twice [T, D], D even")
     one_dtype = k_TGD.dtype == v_TGD.dtype == cos_TD.dtype == sin_TD.dtype == q_TND.dtype
     if one_dtype and use_triton(q_TND):
+        if kv_index_K is None:
+            kv_index_K = torch.arange(t, device=q_TND.device)
         order, offsets = (None, None) if kv_inverse is None else kv_inverse
         return _forward(q_TND, k_TGD, v_TGD, cos_TD, sin_TD, kv_index_K, order, offsets)
-    k_KGD, v_KGD = (gather_rows(x, kv_index_K, kv_inverse) for x in (rotate(k_TGD, cos_TD, sin_TD), v_TGD))
-    return rotate(q_TND, cos_TD, sin_TD), k_KGD, v_KGD
+    q_TND, k_TGD = rotate(q_TND, cos_TD, sin_TD), rotate(k_TGD, cos_TD, sin_TD)
+    if kv_index_K is None:
+        return q_TND, k_TGD, v_TGD
+    return q_TND, gather_rows(k_TGD, kv_index_K, kv_inverse), gather_rows(v_TGD, kv_index_K, kv_inverse)

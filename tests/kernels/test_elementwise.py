@@ -121,6 +121,15 @@ def test_rms_norm(path: str, with_residual: bool, dtype: torch.dtype, tokens: in
     assert_rms_norm(normal(tokens, width, dtype=dtype), residual, normal(width, dtype=dtype, seed=4))
 
 
+def test_rms_norm_without_gradients_is_the_same_to_the_bit(path: str) -> None:
+    x, residual, weight = normal(5, 64), normal(5, 64, seed=1), normal(64, seed=2)
+    kept = rms_norm(x.requires_grad_(), weight, EPS, residual_TH=residual)
+    with torch.no_grad():
+        plain = rms_norm(x, weight, EPS, residual_TH=residual)
+        assert torch.equal(rms_norm(x, weight, EPS), rms_norm(x, weight, EPS, residual_TH=torch.zeros_like(x))[0])
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_rms_norm_is_exact_in_float64(with_residual: bool) -> None:
     """Tighter than the budget, whose floor is that of float32."""

@@ -192,6 +192,15 @@ def test_any_shape_and_index(
     assert_right(given.strided() if strided else given)
 
 
+def test_without_an_index_all_rows_stay_in_order(path: str) -> None:
+    own = case(range(7), 4, 2, 8)
+    expected = rotate_and_gather(*own.inputs, own.cos_TD, own.sin_TD, torch.arange(7, device=DEVICE), None)
+    for plain, gathered in zip(
+        rotate_and_gather(*own.inputs, own.cos_TD, own.sin_TD, None, None), expected, strict=True
+    ):
+        assert torch.equal(plain, gathered)
+
+
 @pytest.mark.parametrize(("index", "tokens"), [((), 0), ((), 3), ((2,), 5)])
 def test_nothing_to_gather_and_rows_never_read(path: str, index: tuple[int, ...], tokens: int) -> None:
     given = case(index, 4, 2, 8, tokens=tokens)
