@@ -338,13 +338,13 @@ class RewardModel:
         # Read only now: until all packs are on their way, nothing waits for the device.
         for indices, rows_of, rewards, q_RG, z_RD in done:
             reward_R, q_GR = rewards.float().cpu().numpy(), q_RG.float().mT.cpu().numpy() if q_RG is not None else None
-            latent_RD = z_RD.float().cpu().numpy() if z_RD is not None else None
+            latents_RD = z_RD.float().cpu().numpy() if z_RD is not None else None
             for i, rows in zip(indices, rows_of, strict=True):
                 judged[i] = Judged(
                     float(reward_R[rows[-1]]),
                     reward_R[rows] if per_token else None,
                     q_GR[:, rows] if q_GR is not None else None,
-                    latent_RD[rows[-1]] if latent_RD is not None else None,
+                    latents_RD[rows[-1]] if latents_RD is not None else None,
                 )
         for i, one in sorted(judged.items()):
             if not (np.isfinite(one.reward) and (one.q_Gn is None or np.isfinite(one.q_Gn).all())):

@@ -67,7 +67,7 @@ class LatentReference:
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
-        tensors = {}
+        tensors: dict[str, np.ndarray] = {}
         for number, normal in enumerate(self.classes.values()):
             tensors |= {f"{number}.mean": normal.mean_D, f"{number}.factor": normal.factor_DD}
         facts = {"fingerprint": self.fingerprint, "classes": list(self.classes)}
