@@ -38,6 +38,7 @@ class ModelOptions(Options):
     """Whether a record that cannot be used ends the command, or is skipped and counted."""
 
     def check(self) -> None:
+        super().check()
         if not all(self.data):
             raise UserError("FILE is empty: name a source of records")
 
@@ -67,7 +68,23 @@ class TableOptions(JudgingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(JudgingOptions):
+class EnsembleOptions(Options):
+    """Options of every command that scores with several models."""
+
+    ensemble: tuple[str, ...] = ()
+    """Further reward models with the tokenizer of MODEL, the rewards of which are combined with its own. Q-values are
+    those of MODEL."""
+    combine: Literal["mean", "min", "mean-std"] = "mean"
+    """How the rewards of --ensemble are combined: their mean, the lowest, or the mean less the standard deviation."""
+
+    def check(self) -> None:
+        super().check()
+        if self.combine != "mean" and not self.ensemble:
+            raise UserError(f"--combine {self.combine}: needs --ensemble: name further models there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(JudgingOptions, EnsembleOptions):
     """Copies each record, with the rewards of its completions, to a file of JSON lines in the order of the input. The
     file appears when it is complete; an interrupted run resumes where it stopped. Under torchrun all processes
     score."""
@@ -418,7 +435,7 @@ class ExportOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeOptions(Options):
+class ServeOptions(EnsembleOptions):
     """Serves rewards and Q-values over HTTP: POST /get_reward (OpenRLHF's protocol), POST /score, GET /health."""
 
     model: Model
@@ -462,6 +479,7 @@ class ServeOptions(Options):
     """Precision of the computation. auto is bfloat16 on a GPU, float32 elsewhere."""
 
     def check(self) -> None:
+        super().check()
         ready = Path(self.ready_file)
         if self.ready_file and (ready.is_dir() or not ready.parent.is_dir()):
             raise UserError(f"--ready-file {ready}: must name a file in a folder that exists")

@@ -33,6 +33,7 @@ from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.sources import STDIN, BadRecords
 from gcrm_fast.inference.candidates import encoded, unfit
+from gcrm_fast.inference.ensembles import Ensemble
 from gcrm_fast.inference.scoring import Judged, RewardModel
 
 T = TypeVar("T")
@@ -317,6 +318,8 @@ def score(options: ScoreOptions) -> None:
     goal = goal_of(options, model)
     made_by = {
         "model": model.fingerprint,
+        "--ensemble": [other.fingerprint for other in model.others] if isinstance(model, Ensemble) else [],
+        "--combine": options.combine,
         "--end": model.end.kind,
         "--special-tokens": model.tokenizer.split_special_tokens,
         "goal": hashlib.sha256(goal.numpy().tobytes()).hexdigest() if goal is not None else "",

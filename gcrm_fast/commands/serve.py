@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from gcrm_fast.commands.options import ServeOptions
+from gcrm_fast.commands.shared import load
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
-from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.rlhf.hybrid import scored
 from gcrm_fast.rlhf.verifiers import Verifiers, parse_verifiers
 
@@ -71,14 +71,7 @@ def serve(options: ServeOptions) -> None:
         limit_logs()
         if ready:
             ready.unlink(missing_ok=True)  # of a server that was killed
-        budget = options.tokens_per_batch
-        scorer = RewardModel.from_pretrained(
-            options.model,
-            dtype=options.dtype,
-            tokens_per_batch=budget,
-            end=options.end,
-            special_tokens=options.special_tokens,
-        )
+        scorer = load(options)
         batcher = Batcher(scorer, delay=options.delay, limit=options.queue)
         sessions = Sessions(scorer, limit=options.streams, tokens=options.stream_tokens, idle=options.stream_idle)
         app = create_app(

@@ -7,21 +7,24 @@ import numpy as np
 from torch import Tensor
 
 from gcrm_fast.checkpoints.goals import named_goal
-from gcrm_fast.commands.options import JudgingOptions, ModelOptions
+from gcrm_fast.commands.options import EnsembleOptions, JudgingOptions, ModelOptions, ServeOptions
 from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, completions_of_records, parse_columns
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.inference.candidates import fit
+from gcrm_fast.inference.ensembles import load_ensemble
 from gcrm_fast.inference.scoring import RewardModel
 
 Records = Iterator[list[Candidate]]
 PAIRED = {"chosen": True, "correct": True, "rejected": False, "incorrect": False}  # a pair's fields: is it right?
 
 
-def load(options: ModelOptions) -> RewardModel:
-    """The model that MODEL names. Raises UserError."""
-    return RewardModel.from_pretrained(
-        options.model,
+def load(options: ModelOptions | ServeOptions) -> RewardModel:
+    """The model that MODEL names, with those of --ensemble. Raises UserError."""
+    others, combine = (options.ensemble, options.combine) if isinstance(options, EnsembleOptions) else ((), "mean")
+    return load_ensemble(
+        [options.model, *others],
+        combine,
         dtype=options.dtype,
         tokens_per_batch=options.tokens_per_batch,
         end=options.end,

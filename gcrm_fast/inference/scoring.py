@@ -50,11 +50,12 @@ Text = str | Messages
 
 class Judged(NamedTuple):
     """Of one completion of n tokens: the reward at its end; where requested, rewards [n] and Q-values [G, n] at every
-    token, float32."""
+    token, and what ``latents`` gives [D], float32."""
 
     reward: float
     rewards_n: np.ndarray | None
     q_Gn: np.ndarray | None
+    latent_D: np.ndarray | None = None
 
 
 class RewardModel:
@@ -315,10 +316,12 @@ class RewardModel:
         *,
         goals_GD: Tensor | None = None,
         per_token: bool = False,
+        latents: bool = False,
         names: Sequence[str] | None = None,
         progress: bool = False,
     ) -> list[Judged]:
-        """Rewards of completions, with ``goals_GD`` [G, D] also Q-values, with ``per_token`` rewards at every token.
+        """Rewards of completions, with ``goals_GD`` [G, D] also Q-values, with ``per_token`` rewards at every token,
+        with ``latents`` those of the last one.
 
         Completions of one prompt share the computation of their common start. States stay on the device. ``names`` of
         the completions are for error messages.
@@ -327,22 +330,25 @@ class RewardModel:
             UserError: a completion that is ``unfit``, or whose reward or Q-values are not finite.
         """
         goals = goals_GD.to(self.device) if goals_GD is not None else None
-        done: list[tuple[tuple[int, ...], tuple[np.ndarray, ...], Tensor, Tensor | None]] = []
+        done: list[tuple[tuple[int, ...], tuple[np.ndarray, ...], Tensor, Tensor | None, Tensor | None]] = []
         for pack, hidden_RH in self._states(encoded, per_token or goals is not None, names, progress):
             q_RG = q_values(self.network.compared(hidden_RH), goals) if goals is not None else None
-            done.append((pack.indices, pack.rows_of, self.network.rewards(hidden_RH), q_RG))
+            latent_RD = self.network.latents(hidden_RH) if latents else None
+            done.append((pack.indices, pack.rows_of, self.network.rewards(hidden_RH), q_RG, latent_RD))
         judged: dict[int, Judged] = {}
         # Read only now: until all packs are on their way, nothing waits for the device.
-        for indices, rows_of, rewards, q_RG in done:
+        for indices, rows_of, rewards, q_RG, z_RD in done:
             reward_R, q_GR = rewards.float().cpu().numpy(), q_RG.float().mT.cpu().numpy() if q_RG is not None else None
+            latents_RD = z_RD.float().cpu().numpy() if z_RD is not None else None
             for i, rows in zip(indices, rows_of, strict=True):
                 judged[i] = Judged(
                     float(reward_R[rows[-1]]),
                     reward_R[rows] if per_token else None,
                     q_GR[:, rows] if q_GR is not None else None,
+                    latents_RD[rows[-1]] if latents_RD is not None else None,
                 )
-        for i, (reward, _, q_Gn) in sorted(judged.items()):
-            if not (np.isfinite(reward) and (q_Gn is None or np.isfinite(q_Gn).all())):
+        for i, one in sorted(judged.items()):
+            if not (np.isfinite(one.reward) and (one.q_Gn is None or np.isfinite(one.q_Gn).all())):
                 raise UserError(f"{_name(i, names)} has a reward or Q-value that is not finite: {NOT_FINITE_REMEDY}")
         return [judged[i] for i in range(len(encoded))]
 

@@ -9,13 +9,17 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.encoding import CUT, Completion
 from gcrm_fast.data.ends import Choice
 from gcrm_fast.data.messages import Messages
 from gcrm_fast.data.special_tokens import Reading
+from gcrm_fast.inference.ensembles import Combine, load_ensemble
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.rlhf.hybrid import Judge, scored
+from gcrm_fast.rlhf.latents import LatentReference
 from gcrm_fast.rlhf.verifiers import Verifiers
 
 
@@ -26,7 +30,12 @@ class RewardFunction:
     signal from the same forward. ``ends``: the policy's end tokens; where the trainer passes ``completion_ids`` (TRL
     does), a completion that does not end with one was cut by its length limit and is scored as such. Without ``ends``
     every completion counts as ended. ``end`` and ``special_tokens``, of a model that is loaded: see
-    ``RewardModel.from_pretrained``. ``name`` is its name in logs.
+    ``RewardModel.from_pretrained``. ``name`` is its name in logs. Several models are an ensemble, the rewards of which
+    are combined by ``combine`` (see ensembles.py).
+
+    ``distance_weight`` subtracts that many times the Mahalanobis distance of a completion's latent to those of a
+    reference policy, ``latent_reference`` or its file (IBL, see latents.py). ``class_column`` names the column that
+    holds the class of each prompt, where there are several references.
 
     With ``verifiers``, the verifier of each task (see verifiers.py), or a ``judge``, the reward is the hybrid one of
     hybrid.py, the reward model is named by ``otherwise``, and the columns that ``hybrid.scored`` names are read.
@@ -35,13 +44,17 @@ class RewardFunction:
 
     def __init__(
         self,
-        model: RewardModel | str | Path | None = None,
+        model: RewardModel | str | Path | Sequence[RewardModel | str | Path] | None = None,
         *,
+        combine: Combine = "mean",
         verifiers: Mapping[str, str] | None = None,
         judge: Judge | None = None,
         otherwise: RewardModel | str | Path | None = None,
         q_weight: float = 0.0,
         goal: str | None = None,
+        distance_weight: float = 0.0,
+        latent_reference: LatentReference | str | Path | None = None,
+        class_column: str = "",
         ends: Collection[int] = (),
         end: Choice = "auto",
         special_tokens: Literal["auto"] | Reading = "auto",
@@ -50,16 +63,24 @@ class RewardFunction:
         self.hybrid = verifiers is not None or judge is not None
         if (model is not None and self.hybrid) or (otherwise is not None and not self.hybrid):
             raise TypeError("the reward model is otherwise= with verifiers or a judge, and the first argument without")
-        model = otherwise if self.hybrid else model
-        if model is None and not self.hybrid:
+        named = otherwise if self.hybrid else model
+        if named is None and not self.hybrid:
             raise TypeError("name a reward model, verifiers or a judge")
         self.verifiers, self.judge = Verifiers(verifiers or {}), judge
         self.parts: dict[str, float] = {}
-        if model is not None and not isinstance(model, RewardModel):
-            model = RewardModel.from_pretrained(model, end=end, special_tokens=special_tokens)
-        self.model = model
+        opened = None
+        if named is not None:
+            opened = load_ensemble(named, combine, end=end, special_tokens=special_tokens)
+        self.model = opened
         self.q_weight = q_weight
-        self.goals_GD = model.goal(goal)[None] if model is not None and q_weight else None
+        self.goals_GD = opened.goal(goal)[None] if opened is not None and q_weight else None
+        if bool(distance_weight) != (latent_reference is not None) or (distance_weight and self.hybrid):
+            raise TypeError("distance_weight goes with a latent_reference and a reward model alone")
+        if latent_reference is not None and not isinstance(latent_reference, LatentReference):
+            latent_reference = LatentReference.load(latent_reference)
+        if latent_reference is not None and opened is not None:
+            latent_reference.check(opened)
+        self.reference, self.distance_weight, self.class_column = latent_reference, distance_weight, class_column
         self.ends = frozenset(ends)
         self.__name__ = name
 
@@ -113,8 +134,17 @@ class RewardFunction:
             as_text(self.model.tokenizer, prompt, completion, tools=tools, system=system)
             for prompt, completion, tools, system in zip(prompts, completions, *context, strict=True)
         ]
-        judged = self.model.judge(self._encode(texts, cuts), goals_GD=self.goals_GD)
-        return [j.reward + (self.q_weight * float(j.q_Gn[0, -1]) if j.q_Gn is not None else 0.0) for j in judged]
+        judged = self.model.judge(self._encode(texts, cuts), goals_GD=self.goals_GD, latents=self.reference is not None)
+        rewards = [j.reward + (self.q_weight * float(j.q_Gn[0, -1]) if j.q_Gn is not None else 0.0) for j in judged]
+        if self.reference is None or not judged:
+            return rewards
+        classes = [str(name) for name in columns[self.class_column]] if self.class_column else None
+        latents_ND = np.stack([j.latent_D for j in judged if j.latent_D is not None])
+        distance_N = self.reference.distances(latents_ND, classes)
+        return [
+            reward - self.distance_weight * float(distance)
+            for reward, distance in zip(rewards, distance_N, strict=True)
+        ]
 
     def _encode(self, texts: Sequence[tuple[str, str]], cuts: Sequence[bool]) -> list[Completion]:
         """Tokens; a cut completion that has none (a policy may write only special tokens) counts as ended."""

@@ -1,6 +1,24 @@
 """Faults planted in inference/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "ensemble: the spread of the models ignored": (
+        "gcrm_fast/inference/ensembles.py",
+        'if how == "mean-std" else 0.0',
+        "if False else 0.0",
+        "tests/inference/test_ensembles.py -k spread",
+    ),
+    "ensemble: models of other tokenizers joined": (
+        "gcrm_fast/inference/ensembles.py",
+        "if value != facts[what]:",
+        "if False:",
+        "tests/inference/test_ensembles.py -k another_tokenizer",
+    ),
+    "ensemble: another ensemble's output resumed": (
+        "gcrm_fast/commands/score.py",
+        '"--ensemble": [other.fingerprint for other in model.others]',
+        '"--ensemble": [other.end.kind for other in model.others]',
+        "tests/inference/test_ensembles.py -k resumed",
+    ),
     "scoring: one prompt for the first completion alone": (
         "gcrm_fast/inference/scoring.py",
         "asked = asked * len(given)",
@@ -27,8 +45,8 @@ FAULTS = {
     ),
     "a reward that is not finite is returned": (
         "gcrm_fast/inference/scoring.py",
-        "if not (np.isfinite(reward) and",
-        "if not (reward is not None and",
+        "if not (np.isfinite(one.reward) and",
+        "if not (one.reward is not None and",
         "tests/inference/test_scoring.py -k must_not_score",
     ),
     "scoring: lists of other lengths are cut to the shortest chunk": (

@@ -1,6 +1,24 @@
 """Faults planted in rlhf/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "latents: the squared distance": (
+        "gcrm_fast/rlhf/latents.py",
+        "np.linalg.solve(normal.factor_DD, centered_DN), axis=0)",
+        "np.linalg.solve(normal.factor_DD, centered_DN), axis=0) ** 2",
+        "tests/rlhf/test_latents.py -k weighted",
+    ),
+    "latents: of another model accepted": (
+        "gcrm_fast/rlhf/latents.py",
+        "if self.fingerprint != model.fingerprint:",
+        "if False:",
+        "tests/rlhf/test_latents.py -k other_weights",
+    ),
+    "latents: one reference for all classes": (
+        "gcrm_fast/rlhf/latents.py",
+        "own_ND = latents_ND[class_N == name]",
+        "own_ND = latents_ND",
+        "tests/rlhf/test_latents.py -k each_class",
+    ),
     "rewards: Q at the first token": (
         "gcrm_fast/rlhf/trl.py",
         "j.q_Gn[0, -1]",
