@@ -283,8 +283,7 @@ Filter and reject start from {SAMPLES} samples, beams keep 4 with 4 samples each
 Best-of-n and majority, to which each method is compared at the same number of policy tokens per problem, are
 expectations over subsets of {POOL} samples, interpolated in n. ± is a {COVERAGE:.0%} interval over problems and seeds
 (over problems alone with one seed); * marks a difference whose interval excludes 0. Differences are paired by problem
-and seed. With this many comparisons, one in
-twenty is marked by chance.
+and seed. With this many comparisons, one in twenty is marked by chance.
 """
     if not complete:
         return text
