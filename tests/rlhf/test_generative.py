@@ -144,7 +144,7 @@ def test_an_endpoint_in_both_orders() -> None:
         assert (body["model"], body["max_tokens"], body["logprobs"]) == ("m", 1, True)
         assert headers["authorization"] == "Bearer key"
         first = body["messages"][0]["content"].index("good") < body["messages"][0]["content"].index("bad")
-        return 200, listed(A=0.4, _A=0.2, B=0.2, C=0.2) if first else listed(A=0.1, B=0.3)
+        return 200, listed(A=0.4, _A=0.2, B=0.2, C=0.2) if first else listed(A=0.15, B=0.45)
 
     with endpoint(answer) as url:
         judge = GenerativeJudge(url, model="m", api_key="key")
