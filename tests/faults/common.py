@@ -39,8 +39,8 @@ FAULTS = {
     ),
     "options: defaults in help not the preset's": (
         "gcrm_fast/common/command_line.py",
-        'value, source = layer[field.name], f", from {words}"',
-        'source = ""',
+        "for words, layer in layers if words and field.name in layer",
+        "for words, layer in layers[:1] if words and field.name in layer",
         "tests/commands/test_options.py -k defaults_come_from",
     ),
     "options: names of other programs unknown": (
