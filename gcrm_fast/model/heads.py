@@ -125,8 +125,8 @@ class BottleneckHead(Head):
         latent_ED = mu_ED + (log_variance_ED / 2).exp() * noise_ED if self.training else mu_ED
         kl_E = 0.5 * (mu_ED**2 + log_variance_ED.exp() - log_variance_ED - 1).sum(1)
         per_dimension_E = kl_E.detach() / (2 * mu_ED.shape[1])
-        # Not a view of a column: FSDP's hooks must own the tensors that leave a module.
-        return Read(latent_ED @ self.reward.weight[0], {"kl": kl_E, "kl_per_dimension": per_dimension_E})
+        # A sum and no view of the only column: FSDP's hooks must own the tensors that leave a module.
+        return Read(self.reward(latent_ED).sum(1), {"kl": kl_E, "kl_per_dimension": per_dimension_E})
 
     @staticmethod
     def initial_weight(normal: Tensor) -> Tensor:
