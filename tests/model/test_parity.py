@@ -63,13 +63,10 @@ BOTTLENECK = {"head": "bottleneck", "bottleneck_size": 6}
 
 
 def theirs_of(config: ModelConfig, kind: type = LlamaForSequenceClassification, **more: object) -> PreTrainedModel:
-    """transformers' model with random weights (std 0.1; its lm_head as transformers draws it), the same at every call,
-    configured as the installed version does it."""
+    """transformers' model with random weights (std 0.1), configured as the installed version does it."""
     raw = asdict(config) | {"num_labels": 1, "pad_token_id": 2} | more
     raw["rope_parameters"] = (config.rope_scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        theirs = kind(LlamaConfig(**raw)).eval()
+    theirs = kind(LlamaConfig(**raw)).eval()
     theirs.load_state_dict(small_model(config, torch.float32).state_dict(), strict=False)
     return theirs
 
