@@ -63,8 +63,9 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
         run.evaluate(0)
     workers = config.workers if config.workers >= 0 else 2 if device.type == "cuda" else 0
     interrupts = Interrupts(parallel.cpu_group(config.timeout))
+    step, end = start, start if run.stopping.is_over else prepared.steps
     bar = tqdm(
-        range(start + 1, prepared.steps + 1),
+        range(start + 1, end + 1),
         initial=start,
         total=prepared.steps,
         disable=run.log is None,
@@ -84,9 +85,10 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
                 made, norm, learning_rate = run.state.updater.update(step, statistics["loss"])
                 run.state.window.add(step, statistics, sum(pack.n_pairs for pack in packs), made)
 
-                if step % config.log_every == 0 or step == prepared.steps:
+                if run.is_logged(step):
                     bar.set_postfix(run.log_row(step, norm, learning_rate))
                 evaluation = run.evaluate(step) if run.is_due(step, config.eval_every) else {}
+                run.stopping.add(evaluation)
                 request = interrupts.agree(Request.FAIL if run.checkpoints.failed() else Request.NONE)
                 if request == Request.FAIL:
                     run.checkpoints.wait()
@@ -98,8 +100,11 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
                     if run.log:
                         print(f"stopped after step {step} of {prepared.steps}; {run.resume_hint()}", flush=True)
                     interrupts.stop(PARENT if under_torchrun() and processes.local_rank() == 0 else None)
+                if run.stopping.is_over:
+                    bar.close()
+                    break
             run.checkpoints.wait()
-        return finish(run)
+        return finish(run, step)
 
 
 def accumulate(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.mixture import Mixture
 from gcrm_fast.data.packing import GroupSize, M, group_size
 
 
@@ -31,18 +32,24 @@ def batches_per_epoch(pairs: int, global_batch_pairs: int) -> int:
 
 
 def epoch_batches(
-    prompt_keys: np.ndarray, global_batch_pairs: int, group_prompts: int, seed: int, epoch: int
+    prompt_keys: np.ndarray,
+    global_batch_pairs: int,
+    group_prompts: int,
+    seed: int,
+    epoch: int,
+    mixture: Mixture | None = None,
 ) -> Iterator[list[list[int]]]:
     """Global batches of one epoch: lists of groups, a group being positions in the data of up to ``group_prompts``
-    pairs of one prompt. Every pair occurs once; only the last batch may be smaller than ``global_batch_pairs``."""
+    pairs of one prompt. Every pair occurs once, unless a ``mixture`` says which ones do (its positions, see
+    ``Mixture.drawn``); only the last batch may be smaller than ``global_batch_pairs``."""
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(prompt_keys))
+    order = rng.permutation(mixture.drawn(seed, epoch) if mixture else len(prompt_keys))
     if group_prompts == 1:
         units = [[int(i)] for i in order]
     else:
         by_prompt: dict[int, list[int]] = {}
         for i in order:
-            by_prompt.setdefault(int(prompt_keys[i]), []).append(int(i))
+            by_prompt.setdefault(int(prompt_keys[i % len(prompt_keys)]), []).append(int(i))
         units = [m[a : a + group_prompts] for m in by_prompt.values() for a in range(0, len(m), group_prompts)]
         units = [units[i] for i in rng.permutation(len(units))]
     batch: list[list[int]] = []

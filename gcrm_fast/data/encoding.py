@@ -61,6 +61,7 @@ class TokenizedPair:
     fields: dict[str, Any] = field(default_factory=dict)
     chosen_cut: bool = False
     where: str = ""  # 'source:line'
+    source: int = 0  # its number in the list of sources
     states: PairStates | None = None
 
     @property
@@ -318,4 +319,5 @@ def _tokenized(i: int, pair: Pair, chosen: Completion, rejected: Completion, *, 
         fields=pair.fields,
         chosen_cut=pair.chosen_cut,
         where=pair.where,
+        source=pair.source,
     )

@@ -5,7 +5,7 @@ prompt and two completions that follow it; or a prompt and one completion.
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -47,7 +47,8 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference pair as text. ``where`` is 'source:line'; ``fields`` holds the record's requested fields.
+    """A preference pair as text. ``where`` is 'source:line', ``source`` the number of its source among all, from 0;
+    ``fields`` holds the record's requested fields.
 
     ``chosen_cut`` and ``rejected_cut``: a length limit cut the completion, so it has no end.
     """
@@ -61,6 +62,7 @@ class Pair:
     fields: dict[str, Any] = field(default_factory=dict)
     chosen_cut: bool = False
     rejected_cut: bool = False
+    source: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,7 +388,7 @@ def read_pairs(
         ]
 
     pairs: list[Pair] = []
-    for source in sources:
+    for number, source in enumerate(sources):
         judged: dict[str, list[Judged]] = {}
         of_records = list(_converted(source, FORMATS, columns or {}, bad, convert))
         if judged:
@@ -395,7 +397,7 @@ def read_pairs(
         if not any(of_records):
             of_what = "prompt have the same judgment" if judged else "record tie"
             raise UserError(f"{source}: contains no pairs: the completions of every {of_what}")
-        pairs += [pair for of_record in of_records for pair in of_record]
+        pairs += [replace(pair, source=number) for of_record in of_records for pair in of_record]
     return pairs
 
 

@@ -18,7 +18,7 @@ import tomli_w
 from gcrm_fast.common.command_line import parse_options
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import read_text
-from gcrm_fast.common.options import AtLeastOne, Options, Range, ZeroOrMore, flag, kinds_of, missed, one_of
+from gcrm_fast.common.options import AtLeastOne, Options, Range, ZeroOrMore, flag, kinds_of, missed, one_of, shown
 
 ARITHMETIC = "arithmetic"
 MOST_GENERATED = 10**7  # pairs: about 10 GiB
@@ -54,6 +54,7 @@ class TrainConfig(Options):
     }
     ELSEWHERE: ClassVar[dict[str, tuple[str, ...]]] = {  # of TRL, transformers and OpenRLHF
         "data": ("dataset", "dataset-name", "train-file", "train-data", "data-path"),
+        "data-weights": ("interleave-probs", "dataset-probs", "dataset-weights"),
         "eval-data": ("eval-dataset", "eval-file", "validation-file", "test-data"),
         "eval-split": ("test-size", "val-size", "validation-split", "eval-split-ratio"),
         "model": ("model-name", "model-name-or-path", "pretrain", "base-model"),
@@ -83,6 +84,7 @@ class TrainConfig(Options):
         "save-every": ("save-steps", "save-strategy"),
         "keep": ("save-total-limit", "max-ckpt-num"),
         "keep-best": ("load-best-model-at-end", "metric-for-best-model"),
+        "early-stopping": ("early-stopping-patience",),
         "resume": ("resume-from-checkpoint", "load-checkpoint"),
     }
 
@@ -90,6 +92,10 @@ class TrainConfig(Options):
     data: tuple[str, ...] = (ARITHMETIC,)
     """Training pairs, from one or more sources: files (JSON lines, gzip, Parquet), folders that datasets saved
     (FOLDER[:SPLIT]), datasets of the Hub (OWNER/NAME[/CONFIG][:SPLIT]). 'arithmetic' generates pairs."""
+    data_weights: tuple[Positive, ...] = ()
+    """Shares of the sources of --data in the training pairs of an epoch, one number per source, as in 0.7 0.3. An epoch
+    still has as many pairs as all sources together: those of a source are repeated or spread over several epochs. By
+    default every pair occurs once."""
     eval_data: tuple[str, ...] = ()
     """Held-out pairs, from such sources. Without any and without --eval-split, nothing is evaluated; 'arithmetic'
     generates its own."""
@@ -300,6 +306,9 @@ class TrainConfig(Options):
     keep_best: Literal["", "eval/auroc", "eval/auroc_q", "eval/accuracy"] = ""
     """Also save at every evaluation, keep the checkpoint with the greatest value of this metric, and write its model to
     the folder model_best at the end."""
+    early_stopping: ZeroOrMore = 0
+    """Stop after this many evaluations in a row that do not improve the metric of --keep-best; 0 never does. The
+    learning rate follows the schedule of the whole run."""
     resume: str = "auto"
     """auto resumes from the newest complete checkpoint in the output folder, if there is one; never starts over and
     removes them; or the folder of a checkpoint."""
@@ -328,10 +337,12 @@ class TrainConfig(Options):
 
         def need(ok: bool, name: str, what: str) -> None:
             if not ok:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: must be {what}")
+                raise UserError(f"{flag(name)} {shown(getattr(self, name))}: must be {what}")
 
         generated = self.data == (ARITHMETIC,)
         need(bool(self.data) and all(self.data), "data", "at least one source")
+        one_each = len(self.data_weights) in (0, len(self.data))
+        need(one_each, "data_weights", f"one number per source of --data: {len(self.data)}")
         need(all(self.eval_data), "eval_data", "names of sources")
         need(
             not self.eval_split or not (self.eval_data or generated),
@@ -364,6 +375,8 @@ class TrainConfig(Options):
             held_out = bool(self.eval_data) or self.eval_split > 0 or generated
             need(held_out, "keep_best", "omitted without --eval-data or --eval-split")
             need(self.keep > 0, "keep", "1 or more with --keep-best")
+        watched = bool(self.keep_best) or not self.early_stopping
+        need(watched, "early_stopping", "0 without --keep-best METRIC, as in --keep-best eval/auroc: it watches that")
         need(bool(self.lora_targets), "lora_targets", "at least one layer")
         need(not self.lora_rank or bool(self.model), "lora_rank", "0 without --model, the weights of which stay")
         if not self.model:

@@ -48,6 +48,7 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
         ("held out and trained on", f"{shared.prompts} prompts, {shared.completions} completions"),
         ("completion ends", report.ending_summary()),
     ]
+    rows += mixture_rows(prepared, config)
     if prepared.bad.skipped:
         rows.append(("bad records", f"{len(prepared.bad.skipped)} skipped; the first: {prepared.bad.skipped[0]}"))
     dropped = report.dropped / (report.dropped + len(prepared.train))
@@ -78,6 +79,17 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
             ("longer than the model knows", f"up to {longest} tokens: its max_position_embeddings is {positions}")
         )
     return rows
+
+
+def mixture_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
+    """Pairs per epoch of each source, with --data-weights."""
+    if not prepared.mixture:
+        return []
+    drawn, available = prepared.mixture.counts(), prepared.mixture.available()
+    return [
+        (f"  source {i}", f"{name}: {n} per epoch ({n / sum(drawn):.1%}), each of its {own} pairs {n / own:.2g} times")
+        for i, (name, n, own) in enumerate(zip(config.data, drawn, available, strict=True), start=1)
+    ]
 
 
 def q_verdict(evaluation: Mapping[str, float]) -> str:

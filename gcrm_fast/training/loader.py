@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from gcrm_fast.common.torch_compat import end_workers
 from gcrm_fast.data.batches import Budget, batches_per_epoch, epoch_batches, plan_packs
 from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.mixture import Mixture
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling, negative_blocks
 from gcrm_fast.model.inputs import Pack
@@ -41,9 +42,11 @@ class Steps(Dataset[Step]):
     group_prompts: int
     rank: int
     world_size: int
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         self._prompt_keys = np.array([pair.prompt_key for pair in self.pairs])
+        self._ids = 1 + max(pair.pair_id for pair in self.pairs)
         self._epoch, self._batches = -1, list[list[list[int]]]()
 
     def groups(self, step: int) -> tuple[int, list[list[TokenizedPair]]]:
@@ -51,10 +54,17 @@ class Steps(Dataset[Step]):
         epoch, position = divmod(step, batches_per_epoch(len(self.pairs), self.global_batch_pairs))
         if epoch != self._epoch:
             batches = epoch_batches(
-                self._prompt_keys, self.global_batch_pairs, self.group_prompts, self.sampling.seed, epoch
+                self._prompt_keys, self.global_batch_pairs, self.group_prompts, self.sampling.seed, epoch, self.mixture
             )
             self._epoch, self._batches = epoch, list(batches)
-        return epoch, [[self.pairs[i] for i in group] for group in self._batches[position]]
+        return epoch, [[self._pair(i) for i in group] for group in self._batches[position]]
+
+    def _pair(self, position: int) -> TokenizedPair:
+        """The pair at a position of ``epoch_batches``; one of a source's later pass has another id, and so other
+        samples."""
+        number, i = divmod(position, len(self.pairs))
+        pair = self.pairs[i]
+        return replace(pair, pair_id=pair.pair_id + number * self._ids) if number else pair
 
     def __getitem__(self, step: int) -> Step:
         epoch, groups = self.groups(step)

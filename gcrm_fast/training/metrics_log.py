@@ -36,7 +36,9 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def close(self, options: Mapping[str, Any], results: Mapping[str, float]) -> None:
-        shown = {name: " ".join(value) if isinstance(value, tuple) else value for name, value in options.items()}
+        shown = {
+            name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in options.items()
+        }
         self._writer.add_hparams(shown, dict(results), run_name=".")
         self._writer.close()
 

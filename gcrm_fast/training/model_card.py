@@ -190,5 +190,5 @@ def command(config: TrainConfig, world_size: int) -> str:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", *(value if isinstance(value, tuple) else [str(value)])]
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
     return shlex.join(words)

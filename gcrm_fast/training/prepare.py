@@ -21,6 +21,7 @@ from gcrm_fast.data import arithmetic
 from gcrm_fast.data.batches import Budget, batches_per_epoch, split_to_budget
 from gcrm_fast.data.chat import end_tokens, with_date
 from gcrm_fast.data.encoding import TokenizedPair, TokenReport, tokenize_pairs
+from gcrm_fast.data.mixture import Mixture
 from gcrm_fast.data.overlap import Overlap, overlap, split_by_prompt
 from gcrm_fast.data.packing import group_size
 from gcrm_fast.data.records import Pair, parse_columns, read_pairs
@@ -43,6 +44,7 @@ class Prepared:
     model_config: ModelConfig
     train: list[TokenizedPair]
     held_out: list[TokenizedPair]
+    mixture: Mixture | None
     report: TokenReport
     held_out_report: TokenReport | None
     overlap: Overlap
@@ -55,8 +57,8 @@ class Prepared:
 
     @functools.cached_property
     def data_key(self) -> str:
-        """Fingerprint of the training data: tokens and margins."""
-        return _fingerprint(self.train, self.report)
+        """Fingerprint of the training data: tokens and margins, and the source of each pair where that matters."""
+        return _fingerprint(self.train, self.report, self.mixture.source_N.tobytes() if self.mixture else b"")
 
     @property
     def held_out_key(self) -> str:
@@ -64,9 +66,9 @@ class Prepared:
         return _fingerprint(self.held_out, self.held_out_report) if self.held_out_report else ""
 
 
-def _fingerprint(pairs: list[TokenizedPair], report: TokenReport) -> str:
+def _fingerprint(pairs: list[TokenizedPair], report: TokenReport, more: bytes = b"") -> str:
     margins = np.array([pair.margin for pair in pairs], dtype=np.float64)
-    return hashlib.sha256(report.key.encode() + margins.tobytes()).hexdigest()
+    return hashlib.sha256(report.key.encode() + margins.tobytes() + more).hexdigest()
 
 
 def load_pairs(
@@ -219,6 +221,7 @@ def prepare(config: TrainConfig) -> Prepared:
         model_config=model_config,
         train=tokenized,
         held_out=tokenized_held_out,
+        mixture=mixture_of(config, tokenized),
         report=report,
         held_out_report=held_out_report,
         overlap=shared,
@@ -236,6 +239,20 @@ def prepare(config: TrainConfig) -> Prepared:
         steps=config.steps or max(1, math.ceil(config.epochs * per_epoch)),
         output=output,
     )
+
+
+def mixture_of(config: TrainConfig, pairs: list[TokenizedPair]) -> Mixture | None:
+    """The shares of the sources by --data-weights. Raises UserError where a source has no pair left."""
+    if not config.data_weights:
+        return None
+    mixture = Mixture(source_N=np.array([pair.source for pair in pairs]), weights=config.data_weights)
+    for name, available in zip(config.data, mixture.available(), strict=True):
+        if not available:
+            raise UserError(
+                f"--data-weights: no pair of {name} is left: all are longer than --max-length, held out by "
+                "--eval-split, or after the first --train-pairs"
+            )
+    return mixture
 
 
 def _check_blocks(pairs: list[TokenizedPair], config: TrainConfig, budget: Budget) -> None:
@@ -299,4 +316,5 @@ def steps_of(prepared: Prepared, config: TrainConfig, rank: int, world_size: int
         group_prompts=config.group_prompts,
         rank=rank,
         world_size=world_size,
+        mixture=prepared.mixture,
     )

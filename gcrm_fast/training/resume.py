@@ -31,6 +31,7 @@ FREE = frozenset(
         "config",
         "deterministic",
         "dry_run",
+        "early_stopping",
         "eval_by",
         "eval_data",
         "eval_every",

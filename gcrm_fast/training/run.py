@@ -22,6 +22,7 @@ from gcrm_fast.training.agreement import check_agreement
 from gcrm_fast.training.config import TrainConfig, to_toml
 from gcrm_fast.training.curves import plot_curves
 from gcrm_fast.training.describe import data_rows, held_out_rows, q_verdict
+from gcrm_fast.training.early_stopping import EarlyStopping
 from gcrm_fast.training.held_out import (
     NOT_FINITE_REMEDY,
     Scores,
@@ -71,6 +72,7 @@ class Run:
     lora: Lora | None
     state: RunState
     checkpoints: Checkpoints
+    stopping: EarlyStopping
     steps: Steps
     meter: Meter
     log: MetricsLog | None
@@ -81,6 +83,11 @@ class Run:
         last one, which ``finish`` follows."""
         return step % (every or -(-self.prepared.steps // 8)) == 0 and step != self.prepared.steps
 
+    def is_logged(self, step: int) -> bool:
+        """Whether the loop logs a row at ``step``: also where it may end, with --early-stopping at every evaluation."""
+        may_stop = self.stopping.patience > 0 and self.is_due(step, self.config.eval_every)
+        return step % self.config.log_every == 0 or step == self.prepared.steps or may_stop
+
     def goal(self, maximum: int | None = None) -> tuple[Tensor, int]:
         """Goal state of the current model, and over how many training pairs (up to ``maximum``) it is the mean."""
         uncut = [pair for pair in self.prepared.train if not pair.chosen_cut]
@@ -88,13 +95,14 @@ class Run:
         states = end_states(self.state.model, pairs, self.prepared.budget, self.prepared.sampling, self.device)
         return goal_state(states, len(pairs), remedy=NOT_FINITE_REMEDY, all_ranks=True), len(pairs)
 
-    def evaluate(self, step: int, goal: Tensor | None = None) -> dict[str, float]:
-        """Logs the held-out metrics and returns them; empty without held-out pairs."""
+    def evaluate(self, step: int, final_goal: Tensor | None = None) -> dict[str, float]:
+        """Logs the held-out metrics and returns them; empty without held-out pairs. ``final_goal``: goal state of the
+        run's last evaluation, which has more metrics."""
         prepared = self.prepared
         if not prepared.held_out:
             return {}
         with self.meter.paused():
-            goal = self.goal(EVALUATION_GOAL_PAIRS)[0] if goal is None else goal
+            goal = self.goal(EVALUATION_GOAL_PAIRS)[0] if final_goal is None else final_goal
             scores = score_pairs(
                 self.state.model,
                 prepared.held_out,
@@ -106,7 +114,7 @@ class Run:
             )
         self.scores = scores
         row = metrics(scores)
-        if step == prepared.steps:
+        if final_goal is not None:
             row |= {f"eval/auroc/{k}": v for k, v in breakdown(scores, self.config.eval_by).items()}
             row |= intervals(scores)
         if self.log:
@@ -144,6 +152,7 @@ class Run:
         """Starts a checkpoint; ``evaluation``: metrics of this very step, if there are any."""
         if self.config.keep:
             about = facts(step, self.config, self.prepared.data_key, self.state.window, evaluation)
+            about["early_stopping"] = self.stopping.facts()
             stall = self.checkpoints.save(step, self.state.tensors(), about)
             if self.log:
                 self.log.write(step, {"checkpoint_stall_s": stall})
@@ -237,9 +246,11 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     parallel.shard(model, mesh, dtype, gather=plan.gather)
     rows = prepared.weights.rows
     parallel.materialize(model, mesh, device, lora.rows(rows, config.seed) if lora else rows)
+    stopping = EarlyStopping(metric=config.keep_best, patience=config.early_stopping)
     state = RunState(model, Updater(model, config, prepared.steps, device), Window(statistics_of(config.head), device))
     if checkpoint:
         state.load(checkpoint, group)
+        stopping.resume(checkpoint.facts.get("early_stopping", {}))
         notes.append(f"resumed from {checkpoint.path} after step {start}")
     saved = Checkpoints(prepared.output, config.keep, config.keep_best, group)
     saved.start(after=start, remove=config.resume == "never")
@@ -262,6 +273,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
         lora=lora,
         state=state,
         checkpoints=saved,
+        stopping=stopping,
         steps=steps_of(prepared, config, rank, world_size),
         meter=Meter(prepared.model_config, plan.recompute, layers, lora, device, peak),
         log=log,
@@ -278,17 +290,19 @@ def list_skipped(prepared: Prepared) -> None:
         path.write_text(lines, encoding="utf-8", errors="backslashreplace")  # file names need not be UTF-8
 
 
-def finish(run: Run) -> dict[str, float]:
-    """Last evaluation, which it returns, curves, models and summary. ``model``, which marks the run as finished, is
-    written last, and then the checkpoints are removed."""
+def finish(run: Run, step: int) -> dict[str, float]:
+    """Last evaluation, which it returns, curves, models and summary, after the last ``step``. ``model``, which marks
+    the run as finished, is written last, and then the checkpoints are removed."""
     prepared, log, output = run.prepared, run.log, run.prepared.output
     last = run.full_model()
-    evaluation = run.evaluate(prepared.steps, last.goal)
-    rows = [("optimizer steps", f"{prepared.steps} of {run.config.global_batch_pairs} pairs")]
+    evaluation = run.evaluate(step, last.goal)
+    rows = [("optimizer steps", f"{step} of {run.config.global_batch_pairs} pairs")]
+    if run.stopping.is_over:
+        rows.append(("stopped early", stopped_early(run, step)))
     if log:
         if evaluation:
             baselines = shortcuts(prepared.train, prepared.held_out, prepared.model_config.vocab_size)
-            log.write(prepared.steps, baselines)
+            log.write(step, baselines)
             rows += [
                 ("shortcut: length only", f"{baselines['baseline/auroc_length']:.3f}"),
                 ("shortcut: bag of tokens", f"{baselines['baseline/auroc_bag_of_tokens']:.3f}"),
@@ -297,7 +311,7 @@ def finish(run: Run) -> dict[str, float]:
         (output / "config.toml").write_text(to_toml(run.config))
     run.write_report(last.goal)
     if run.config.keep_best:
-        rows.append(write_best(run, last, evaluation, rows))
+        rows.append(write_best(run, step, last, evaluation, rows))
     if log:
         rows += held_out_rows(log, evaluation)
         run.write_model("model", last, rows, evaluation)
@@ -311,11 +325,20 @@ def finish(run: Run) -> dict[str, float]:
     return evaluation
 
 
-def write_best(run: Run, last: FullModel, evaluation: dict[str, float], rows: Rows) -> tuple[str, str]:
-    """Saves the model that is best by ``--keep-best``, from its checkpoint or the last one; returns a summary row."""
+def stopped_early(run: Run, step: int) -> str:
+    """Why a run stopped after ``step``, for its summary."""
+    stopping, steps = run.stopping, run.prepared.steps
+    return (
+        f"after step {step} of {steps}: {stopping.metric} did not improve in {stopping.without_improvement} evaluations"
+    )
+
+
+def write_best(run: Run, step: int, last: FullModel, evaluation: dict[str, float], rows: Rows) -> tuple[str, str]:
+    """Saves the model that is best by ``--keep-best``, from its checkpoint or the last one, of ``step``; returns a
+    summary row."""
     metric = run.config.keep_best
     best, notes = first_intact(run.checkpoints.ranked(evaluation[metric]), run.checkpoints.group)
-    model, step, of_best = last, run.prepared.steps, evaluation
+    model, of_best = last, evaluation
     if best:
         run.state.load(best, run.checkpoints.group)
         model, step, of_best = run.full_model(), best.facts["step"], best.facts["metrics"]

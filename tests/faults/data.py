@@ -1,6 +1,30 @@
 """Faults planted in data/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "mixture: every epoch starts over": (
+        "gcrm_fast/data/mixture.py",
+        "start = epoch * count",
+        "start = 0 * count",
+        "tests/data/test_mixture.py -k equally_often",
+    ),
+    "mixture: a repeated pair has the same samples": (
+        "gcrm_fast/training/loader.py",
+        "pair_id=pair.pair_id + number * self._ids",
+        "pair_id=pair.pair_id",
+        "tests/data/test_mixture.py -k ranks_and_packs",
+    ),
+    "mixture: the sources' borders are not in the fingerprint of the data": (
+        "gcrm_fast/training/prepare.py",
+        'self.mixture.source_N.tobytes() if self.mixture else b""',
+        'b""',
+        "tests/data/test_mixture.py -k border",
+    ),
+    "mixture: all pairs of the first source": (
+        "gcrm_fast/data/records.py",
+        "replace(pair, source=number)",
+        "replace(pair, source=0)",
+        "tests/data/test_mixture.py -k resumes",
+    ),
     "layers: a lower wing asks a higher one when it is called": (
         "gcrm_fast/data/sources.py",
         "    if source == STDIN:\n",

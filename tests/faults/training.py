@@ -1,6 +1,30 @@
 """Faults planted in training/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "early stopping: an equal value is better": (
+        "gcrm_fast/training/early_stopping.py",
+        "value[0] > self.best",
+        "value[0] >= self.best",
+        "tests/training/test_early_stopping.py -k no_better",
+    ),
+    "early stopping: a resumed run counts from 0": (
+        "gcrm_fast/training/run.py",
+        '        stopping.resume(checkpoint.facts.get("early_stopping", {}))\n',
+        "",
+        "tests/training/test_early_stopping.py -k same_step",
+    ),
+    "early stopping: a run that had stopped trains on": (
+        "gcrm_fast/train.py",
+        "start, start if run.stopping.is_over else prepared.steps",
+        "start, prepared.steps",
+        "tests/training/test_early_stopping.py -k only_finishes",
+    ),
+    "early stopping: the last evaluation of a stopped run is like the others": (
+        "gcrm_fast/training/run.py",
+        "        if final_goal is not None:\n",
+        "        if step == prepared.steps:\n",
+        "tests/training/test_early_stopping.py -k no_better",
+    ),
     "eval split: pairs of a prompt on both sides": (
         "gcrm_fast/data/overlap.py",
         'return hashlib.sha256(f"{seed} {bare(pair.prompt)}".encode()).digest()',

@@ -104,6 +104,7 @@ def test_header_of_a_model_from_files(tmp_path: Path) -> None:
         ["--steps", "7", "--eval-by", "steps", "--head", "mlp", "--output", "runs/a name"],
         ["--hidden-size", "128", "--data", "arithmetic"],  # the default without the preset
         ["--preset", "hh", "--data", "a.jsonl", "b.jsonl", "--allow-overlap", "--lr", "1e-5", "--clip", "0.5"],
+        ["--data", "a.jsonl", "b.jsonl", "--data-weights", "0.7", "0.3"],
     ],
 )
 def test_the_command_gives_the_same_configuration(arguments: list[str]) -> None:
