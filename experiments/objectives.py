@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from tqdm import tqdm
 
 from gcrm_fast.common.command_line import exit_code, parse_options
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import Argument
 from gcrm_fast.common.options import Options as CommandOptions
+from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.common.statistics import auroc
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate, read_completions
@@ -262,7 +262,7 @@ def evaluated(model_folder: Path, data: Data) -> dict[str, dict[str, float]]:
             return kept["found"]
     goal_GD = model.goal()[None]
     found = {}
-    for name, file in tqdm({**SETS, "votes": VOTE_FILE}.items(), desc=str(model_folder.parent.name), leave=False):
+    for name, file in progress_bar({**SETS, "votes": VOTE_FILE}.items(), desc=model_folder.parent.name, brief=True):
         completions, kept = data.drawn(file, model)
         judged = model.judge(completions.encoded, goals_GD=goal_GD)
         found[name] = vote(completions, judged) if file == VOTE_FILE else measured(completions, judged) | {"kept": kept}

@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch.distributed.device_mesh import DeviceMesh
-from tqdm import tqdm
 
 from gcrm_fast.common import processes
 from gcrm_fast.common.command_line import exit_code
 from gcrm_fast.common.errors import RankError, UserError, one_line
+from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import parallel
@@ -64,14 +64,8 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
     workers = config.workers if config.workers >= 0 else 2 if device.type == "cuda" else 0
     interrupts = Interrupts(parallel.cpu_group(config.timeout))
     step, end = start, start if run.stopping.is_over else prepared.steps
-    bar = tqdm(
-        range(start + 1, end + 1),
-        initial=start,
-        total=prepared.steps,
-        disable=run.log is None,
-        unit="step",
-        dynamic_ncols=True,
-    )
+    numbers = range(start + 1, end + 1)
+    bar = progress_bar(numbers, initial=start, total=prepared.steps, shown=run.log is not None, unit="step")
     with contextlib.closing(run.checkpoints):
         with load(run.steps, start, prepared.steps, workers, device) as steps, interrupts.handled():
             run.state.model.train()
@@ -86,7 +80,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
                 run.state.window.add(step, statistics, sum(pack.n_pairs for pack in packs), made)
 
                 if run.is_logged(step):
-                    bar.set_postfix(run.log_row(step, norm, learning_rate))
+                    bar.set_postfix(run.log_row(step, norm, learning_rate), refresh=False)
                 evaluation = run.evaluate(step) if run.is_due(step, config.eval_every) else {}
                 run.stopping.add(evaluation)
                 request = interrupts.agree(Request.FAIL if run.checkpoints.failed() else Request.NONE)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from gcrm_fast.commands.options import EvaluateOptions
 from gcrm_fast.commands.shared import (
@@ -20,6 +19,7 @@ from gcrm_fast.commands.shared import (
 )
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.common.tables import columns, number
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.sampling import quantile_positions
@@ -94,7 +94,7 @@ def rows_of(source: str, labeled: Labeled, groups: dict[str, np.ndarray]) -> lis
     """Every measure of a source as a whole and of each group."""
     parts = members_of(groups, len(labeled.right_N))
     rows = []
-    for group, mask_N in tqdm(parts.items(), desc="resampling", unit="group", leave=False, delay=1):
+    for group, mask_N in progress_bar(parts.items(), desc="resampling", unit="group", brief=True):
         part = labeled.subset(mask_N)
         rows += [
             Row(source, group, "completions", len(part.right_N)),

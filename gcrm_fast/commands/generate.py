@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands.options import GenerateOptions
 from gcrm_fast.commands.score import Output, json_line, numbers
 from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.common.files import output_file
+from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.data.prompts import Prompt, read_prompts
 from gcrm_fast.data.sources import STDIN, BadRecords
 from gcrm_fast.inference.decoding import Result, Text, decode
@@ -227,7 +227,7 @@ def generate(options: GenerateOptions) -> None:
             decoded = decode(
                 policy, asked, reward=reward, method=kind, sampling=sampling, goals=goals, rows=options.rows
             )
-            with tqdm(total=len(todo), desc=name or "generating", unit="prompt") as bar:
+            with progress_bar(total=len(todo), desc=name or "generating", unit="prompt") as bar:
                 for one in decoded:
                     if isinstance(one, Result):
                         yield todo[one.prompt], one

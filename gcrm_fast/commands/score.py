@@ -21,7 +21,6 @@ import numpy as np
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands.options import ScoreOptions
@@ -29,6 +28,7 @@ from gcrm_fast.commands.shared import load, read
 from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.common.files import output_file, written_aside
+from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.sources import STDIN, BadRecords
@@ -283,7 +283,7 @@ def score_files(
         return window
 
     source = map(hashed, windows(read(options.data, model, options, bad)))
-    with tqdm(desc="scoring", unit="record", disable=rank != 0) as bar:
+    with progress_bar(desc="scoring", unit="record", shown=rank == 0) as bar:
         bar.update(sum(map(len, itertools.islice(source, done.windows))))
         if digest.hexdigest() != (done.records or hashlib.sha256().hexdigest()):
             return False

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from gcrm_fast.commands.score import Output, json_line
+from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.rlhf.samples import Samples
 
 WINDOW = 128  # records
@@ -27,7 +26,7 @@ def worked(
     digest = hashlib.sha256(b"".join(json_line(one.fields) for one in samples)).hexdigest()
     with rows_file.held():
         done = rows_file.progress({**made_by, "records": digest})
-        with tqdm(total=len(samples), desc="scoring", unit="record") as bar:
+        with progress_bar(total=len(samples), desc="scoring", unit="record") as bar:
             bar.update(min(done.windows * WINDOW, len(samples)))
             for start in range(done.windows * WINDOW, len(samples), WINDOW):
                 window = samples[start : start + WINDOW]

@@ -5,8 +5,6 @@ import sys
 
 from gcrm_fast.common import processes
 
-BAR_DELAY = 2.0  # seconds before a progress bar is shown
-
 
 @functools.cache
 def warn_once(message: str) -> None:

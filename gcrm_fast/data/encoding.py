@@ -14,11 +14,11 @@ import numpy as np
 import tokenizers
 from tokenizers import Encoding
 from tokenizers.decoders import DecodeStream
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.data.chat import end_tokens
 from gcrm_fast.data.records import Pair
 from gcrm_fast.data.sources import BadRecords
@@ -207,7 +207,7 @@ def encode_pairs(
     ids [T] int32; lengths [2N] int64; starts [2N] int64, counted from the sequence's first token; endings [2N] uint8.
     """
     encoded: list[Completion] = []
-    with tqdm(total=len(pairs), desc="tokenizing", unit="pair", disable=not progress, delay=1, leave=False) as bar:
+    with progress_bar(total=len(pairs), desc="tokenizing", unit="pair", brief=True, shown=progress) as bar:
         for a in range(0, len(pairs), CHUNK):
             chunk = pairs[a : a + CHUNK]
             encoded += encode_completions(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.checkpoints.adapters import tokenizer_folder
@@ -26,6 +25,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.notes import warn_once
 from gcrm_fast.common.options import AtLeastOne, check_value
 from gcrm_fast.common.processes import rank
+from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.chat import TODAY, as_text
 from gcrm_fast.data.encoding import CHUNK, Completion, token_texts
@@ -417,7 +417,7 @@ class RewardModel:
         self, encoded: Sequence[Completion], per_token: bool, names: Sequence[str] | None = None, progress: bool = False
     ) -> Iterator[tuple[ScorePack, Tensor]]:
         """All packs, and the hidden states [R, H] of their read rows, on the device."""
-        with tqdm(total=len(encoded), desc="scoring", unit="completion", disable=not progress) as bar:
+        with progress_bar(total=len(encoded), desc="scoring", unit="completion", shown=progress) as bar:
             for pack in self.packs(encoded, per_token=per_token, names=names):
                 axis = (pack.pin_memory() if self.device.type == "cuda" else pack).to(self.device)
                 yield pack, self.network.model(axis, self.network.attention_backend)

@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.notes import BAR_DELAY
+from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.common.torch_compat import set_recompile_limit
 from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
@@ -113,7 +112,7 @@ def load(
     network.to_empty(device=device)
     network.model.reset_inv_freq()
     named, hidden = sorted(network.named_parameters()), processes.rank() > 0
-    for name, parameter in tqdm(named, "loading", disable=hidden, delay=BAR_DELAY, leave=False, unit="tensor"):
+    for name, parameter in progress_bar(named, desc="loading", brief=True, shown=not hidden, unit="tensor"):
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         local.copy_(value(name, parameter.shape, local_rows(parameter.shape[0])))
 

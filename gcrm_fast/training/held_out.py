@@ -14,10 +14,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.notes import BAR_DELAY
+from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.common.statistics import auroc as auroc_of
 from gcrm_fast.data.batches import Budget
 from gcrm_fast.data.encoding import TokenizedPair
@@ -70,7 +69,7 @@ def _packs(
     rank, world = dist.get_rank(), dist.get_world_size()
     plan = plan_pairs([[pair] for pair in pairs], budget, world, sampling)[rank::world]
     what = "evaluation" if quantiles else "goal state"
-    for groups in tqdm(plan, what, disable=rank > 0, delay=BAR_DELAY, leave=False, unit="pack", dynamic_ncols=True):
+    for groups in progress_bar(plan, desc=what, brief=True, shown=rank == 0, unit="pack"):
         yield build_pack(groups, replace(sampling, noise=0), EVALUATION_EPOCH, quantiles=quantiles).to(device)
 
 
@@ -230,7 +229,7 @@ def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair],
     data, classifier = (counts(fitted), np.repeat([1, 0], len(fitted))), LogisticRegression(warm_start=True)
     with warnings.catch_warnings():  # its last digits do not matter here
         warnings.simplefilter("ignore", ConvergenceWarning)
-        for _ in tqdm(range(10), "bag of tokens", delay=BAR_DELAY, leave=False, dynamic_ncols=True):
+        for _ in progress_bar(range(10), desc="bag of tokens", brief=True):
             if classifier.fit(*data).n_iter_[0] < classifier.max_iter:
                 break
     bag = classifier.decision_function(counts(held_out)).reshape(2, -1)

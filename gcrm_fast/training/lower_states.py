@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-from tqdm import tqdm
 
 from gcrm_fast.checkpoints.saving import add_tensor
 from gcrm_fast.checkpoints.weights import Weights, parameter_shapes
 from gcrm_fast.common import processes
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.data.batches import Budget, plan_packs
 from gcrm_fast.data.encoding import PairStates, TokenizedPair
 from gcrm_fast.data.packing import build_pack, common_prefix, distinct_sequences, group_size
@@ -119,14 +119,13 @@ def pair_states(folder: Path, layers: LowerLayers, pairs: Sequence[TokenizedPair
     start = processes.local_rank() * len(chunks) // processes.local_world_size()
     order = [*range(start, len(chunks)), *range(start)]
     todo = [i for i in order if _read(paths[i], shapes[i]) is None]
-    bar = tqdm(
+    bar = progress_bar(
         total=sum(shapes[i][0] for i in todo),
         desc="states below the trained layers",
-        disable=processes.rank() > 0 or not todo,
-        leave=False,
+        brief=True,
+        shown=processes.rank() == 0,
         unit="token",
         unit_scale=True,
-        dynamic_ncols=True,
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
