@@ -20,10 +20,10 @@ from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.train import main
 from gcrm_fast.training.accounting import work
-from gcrm_fast.training.memory import MemoryShape, parameter_counts, predicted_memory
+from gcrm_fast.training.memory import parameter_counts, predicted_memory
 from gcrm_fast.training.objectives import Objective, losses
 from support.folders import llama, trunk
-from support.small import small_config, small_model
+from support.small import memory_shape, small_config, small_model
 from support.training_runs import TIMES, Gcrm, arguments, assert_same, end_in_step_9, rows, torchrun
 
 OBJECTIVE = Objective(contrastive_weight=0.0, term_weights={"sft": 1.0})
@@ -108,17 +108,7 @@ def test_operations_and_memory_count_the_lm_head(pairs: list[TokenizedPair]) -> 
     size = config.vocab_size * config.hidden_size
     trained, held = parameter_counts(config, 3, None, cached_states=False)
     assert parameter_counts(config, 3, None, cached_states=False, lm_head=True) == (trained, held + size)
-    shape = MemoryShape(
-        config=config,
-        tokens=1000,
-        keys=1000,
-        read_rows=500,
-        optimizer="adamw",
-        width=4,
-        kernels=False,
-        world_size=1,
-        several_packs=False,
-    )
+    shape = memory_shape(config, tokens=1000, keys=1000, read_rows=500)
     more = predicted_memory(replace(shape, predicted=100), "none", "step") - predicted_memory(shape, "none", "step")
     assert more == 8 * size + 4 * 100 * config.hidden_size  # weights, also gathered; gradients of the states
 
