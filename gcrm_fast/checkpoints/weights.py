@@ -16,7 +16,7 @@ from gcrm_fast.common.errors import UserError, one_line
 from gcrm_fast.model import heads
 from gcrm_fast.model.families import Family
 from gcrm_fast.model.llama import ModelConfig
-from gcrm_fast.model.reward_model import LlamaRewardModel, RowReader, initial_value
+from gcrm_fast.model.reward_model import LM_HEAD, LlamaRewardModel, RowReader, initial_value
 
 BESIDE = (COMPANION, "value_head.safetensors")  # files read with the shards; the second is LLaMA-Factory's
 # Where reward models keep one linear layer from H to 1, as NAME.weight and, in some, NAME.bias.
@@ -128,16 +128,17 @@ def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
         raise UserError(f"the model's sizes ({sizes}) are too large: check config.json and gcrm.json") from None
 
 
-def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights:
+def open_weights(folder: Path, config: ModelConfig, seed: int | None, *, lm_head: bool = False) -> Weights:
     """A reader of the rows of each parameter. Every tensor of the folder is used, known to be useless, or an error.
 
     Only the requested rows are read. The trunk may have any one prefix (none, ``model.``, ``pretrained_model.model.``
     ...), a linear reward head any name of HEADS. A head or projection that the folder lacks starts from
-    ``initial_value`` with a note; without a ``seed`` it is an error.
+    ``initial_value`` with a note; without a ``seed`` it is an error. With ``lm_head`` that is read too; of a model that
+    ties it to the embedding it is a copy.
 
     Raises:
         UserError: files missing or unreadable; tensors missing, unknown, in two files, or of the wrong shape or dtype;
-            a head of another kind than ``config`` has.
+            a head of another kind than ``config`` has; no lm_head.
     """
     files = _open(folder)
     layers = sum(key.endswith(".input_layernorm.weight") for key in files.stored)
@@ -145,6 +146,8 @@ def open_weights(folder: Path, config: ModelConfig, seed: int | None) -> Weights
         what = f"field 'num_hidden_layers' is {config.num_hidden_layers}, but the files hold {layers} layers"
         raise UserError(f"{folder / 'config.json'}: {what}: download it again")
     shapes = parameter_shapes(config)
+    if lm_head:
+        shapes[LM_HEAD] = shapes["model.embed_tokens.weight"]
     source, notes = _match(files.stored, shapes, folder, config, seed)
     files.check_updates(shapes)
 
@@ -167,13 +170,10 @@ def open_language_model(folder: Path) -> tuple[ModelConfig, bool, Weights]:
     stored = files.stored
     wanted = {name: shape for name, shape in parameter_shapes(config).items() if name.startswith("model.")}
     source = _match_trunk(stored, wanted, folder)
-    tied = _stated(folder, "tie_word_embeddings") is True
+    tied = _is_tied(folder)
     if not tied:
-        own = [key for key in stored if f".{key}".endswith(".lm_head.weight")]
-        if not own:
-            raise UserError(f"{folder}: holds no lm_head: name a language model; a reward model writes no text")
-        source["lm_head.weight"] = own[0]
-        wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
+        source[LM_HEAD] = _lm_head(stored, folder, source)
+        wanted[LM_HEAD] = wanted["model.embed_tokens.weight"]
     _check_all(source, stored, wanted, folder)
     files.check_updates(wanted)
     return config, tied, Weights(lambda name, shape, rows: files.rows(name, source[name], rows))
@@ -250,6 +250,8 @@ def _match(
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """(stored name of each parameter that the folder holds, notes). Raises UserError, see open_weights."""
     source, skipped, notes = _match_trunk(stored, wanted, folder), dict(SKIPPED), []
+    if LM_HEAD in wanted:
+        source[LM_HEAD] = _lm_head(stored, folder, source)
     of_head = {name: name for name in wanted if name.startswith("score.")}
     if "score.weight" not in of_head and of_head.keys() & stored.keys():
         stored = {key: tensor for key, tensor in stored.items() if key != "score.weight"}  # made of these when saved
@@ -283,9 +285,23 @@ def _match_trunk(stored: Mapping[str, Stored], wanted: Mapping[str, torch.Size],
     source = {name: prefix + name.removeprefix("model.") for name in wanted if name.startswith("model.")}
     # Of two tied tensors safetensors' save_model keeps the first by name.
     embedding = source["model.embed_tokens.weight"]
-    if embedding not in stored and "lm_head.weight" in stored and _stated(folder, "tie_word_embeddings") is True:
-        source["model.embed_tokens.weight"] = "lm_head.weight"
+    if embedding not in stored and LM_HEAD in stored and _stated(folder, "tie_word_embeddings") is True:
+        source["model.embed_tokens.weight"] = LM_HEAD
     return source
+
+
+def _is_tied(folder: Path) -> bool:
+    """Whether the embedding is also the lm_head; a sequence classifier has none, whatever its config.json says."""
+    classifies = "Classification" in str(_stated(folder, "architectures"))
+    return _stated(folder, "tie_word_embeddings") is True and not classifies
+
+
+def _lm_head(stored: Mapping[str, Stored], folder: Path, source: Mapping[str, str]) -> str:
+    """The name that the lm_head has in this folder's files. Raises UserError where there is none."""
+    own = [key for key in stored if f".{key}".endswith(f".{LM_HEAD}")]
+    if not own and not _is_tied(folder):
+        raise UserError(f"{folder}: holds no lm_head: name a language model; a reward model writes no text")
+    return own[0] if own else source["model.embed_tokens.weight"]
 
 
 def _prefix(stored: Mapping[str, Stored], folder: Path) -> str:

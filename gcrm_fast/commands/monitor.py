@@ -1,7 +1,6 @@
 """``gcrm monitor``: how far the samples of a trained policy move from a reference, seen by the reward model."""
 
 import sys
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,16 +11,11 @@ from gcrm_fast.commands.shared import load, records
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import columns, number
-from gcrm_fast.evaluation.detectors import NEIGHBORS, STOP, Finding, Reference, early_stop
+from gcrm_fast.evaluation.detectors import NEIGHBORS, STOP, Finding, Reference, early_stop, parts_of
 from gcrm_fast.evaluation.plots import plot_map, plot_monitor
 from gcrm_fast.evaluation.results import Row, check_folder, write_rows
 from gcrm_fast.inference.candidates import encoded
 from gcrm_fast.inference.scoring import RewardModel
-
-
-def parts_of(prompts: Sequence[str]) -> np.ndarray:
-    """The part of the reference, 0 to 3, that each completion belongs to: a function of its prompt alone."""
-    return np.array([zlib.crc32(prompt.encode()) >> 16 & 3 for prompt in prompts])
 
 
 def read_latents(model: RewardModel, sources: Sequence[str], options: MonitorOptions) -> tuple[np.ndarray, list[str]]:
@@ -34,13 +28,7 @@ def read_latents(model: RewardModel, sources: Sequence[str], options: MonitorOpt
 
 
 def rows_of(source: str, finding: Finding) -> list[Row]:
-    values = {
-        "csi_per_sample": finding.clusters.csi,
-        "noise": finding.clusters.noise,
-        "outliers": finding.outliers,
-        "mahalanobis": finding.distance,
-    }
-    return [Row(source, "all", name, value) for name, value in values.items()]
+    return [Row(source, "all", name, value) for name, value in finding.measures().items()]
 
 
 def table(names: Sequence[str], findings: Sequence[Finding], stops: Sequence[float]) -> str:
@@ -63,7 +51,7 @@ def monitor(options: MonitorOptions) -> None:
     check_folder(options.output, options.overwrite)
     model = load(options)
     latents_ND, prompts = read_latents(model, options.reference, options)
-    reference = Reference.of(latents_ND, parts_of(prompts), " ".join(options.reference))
+    reference = Reference.of(latents_ND, parts_of(prompts), " ".join(["--reference", *options.reference]))
     if reference.warning:
         print(reference.warning, file=sys.stderr)
     samples = {source: read_latents(model, [source], options)[0] for source in options.data}

@@ -29,7 +29,7 @@ from gcrm_fast.data.sampling import (
     other_pair,
     quantile_positions,
 )
-from gcrm_fast.model.inputs import Pack, PairRows, TokenAxis
+from gcrm_fast.model.inputs import Pack, PairRows, Predictions, TokenAxis
 from gcrm_kernels import InverseIndex, RowTiles
 
 
@@ -231,6 +231,8 @@ class _WantedRows:
     shared_negatives: float
     has_negative: bool
     noise_2D: np.ndarray
+    before: np.ndarray  # the token before each that is predicted
+    predicted: np.ndarray  # token ids
 
 
 def _wanted_rows(
@@ -242,7 +244,8 @@ def _wanted_rows(
     quantiles: bool,
 ) -> _WantedRows:
     """``other`` is the pair that has the negative goals, usually ``pair``; None: no pair of another prompt is near."""
-    chosen = rows_of[pair.chosen_ids.tobytes()][pair.chosen_start :]
+    of_chosen = rows_of[pair.chosen_ids.tobytes()]
+    chosen = of_chosen[pair.chosen_start :]
     rejected = rows_of[pair.rejected_ids.tobytes()][pair.rejected_start :]
     if sampling.variant == "dense":
         samples_4S = np.zeros((4, 0), dtype=np.int64)
@@ -264,6 +267,8 @@ def _wanted_rows(
         shared_negatives=(negative_goals < divergence(pair) - pair.rejected_start).mean() if other is pair else 0.0,
         has_negative=other is not None,
         noise_2D=draw_noise(pair, sampling, epoch),
+        before=of_chosen[max(pair.chosen_start - 1, 0) : -1],
+        predicted=pair.chosen_ids[max(pair.chosen_start, 1) :],
     )
 
 
@@ -273,18 +278,20 @@ def _read_rows(
     """The distinct rows that are read, ascending, and what is wanted as indices into them."""
     n, s = len(pairs), 0 if sampling.variant == "dense" else sampling.samples
     segments = [p for w in wanted for p in w.positions]
+    before = [w.before for w in wanted if sampling.predict]
     lengths = [len(p) for p in segments]
     parts = [
         np.array([w.end_2 for w in wanted], dtype=np.int64).reshape(n, 2).swapaxes(0, 1),
         np.array([w.samples_4S for w in wanted], dtype=np.int64).reshape(n, 4, s).swapaxes(0, 1),
         np.concatenate([*segments, np.zeros(0, dtype=np.int64)]),
         np.array([w.quantiles_2Q for w in wanted], dtype=np.int64).reshape(n, 2, -1 if n else 0).swapaxes(0, 1),
+        np.concatenate([*before, np.zeros(0, dtype=np.int64)]),
     ]
     flat = np.concatenate([part.ravel() for part in parts])
     # A dummy pack reads its only token.
     read_rows, index = np.unique(flat if n else np.zeros(1, dtype=np.int64), return_inverse=True)
     cuts = np.cumsum([0] + [part.size for part in parts])
-    end_2N, samples_4NS, positions_M, quantiles_2NQ = (
+    end_2N, samples_4NS, positions_M, quantiles_2NQ, before_M = (
         index[a:b].reshape(part.shape) for part, a, b in zip(parts, cuts[:-1], cuts[1:], strict=True)
     )
     return read_rows, PairRows(
@@ -303,7 +310,20 @@ def _read_rows(
         noise_2ND=_tensor(
             np.array([w.noise_2D for w in wanted]).reshape(n, 2, sampling.noise).swapaxes(0, 1), np.float32
         ),
+        predictions=_predictions(before_M, wanted, len(read_rows)) if sampling.predict else None,
         pair_ids=tuple(p.pair_id for p in pairs),
+    )
+
+
+def _predictions(before_M: np.ndarray, wanted: Sequence[_WantedRows], read_rows: int) -> Predictions:
+    """``before_M``: indices into the ``read_rows`` rows."""
+    counts = np.array([len(w.predicted) for w in wanted], dtype=np.int64)
+    return Predictions(
+        rows_M=_tensor(before_M, np.int64),
+        inverse=InverseIndex.of(before_M, read_rows),
+        tokens_M=_tensor(np.concatenate([*(w.predicted for w in wanted), np.zeros(0)]), np.int64),
+        pairs_M=_tensor(np.repeat(np.arange(len(wanted)), counts), np.int64),
+        counts_M=_tensor(np.repeat(counts, counts), np.float32),
     )
 
 

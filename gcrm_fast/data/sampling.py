@@ -29,6 +29,7 @@ class Sampling:
     seed: int = 0
     positions: str = "random"
     noise: int = 0  # numbers that the reward head draws per completion
+    predict: bool = False  # whether an lm_head predicts the tokens of chosen completions
 
 
 def shared_start(a: np.ndarray, b: np.ndarray) -> int:

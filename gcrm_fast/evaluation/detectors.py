@@ -5,6 +5,7 @@ Letters: N samples, D width of the latents.
 """
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,10 +16,10 @@ from sklearn.covariance import LedoitWolf
 from sklearn.neighbors import NearestNeighbors
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.normal import FEWEST_PER_WIDTH, Normal, few
 
 NEIGHBORS = 5  # DBSCAN's min_samples, and the neighbor whose distance sets eps
 QUANTILE = 0.99  # of squared distances of held-out reference latents, above which a sample is an outlier
-FEWEST_PER_WIDTH, GOOD_PER_WIDTH = 2, 20  # reference samples per dimension
 STOP = 10.0  # early-stop indicator
 
 
@@ -36,13 +37,27 @@ class Finding(NamedTuple):
     outliers: float  # MOP: share of samples with a greater distance than QUANTILE of held-out reference samples
     distance: float  # mean Mahalanobis distance
 
+    def measures(self) -> dict[str, float]:
+        """The values by their names in results and logs."""
+        return {
+            "csi_per_sample": self.clusters.csi,
+            "noise": self.clusters.noise,
+            "outliers": self.outliers,
+            "mahalanobis": self.distance,
+        }
+
+
+def parts_of(prompts: Sequence[str]) -> np.ndarray:
+    """The part of the reference, 0 to 3, that each completion belongs to: a function of its prompt alone."""
+    return np.array([zlib.crc32(prompt.encode()) >> 16 & 3 for prompt in prompts])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
     """Latents of the reference policy, in three parts: fitted, for the threshold, and for the null."""
 
     fitted_ND: np.ndarray
-    covariance: LedoitWolf
+    normal: Normal
     threshold: float  # of squared distances
     eps: float
     null: Finding
@@ -53,45 +68,43 @@ class Reference:
         """``part_N``: 0 and 1 are fitted, 2 sets the threshold, 3 is the null.
 
         Raises:
-            UserError: fewer than FEWEST_PER_WIDTH samples per dimension, or a part without NEIGHBORS + 1 samples.
+            UserError: fewer than FEWEST_PER_WIDTH samples per dimension, a part without NEIGHBORS + 1 samples, or
+                latents that are all equal.
         """
         n, width = latents_ND.shape
         if n < FEWEST_PER_WIDTH * width or min(np.bincount(part_N, minlength=4)) <= NEIGHBORS:
             raise UserError(
-                f"--reference {name}: {n} completions for latents of width {width}: give at least "
+                f"{name}: {n} completions for latents of width {width}: give at least "
                 f"{max(FEWEST_PER_WIDTH * width, 8 * NEIGHBORS)}, of different prompts"
             )
         fitted_ND = latents_ND[part_N < 2]
         covariance = LedoitWolf().fit(fitted_ND)
-        threshold = float(np.quantile(covariance.mahalanobis(latents_ND[part_N == 2]), QUANTILE))
+        if not covariance.covariance_.any():
+            raise UserError(f"{name}: all completions have the same latents: give completions that differ")
+        normal = Normal.of(covariance.location_, covariance.covariance_)
+        threshold = float(np.quantile(normal.distances(latents_ND[part_N == 2]) ** 2, QUANTILE))
         eps = neighbor_distance(fitted_ND)
         null_ND = latents_ND[part_N == 3]
-        few = (
-            f"{n} reference completions are few for latents of width {width}: {GOOD_PER_WIDTH * width} make the "
-            "distances reliable"
-        )
         return Reference(
             fitted_ND=fitted_ND,
-            covariance=covariance,
+            normal=normal,
             threshold=threshold,
             eps=eps,
-            null=find(null_ND, fitted_ND, covariance, threshold, eps),
-            warning=few if n < GOOD_PER_WIDTH * width else "",
+            null=find(null_ND, fitted_ND, normal, threshold, eps),
+            warning=few(n, width),
         )
 
     def find(self, latents_ND: np.ndarray) -> Finding:
         """The detectors on these samples."""
-        return find(latents_ND, self.fitted_ND, self.covariance, self.threshold, self.eps)
+        return find(latents_ND, self.fitted_ND, self.normal, self.threshold, self.eps)
 
 
-def find(
-    latents_ND: np.ndarray, fitted_ND: np.ndarray, covariance: LedoitWolf, threshold: float, eps: float
-) -> Finding:
-    squares_N = covariance.mahalanobis(latents_ND)
+def find(latents_ND: np.ndarray, fitted_ND: np.ndarray, normal: Normal, threshold: float, eps: float) -> Finding:
+    distance_N = normal.distances(latents_ND)
     return Finding(
         clusters=clusters(latents_ND, fitted_ND, eps),
-        outliers=float((squares_N > threshold).mean()),
-        distance=float(np.sqrt(squares_N).mean()),
+        outliers=float((distance_N**2 > threshold).mean()),
+        distance=float(distance_N.mean()),
     )
 
 

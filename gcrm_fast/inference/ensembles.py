@@ -41,12 +41,9 @@ class Ensemble(RewardModel):
         encoded: Sequence[Completion],
         *,
         goals_GD: Tensor | None = None,
-        per_token: bool = False,
         latents: bool = False,
-        names: Sequence[str] | None = None,
-        progress: bool = False,
+        **options: Any,
     ) -> list[Judged]:
-        options: dict[str, Any] = {"per_token": per_token, "names": names, "progress": progress}
         judged = [super().judge(encoded, goals_GD=goals_GD, latents=latents, **options)]
         judged += [other.judge(encoded, **options) for other in self.others]
         result = []

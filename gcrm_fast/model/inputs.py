@@ -1,7 +1,7 @@
 """The network's input: a flat axis of packed tokens, and the rows of it that a loss reads.
 
-Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples per pair, D width
-of the head's noise. Layout: packing.py.
+Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples per pair, M tokens that an lm_head
+predicts, D width of the head's noise. Layout: packing.py.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,17 @@ import torch
 from torch import Tensor
 
 from gcrm_kernels import InverseIndex, RowTiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The tokens of the chosen completions that an lm_head predicts, pair after pair."""
+
+    rows_M: Tensor  # int64, read rows of the tokens before
+    inverse: InverseIndex
+    tokens_M: Tensor  # int64
+    pairs_M: Tensor  # int64, number of the pair in the pack
+    counts_M: Tensor  # float32, number of predicted tokens of that pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +43,7 @@ class PairRows:
     shared_negatives_N: Tensor  # float32, share of the negative goals that lie before the completions diverge
     margin_N: Tensor  # float32
     noise_2ND: Tensor  # float32, standard normal, for the latents of a bottleneck head; D = 0 for other heads
+    predictions: Predictions | None  # None where none are wanted
     pair_ids: tuple[int, ...]
 
 

@@ -1,7 +1,7 @@
 """A trunk with a reward head and, where there is one, a projection for cosines; and what a new one starts from.
 
 Letters: R read rows, H hidden size, D width of the projection. Parameters carry the names of transformers'
-``LlamaForSequenceClassification`` and its like so that a checkpoint needs no renaming. There is no lm_head.
+``LlamaForSequenceClassification`` and its like so that a checkpoint needs no renaming.
 """
 
 import math
@@ -19,16 +19,19 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.common.torch_compat import set_recompile_limit
 from gcrm_fast.model import heads
-from gcrm_fast.model.inputs import Pack
-from gcrm_fast.model.language_model import LlamaLanguageModel
+from gcrm_fast.model.inputs import Pack, Predictions
+from gcrm_fast.model.language_model import LlamaLanguageModel, token_losses
 from gcrm_fast.model.llama import Llama, ModelConfig
+from gcrm_kernels import gather_rows
 
+LM_HEAD = "lm_head.weight"
 RowReader = Callable[[str, torch.Size, slice], Tensor]  # (parameter name, its full shape, rows) -> those rows
 
 
 class Output(NamedTuple):
     """reward [2, pairs] float32 at the end rows of chosen [0] and rejected [1]; z [R, D or H] what cosines compare;
-    terms [2, pairs] by name, see heads.Read."""
+    terms [pairs] by name: those of the reward head, see heads.Read, and with an lm_head ``sft``, the mean loss of the
+    tokens of chosen."""
 
     reward_2N: Tensor
     z_RD: Tensor
@@ -44,10 +47,17 @@ class LlamaRewardModel(nn.Module):
     """Trunk, reward head and optional projection.
 
     ``attention_backend``: see attention.py; ``auto`` by default. ``recompute``: see ``Block``; ``first``: ``Llama``.
+    ``lm_head``: adds that of a policy, frozen, for a loss that keeps the states fit to write text from.
     """
 
     def __init__(
-        self, config: ModelConfig, attention_backend: str = "auto", recompute: str = "none", first: int = 0
+        self,
+        config: ModelConfig,
+        attention_backend: str = "auto",
+        recompute: str = "none",
+        first: int = 0,
+        *,
+        lm_head: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -58,6 +68,9 @@ class LlamaRewardModel(nn.Module):
         self.projection = (
             nn.Linear(config.hidden_size, config.projection_size, bias=False) if config.projection_size else None
         )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if lm_head else None
+        if self.lm_head is not None:
+            self.lm_head.requires_grad_(False)
 
     def cast(self, dtype: torch.dtype) -> Self:
         """Stores all parameters but the reward head's in ``dtype``; RoPE's frequencies stay float32."""
@@ -78,8 +91,19 @@ class LlamaRewardModel(nn.Module):
         ends_EH = hidden_RH.index_select(0, pack.pairs.end_2N.flatten())
         reward_E, terms = self.score.read(upcast(ends_EH), pack.pairs.noise_2ND.flatten(0, 1))
         # A stack and not a view: FSDP's hooks must own the tensors that leave the module.
-        reward_2N, *terms_2N = (torch.stack(value_E.chunk(2)) for value_E in (reward_E, *terms.values()))
-        return Output(reward_2N, self.compared(hidden_RH), dict(zip(terms, terms_2N, strict=True)))
+        reward_2N = torch.stack(reward_E.chunk(2))
+        of_pairs = {name: term_E.view(2, -1).sum(0) for name, term_E in terms.items()}
+        if pack.pairs.predictions is not None:
+            of_pairs["sft"] = self.language_loss(hidden_RH, pack.pairs.predictions, reward_2N.shape[1])
+        return Output(reward_2N, self.compared(hidden_RH), of_pairs)
+
+    def language_loss(self, hidden_RH: Tensor, predictions: Predictions, pairs: int) -> Tensor:
+        """Of each pair the mean loss of the tokens of chosen, [pairs] (GRM, arXiv 2406.10216, section 3.2: the SFT
+        regularization); 0 where no token stands before them."""
+        assert self.lm_head is not None
+        before_MH = gather_rows(hidden_RH, predictions.rows_M, predictions.inverse)
+        loss_M = token_losses(before_MH, self.lm_head.weight, predictions.tokens_M) / predictions.counts_M
+        return loss_M.new_zeros(pairs).index_add(0, predictions.pairs_M, loss_M)
 
     def rewards(self, hidden_RH: Tensor) -> Tensor:
         """[R] float32. Rewards are differences of nearly equal numbers: the head runs in float32 whatever the trunk's

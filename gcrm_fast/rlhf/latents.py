@@ -8,26 +8,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gcrm_fast.common.errors import UserError, one_line
+from gcrm_fast.common.normal import FEWEST_PER_WIDTH, Normal, few
 from gcrm_fast.common.notes import warn_once
 from gcrm_fast.inference.scoring import RewardModel
 
 RIDGE = 1e-6  # added to the variances
-FEWEST_PER_WIDTH, GOOD_PER_WIDTH = 2, 20  # reference completions of a class per dimension
 ONE_CLASS = "all"
-
-
-class Normal(NamedTuple):
-    """Mean [D] of latents, and the lower Cholesky factor [D, D] of their covariance + RIDGE; float64."""
-
-    mean_D: np.ndarray
-    factor_DD: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +40,19 @@ class LatentReference:
             classes: of each prompt; one class for all by default.
 
         Raises:
-            UserError: fewer than FEWEST_PER_WIDTH completions of a class per dimension. Fewer than GOOD_PER_WIDTH are
-                warned of.
+            UserError: fewer than FEWEST_PER_WIDTH completions of a class per dimension.
         """
         latents_ND = model.latents(model.encode(prompts, completions)).astype(np.float64)
         class_N = np.array([ONE_CLASS] * len(prompts) if classes is None else classes)
         width, normals = latents_ND.shape[1], {}
         for name in np.unique(class_N).tolist():
             own_ND = latents_ND[class_N == name]
-            what = f"{len(own_ND)} reference completions of class {name!r} for latents of width {width}"
             if len(own_ND) < FEWEST_PER_WIDTH * width:
+                what = f"{len(own_ND)} reference completions of class {name!r} for latents of width {width}"
                 raise UserError(f"{what}: give at least {FEWEST_PER_WIDTH * width}")
-            if len(own_ND) < GOOD_PER_WIDTH * width:
-                warn_once(f"{what} are few: {GOOD_PER_WIDTH * width} make the distances reliable")
-            covariance_DD = np.atleast_2d(np.cov(own_ND.T)) + RIDGE * np.eye(width)
-            normals[name] = Normal(own_ND.mean(0), np.linalg.cholesky(covariance_DD))
+            if warning := few(len(own_ND), width, f" of class {name!r}"):
+                warn_once(warning)
+            normals[name] = Normal.of(own_ND.mean(0), np.atleast_2d(np.cov(own_ND.T)) + RIDGE * np.eye(width))
         return LatentReference(fingerprint=model.fingerprint, classes=normals)
 
     def save(self, path: str | Path) -> None:
@@ -102,7 +92,6 @@ class LatentReference:
             raise UserError(f"class {unknown[0]!r} has no latent reference: there is one for {', '.join(self.classes)}")
         distance_N = np.empty(len(names))
         for name in set(names):
-            own, normal = np.array([one == name for one in names]), self.classes[name]
-            centered_DN = (latents_ND[own].astype(np.float64) - normal.mean_D).T
-            distance_N[own] = np.linalg.norm(np.linalg.solve(normal.factor_DD, centered_DN), axis=0)
+            own = np.array([one == name for one in names])
+            distance_N[own] = self.classes[name].distances(latents_ND[own])
         return distance_N

@@ -94,9 +94,7 @@ class RewardFunction:
     ) -> list[float]:
         """Rewards in the order of ``completions``. Of ``columns``, the data set's others, ``tools`` and ``system`` are
         read, one per prompt, and those of a hybrid reward; the rest changes nothing."""
-        cuts = [False] * len(completions)
-        if self.ends and completion_ids is not None:
-            cuts = [bool(ids) and ids[-1] not in self.ends for ids in completion_ids]
+        cuts = self.cuts(completions, completion_ids)
         if not self.hybrid:
             return self._rewards(prompts, completions, cuts, columns)
 
@@ -120,6 +118,12 @@ class RewardFunction:
                 log_metric(f"{self.__name__}/{name}", value)
         return result.scores
 
+    def cuts(self, completions: Sequence[str | Messages], completion_ids: Sequence[Sequence[int]] | None) -> list[bool]:
+        """Which completions a length limit cut."""
+        if not self.ends or completion_ids is None:
+            return [False] * len(completions)
+        return [bool(ids) and ids[-1] not in self.ends for ids in completion_ids]
+
     def _rewards(
         self,
         prompts: Sequence[str | Messages],
@@ -129,12 +133,8 @@ class RewardFunction:
     ) -> list[float]:
         """The reward model's."""
         assert self.model is not None
-        context = [columns.get(name) or [None] * len(prompts) for name in ("tools", "system")]
-        texts = [
-            as_text(self.model.tokenizer, prompt, completion, tools=tools, system=system)
-            for prompt, completion, tools, system in zip(prompts, completions, *context, strict=True)
-        ]
-        judged = self.model.judge(self._encode(texts, cuts), goals_GD=self.goals_GD, latents=self.reference is not None)
+        encoded = self.encode(prompts, completions, cuts, columns)
+        judged = self.model.judge(encoded, goals_GD=self.goals_GD, latents=self.reference is not None)
         rewards = [j.reward + (self.q_weight * float(j.q_Gn[0, -1]) if j.q_Gn is not None else 0.0) for j in judged]
         if self.reference is None or not judged:
             return rewards
@@ -146,14 +146,24 @@ class RewardFunction:
             for reward, distance in zip(rewards, distance_N, strict=True)
         ]
 
-    def _encode(self, texts: Sequence[tuple[str, str]], cuts: Sequence[bool]) -> list[Completion]:
-        """Tokens; a cut completion that has none (a policy may write only special tokens) counts as ended."""
+    def encode(
+        self,
+        prompts: Sequence[str | Messages],
+        completions: Sequence[str | Messages],
+        cuts: Sequence[bool],
+        columns: Mapping[str, Any],
+    ) -> list[Completion]:
+        """Tokens for the reward model; a cut completion that has none (a policy may write only special tokens) counts
+        as ended. Of ``columns``, ``tools`` and ``system`` are read."""
         assert self.model is not None
-        prompts, completions = [prompt for prompt, _ in texts], [completion for _, completion in texts]
-        encoded = self.model.encode(prompts, completions, cuts)
+        context = [columns.get(name) or [None] * len(prompts) for name in ("tools", "system")]
+        texts = [
+            as_text(self.model.tokenizer, prompt, completion, tools=tools, system=system)
+            for prompt, completion, tools, system in zip(prompts, completions, *context, strict=True)
+        ]
+        questions, answers = [prompt for prompt, _ in texts], [completion for _, completion in texts]
+        encoded = self.model.encode(questions, answers, cuts)
         empty = [c.ending == CUT and c.start == len(c.ids) for c in encoded]
         if any(empty):
-            encoded = self.model.encode(
-                prompts, completions, [cut and not e for cut, e in zip(cuts, empty, strict=True)]
-            )
+            encoded = self.model.encode(questions, answers, [cut and not e for cut, e in zip(cuts, empty, strict=True)])
         return encoded

@@ -80,7 +80,10 @@ def work(
     again = {"none": 0, "product": 0, "mlp": 2 * product, "block": trained - product}[recompute]
     compared = config.bottleneck_size if config.compare == "latents" else config.projection_size
     read = 2 * h * compared * r + 2 * pack.n_pairs * heads.KINDS[config.head].flops(config)
-    return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, below + 3 * (trained + read) - omitted, again)
+    predictions = pack.pairs.predictions
+    predicted = 2 * h * config.vocab_size * len(predictions.tokens_M) if predictions is not None else 0
+    flops = below + 3 * (trained + read) - omitted + 2 * predicted  # the lm_head's weights have no gradient
+    return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, flops, again)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -213,6 +213,9 @@ class TrainConfig(Options):
     """Temperature tau in sigmoid(cos / tau)."""
     bottleneck_weight: NotNegative = 0.1
     """Weight of the KL divergence of both latents of a pair from a standard normal, with --head bottleneck (beta)."""
+    sft_weight: NotNegative = 0.0
+    """Weight of the language-model loss on the chosen completion, by the lm_head of --model, which keeps its weights
+    (GRM). It regularizes the hidden states; the saved reward model has no lm_head."""
     compare: Literal["states", "latents"] = "states"
     """What the contrastive loss and Q-values compare: hidden states, projected ones with --projection-size, or the mean
     latents of --head bottleneck."""
@@ -379,6 +382,7 @@ class TrainConfig(Options):
         need(watched, "early_stopping", "0 without --keep-best METRIC, as in --keep-best eval/auroc: it watches that")
         need(bool(self.lora_targets), "lora_targets", "at least one layer")
         need(not self.lora_rank or bool(self.model), "lora_rank", "0 without --model, the weights of which stay")
+        need(not self.sft_weight or bool(self.model), "sft_weight", "0 without --model, the lm_head of which it uses")
         if not self.model:
             if self.head_size:
                 need(self.head_size % 2 == 0, "head_size", "even")

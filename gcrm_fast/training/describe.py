@@ -138,7 +138,9 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     done = [work(pack, prepared.model_config, "none", layers, lora) for pack in packs]
     tokens = sum(w.tokens for w in done)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained, whole = parameter_counts(prepared.model_config, layers, lora, cached_states=False)
+    trained, whole = parameter_counts(
+        prepared.model_config, layers, lora, cached_states=False, lm_head=config.sft_weight > 0
+    )
     parameters = f"{whole / 1e6:.2f} M" + (f", of which {trained / 1e6:.2f} M are trained" if trained < whole else "")
     return table(
         [

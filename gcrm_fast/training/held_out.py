@@ -70,7 +70,8 @@ def _packs(
     plan = plan_pairs([[pair] for pair in pairs], budget, world, sampling)[rank::world]
     what = "evaluation" if quantiles else "goal state"
     for groups in progress_bar(plan, desc=what, brief=True, shown=rank == 0, unit="pack"):
-        yield build_pack(groups, replace(sampling, noise=0), EVALUATION_EPOCH, quantiles=quantiles).to(device)
+        own = replace(sampling, noise=0, predict=sampling.predict and quantiles)
+        yield build_pack(groups, own, EVALUATION_EPOCH, quantiles=quantiles).to(device)
 
 
 def end_states(

@@ -16,6 +16,7 @@ import torch
 from gcrm_fast.common import processes
 from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.model.language_model import LOGITS
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.accounting import peak_memory
 from gcrm_fast.training.config import TrainConfig
@@ -72,6 +73,7 @@ class MemoryShape:
     lora: Lora | None = None  # adapters, which are trained instead of these layers' weights
     cached_states: bool = False  # of the layers below, which are absent then
     evaluated_tokens: int = 0  # of the largest pack that runs without a backward
+    predicted: int = 0  # tokens of the largest pack that an lm_head predicts; 0 without one
 
 
 def kept_for_backward(
@@ -102,33 +104,38 @@ def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
     was measured.)
     """
     config, tokens, keys, width = shape.config, shape.tokens, shape.keys, shape.width
-    h, f = config.hidden_size, config.intermediate_size
+    h, f, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     # What FSDP holds whole: weights in the compute dtype, and gradients of the root and of two blocks; and, until the
     # last pack of a step, all gradients in float32.
     layers = shape.trained_layers or config.num_hidden_layers
-    trained, whole = parameter_counts(config, layers, shape.lora, shape.cached_states)
-    largest = min(config.vocab_size * h + 2 * config.parameters_per_layer(), whole)
-    gathered = (whole if gather == "step" else largest) * width
+    lm_head = shape.predicted > 0
+    trained, whole = parameter_counts(config, layers, shape.lora, shape.cached_states, lm_head=lm_head)
+    largest = vocabulary * h + 2 * config.parameters_per_layer()
+    gathered = (whole if gather == "step" else min(largest + lm_head * vocabulary * h, whole)) * width
     gradients = min(largest, trained) * width + (4 * trained if shape.several_packs else 0)
     one_block = replace(config, num_hidden_layers=1)
     working = kept_for_backward(one_block, tokens, keys, tokens, "none", width, shape.kernels)
-    evaluation = working * shape.evaluated_tokens // tokens
+    logits = min(LOGITS, shape.predicted * vocabulary) * (width + 8)  # with those in float32 and their logarithms
+    evaluation = max(working * shape.evaluated_tokens // tokens, logits)
     working += tokens * (2 * h + 3 * f) * width  # gradients on their way
     of_trained = replace(config, num_hidden_layers=layers)
     kept = kept_for_backward(of_trained, tokens, keys, shape.read_rows, recompute, width, shape.kernels)
     if shape.lora and recompute != "block":
         kept += shape.lora.kept_for_backward(config, tokens, width)
+    kept += shape.predicted * h * width  # gradients of the states that the lm_head read
     gradient = trained / shape.world_size * GRADIENT_BYTES[shape.optimizer]
     held = int(held_bytes(trained, whole, shape.optimizer) / shape.world_size - gradient)
-    training = gradients + max(kept + working, int(gradient))
+    training = gradients + max(kept + max(working, logits), int(gradient))
     return held + gathered + max(training, evaluation)
 
 
-def parameter_counts(config: ModelConfig, layers: int, lora: Lora | None, cached_states: bool) -> tuple[int, int]:
+def parameter_counts(
+    config: ModelConfig, layers: int, lora: Lora | None, cached_states: bool, *, lm_head: bool = False
+) -> tuple[int, int]:
     """Number of parameters (trained, held), without the head and the projection, where the top ``layers`` are trained
-    or get adapters, and with ``cached_states`` the others are absent."""
+    or get adapters, and with ``cached_states`` the others are absent; ``lm_head``: whether there is a frozen one."""
     of_layers = config.trained_parameters(layers)
-    held = of_layers if cached_states else config.parameters()
+    held = (of_layers if cached_states else config.parameters()) + lm_head * config.vocab_size * config.hidden_size
     return (lora.parameters(config), held + lora.parameters(config)) if lora else (of_layers, held)
 
 
@@ -184,7 +191,11 @@ def check_model_fits(prepared: Prepared, config: TrainConfig, world_size: int, l
     the system ends a process that allocates them."""
     model = prepared.model_config
     trained, parameters = parameter_counts(
-        model, trained_layers(config, model), lora_of(config, model), config.cache_states
+        model,
+        trained_layers(config, model),
+        lora_of(config, model),
+        config.cache_states,
+        lm_head=config.sft_weight > 0,
     )
     needed = held_bytes(trained, parameters, config.optimizer) * config.replicas / world_size
     if needed > limit:
@@ -204,11 +215,13 @@ def memory_plan(
     tokens = largest_pack(computed, budget.tokens, config.global_batch_pairs, world_size)
     mean = sum(computed) / len(computed)
     read_rows = tokens if config.objective_variant == "dense" else int(tokens / mean * (4 * config.samples + 2))
+    chosen = [len(pair.chosen_ids) - pair.chosen_start for pair in prepared.train] if config.sft_weight else [0]
+    predicted = largest_pack(chosen, budget.tokens, config.global_batch_pairs, world_size)
     shape = MemoryShape(
         config=prepared.model_config,
         tokens=tokens,
         keys=largest_pack(keys, budget.keys, config.global_batch_pairs, world_size),
-        read_rows=min(read_rows, tokens),
+        read_rows=min(read_rows + predicted, tokens),
         optimizer=config.optimizer,
         width=compute_dtype(config.dtype, device, training=True).itemsize,
         kernels=HAS_TRITON and device.type == "cuda",
@@ -218,6 +231,7 @@ def memory_plan(
         lora=lora_of(config, prepared.model_config),
         cached_states=config.cache_states,
         evaluated_tokens=largest_pack(computed, budget.tokens, len(computed), world_size),
+        predicted=predicted,
     )
     plan = choose_plan(limit, shape, config.recompute, config.gather)
     return plan._replace(predicted=plan.predicted + in_use(device))

@@ -42,9 +42,9 @@ STATISTICS = (
 )
 
 
-def statistics_of(head: str) -> tuple[str, ...]:
-    """STATISTICS, and those of a head's own terms."""
-    return (*STATISTICS, *(f"loss/{name}" for name in heads.KINDS[head].terms))
+def statistics_of(head: str, *, sft: bool = False) -> tuple[str, ...]:
+    """STATISTICS, and those of a head's own terms and of an lm_head."""
+    return (*STATISTICS, *(f"loss/{name}" for name in (*heads.KINDS[head].terms, *(("sft",) if sft else ()))))
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Objective:
-    """Total loss L_R + contrastive_weight * L_C (GCRM, arXiv 2407.13887); weight 0 is plain ranking. ``head_weights``:
-    of the reward head's own terms, by name; a term without a weight is only measured.
+    """Total loss L_R + contrastive_weight * L_C (GCRM, arXiv 2407.13887); weight 0 is plain ranking. ``term_weights``:
+    of the terms that the model adds, by name (see Output); a term without a weight is only measured.
 
     ``dense`` compares all positions of a pair: the exact expectation of drawn ones, paired, log_then_mean. ``average``
     makes the mean of the drawn goal states the goal of each source. ``distance``: cosine, dot or euclidean (negative).
@@ -94,7 +94,7 @@ class Objective:
     distance: str = "cosine"
     label_smoothing: float = 0.0
     centering: float = 0.0
-    head_weights: Mapping[str, float] = field(default_factory=dict)
+    term_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 def ranking_loss(reward_2N: Tensor, margin_N: Tensor) -> Tensor:
@@ -157,9 +157,8 @@ def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tenso
     with torch.set_grad_enabled(torch.is_grad_enabled() and objective.contrastive_weight != 0):
         contrastive_N, similarity = contrastive_loss(output.z_RD, pairs, objective)
     total_N = ranking_N + objective.contrastive_weight * contrastive_N
-    terms = {name: term_2N.sum(0) for name, term_2N in output.terms.items()}
-    for name, weight in objective.head_weights.items():
-        total_N = total_N + weight * terms[name]
+    for name, weight in objective.term_weights.items():
+        total_N = total_N + weight * output.terms[name]
     reward_2N = output.reward_2N.detach()
     statistics = Statistics.of(
         {
@@ -175,7 +174,7 @@ def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tenso
             "negatives/shared": pairs.shared_negatives_N,
             "pairs_without_positive": ~pairs.has_positive_N,
             "pairs_without_negative": ~pairs.has_negative_N,
-            **{f"loss/{name}": term_N.detach() for name, term_N in terms.items()},
+            **{f"loss/{name}": term_N.detach() for name, term_N in output.terms.items()},
         }
     )
     # A dummy pack has no pairs; reading z keeps every parameter in its graph, so that all ranks reduce alike.

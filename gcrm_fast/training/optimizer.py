@@ -17,8 +17,9 @@ from gcrm_fast.training.config import TrainConfig
 def cast_weights(model: LlamaRewardModel, optimizer: str) -> None:
     """Stores the trunk's weights as the optimizer keeps them; the reward head stays float32."""
     if optimizer == "adamw-bf16":
-        for parameter in model.model.parameters():  # not buffers: RoPE's frequencies stay float32
-            parameter.data = parameter.data.bfloat16()
+        for part in filter(None, (model.model, model.lm_head)):
+            for parameter in part.parameters():  # not buffers: RoPE's frequencies stay float32
+                parameter.data = parameter.data.bfloat16()
 
 
 def learning_rate(applied: Tensor, peak: float, warmup: int, steps: int) -> Tensor:

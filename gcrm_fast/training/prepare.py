@@ -129,7 +129,7 @@ def open_model(config: TrainConfig) -> tuple[ModelConfig, Weights]:
             f"--max-length {config.max_length}: more than the sliding window of {config.model}, {window} tokens: pass "
             f"--max-length {window} or less"
         )
-    return model_config, open_weights(folder, model_config, config.seed)
+    return model_config, open_weights(folder, model_config, config.seed, lm_head=config.sft_weight > 0)
 
 
 def head_of(config: TrainConfig) -> dict[str, Any]:
@@ -235,6 +235,7 @@ def prepare(config: TrainConfig) -> Prepared:
             config.seed,
             config.sampling,
             noise=model_config.bottleneck_size,
+            predict=config.sft_weight > 0,
         ),
         steps=config.steps or max(1, math.ceil(config.epochs * per_epoch)),
         output=output,
@@ -285,8 +286,14 @@ def objective_of(config: TrainConfig) -> Objective:
         distance=config.distance,
         label_smoothing=config.label_smoothing,
         centering=config.center_rewards,
-        head_weights={"kl": config.bottleneck_weight} if config.head == "bottleneck" else {},
+        term_weights=term_weights(config),
     )
+
+
+def term_weights(config: TrainConfig) -> dict[str, float]:
+    """Of what the model adds to the loss."""
+    of_head = {"kl": config.bottleneck_weight} if config.head == "bottleneck" else {}
+    return of_head | ({"sft": config.sft_weight} if config.sft_weight else {})
 
 
 def trained_layers(config: TrainConfig, model: ModelConfig) -> int:

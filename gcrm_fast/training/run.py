@@ -15,7 +15,7 @@ from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import table
-from gcrm_fast.model.reward_model import LlamaRewardModel, goal_state
+from gcrm_fast.model.reward_model import LM_HEAD, LlamaRewardModel, goal_state
 from gcrm_fast.training import parallel
 from gcrm_fast.training.accounting import Meter, peak_flops, peak_memory
 from gcrm_fast.training.agreement import check_agreement
@@ -174,6 +174,7 @@ class Run:
             adapters, weights = self.lora.adapters(state), self.lora.merged(state, dtype)
         else:
             weights = parallel.full_state(self.state.model, dtype)
+        weights.pop(LM_HEAD, None)  # a reward model has no use for it
         if weights:  # on rank 0: with cached states the layers below are not in the model
             shapes = parameter_shapes(self.prepared.model_config)
             for name in shapes.keys() - weights.keys():
@@ -236,7 +237,8 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     check_model_fits(prepared, config, world_size, int(limit))
     plan = memory_plan(prepared, config, world_size, device, int(limit))
     with torch.device("meta"):
-        model = LlamaRewardModel(prepared.model_config, config.attention, plan.recompute, first)
+        regularized = config.sft_weight > 0
+        model = LlamaRewardModel(prepared.model_config, config.attention, plan.recompute, first, lm_head=regularized)
         model.model.train_top(layers)
         if lora:
             lora.inject(model)
@@ -247,7 +249,8 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     rows = prepared.weights.rows
     parallel.materialize(model, mesh, device, lora.rows(rows, config.seed) if lora else rows)
     stopping = EarlyStopping(metric=config.keep_best, patience=config.early_stopping)
-    state = RunState(model, Updater(model, config, prepared.steps, device), Window(statistics_of(config.head), device))
+    window = Window(statistics_of(config.head, sft=regularized), device)
+    state = RunState(model, Updater(model, config, prepared.steps, device), window)
     if checkpoint:
         state.load(checkpoint, group)
         stopping.resume(checkpoint.facts.get("early_stopping", {}))

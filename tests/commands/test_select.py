@@ -10,6 +10,7 @@ import pytest
 
 from gcrm_fast import RewardModel
 from gcrm_fast.commands import select, windows
+from support.interrupted import windows_of_an_interrupted_run
 from support.judged import write
 from support.models import save, texts
 from support.training_runs import Gcrm
@@ -163,29 +164,16 @@ def test_an_interrupted_run_resumes_and_writes_the_same(
     run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(windows, "WINDOW", 16)
-    assert run("--model", model).returncode == 0
-    expected = (tmp_path / "next.jsonl").read_bytes()
-    (tmp_path / "next.jsonl").unlink()
-    score, seen = select.score_window, []
-
-    def interrupted(window: Any, *arguments: Any) -> Any:
-        seen.append(len(window))
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-        return score(window, *arguments)
-
-    monkeypatch.setattr(select, "score_window", interrupted)
-    assert run("--model", model).returncode == 130
-    assert not (tmp_path / "next.jsonl").exists()
-    assert run("--model", model).returncode == 0
+    call, output = functools.partial(run, "--model", model), tmp_path / "next.jsonl"
+    seen = windows_of_an_interrupted_run(call, output, select, "score_window", 3, monkeypatch)
     assert seen == [16, 16, 16, 16, 12], "the two finished windows are not scored again"
-    assert (tmp_path / "next.jsonl").read_bytes() == expected
+    expected = output.read_bytes()
     seen[:] = [0]
     assert run("--model", model, "--score", "proxy").returncode == 130
     result = run("--model", model)
     assert result.returncode == 0
     assert "was made with another --score: starting over" in result.stderr
-    assert (tmp_path / "next.jsonl").read_bytes() == expected
+    assert output.read_bytes() == expected
 
 
 @pytest.mark.parametrize(

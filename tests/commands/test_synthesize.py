@@ -12,6 +12,7 @@ from gcrm_fast import RewardModel
 from gcrm_fast.commands import synthesize, windows
 from gcrm_fast.data.arithmetic import generate, is_correct, samples
 from gcrm_fast.data.records import read_pairs
+from support.interrupted import windows_of_an_interrupted_run
 from support.judged import write
 from support.models import save
 from support.policies import save as save_policy
@@ -154,25 +155,12 @@ def test_an_interrupted_run_resumes_and_writes_the_same(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(windows, "WINDOW", 8)
-    assert run("--verifier", "arithmetic").returncode == 0
-    expected = (tmp_path / "pairs.jsonl").read_bytes()
-    (tmp_path / "pairs.jsonl").unlink()
-    work, seen = synthesize.work_window, []
-
-    def interrupted(window: Any, *arguments: Any) -> Any:
-        seen.append(len(window))
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return work(window, *arguments)
-
-    monkeypatch.setattr(synthesize, "work_window", interrupted)
-    assert run("--verifier", "arithmetic").returncode == 130
-    assert not (tmp_path / "pairs.jsonl").exists()
-    assert run("--verifier", "arithmetic").returncode == 0
+    call, output = functools.partial(run, "--verifier", "arithmetic"), tmp_path / "pairs.jsonl"
+    seen = windows_of_an_interrupted_run(call, output, synthesize, "work_window", 2, monkeypatch)
     assert seen == [8, 8, 8, 8, 6]
-    assert (tmp_path / "pairs.jsonl").read_bytes() == expected
+    expected = output.read_bytes()
     assert run("--verifier", "arithmetic", "--seed", "1").returncode == 0
-    assert (tmp_path / "pairs.jsonl").read_bytes() != expected
+    assert output.read_bytes() != expected
 
 
 @pytest.mark.parametrize(

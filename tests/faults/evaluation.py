@@ -183,8 +183,8 @@ FAULTS = {
     ),
     "outliers: threshold from the fitted samples": (
         "gcrm_fast/evaluation/detectors.py",
-        "threshold = float(np.quantile(covariance.mahalanobis(latents_ND[part_N == 2]), QUANTILE))",
-        "threshold = float(np.quantile(covariance.mahalanobis(latents_ND[part_N == 2]) ** 0.5, QUANTILE))",
+        "threshold = float(np.quantile(normal.distances(latents_ND[part_N == 2]) ** 2, QUANTILE))",
+        "threshold = float(np.quantile(normal.distances(latents_ND[part_N == 2]), QUANTILE))",
         "tests/evaluation/test_detectors.py -k null_is_quiet",
     ),
     "CSI without the samples in no cluster": (

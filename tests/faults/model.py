@@ -27,8 +27,8 @@ FAULTS = {
     ),
     "bottleneck: no KL in the loss": (
         "gcrm_fast/training/objectives.py",
-        "total_N = total_N + weight * terms[name]",
-        "total_N = total_N + 0 * terms[name]",
+        "total_N = total_N + weight * output.terms[name]",
+        "total_N = total_N + 0 * output.terms[name]",
         "tests/training/test_bottleneck.py -k transcription",
     ),
     "bottleneck: the same noise in each epoch": (

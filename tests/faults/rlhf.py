@@ -2,9 +2,9 @@
 
 FAULTS = {
     "latents: the squared distance": (
-        "gcrm_fast/rlhf/latents.py",
-        "np.linalg.solve(normal.factor_DD, centered_DN), axis=0)",
-        "np.linalg.solve(normal.factor_DD, centered_DN), axis=0) ** 2",
+        "gcrm_fast/common/normal.py",
+        "np.linalg.solve(self.factor_DD, centered_DN), axis=0)",
+        "np.linalg.solve(self.factor_DD, centered_DN), axis=0) ** 2",
         "tests/rlhf/test_latents.py -k weighted",
     ),
     "latents: of another model accepted": (
@@ -18,6 +18,36 @@ FAULTS = {
         "own_ND = latents_ND[class_N == name]",
         "own_ND = latents_ND",
         "tests/rlhf/test_latents.py -k each_class",
+    ),
+    "monitored: samples of evaluations count": (
+        "gcrm_fast/rlhf/monitored.py",
+        "        self.training = False\n        if not self.called:",
+        "        if not self.called:",
+        "tests/rlhf/test_monitored.py -k protocol",
+    ),
+    "monitored: cut completions count": (
+        "gcrm_fast/rlhf/monitored.py",
+        "if one.ending != CUT and",
+        "if",
+        "tests/rlhf/test_monitored.py -k protocol",
+    ),
+    "monitored: CSI jumps and training continues": (
+        "gcrm_fast/rlhf/monitored.py",
+        "control.should_training_stop = True",
+        "pass",
+        "tests/rlhf/test_monitored.py -k stops",
+    ),
+    "monitored: each process sees its own samples": (
+        "gcrm_fast/rlhf/monitored.py",
+        "dist.all_gather_object(parts, own_ND)",
+        "parts = [own_ND]",
+        "tests/rlhf/test_monitored.py -k all_processes",
+    ),
+    "monitored: earlier CSI is lost on resuming": (
+        "gcrm_fast/rlhf/monitored.py",
+        "if state.global_step and path.exists():",
+        "if False:",
+        "tests/rlhf/test_monitored.py -k resumed",
     ),
     "rewards: Q at the first token": (
         "gcrm_fast/rlhf/trl.py",

@@ -505,6 +505,48 @@ FAULTS = {
         "tokens {start} to",
         "tests/training/test_dry_run.py",
     ),
+    "language loss: a token predicts itself": (
+        "gcrm_fast/data/packing.py",
+        "before=of_chosen[max(pair.chosen_start - 1, 0) : -1],",
+        "before=of_chosen[max(pair.chosen_start, 1) :],",
+        "tests/training/test_language_loss.py -k of_transformers",
+    ),
+    "language loss: long completions weigh more": (
+        "gcrm_fast/model/reward_model.py",
+        "predictions.tokens_M) / predictions.counts_M",
+        "predictions.tokens_M)",
+        "tests/training/test_language_loss.py -k of_transformers",
+    ),
+    "language loss: all logits at once": (
+        "gcrm_fast/model/language_model.py",
+        "rows = max(1, LOGITS // len(weight_VH))",
+        "rows = len(hidden_MH)",
+        "tests/training/test_language_loss.py -k never_exist",
+    ),
+    "language loss: the lm_head is saved": (
+        "gcrm_fast/training/run.py",
+        "weights.pop(LM_HEAD, None)  #",
+        "weights.get(LM_HEAD, None)  #",
+        "tests/training/test_language_loss.py -k learns_to_write",
+    ),
+    "language loss: a classifier's embedding is an lm_head": (
+        "gcrm_fast/checkpoints/weights.py",
+        "is True and not classifies",
+        "is True",
+        "tests/training/test_language_loss.py -k refused",
+    ),
+    "language loss: counted as if the lm_head were trained": (
+        "gcrm_fast/training/accounting.py",
+        "omitted + 2 * predicted",
+        "omitted + 3 * predicted",
+        "tests/training/test_language_loss.py -k operations",
+    ),
+    "language loss: in memory once": (
+        "gcrm_fast/training/memory.py",
+        "+ lm_head * config.vocab_size * config.hidden_size",
+        "",
+        "tests/training/test_language_loss.py -k operations",
+    ),
     "report: rejected tokens before the completions differ are lost": (
         "gcrm_fast/training/held_out.py",
         'positions="random", negatives="anywhere"',

@@ -52,8 +52,9 @@ VARIANTS = [
     (Sampling(samples=4, positions="late_both"), Objective(distance="euclidean"), {"projection_size": 4}),
     (Sampling(samples=4, positions="avg"), Objective(average=True), {}),
     (Sampling(samples=5, positions="end_mix"), Objective(), {}),
-    (Sampling(samples=4, noise=6), Objective(head_weights={"kl": 0.3}), BOTTLENECK),
-    (Sampling(samples=4, noise=6), Objective(head_weights={"kl": 0.3}), BOTTLENECK | {"compare": "latents"}),
+    (Sampling(samples=4, noise=6), Objective(term_weights={"kl": 0.3}), BOTTLENECK),
+    (Sampling(samples=4, noise=6), Objective(term_weights={"kl": 0.3}), BOTTLENECK | {"compare": "latents"}),
+    (Sampling(samples=4, predict=True), Objective(term_weights={"sft": 0.3}), {}),
 ]
 
 
@@ -61,7 +62,7 @@ VARIANTS = [
 def test_packed_equals_one_by_one(
     pairs: list[TokenizedPair], sampling: Sampling, objective: Objective, config: dict[str, object]
 ) -> None:
-    model = small_model(small_config(**config))
+    model = small_model(small_config(**config), lm_head=sampling.predict)
     alone = loss_and_gradients(model, [[[pair]] for pair in pairs], sampling, objective)
     packed = loss_and_gradients(model, [[[pair] for pair in pairs]], sampling, objective)
     assert_same(alone, packed)
@@ -121,7 +122,7 @@ def test_a_dummy_pack_touches_every_parameter_and_adds_nothing(variant: str, con
     model = small_model(small_config(**config))
     sampling = Sampling(variant=variant, noise=model.config.bottleneck_size)
     weights = {"kl": 0.1} if sampling.noise else {}
-    objective = Objective(dense=variant == "dense", head_weights=weights)
+    objective = Objective(dense=variant == "dense", term_weights=weights)
     loss, gradients = loss_and_gradients(model, [[]], sampling, objective)
     assert loss.item() == 0.0
     assert gradients.keys() == dict(model.named_parameters()).keys()

@@ -62,7 +62,7 @@ def test_few_completions_are_refused_or_said(model: RewardModel, capsys: pytest.
         LatentReference.of(model, PROMPTS[:5], COMPLETIONS[:5])
     warn_once.cache_clear()
     LatentReference.of(model, PROMPTS[:40], COMPLETIONS[:40])
-    assert "40 reference completions of class 'all' for latents of width 3 are few: 60" in capsys.readouterr().err
+    assert "40 reference completions of class 'all' are few for latents of width 3: 60" in capsys.readouterr().err
 
 
 def test_latents_of_other_weights_and_other_files_are_refused(model: RewardModel, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
+from gcrm_fast.training.memory import MemoryShape
 
 VOCAB = 50
 SPECIAL = 3  # bos, eos, pad: no random token is one of them
@@ -24,11 +25,26 @@ def small_config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
-def small_model(config: ModelConfig, dtype: torch.dtype = torch.float64) -> LlamaRewardModel:
+def small_model(config: ModelConfig, dtype: torch.dtype = torch.float64, *, lm_head: bool = False) -> LlamaRewardModel:
     """Weights of standard deviation of at least 0.1 everywhere: at 0.02 a wrong position hides in any tolerance."""
-    model = LlamaRewardModel(config).to(dtype)
+    model = LlamaRewardModel(config, lm_head=lm_head).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
             parameter.copy_(initial_value(name, parameter.shape, config, 0).double() + noise)
     return model
+
+
+def memory_shape(config: ModelConfig, **changes: Any) -> MemoryShape:
+    """Of one process on a CPU in float32, whose packs have one token."""
+    values: dict[str, Any] = {
+        "tokens": 1,
+        "keys": 1,
+        "read_rows": 1,
+        "optimizer": "adamw",
+        "width": 4,
+        "kernels": False,
+        "world_size": 1,
+        "several_packs": False,
+    }
+    return MemoryShape(config=config, **{**values, **changes})

@@ -30,7 +30,7 @@ def test_loss_equals_its_transcription(pairs: list[TokenizedPair]) -> None:
     """SPEC section 2 with Python floats: the reward of a drawn latent, and the whole KL of both completions."""
     model = small_model(small_config(head="bottleneck", bottleneck_size=SIZE))
     pack = build_pack([[pair] for pair in pairs], Sampling(samples=3, noise=SIZE), 0)
-    objective = Objective(contrastive_weight=0.0, head_weights={"kl": 0.1})
+    objective = Objective(contrastive_weight=0.0, term_weights={"kl": 0.1})
     loss, statistics = losses(model(pack), pack.pairs, objective)
     hidden = model.model(pack, "eager")
     assert isinstance(model.score, BottleneckHead)
@@ -87,8 +87,8 @@ def test_noise_in_training_and_the_mean_otherwise(pairs: list[TokenizedPair]) ->
 
 
 def test_the_weight_of_the_kl_reaches_the_objective_of_a_bottleneck_alone() -> None:
-    assert objective_of(parse(["--head", "bottleneck", "--bottleneck-weight", "0.2"])).head_weights == {"kl": 0.2}
-    assert objective_of(parse(["--bottleneck-weight", "0.2"])).head_weights == {}
+    assert objective_of(parse(["--head", "bottleneck", "--bottleneck-weight", "0.2"])).term_weights == {"kl": 0.2}
+    assert objective_of(parse(["--bottleneck-weight", "0.2"])).term_weights == {}
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from gcrm_fast.model.reward_model import LlamaRewardModel, load
 from gcrm_fast.train import main
 from gcrm_fast.training.accounting import forward_flops, query_key_products, work
 from gcrm_fast.training.lora import Lora
-from gcrm_fast.training.memory import MemoryShape, parameter_counts, predicted_memory
+from gcrm_fast.training.memory import parameter_counts, predicted_memory
 from gcrm_fast.training.objectives import Objective, losses
 from gcrm_fast.training.optimizer import Updater
 from support.folders import llama
-from support.small import small_config, small_model
+from support.small import memory_shape, small_config, small_model
 from support.training_runs import Gcrm, arguments, assert_same, end_in_step_9, torchrun, trained
 
 peft = pytest.importorskip("peft", reason="pip install 'gcrm-fast[lora]'")
@@ -132,18 +132,7 @@ def test_operations_and_memory_count_what_is_trained(pairs: list[TokenizedPair])
     head = 3 * 2 * pack.n_pairs * 2 * h
     assert work(pack, config, "none", 2, lora).model_flops == below + 2 * linear + 3 * (attention + low) + head
 
-    shape = MemoryShape(
-        config=config,
-        tokens=1,
-        keys=1,
-        read_rows=1,
-        optimizer="adamw",
-        width=4,
-        kernels=False,
-        world_size=1,
-        several_packs=False,
-        trained_layers=2,
-    )
+    shape = memory_shape(config, trained_layers=2)
     layers, low_rank = (predicted_memory(s, "none", "step") for s in (shape, replace(shape, lora=lora)))
     # Of the layers no gradient, moments, gradient on its way; of the adapters all of these, and weights, also gathered.
     assert layers - low_rank == 16 * config.trained_parameters(2) - 24 * trained_here

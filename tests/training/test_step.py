@@ -35,7 +35,6 @@ from gcrm_fast.training.loader import Step, Steps, load
 from gcrm_fast.training.memory import (
     OPTIMIZER_BYTES,
     PLANS,
-    MemoryShape,
     check_model_fits,
     choose_plan,
     kept_for_backward,
@@ -47,7 +46,7 @@ from gcrm_fast.training.memory import (
 from gcrm_fast.training.objectives import Objective, losses
 from gcrm_fast.training.optimizer import Updater, cast_weights
 from gcrm_fast.training.prepare import prepare
-from support.small import small_config, small_model
+from support.small import memory_shape, small_config, small_model
 from support.training_runs import arguments, torchrun
 
 CPU = torch.device("cpu")
@@ -232,17 +231,7 @@ def test_recomputing_changes_memory_and_nothing_else(pairs: list[TokenizedPair])
 
 
 def test_the_fastest_plan_that_fits_is_chosen() -> None:
-    shape = MemoryShape(
-        config=small_config(),
-        tokens=10_000,
-        keys=15_000,
-        read_rows=2_000,
-        optimizer="adamw",
-        width=4,
-        kernels=False,
-        world_size=1,
-        several_packs=False,
-    )
+    shape = memory_shape(small_config(), tokens=10_000, keys=15_000, read_rows=2_000)
     needs = {plan: predicted_memory(shape, *plan) for plan in PLANS}
     for i, (plan, need) in enumerate(needs.items()):
         chosen = choose_plan(int(need / 0.9) + 2, shape)

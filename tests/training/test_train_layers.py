@@ -16,9 +16,9 @@ from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.train import main
 from gcrm_fast.training.lower_states import LowerLayers, pair_states
-from gcrm_fast.training.memory import MemoryShape, kept_for_backward, predicted_memory
+from gcrm_fast.training.memory import kept_for_backward, predicted_memory
 from gcrm_fast.training.objectives import Objective, losses
-from support.small import small_config, small_model
+from support.small import memory_shape, small_config, small_model
 from support.training_runs import Gcrm, arguments, assert_same, end_in_step_9, torchrun, trained
 
 LAYERS = ("--layers", "3", "--train-layers", "2")
@@ -72,17 +72,7 @@ def test_layers_below_take_no_gradient_and_keep_nothing(pairs: list[TokenizedPai
 
 def test_predicted_memory_counts_what_is_trained() -> None:
     config = small_config(num_hidden_layers=6)
-    shape = MemoryShape(
-        config=config,
-        tokens=1,
-        keys=1,
-        read_rows=1,
-        optimizer="adamw",
-        width=4,
-        kernels=False,
-        world_size=1,
-        several_packs=False,
-    )
+    shape = memory_shape(config)
     whole, part, cached = (
         predicted_memory(s, "none", "step")
         for s in (shape, replace(shape, trained_layers=2), replace(shape, trained_layers=2, cached_states=True))
