@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
 # Before anything imports triton: without a GPU its kernels run in its interpreter.
@@ -149,23 +150,15 @@ def pairs(make_pair: Callable[..., TokenizedPair]) -> list[TokenizedPair]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default run scaled down: problems of two steps at most, enough updates to learn something."""
-    output = tmp_path_factory.mktemp("run") / "small"
-    result = torchrun(
-        "--dtype",
-        "float32",
-        "--output",
-        str(output),
-        "--arithmetic-steps",
-        "2",
-        "--steps",
-        "250",
-        "--train-pairs",
-        "16000",
-        "--eval-pairs",
-        "200",
-        "--goal-pairs",
-        "300",
-    )
-    assert result.returncode == 0, result.stderr
-    assert "held-out AUROC" in result.stdout
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # shared by the processes of these tests: one trains, the others wait
+    output = base / "finished" / "small"
+    sizes = {"arithmetic-steps": 2, "steps": 250, "train-pairs": 16000, "eval-pairs": 200, "goal-pairs": 300}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    with FileLock(base / "finished.lock"):
+        if not (output / "model").is_dir():
+            result = torchrun("--dtype", "float32", "--output", str(output), *options)
+            assert result.returncode == 0, result.stderr
+            assert "held-out AUROC" in result.stdout
     return output

@@ -57,6 +57,7 @@ def imported_roots(source: str) -> set[str]:
     return roots
 
 
+@pytest.mark.slow
 def test_transformers_sees_the_same_kernels_package_from_the_repository_root(tmp_path: Path) -> None:
     without = probe([], tmp_path)
     assert without[1] == "LlamaForCausalLM"
@@ -102,6 +103,7 @@ sys.meta_path.insert(0, Witness())
 """
 
 
+@pytest.mark.slow
 def test_the_folder_of_train_py_hides_no_package(tmp_path: Path) -> None:
     # torchrun gcrm_fast/train.py puts gcrm_fast/ first on sys.path.
     assert (ROOT / "gcrm_fast" / "evaluation").is_dir()

@@ -297,6 +297,7 @@ def test_bad_input_of_inspect(
     assert sorted(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_report_of_its_held_out_pairs(tmp_path: Path) -> None:
     out = tmp_path / "run"
     sizes = ["--steps", "4", "--train-pairs", "300", "--eval-pairs", "40", "--goal-pairs", "50"]

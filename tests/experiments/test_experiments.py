@@ -159,6 +159,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return started
 
 
+@pytest.mark.slow
 def test_the_chain_from_nothing_and_again(
     chain: ModuleType, trainings: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,6 +341,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs
 
 
+@pytest.mark.slow
 def test_policies_are_written_where_they_reach_a_percentage(policies: Path) -> None:
     weak, strong = (json.loads((policies / name / "policy.json").read_text()) for name in ("right-3", "right-12"))
     assert 0.03 <= weak["right"] < 0.12 <= strong["right"]
@@ -347,6 +349,7 @@ def test_policies_are_written_where_they_reach_a_percentage(policies: Path) -> N
     assert sorted(path.name for path in policies.iterdir()) == ["right-12", "right-3"]
 
 
+@pytest.mark.slow
 def test_the_exact_share_is_that_of_samples(policies: Path) -> None:
     policy = Policy.from_pretrained(policies / "right-12")
     prompts = [pair.prompt for pair in generate(0, 50, 0, 1)[1]] * 20
@@ -415,6 +418,7 @@ def test_an_interval_of_one_seed_is_over_problems(experiments: SimpleNamespace) 
     assert experiments.live.difference(np.full((1, 4), 0.5)).endswith("*")
 
 
+@pytest.mark.slow
 def test_live_from_policies_and_again(
     experiments: SimpleNamespace,
     policies: Path,

@@ -259,6 +259,7 @@ def test_language_models_train_into_reward_models(family: str, tmp_path: Path) -
             assert 1e-4 < moved < 0.1, name
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     """Biases and norms of heads, cut into shards: some of a bias for each process, and half of a norm's 12 numbers."""
     saved(tmp_path / "m", "Qwen3, attention bias", AutoModelForCausalLM)

@@ -27,7 +27,7 @@ COUNTS = r"is 21 pairs \(fingerprint \w{12}\) on rank 0, 20 pairs \(fingerprint 
             f"do not agree: training data {COUNTS}; .*; --lr is 0.01 on rank 0, 0.02 on rank 1: give",
         ),
         pytest.param("test", "", f"do not agree: held-out data {COUNTS}: give", marks=pytest.mark.slow),
-        ("", "--eval-by family", r"rank 1: test.jsonl:1: field 'family'"),
+        pytest.param("", "--eval-by family", r"rank 1: test.jsonl:1: field 'family'", marks=pytest.mark.slow),
     ],
 )
 def test_processes_that_do_not_agree(pair_file: Path, tmp_path: Path, shorter: str, more: str, message: str) -> None:

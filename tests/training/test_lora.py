@@ -156,7 +156,11 @@ TOP = ("--train-layers", "1")
 
 @pytest.mark.parametrize(
     "options",
-    [(), ("--lora-dropout", "0.3"), (*TOP, "--cache-states", "--projection-size", "8")],
+    [
+        (),
+        pytest.param(("--lora-dropout", "0.3"), marks=pytest.mark.slow),
+        pytest.param((*TOP, "--cache-states", "--projection-size", "8"), marks=pytest.mark.slow),
+    ],
     ids=["plain", "dropout", "cached"],
 )
 def test_a_run_resumes_bit_for_bit(

@@ -156,6 +156,7 @@ def test_orphans_that_are_still_importing_end(pair_file: Path, tmp_path: Path) -
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_orphans_end_and_free_the_folder(pair_file: Path, tmp_path: Path) -> None:
     more = ("--steps", "100000", "--eval-every", "50000", "--save-every", "50000", "--workers", "1")
     run = start(*arguments(pair_file, tmp_path, *more), processes=2)
@@ -187,7 +188,10 @@ def test_orphans_end_and_free_the_folder(pair_file: Path, tmp_path: Path) -> Non
             "memory",
             "500",
             "rank 1: out of memory",
-            marks=pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS limits memory on Linux alone"),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS limits memory on Linux alone"),
+            ],
         ),
         ("bug", "500", "a planted bug"),
     ],
