@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from gcrm_fast.common import processes
 from gcrm_fast.common.command_line import exit_code
-from gcrm_fast.common.errors import RankError, UserError, one_line
+from gcrm_fast.common.errors import RankError, UserError, kept_if_interrupted, one_line
 from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.reward_model import LlamaRewardModel
@@ -40,9 +40,9 @@ from gcrm_fast.training.interrupts import Interrupts, Request, end_with_parent
 from gcrm_fast.training.loader import load
 from gcrm_fast.training.lora import seed_dropout
 from gcrm_fast.training.objectives import Objective, Statistics, losses
-from gcrm_fast.training.prepare import Prepared, check_unfinished, prepare
+from gcrm_fast.training.prepare import Prepared, check_unfinished, default_output, prepare
 from gcrm_fast.training.resume import with_template_date
-from gcrm_fast.training.run import finish, set_up
+from gcrm_fast.training.run import finish, resume_hint, set_up
 
 LOCK_WAIT = 10.0  # seconds: longer than the processes of a killed torchrun take to notice
 LONE_ERROR_WAIT = 20.0  # seconds in which torchrun ends this process where its machine's first one has failed alike
@@ -92,7 +92,8 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
                     run.checkpoints.wait()
                     bar.close()
                     if run.log:
-                        print(f"stopped after step {step} of {prepared.steps}; {run.resume_hint()}", flush=True)
+                        hint = resume_hint(prepared.output, config)
+                        print(f"stopped after step {step} of {prepared.steps}; {hint}", flush=True)
                     interrupts.stop(PARENT if under_torchrun() and processes.local_rank() == 0 else None)
                 if run.stopping.is_over:
                     bar.close()
@@ -193,8 +194,14 @@ def train_reward_model(config: TrainConfig) -> TrainResult | None:
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")):  # --resume was obeyed before the restart
         config = replace(config, resume="auto")
     config = with_template_date(config)
+    folder = Path(config.output or default_output(config))
+
+    def kept() -> str:
+        return resume_hint(folder, config)
+
     try:
-        prepared = prepare(config)
+        with kept_if_interrupted(kept):
+            prepared = prepare(config)
     except UserError as error:
         if processes.local_rank() == 0:
             raise
@@ -211,7 +218,8 @@ def train_reward_model(config: TrainConfig) -> TrainResult | None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    metrics, folder = run_ranks(config, prepared), prepared.output
+    with kept_if_interrupted(kept):
+        metrics = run_ranks(config, prepared)
     if config.push_to_hub and processes.rank() == 0:
         print(f"  uploaded to {upload(folder / 'model', config.push_to_hub)}", flush=True)
     best = folder / "model_best" if config.keep_best else None

@@ -22,7 +22,7 @@ import numpy as np
 from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands.options import GenerateOptions
 from gcrm_fast.commands.score import Output, json_line, numbers
-from gcrm_fast.common.errors import UserError, printable
+from gcrm_fast.common.errors import UserError, kept_if_interrupted, printable
 from gcrm_fast.common.files import output_file
 from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.data.prompts import Prompt, read_prompts
@@ -189,11 +189,16 @@ def read(options: GenerateOptions) -> list[Prompt]:
 @contextlib.contextmanager
 def said_what_is_kept(partial: Partial, count: int) -> Iterator[None]:
     """After an error or an interrupt, a line about the prompts that are finished."""
+
+    def kept() -> str:
+        done = f"{len(partial.records)} of {count} prompts are finished and kept in {partial.path}"
+        return f"{done}: the same command resumes"
+
     try:
-        yield
-    except BaseException:
-        done = f"{len(partial.records)} of {count} prompts are finished and kept in {printable(partial.path)}"
-        print(f"gcrm generate: {done}: the same command resumes", file=sys.stderr, flush=True)
+        with kept_if_interrupted(kept):
+            yield
+    except Exception:
+        print(f"gcrm generate: {printable(kept())}", file=sys.stderr, flush=True)
         raise
 
 
@@ -244,5 +249,10 @@ def generate(options: GenerateOptions) -> None:
                     record = partial.records[i]
                     partial.add(i, record | {UNFILTERED: unfiltered_record(result, record["policy_tokens"])})
         partial.finish(output)
-    for line in summary([partial.records[i] for i in sorted(partial.records)], options, seconds):
+    records = [partial.records[i] for i in sorted(partial.records)]
+    if not any(sample["ending"] == "stop" for record in records for sample in record["samples"]):
+        limit = f"no sample reached its end within {options.max_new_tokens} tokens"
+        remedy = "raise --max-new-tokens, or name with --stop what ends a text"
+        print(f"gcrm generate: warning: {limit}: {remedy}", file=sys.stderr, flush=True)
+    for line in summary(records, options, seconds):
         print(line)

@@ -1,7 +1,6 @@
 """``gcrm inspect``: a web page of records, token by token (evaluation/page.py), or of generated texts (tree.py)."""
 
 import itertools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -107,8 +106,6 @@ def select(model: RewardModel, options: InspectOptions) -> tuple[dict[str, list[
     if known:
         won = sum(value > 0 for value in known)
         about += f"; the right completion has the higher reward in {won} of {len(known)}"
-    elif options.worst:
-        print("no record has a right and a wrong completion: --worst shows none", file=sys.stderr)
     groups = selected(margins, options.worst, options.random)
     return {heading: [pool[i] for i in rows] for heading, rows in groups.items()}, about
 
@@ -159,7 +156,10 @@ def judged_page(options: InspectOptions) -> Page:
         groups, scored = select(model, options)
         about.append(scored)
     if not groups:
-        raise UserError("--worst and --random select no record: raise --random, or name a --row")
+        raise UserError(
+            "--random 0: --worst selects no record, for none has both a right and a wrong completion: raise --random, "
+            "or name a --row"
+        )
     flat = shown(model, [candidates for of_group in groups.values() for candidates in of_group], goal_D, options)
     remaining = iter(flat)
     by_heading = {heading: [next(remaining) for _ in of_group] for heading, of_group in groups.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import Argument, AtLeastOne, Options, Range, ZeroOrMore
+from gcrm_fast.common.options import Argument, AtLeastOne, Options, Range, ZeroOrMore, check_fields
 
 Model = Annotated[str, Argument(positional=True, metavar="MODEL")]
 OutputFile = Annotated[str, Argument(short="-o", metavar="FILE")]
@@ -57,14 +57,18 @@ class TableOptions(JudgingOptions):
 
     output: Annotated[Path, Argument(short="-o", metavar="FOLDER")]
     """Folder for the results. It appears when they are complete."""
-    by: str = ""
-    """Fields of the records to break the results down by, as in family,model."""
+    by: tuple[str, ...] = ()
+    """Fields of the records to break the results down by, as in --by family model."""
     question: str = ""
     """Field that identifies the question a completion answers. The default is the prompt."""
     limit: ZeroOrMore = 0
     """Maximum number of records (of questions, in gcrm vote), drawn at random, the same each time; 0 takes all."""
     overwrite: bool = False
     """Replace the results in the output folder."""
+
+    def check(self) -> None:
+        super().check()
+        check_fields("by", self.by)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,7 +440,11 @@ class ExportOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions(EnsembleOptions):
-    """Serves rewards and Q-values over HTTP: POST /get_reward (OpenRLHF's protocol), POST /score, GET /health."""
+    """Serves rewards and Q-values over HTTP. POST /score and POST /get_reward (OpenRLHF's protocol) answer with
+    rewards; POST /classify and POST /pooling do so as vLLM does. POST /stream opens a stream, POST /stream/{id} adds
+    text to it and DELETE /stream/{id} closes it. GET /health, GET /metrics (Prometheus) and GET /v1/models
+    describe the server.
+    """
 
     model: Model
     """Reward model: a folder, or a name on the Hugging Face Hub."""

@@ -26,7 +26,7 @@ from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands.options import ScoreOptions
 from gcrm_fast.commands.shared import load, read
 from gcrm_fast.common import processes
-from gcrm_fast.common.errors import UserError, printable
+from gcrm_fast.common.errors import UserError, kept_if_interrupted, printable
 from gcrm_fast.common.files import output_file, written_aside
 from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.data.encoding import Completion
@@ -105,6 +105,10 @@ class Output:
             raise UserError(f"{self.partial}: cannot be written ({error.strerror})") from None
         return done
 
+    def kept(self) -> contextlib.AbstractContextManager[None]:
+        """An interrupt inside says that whole windows are kept."""
+        return kept_if_interrupted(lambda: f"what is finished is kept in {self.partial}: the same command resumes")
+
     def finish(self) -> None:
         os.replace(self.partial, self.path)
         self.state.unlink()
@@ -115,6 +119,8 @@ class Stdout:
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    kept = held
 
     def progress(self, made_by: dict[str, Any]) -> Progress:
         return Progress(made_by)
@@ -335,6 +341,7 @@ def score(options: ScoreOptions) -> None:
         if rank == 0 and STDIN not in options.data:  # stdin cannot be read twice
             done = output.progress(made_by)
         done = gathered(done, world_size)[0]
-        if not score_files(options, model, goal, output, done, rank, world_size):
-            say(f"{options.output}: the partial output was made from other records: starting over")
-            score_files(options, model, goal, output, Progress(made_by), rank, world_size)
+        with output.kept():
+            if not score_files(options, model, goal, output, done, rank, world_size):
+                say(f"{options.output}: the partial output was made from other records: starting over")
+                score_files(options, model, goal, output, Progress(made_by), rank, world_size)

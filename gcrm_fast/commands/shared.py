@@ -100,10 +100,9 @@ def questions_of(candidates: Sequence[Candidate], field: str) -> list[str]:
     return [text_of(c, field, "--question") if field else c.prompt for c in candidates]
 
 
-def groups_of(candidates: Sequence[Candidate], by: str) -> dict[str, np.ndarray]:
+def groups_of(candidates: Sequence[Candidate], by: Sequence[str]) -> dict[str, np.ndarray]:
     """For each field of --by its value for every completion, [N] of str."""
-    names = [name for name in (part.strip() for part in by.split(",")) if name]
-    return {name: np.array([text_of(c, name, "--by") for c in candidates]) for name in names}
+    return {name: np.array([text_of(c, name, "--by") for c in candidates]) for name in by}
 
 
 def members_of(groups: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:

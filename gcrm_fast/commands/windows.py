@@ -26,7 +26,7 @@ def worked(
     digest = hashlib.sha256(b"".join(json_line(one.fields) for one in samples)).hexdigest()
     with rows_file.held():
         done = rows_file.progress({**made_by, "records": digest})
-        with progress_bar(total=len(samples), desc="scoring", unit="record") as bar:
+        with rows_file.kept(), progress_bar(total=len(samples), desc="scoring", unit="record") as bar:
             bar.update(min(done.windows * WINDOW, len(samples)))
             for start in range(done.windows * WINDOW, len(samples), WINDOW):
                 window = samples[start : start + WINDOW]

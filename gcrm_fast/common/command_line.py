@@ -61,13 +61,16 @@ def parse_options(kind: type[T], argv: list[str], prog: str) -> T:
 
 def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Does the work. Returns 0; 2 after one line on stderr, from the first process of each machine, for an error that
-    the user can fix; 1 if the output is a closed pipe; 130 after Ctrl-C."""
+    the user can fix; 1 if the output is a closed pipe; 130 after Ctrl-C, with a line that says what is kept."""
     try:
         work()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be written there
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if processes.local_rank() == 0:
+            kept = printable(interrupt) or "nothing is kept: the same command starts over"
+            print(f"\n{prog}: interrupted; {kept}", file=sys.stderr, flush=True)
         return 130
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.filename is None:

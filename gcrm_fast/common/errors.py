@@ -1,5 +1,8 @@
 """The one exception that reaches people as a message."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 
 class UserError(Exception):
     """An error that the user can fix: one line that says what is wrong, where (file, line, field) and what to do."""
@@ -7,6 +10,15 @@ class UserError(Exception):
 
 class RankError(UserError):
     """A UserError that only one rank has, which therefore prints it itself."""
+
+
+@contextlib.contextmanager
+def kept_if_interrupted(kept: Callable[[], str]) -> Iterator[None]:
+    """A KeyboardInterrupt inside carries ``kept()``, what is kept and how to continue, unless it already says that."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(*(interrupt.args or (kept(),))) from None
 
 
 def printable(text: object) -> str:

@@ -84,6 +84,13 @@ def check_value(name: str, value: Any, kind: Any) -> None:
         raise UserError(f"{flag(name)} {shown(value)}: must be {wanted}")
 
 
+def check_fields(name: str, values: Sequence[str]) -> None:
+    """Raises UserError for names of fields that are joined with commas."""
+    if any("," in value for value in values):
+        apart = " ".join(part.strip() for value in values for part in value.split(",") if part.strip())
+        raise UserError(f"{flag(name)} {shown(tuple(values))}: separate fields with spaces: {flag(name)} {apart}")
+
+
 def flag(name: str) -> str:
     """A field's name on the command line."""
     return "--" + name.replace("_", "-")

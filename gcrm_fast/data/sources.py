@@ -30,7 +30,8 @@ UNREAD = {b"BZh": "bzip2", b"\xfd7z": "xz", b"(\xb5/": "Zstandard", b"PK\x03": "
 MAX_LINE = 2**24  # bytes: a file without line feeds must not fill the memory
 MAX_BLANK = 2**20  # bytes of blank lines in a row: a small gzip file may hold years of them
 MAX_SKIPPED = 2**28  # bytes of a line that is skipped
-FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".ndjson", ".txt"}
+TABLES = (".csv", ".tsv")
+FILE_SUFFIXES = {".jsonl", ".json", ".gz", ".parquet", ".ndjson", ".txt", *TABLES}
 SEPARATOR = re.compile(r"[ \t\r\n]*([,\]]?)[ \t\r\n]*")
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>\S+))?")
 
@@ -87,6 +88,9 @@ def _file_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}: is {kind}: decompress it, or compress it with gzip instead")
         if magic == b"PAR1":
             yield from _parquet_rows(path, bad)
+        elif path.name.lower().removesuffix(".gz").endswith(TABLES) and not magic.lstrip().startswith((b"{", b"[")):
+            convert = "pandas.read_csv(FILE).to_json('records.jsonl', orient='records', lines=True)"
+            raise UserError(f"{path}: is a table of text (CSV), which is not read: convert it to JSON lines: {convert}")
         else:
             with gzip.open(path) if magic[:2] == GZIP else path.open("rb") as file:
                 yield from _json_rows(path, file, bad)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -18,11 +19,15 @@ from gcrm_fast.evaluation.results import Row, with_interval
 from gcrm_fast.evaluation.voting import Result, Saving
 
 ACROSS = 3  # panels side by side
+BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2, "frameon": False}
 
 
 @contextmanager
-def _panels(path: Path, sources: int, across: int, width: float, height: float) -> Iterator[list[Axes]]:
-    """A panel for each of ``sources``, ``across`` side by side, saved to ``path`` at the end."""
+def _panels(
+    path: Path, sources: int, across: int, width: float, height: float, *, below: bool = False
+) -> Iterator[list[Axes]]:
+    """A panel for each of ``sources``, ``across`` side by side, saved to ``path`` at the end; their legends ``below``
+    them, or where the data leaves most room."""
     down = -(-sources // across)
     figure, axes = plt.subplots(
         down, across, figsize=(width * across, height * down), layout="constrained", squeeze=False
@@ -34,7 +39,7 @@ def _panels(path: Path, sources: int, across: int, width: float, height: float) 
     for axes in panels[:sources]:
         axes.grid(alpha=0.3)
         if not axes.get_legend():
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, **(BELOW if below else {}))
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
 
@@ -77,7 +82,7 @@ def plot_partial(scored: Mapping[str, Labeled], rows: Sequence[Row], path: Path)
     """AUROC of reward, Q and position-only Q at the first p % of each completion, with intervals; empty circles where
     the interval is not above 0.5."""
     found = _of_sources(rows)
-    with _panels(path, len(scored), min(len(scored), ACROSS), 4.6, 3.8) as panels:
+    with _panels(path, len(scored), min(len(scored), ACROSS), 5.2, 4.8, below=True) as panels:
         for axes, (source, labeled) in zip(panels, scored.items(), strict=True):
             values = found[source]
             for name, label, score_NP in (

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import re
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -18,7 +19,18 @@ import tomli_w
 from gcrm_fast.common.command_line import parse_options
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import read_text
-from gcrm_fast.common.options import AtLeastOne, Options, Range, ZeroOrMore, flag, kinds_of, missed, one_of, shown
+from gcrm_fast.common.options import (
+    AtLeastOne,
+    Options,
+    Range,
+    ZeroOrMore,
+    check_fields,
+    flag,
+    kinds_of,
+    missed,
+    one_of,
+    shown,
+)
 
 ARITHMETIC = "arithmetic"
 MOST_GENERATED = 10**7  # pairs: about 10 GiB
@@ -353,6 +365,7 @@ class TrainConfig(Options):
             "omitted with --eval-data or generated data",
         )
         need(not self.push_to_hub or _is_repository(self.push_to_hub), "push_to_hub", "OWNER/NAME")
+        check_fields("eval_by", self.eval_by)
         need(bool(self.cache), "cache", "a folder, auto or none")
         need(not self.template_date or _is_date(self.template_date), "template_date", "a date as in 2026-01-31")
         need(bool(self.resume), "resume", "auto, never or the folder of a checkpoint")
@@ -466,6 +479,20 @@ def read_toml(path: Path) -> dict[str, Any]:
     return values
 
 
-def to_toml(config: TrainConfig) -> str:
-    """The configuration with all defaults resolved; ``--config`` reads it."""
-    return tomli_w.dumps({name: value for name, value in dataclasses.asdict(config).items() if name != "config"})
+def unused_options(config: TrainConfig) -> set[str]:
+    """Options that mean nothing next to others of ``config``."""
+    contrastive = "objective_variant contrastive_weight sampling distance samples pairing reduce temperature negatives"
+    parts = {
+        "hidden_size layers heads kv_heads head_size intermediate_size": bool(config.model),
+        "vocab_size": bool(config.model or config.tokenizer),
+        "lora_alpha lora_targets lora_dropout": not config.lora_rank,
+        "bottleneck_size bottleneck_weight": config.head != "bottleneck",
+        "arithmetic_steps": config.data != (ARITHMETIC,),
+        contrastive: config.objective == "ranking",
+    }
+    return {name for names, unused in parts.items() if unused for name in names.split()} | {"config"}
+
+
+def to_toml(config: TrainConfig, omit: Collection[str] = ("config",)) -> str:
+    """The configuration with all defaults resolved, without the options to ``omit``; ``--config`` reads it."""
+    return tomli_w.dumps({name: value for name, value in dataclasses.asdict(config).items() if name not in omit})

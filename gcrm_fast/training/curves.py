@@ -9,9 +9,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from gcrm_fast.common.statistics import highest_by_chance
 
+TICKS = 6  # intervals of an axis, at most
 # Title of a panel -> name of a metric -> its label; the log has the held-out values under "eval/" and the name.
 PANELS = {
     "Ranking loss per pair (nats)": {"loss/ranking": "ranking"},
@@ -37,6 +39,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     for axes, (title, names) in zip(grid.flat, PANELS.items(), strict=False):
         _plot(axes, rows, names)
         axes.set(title=title, xlabel="optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(TICKS, integer=True))
     last = next((row for row in reversed(rows) if "eval/auroc" in row), None)
     if last:
         percents = range(0, 101, 10)
@@ -50,6 +53,8 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
             grid[1, 2].axvspan(percent - 5, percent + 5, color="0.9", zorder=0, linewidth=0, label=label)
     grid[1, 2].set(title="Mean Q-value at the last evaluation", xlabel="% of the held-out completion")
     for axes in grid.flat:
+        axes.yaxis.set_major_locator(MaxNLocator(TICKS, min_n_ticks=2))
+        axes.ticklabel_format(useOffset=False)
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)

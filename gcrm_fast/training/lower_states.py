@@ -20,7 +20,7 @@ from torch import Tensor
 from gcrm_fast.checkpoints.saving import add_tensor
 from gcrm_fast.checkpoints.weights import Weights, parameter_shapes
 from gcrm_fast.common import processes
-from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.errors import UserError, kept_if_interrupted
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.data.batches import Budget, plan_packs
@@ -129,11 +129,12 @@ def pair_states(folder: Path, layers: LowerLayers, pairs: Sequence[TokenizedPair
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for blocking in (False, True):
-            for i in todo:
-                if _read(paths[i], shapes[i]) is None:
-                    _write(paths[i], shapes[i], layers, chunks[i], blocking)
-                bar.update(0 if blocking else shapes[i][0])
+        with kept_if_interrupted(lambda: f"computed states are kept in {folder}: the same command continues with them"):
+            for blocking in (False, True):
+                for i in todo:
+                    if _read(paths[i], shapes[i]) is None:
+                        _write(paths[i], shapes[i], layers, chunks[i], blocking)
+                    bar.update(0 if blocking else shapes[i][0])
     except OSError as error:
         raise UserError(f"--cache {folder}: states cannot be written ({error.strerror}): omit --cache-states") from None
     bar.close()

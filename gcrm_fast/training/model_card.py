@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.model import heads
-from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, to_toml
+from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, to_toml, unused_options
 
 Rows = Sequence[tuple[str, str]]  # name and value of each line of a table
 
@@ -105,7 +105,7 @@ def model_card(
         _table(results),
         "## Training\n",
         f"```\n{command(config, world_size)}\n```\n",
-        f"```toml\n{to_toml(config)}```\n",
+        f"```toml\n{to_toml(config, unused_options(config))}```\n",
     ]
     return "\n".join(sections)
 

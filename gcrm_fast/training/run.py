@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -138,9 +139,10 @@ class Run:
         in_a_row = int(self.state.updater.skipped_in_row)
         if in_a_row > min(self.config.max_skipped, self.prepared.steps // 4):
             self.checkpoints.wait()
+            hint = resume_hint(self.prepared.output, self.config)
             raise UserError(
                 f"loss or gradient is not finite at {in_a_row} steps in a row, up to step {step}: lower --lr, or fix "
-                f"--model's weights or the records that metrics.jsonl names; {self.resume_hint()}"
+                f"--model's weights or the records that metrics.jsonl names; {hint}"
             )
         per_step = self.config.global_batch_pairs / row["pairs_per_s"]  # without evaluations and checkpoints
         shown = {"s/step": f"{per_step:.3g}", "loss": f"{row['loss']:.3f}"}
@@ -156,14 +158,6 @@ class Run:
             stall = self.checkpoints.save(step, self.state.tensors(), about)
             if self.log:
                 self.log.write(step, {"checkpoint_stall_s": stall})
-
-    def resume_hint(self) -> str:
-        """How to continue from the newest checkpoint, if there is one."""
-        present = checkpoints(self.prepared.output)
-        if not present:
-            return "there is no checkpoint"
-        changed = " without --resume never" if self.config.resume == "never" else ""
-        return f"the last checkpoint is {present[-1]}: to continue from it, run the same command again{changed}"
 
     def full_model(self) -> FullModel:
         """The current model; every rank must call it."""
@@ -214,6 +208,15 @@ class Run:
                 partial, model.weights, prepared.model_config, prepared.tokenizer, model.goal.cpu(), model.goal_count
             )
             (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def resume_hint(output: Path, config: TrainConfig) -> str:
+    """How to continue from the newest checkpoint, if there is one."""
+    present = checkpoints(output)
+    if not present:
+        return "there is no checkpoint: the same command starts over"
+    changed = " without --resume never" if config.resume == "never" else ""
+    return f"the last checkpoint is {present[-1]}: to continue from it, run the same command again{changed}"
 
 
 def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: torch.device) -> tuple[Run, int]:

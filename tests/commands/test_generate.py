@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,17 @@ def test_goals_with_weights_and_controls(policy: Path, reward: Path, asked: Path
     assert np.abs(shuffled - a).max() > 0.1
 
 
+def test_a_warning_where_no_sample_reaches_its_end(policy: Path, asked: Path, tmp_path: Path, gcrm: Gcrm) -> None:
+    for tokens, warned in ((1, True), (200, False)):
+        output = tmp_path / f"{tokens}.jsonl"
+        done = gcrm("generate", policy, asked, "-o", output, "--max-new-tokens", tokens, "--samples", 4)
+        assert done.returncode == 0
+        endings = {sample["ending"] for record in lines(output) for sample in record["samples"]}
+        assert ("stop" not in endings) == warned
+        warning = "no sample reached its end within 1 tokens: raise --max-new-tokens, or name with --stop"
+        assert (warning in done.stderr) == warned
+
+
 def test_an_interrupted_run_keeps_what_is_finished_and_resumes(
     policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +165,9 @@ def test_an_interrupted_run_keeps_what_is_finished_and_resumes(
     monkeypatch.setattr(command.Partial, "add", interrupted)
     done = gcrm("generate", *arguments)
     assert done.returncode == 130
-    assert "2 of 5 prompts are finished and kept in" in done.stderr
+    assert re.search(
+        r"interrupted; 2 of 5 prompts are finished and kept in .+: the same command resumes\n", done.stderr
+    )
     assert not (tmp_path / "out.jsonl").exists()
     with (tmp_path / "out.jsonl.partial").open("ab") as file:
         file.write(b'{"prompt": 4, "rec')  # killed while it wrote

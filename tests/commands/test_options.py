@@ -14,10 +14,11 @@ from gcrm_fast import cli
 from gcrm_fast.checkpoints.goals import DEFAULT
 from gcrm_fast.commands.options import GoalOptions, ScoreOptions, VoteOptions
 from gcrm_fast.common.command_line import exit_code, parse_options
-from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.errors import UserError, kept_if_interrupted
 from gcrm_fast.common.files import output_file
 from gcrm_fast.common.options import Options, Range, flag, kinds_of
 from gcrm_fast.training.config import PRESETS, TrainConfig, parse, read_toml
+from support.training_runs import Gcrm
 
 OPTIONS: dict[str, type[Options]] = {name: cli.imported(command.options) for name, command in cli.COMMANDS.items()}
 RANGES = {
@@ -205,12 +206,32 @@ def test_the_default_goal_has_one_name() -> None:
     assert GoalOptions(model="m", data=("f",), output="o").name == DEFAULT
 
 
-def test_ctrl_c_and_closed_pipes_end_quietly(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
+    def interrupted_halfway() -> None:
+        with kept_if_interrupted(lambda: "all"), kept_if_interrupted(lambda: "a half is kept"):
+            interrupted()
+
     assert exit_code("gcrm score", interrupted) == 130
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr().err == "\ngcrm score: interrupted; nothing is kept: the same command starts over\n"
+    assert exit_code("gcrm score", interrupted_halfway) == 130
+    assert capsys.readouterr().err == "\ngcrm score: interrupted; a half is kept\n"
+
+
+def test_names_of_fields_are_separated_with_spaces(gcrm: Gcrm) -> None:
+    assert parse(["--data", "a", "--eval-by", "b", "c"]).eval_by == ("b", "c")
+    for command, option in (("train", "--eval-by"), ("evaluate", "--by"), ("vote", "--by")):
+        arguments = ["--data", "a"] if command == "train" else ["model", "file", "-o", "out"]
+        done = gcrm(command, *arguments, option, "b,c", "d")
+        assert (done.returncode, done.stderr.split(": ", 1)[1]) == (
+            2,
+            f"{option} b,c d: separate fields with spaces: {option} b c d\n",
+        )
+
+
+def test_closed_pipes_end_quietly() -> None:
     program = """
 import sys
 from gcrm_fast.common.command_line import exit_code

@@ -51,7 +51,7 @@ def test_evaluate_reports_labeled_completions_and_pairs(
     records = labeled()
     files = [str(write(tmp_path / "labeled.jsonl", records)), str(write(tmp_path / "pairs.jsonl", PAIRS))]
     out = tmp_path / "out"
-    assert cli.run("evaluate", [str(model), *files, "-o", str(out), "--by", "family,class"]) == 0
+    assert cli.run("evaluate", [str(model), *files, "-o", str(out), "--by", "family", "class"]) == 0
     plots = ["histograms.png", "partial.png", "roc.png"]
     assert sorted(p.name for p in out.iterdir()) == sorted([*plots, "results.csv", "results.json"])
     with (out / "results.csv").open() as file:

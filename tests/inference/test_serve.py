@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from starlette.routing import Route
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import ByteLevel
@@ -26,6 +27,7 @@ from gcrm_fast.commands.serve import ServeOptions, is_open, read_token
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.tokenization import save_tokenizer
 from gcrm_fast.inference.protocols import RewardRequest
+from gcrm_fast.inference.server import create_app
 from gcrm_fast.rlhf.trl import RewardFunction
 from support.chat import TOOLS
 from support.serving import HEAD, Answer, Server, ask, eventually, running
@@ -34,6 +36,15 @@ from support.training_runs import ROOT
 PROMPTS = ["hello?", "hello?", "naïve", "1 2 3", ""]
 COMPLETIONS = [" yes.", " hello world 123<|eos|>", " 漢字", "", "no no no"]
 QUERIES = [prompt + completion for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
+
+
+def test_help_names_every_endpoint() -> None:
+    nothing: Any = None
+    app = create_app(nothing, nothing, name="", token="", max_body=1, timeout=1.0, hybrid=nothing)
+    for route in app.routes:
+        assert isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}:
+            assert f"{method} {route.path}" in " ".join(str(ServeOptions.__doc__).split())
 
 
 # ------------------------------------------------------------------------------------------------------------ answers

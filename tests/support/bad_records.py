@@ -187,6 +187,14 @@ CASES = [
     Case("broken UTF-8", raw(LINE + b'{"prompt": "\xff"}\n'), AT + r"not UTF-8 text \(byte 12 of the line\)"),
     Case("UTF-16", raw(json.dumps(GOOD).encode("utf-16")), r"pairs\.jsonl:1: not UTF-8 text \(byte 0"),
     Case("byte-order mark", raw(b"\xef\xbb\xbf" + LINE), r"pairs\.jsonl:1: not valid JSON \(Unexpected UTF-8 BOM"),
+    *(
+        Case(
+            f"{name} of text",
+            raw(b"prompt,chosen,rejected\np,yes,no\n", name),
+            rf"{name}: is a table of text \(CSV\), which is not read: convert it to JSON lines: pandas\.read_csv",
+        )
+        for name in ("pairs.csv", "PAIRS.TSV")
+    ),
     Case("cut line", raw(LINE + b'{"prompt": "p",\n'), AT + "not valid JSON"),
     Case("two records on a line", raw(LINE + LINE.strip() + LINE), AT + r"not valid JSON \(Extra data"),
     Case("JSON array cut short", raw(json.dumps([GOOD, GOOD]).encode()[:-1]), r"jsonl:3: not a valid JSON array"),

@@ -97,6 +97,20 @@ def test_header_of_a_model_from_files(tmp_path: Path) -> None:
     assert card(TrainConfig()).data.datasets is None  # generated
 
 
+def test_the_configuration_in_the_card_has_no_option_that_does_not_apply(tmp_path: Path) -> None:
+    def listed(**options: Any) -> set[str]:
+        return set(re.findall(r"^(\w+) = ", card(TrainConfig(**options)).text, re.MULTILINE))
+
+    scratch, tuned = listed(), listed(model=str(tmp_path), data=("pairs.jsonl",), lora_rank=8)
+    assert scratch - tuned == {
+        *("hidden_size", "layers", "heads", "kv_heads", "head_size", "intermediate_size", "vocab_size"),
+        "arithmetic_steps",
+    }
+    assert tuned - scratch == {"lora_alpha", "lora_targets", "lora_dropout"}
+    assert scratch - listed(objective="ranking") >= {"contrastive_weight", "sampling", "temperature"}
+    assert listed(head="bottleneck") - scratch == {"bottleneck_size", "bottleneck_weight"}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -135,6 +135,24 @@ def test_states_are_read_again_and_damaged_files_computed_again(
     assert sum(computed) == len(pairs)
 
 
+def test_an_interrupt_says_that_computed_states_are_kept(
+    pairs: list[TokenizedPair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, states = lower(small_model(small_config()), 1), LowerLayers.states
+    monkeypatch.setattr("gcrm_fast.training.lower_states.CHUNK", 3)
+
+    def interrupted(self: LowerLayers, chunk: list[TokenizedPair]) -> np.ndarray:
+        if list(tmp_path.glob("states-*.npy")):
+            raise KeyboardInterrupt
+        return states(self, chunk)
+
+    monkeypatch.setattr(LowerLayers, "states", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=f"kept in {tmp_path}: the same command continues with them"):
+        pair_states(tmp_path, layers, pairs)
+    assert len(list(tmp_path.glob("states-*.npy"))) == 1
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_the_layers_below_stay_and_the_rest_trains(pair_file: Path, tmp_path: Path) -> None:
     for name, *options in (("none", "--lr", "1e-30"), ("two",), ("cached", "--cache-states")):
         assert main(arguments(pair_file, tmp_path / name, *LAYERS, "--save-every", "5", *options)) == 0
