@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from gcrm_fast.common.statistics import highest_by_chance
 
-TICKS = 6  # intervals of an axis, at most
+FEW = 10  # points of a line below which each is marked
 # Title of a panel -> name of a metric -> its label; the log has the held-out values under "eval/" and the name.
 PANELS = {
     "Ranking loss per pair (nats)": {"loss/ranking": "ranking"},
@@ -29,7 +29,8 @@ def _plot(axes: Axes, rows: list[dict[str, Any]], names: Mapping[str, str]) -> N
         for key, style, data in ((name, "-", "train"), (f"eval/{name}", "o--", "held out")):
             points = [(row["step"], row[key]) for row in rows if key in row]
             if points:
-                axes.plot(*zip(*points, strict=True), style, label=f"{label} ({data})", markersize=3, linewidth=1.2)
+                marked = style if len(points) >= FEW else f"o{style.removeprefix('o')}"
+                axes.plot(*zip(*points, strict=True), marked, label=f"{label} ({data})", markersize=3, linewidth=1.2)
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -38,8 +39,10 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     figure.suptitle(f"Run {path.resolve().parent.name}")
     for axes, (title, names) in zip(grid.flat, PANELS.items(), strict=False):
         _plot(axes, rows, names)
+        last_step = max(row["step"] for row in rows)
+        axes.set_xlim(-0.04 * last_step, 1.04 * last_step)
         axes.set(title=title, xlabel="optimizer step")
-        axes.xaxis.set_major_locator(MaxNLocator(TICKS, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     last = next((row for row in reversed(rows) if "eval/auroc" in row), None)
     if last:
         percents = range(0, 101, 10)
@@ -53,7 +56,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
             grid[1, 2].axvspan(percent - 5, percent + 5, color="0.9", zorder=0, linewidth=0, label=label)
     grid[1, 2].set(title="Mean Q-value at the last evaluation", xlabel="% of the held-out completion")
     for axes in grid.flat:
-        axes.yaxis.set_major_locator(MaxNLocator(TICKS, min_n_ticks=2))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.ticklabel_format(useOffset=False)
         axes.grid(alpha=0.3)
         if axes.lines:

@@ -37,6 +37,20 @@ def test_curves_keep_the_two_losses_apart_and_name_their_run(tmp_path: Path, dra
     assert low < 0.1 < high, "no value is cut off"
 
 
+def test_curves_of_a_short_run_have_whole_steps_few_ticks_and_visible_points(tmp_path: Path, drawn: Drawn) -> None:
+    rows: list[dict[str, float]] = [{"step": step, "eval/loss/ranking": 31.0 + 1e-4 * step} for step in (0, 1, 2)]
+    plot_curves([*rows, {"step": 2, "loss/ranking": 31.0, "grad_norm": 0.1}], tmp_path / "curves.png")
+    axes = {axes.get_title(): axes for axes in drawn().axes}
+    for title in ("Ranking loss per pair (nats)", "Gradient norm"):
+        low, high = axes[title].get_xlim()
+        assert [tick for tick in axes[title].get_xticks() if low <= tick <= high] == [0, 1, 2]
+        assert len(axes[title].get_yticks()) <= 8
+        assert axes[title].lines[0].get_marker() == "o", "a line through one point cannot be seen"
+    assert axes["Ranking loss per pair (nats)"].yaxis.get_offset_text().get_text() == ""
+    labels = [text.get_text() for text in axes["Ranking loss per pair (nats)"].get_yticklabels()]
+    assert any(text.startswith("31.00") for text in labels), "no offset to add"
+
+
 def test_curves_are_gray_where_q_is_no_better_than_chance(tmp_path: Path, drawn: Drawn) -> None:
     percents = range(0, 101, 10)
     row = {"step": 1, "eval/auroc": 0.9, "eval/pairs": 100}
@@ -89,6 +103,9 @@ def test_roc_and_partial_show_intervals(tmp_path: Path, drawn: Drawn) -> None:
     assert f"[{found['auroc_reward'].low:.3f}, {found['auroc_reward'].high:.3f}]" in str(axes.lines[0].get_label())
     plots.plot_partial({"some.jsonl": labeled}, rows, tmp_path / "partial.png")
     [axes] = drawn().axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert legend.get_window_extent().y1 < axes.get_window_extent().y0, "the legend is below the data"
     band = axes.collections[0].get_paths()[0].vertices
     blind = {str(line.get_label()): len(line.get_xdata()) for line in axes.lines if "chance" in str(line.get_label())}
     assert blind == {"running reward: no better than chance": 11, "Q-value: no better than chance": 11}
