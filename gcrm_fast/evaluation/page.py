@@ -211,9 +211,10 @@ class Scale:
 
 
 def token_ticks(length: int) -> list[int]:
-    """Token numbers, from 1, along an axis of ``length`` tokens."""
+    """Token numbers along an axis of ``length`` tokens: the first, the last and some between them."""
     ticks = MaxNLocator(5, integer=True).tick_values(1, length)
-    return [1, *(int(tick) for tick in ticks if length / 20 < tick <= length)]
+    between = [int(tick) for tick in ticks if length / 20 < tick - 1 and tick < 0.92 * length]
+    return [1, *between, *([length] if length > 1 else [])]
 
 
 def page(*, title: str, about: Sequence[str], groups: dict[str, list[Record]]) -> Page:

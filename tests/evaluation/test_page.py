@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -334,3 +335,12 @@ def test_a_model_inspects_completions_in_a_notebook(model: Path) -> None:
     assert made.html.count('<details class="record"') == 1
     assert scored.inspect(["one", "six"], ["two", "two"]).html.count('<details class="record"') == 2
     assert Reader(scored.inspect("one", "two").html).sections == ["two<|eos|>"]
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 13, 19, 20, 99, 1400])
+def test_the_axis_names_the_first_and_the_last_token_and_few_others(length: int) -> None:
+    ticks = page.token_ticks(length)
+    assert ticks == sorted(set(ticks))
+    assert (ticks[0], ticks[-1]) == (1, length)
+    assert len(ticks) <= 8
+    assert all(b - a > length / 20 for a, b in pairwise(ticks)), "labels do not overlap"
