@@ -169,4 +169,10 @@ FAULTS = {
         "return goals",
         "tests/commands/test_generate.py -k weights",
     ),
+    "generate: no warning where every sample is cut": (
+        "gcrm_fast/commands/generate.py",
+        'sample["ending"] == "stop" for record',
+        'sample["ending"] for record',
+        "tests/commands/test_generate.py -k reaches_its_end",
+    ),
 }

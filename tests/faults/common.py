@@ -85,4 +85,22 @@ FAULTS = {
         "[list(line) for line in [head, *lines]]",
         "tests/common/test_tables.py -k orders",
     ),
+    "progress: a line of a log per update": (
+        "gcrm_fast/common/progress.py",
+        '"mininterval": LOG_INTERVAL',
+        '"mininterval": 0',
+        "tests/common/test_progress.py -k first_and_last",
+    ),
+    "an interrupt says nothing": (
+        "gcrm_fast/common/command_line.py",
+        'print(f"\\n{prog}: interrupted; {kept}", file=sys.stderr, flush=True)',
+        "pass",
+        "tests/commands/test_options.py -k ctrl_c",
+    ),
+    "fields joined with commas are one field": (
+        "gcrm_fast/common/options.py",
+        'if any("," in value for value in values):',
+        "if not values:",
+        "tests/commands/test_options.py -k separated_with_spaces",
+    ),
 }

@@ -553,4 +553,16 @@ FAULTS = {
         'positions="random"',
         "tests/training/test_step.py -k every_token_is_scored",
     ),
+    "card: lists sizes that the model does not have": (
+        "gcrm_fast/training/config.py",
+        '"hidden_size layers heads kv_heads head_size intermediate_size": bool(config.model)',
+        '"hidden_size layers heads kv_heads head_size intermediate_size": False',
+        "tests/training/test_model_card.py -k does_not_apply",
+    ),
+    "cached states: an interrupt does not say what is kept": (
+        "gcrm_fast/training/lower_states.py",
+        'with kept_if_interrupted(lambda: f"computed states are kept in {folder}: the same command continues with them"):',
+        'with kept_if_interrupted(lambda: ""):',
+        "tests/training/test_train_layers.py -k states_are_kept",
+    ),
 }
