@@ -561,8 +561,8 @@ FAULTS = {
     ),
     "cached states: an interrupt does not say what is kept": (
         "gcrm_fast/training/lower_states.py",
-        'with kept_if_interrupted(lambda: f"computed states are kept in {folder}: the same command continues with them"):',
-        'with kept_if_interrupted(lambda: ""):',
+        'f"computed states are kept in {folder}: the same command continues with them"',
+        '""',
         "tests/training/test_train_layers.py -k states_are_kept",
     ),
 }

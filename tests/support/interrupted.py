@@ -28,7 +28,8 @@ def windows_of_an_interrupted_run(
         return real(window, *arguments)
 
     monkeypatch.setattr(module, work, interrupted)
-    assert run().returncode == 130
+    done = run()
+    assert (done.returncode, done.stderr.endswith(": the same command resumes\n")) == (130, True)
     assert not output.exists()
     assert run().returncode == 0
     assert output.read_bytes() == expected
