@@ -69,6 +69,21 @@ def test_loss_and_gradients_equal_those_of_transformers(pairs: list[TokenizedPai
     assert model.lm_head.weight.grad is None
 
 
+@pytest.mark.parametrize("logits", [2**25, 5 * 50, 1])
+def test_token_losses_equal_plain_cross_entropy(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
+    """In float64, all at once, five tokens at a time, and one by one."""
+    monkeypatch.setattr(language_model, "LOGITS", logits)
+    hidden, weight = torch.randn(13, 8).double().requires_grad_(), torch.randn(50, 8).double()
+    tokens, upstream = torch.randint(50, (13,)), torch.randn(13).double()
+    found = language_model.token_losses(hidden, weight, tokens)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, tokens, reduction="none")
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(loss, hidden, upstream)[0] for loss in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    nothing = language_model.token_losses(hidden[:0], weight, tokens[:0])
+    assert nothing.shape == (0,)
+
+
 def test_the_logits_of_all_tokens_never_exist_together(
     pairs: list[TokenizedPair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
