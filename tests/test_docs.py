@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gcrm_fast import RewardModel
-from support.training_runs import ROOT
+from support.training_runs import ROOT, Gcrm
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = {"cli.md", "extending.md"}  # by docs/pages.py
@@ -68,6 +68,21 @@ def test_python_examples_run(page: str, finished: Path, monkeypatch: pytest.Monk
     exec(example, names)
     assert names["rewards"].shape == (2,)
     assert [len(q) for q in names["q_values"]] == [len(states) for states in names["states"]]
+
+
+@pytest.mark.slow
+def test_the_example_with_a_pretrained_model_runs(pair_file: Path, tmp_path: Path, gcrm: Gcrm) -> None:
+    [command] = re.findall(
+        r"^    gcrm (train --model runs/smollm2 .*)$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    model, out = ROOT / "runs" / "smollm2", tmp_path / "out"
+    if not model.is_dir():
+        pytest.skip("runs/smollm2 is missing: make real-model")
+    here = {"pairs.jsonl": pair_file, "runs/smollm2": model, "runs/smollm2-mine": out}
+    words = [str(here.get(word, word)) for word in command.split()]
+    result = gcrm(*words, "--steps", "1", "--global-batch-pairs", "2", "--eval-pairs", "2", "--goal-pairs", "2")
+    assert result.returncode == 0, result.stderr
+    assert (out / "model" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -15,7 +15,7 @@ from gcrm_fast.data.sampling import Sampling, draw_samples
 from gcrm_fast.train import main
 from gcrm_fast.training.config import TrainConfig, parse, to_toml
 from gcrm_fast.training.loader import Steps
-from support.training_runs import Gcrm, arguments, assert_same, end_in_step_9
+from support.training_runs import TIMES, Gcrm, arguments, assert_same, end_in_step_9, rows, torchrun
 
 SOURCES = np.repeat([0, 1, 2], [50, 7, 43])  # N is 100
 WEIGHTS = (1.0, 3.0, 2.0)
@@ -153,6 +153,19 @@ def test_another_border_between_the_sources_is_other_data(
     many.write_text("".join(stay))
     assert main(mixed(two_sources, tmp_path / "out")) == 2
     assert "the training data or its tokens have changed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_with_small_packs_train_the_same(two_sources: list[str], tmp_path: Path) -> None:
+    logs = []
+    for processes, tokens in ((1, "4000"), (2, "150")):
+        output = tmp_path / str(processes)
+        result = torchrun(*mixed(two_sources, output), "--tokens-per-batch", tokens, processes=processes)
+        assert result.returncode == 0, result.stderr
+        logs.append([row for row in rows(output) if "loss" in row])
+    for one, two in zip(*logs, strict=True):
+        for name in one.keys() - TIMES:
+            assert one[name] == pytest.approx(two[name], rel=2e-3, abs=2e-4), (one["step"], name)
 
 
 def test_options_that_do_not_fit_are_one_line(two_sources: list[str], tmp_path: Path, gcrm: Gcrm) -> None:
