@@ -1,4 +1,4 @@
-"""Several sources of training data in given shares: which pairs an epoch has."""
+"""Several sources of training data in given shares: the pairs of each epoch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
