@@ -11,10 +11,14 @@ BRIEF = 2.0  # seconds before the bar of work that is usually short is shown
 
 
 class _LogLines:
-    """A stream that gets each state of a bar as a line, instead of one that overwrites the last."""
+    """A stream that gets each new state of a bar as a line, instead of one that overwrites the last."""
+
+    line = ""
 
     def write(self, text: str) -> None:
-        if line := text.strip("\r\n "):
+        line = text.strip("\r\n ")
+        if line and line != self.line:
+            self.line = line
             print(line, file=sys.stderr)
 
     def flush(self) -> None:

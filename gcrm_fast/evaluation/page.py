@@ -196,6 +196,10 @@ class Scale:
         bottom, top = self.ticks[0], self.ticks[-1]
         return round(float(np.clip(100 * (top - value) / (top - bottom), 0, 100)), 2)
 
+    def beyond(self, value: float) -> str:
+        """An arrow to a value that the axis does not reach; "" for others."""
+        return "▲" if value > self.ticks[-1] else "▼" if value < self.ticks[0] else ""
+
     def line(self, value_n: np.ndarray, length: int) -> str:
         """Points of an SVG line through the value of each token, on an axis of ``length`` tokens, 100 by 100."""
         across = max(length - 1, 1)

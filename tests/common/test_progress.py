@@ -39,6 +39,14 @@ def test_no_bar_for_short_work_nor_of_other_processes(
     assert capsys.readouterr().err == ""
 
 
+def test_a_state_is_one_line_of_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar(total=1, desc="work", bar_format="work {n}") as bar:
+        bar.refresh()
+        bar.update()
+        bar.refresh()
+    assert capsys.readouterr().err.splitlines() == ["work 0", "work 1"]
+
+
 def test_bars_within_bars_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar(total=1, desc="outer") as bar:
         work()

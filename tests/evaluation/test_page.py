@@ -344,3 +344,16 @@ def test_the_axis_names_the_first_and_the_last_token_and_few_others(length: int)
     assert (ticks[0], ticks[-1]) == (1, length)
     assert len(ticks) <= 8
     assert all(b - a > length / 20 for a, b in pairwise(ticks)), "labels do not overlap"
+
+
+def test_a_last_token_beyond_the_axis_has_an_arrow_at_its_place() -> None:
+    short, long = (
+        Column(title=f"{n} tokens", text_n=["x"] * n, q_n=np.r_[np.linspace(0, 0.1, n - 1), last], reward_n=np.zeros(n))
+        for n, last in ((6, 0.99), (11, -0.99))
+    )
+    html = page.page(title="t", about=[], groups={"": [Record(title="r", prompt="p", columns=[short, long])]}).html
+    arrows = re.findall(r'<span class="beyond ?" style="left:calc\(([\d.]+) .*?;(\w+):.*?title="(.*?)">(.)<', html)
+    assert arrows == [
+        ("0.5", "top", "6 tokens, last token: 0.99", "▲"),
+        ("1.0", "bottom", "11 tokens, last token: -0.99", "▼"),
+    ]
