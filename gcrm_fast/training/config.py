@@ -352,7 +352,8 @@ class TrainConfig(Options):
 
         def need(ok: bool, name: str, what: str) -> None:
             if not ok:
-                raise UserError(f"{flag(name)} {shown(getattr(self, name))}: must be {what}")
+                given = f"{flag(name)} {shown(getattr(self, name))}".rstrip()  # an empty list shows nothing
+                raise UserError(f"{given}: must be {what}")
 
         generated = self.data == (ARITHMETIC,)
         need(bool(self.data) and all(self.data), "data", "at least one source")

@@ -27,7 +27,7 @@ from gcrm_fast.commands.serve import ServeOptions, is_open, read_token
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.tokenization import save_tokenizer
 from gcrm_fast.inference.protocols import RewardRequest
-from gcrm_fast.inference.server import create_app
+from gcrm_fast.inference.server import Endpoints
 from gcrm_fast.rlhf.trl import RewardFunction
 from support.chat import TOOLS
 from support.serving import HEAD, Answer, Server, ask, eventually, running
@@ -40,8 +40,7 @@ QUERIES = [prompt + completion for prompt, completion in zip(PROMPTS, COMPLETION
 
 def test_help_names_every_endpoint() -> None:
     nothing: Any = None
-    app = create_app(nothing, nothing, name="", token="", max_body=1, timeout=1.0, hybrid=nothing)
-    for route in app.routes:
+    for route in Endpoints(nothing, nothing, "", "", 1, 1.0, nothing).routes():
         assert isinstance(route, Route)
         for method in (route.methods or set()) - {"HEAD"}:
             assert f"{method} {route.path}" in " ".join(str(ServeOptions.__doc__).split())

@@ -227,7 +227,7 @@ def test_two_processes_train_adapters_alike(pair_file: Path, base: Path, tmp_pat
     [
         (LORA, "--lora-rank 4: must be 0 without --model"),
         ((*LORA, "--lora-targets", "query"), "--lora-targets query: must be one of q_proj, k_proj"),
-        ((*LORA, "--lora-targets"), "--lora-targets (): must be at least one layer"),
+        ((*LORA, "--lora-targets"), "--lora-targets: must be at least one layer"),
     ],
 )
 def test_impossible_adapters_are_one_line(
