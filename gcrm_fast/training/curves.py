@@ -59,7 +59,11 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.ticklabel_format(useOffset=False)
         axes.grid(alpha=0.3)
-        if axes.lines:
+        if axes.lines and axes is not grid[1, 2]:
             axes.legend(fontsize=8)
+    if last:  # Q may be anywhere in its panel
+        grid[1, 2].legend(
+            fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, handlelength=1, columnspacing=1
+        )
     figure.savefig(path, dpi=110)
     plt.close(figure)
