@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from gcrm_fast.model.llama import Llama, ModelConfig
 
+LOGITS = 2**25  # computed at a time: 128 MiB in float32
+
 
 class LlamaLanguageModel(nn.Module):
     """``tied``: the lm_head is the embedding. ``attention_backend``: see attention.py."""
@@ -28,9 +30,6 @@ class LlamaLanguageModel(nn.Module):
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits_RV = F.linear(hidden_RH, weight)
         return logits_RV if logits_RV.dtype.itemsize == 8 else logits_RV.float()
-
-
-LOGITS = 2**25  # computed at a time: 128 MiB in float32
 
 
 class _TokenLosses(torch.autograd.Function):
