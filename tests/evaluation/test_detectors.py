@@ -11,7 +11,7 @@ import torch
 
 from gcrm_fast import RewardModel
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.evaluation.detectors import Reference, clusters, early_stop, neighbor_distance
+from gcrm_fast.evaluation.detectors import Reference, clusters, early_stop, neighbor_distance, parts_of
 from support import models
 from support.judged import write
 from support.training_runs import Gcrm
@@ -39,6 +39,10 @@ def test_the_null_is_quiet_and_a_shift_is_seen(rng: np.random.Generator) -> None
     assert shifted.distance > 2 * same.distance
     assert shifted.clusters.csi > 3 * same.clusters.csi
     assert same.distance == pytest.approx(np.sqrt(8), rel=0.1), "the distance, not its square"
+
+
+def test_prompts_that_differ_in_a_number_fill_every_part() -> None:
+    assert min(np.bincount(parts_of([f"one {i} two" for i in range(80)]), minlength=4)) >= 12
 
 
 def test_csi_of_clusters_known_by_hand() -> None:

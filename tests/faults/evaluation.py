@@ -187,6 +187,12 @@ FAULTS = {
         "threshold = float(np.quantile(normal.distances(latents_ND[part_N == 2]), QUANTILE))",
         "tests/evaluation/test_detectors.py -k null_is_quiet",
     ),
+    "detectors: parts by a CRC": (
+        "gcrm_fast/evaluation/detectors.py",
+        "hashlib.blake2b(prompt.encode(), digest_size=1).digest()[0] & 3",
+        '__import__("zlib").crc32(prompt.encode()) >> 16 & 3',
+        "tests/evaluation/test_detectors.py -k fill_every_part",
+    ),
     "CSI without the samples in no cluster": (
         "gcrm_fast/evaluation/detectors.py",
         "for label in np.unique(label_N):",
