@@ -77,7 +77,8 @@ def run_tests(folder: Path, test: str) -> NoReturn:
     os.dup2(silent, 1)
     os.dup2(silent, 2)
     file, _, selected = test.partition(" -k ")
-    sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", file, "-k", selected]))
+    # Without waiting for processes that a fault leaves behind.
+    os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", file, "-k", selected]))
 
 
 def is_red(test: str) -> bool:

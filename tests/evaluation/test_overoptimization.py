@@ -76,6 +76,12 @@ def test_a_perfect_proxy_and_a_blind_one_show_no_fall(rng: np.random.Generator) 
     assert sum(found) <= 3, "the highest of noisy means is not followed by a fall"
 
 
+def test_the_peak_is_found_on_the_other_half() -> None:
+    """Each half has its peak where the other has its lowest gold."""
+    gold_CK, even_C = np.array([[1, 0, 0.5], [0, 1, 0.5]] * 10), np.arange(20) % 2 == 0
+    assert fall(gold_CK, [1, 2, 4], even_C).change == pytest.approx(0.5)
+
+
 def test_the_fit_finds_its_own_curve(rng: np.random.Generator) -> None:
     n_K = sizes(64)
     d_K = np.sqrt([kl(n) for n in n_K])

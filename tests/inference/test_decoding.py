@@ -155,10 +155,13 @@ def test_the_last_row_of_a_filter_has_the_greatest_minimum(policy: Policy, rewar
         assert survivor.ids == unfiltered.texts[survivor.number].ids
 
 
-def test_rejection_halves_at_checkpoints(policy: Policy, reward: RewardModel, goals: Goals) -> None:
-    whole = results(policy, reward, Method(samples=9), goals=goals)
+@pytest.mark.parametrize("seed", [3, 7])
+def test_rejection_halves_at_checkpoints(policy: Policy, reward: RewardModel, goals: Goals, seed: int) -> None:
+    sampling = replace(SAMPLING, seed=seed)
+    whole = results(policy, reward, Method(samples=9), goals=goals, sampling=sampling)
     method = Method(kind="reject", samples=9, checkpoints=(6, 12, 20), every=0)
-    for unfiltered, one in zip(whole, results(policy, reward, method, goals=goals), strict=True):
+    kept_of = results(policy, reward, method, goals=goals, sampling=sampling)
+    for unfiltered, one in zip(whole, kept_of, strict=True):
         alive = list(unfiltered.texts)
         for checkpoint in (6, 12, 20):
             if all(len(text.ids) < checkpoint or text.ids[checkpoint - 1] == policies.EOS for text in alive):

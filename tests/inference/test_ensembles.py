@@ -84,8 +84,8 @@ def test_gcrm_score_and_its_resumed_output(
     a, *others = folders
     command = [a, data, "-o", tmp_path / "out.jsonl", "--ensemble", *others, "--combine", "min"]
     with monkeypatch.context() as patch:
-        patch.setattr(Output, "finish", lambda self: None)  # the partial output of two models stays
-        assert gcrm("score", *command[:-3], "--combine", "min").returncode == 0
+        patch.setattr(Output, "finish", lambda self: None)  # the partial output of another ensemble of as many stays
+        assert gcrm("score", *command[:5], *others[:1] * len(others), "--combine", "min").returncode == 0
     result = gcrm("score", *command)
     assert result.returncode == 0
     assert "was made with another --ensemble: starting over" in result.stderr

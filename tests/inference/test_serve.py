@@ -74,6 +74,7 @@ def test_get_reward_as_openrlhf_asks(server: Server, model: RewardModel) -> None
     [
         ("<p><p>ab<p>", "a", "<p>", ("a", "b")),
         ("<p><p>ab<p>", "", "<p>", ("", "ab")),
+        ("<p><p>ab", "<p>a", "<p>", ("<p>a", "b")),
         ("<s><s><s>user", "<s>us", "<s>", ("<s>us", "er")),
         ("<s>user", "<s>us", "<s>", ("<s>us", "er")),
         ("<s><s><s>user", "", "<s>", ("", "<s>user")),

@@ -52,6 +52,12 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 def shard(checkpoint: Path) -> Path:
     return next(checkpoint.glob("__0_*.distcp"))
 
@@ -60,6 +66,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped byte in a shard": lambda path: flip_a_byte(shard(path)),
     "flipped byte in the metadata": lambda path: flip_a_byte(path / ".metadata"),
     "flipped byte in the manifest": lambda path: flip_a_byte(path / "manifest.json"),
+    "another fact in the manifest": lambda path: replace(path / "manifest.json", '"facts": {', '"facts": {"more": 1,'),
     "truncated shard": lambda path: os.truncate(shard(path), 100),
     "missing shard": lambda path: shard(path).unlink(),
     "missing manifest": lambda path: (path / "manifest.json").unlink(),
@@ -80,14 +87,27 @@ def test_damaged_checkpoints_are_named_and_skipped(
 
 
 def test_all_checkpoints_damaged_starts_over(
-    unfinished: Path, undisturbed: Path, pair_file: Path, capsys: pytest.CaptureFixture[str]
+    unfinished: Path,
+    undisturbed: Path,
+    pair_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for path in checkpoints(unfinished):
         flip_a_byte(shard(path))
+    there: list[list[str]] = []
+    save = snapshots.Checkpoints.save
+
+    def noted(self: snapshots.Checkpoints, *arguments: Any) -> float:
+        there.append([path.name for path in checkpoints(unfinished)])
+        return save(self, *arguments)
+
+    monkeypatch.setattr(snapshots.Checkpoints, "save", noted)
     assert main(arguments(pair_file, unfinished)) == 0
     said = capsys.readouterr().out
     assert said.count("checkpoint skipped") == 4
     assert "resumed" not in said
+    assert there[0] == [], "damaged ones are out of the way"
     assert_same(undisturbed, unfinished)
 
 
