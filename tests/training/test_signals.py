@@ -129,6 +129,7 @@ import signal, os, time, torch.distributed as dist
 from gcrm_fast.training.interrupts import REPEATED, Interrupts
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 with Interrupts(dist.new_group(backend="gloo")).handled():
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(os.getpid(), number)
