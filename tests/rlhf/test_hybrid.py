@@ -15,6 +15,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.rlhf.hybrid import proxy
 from gcrm_fast.rlhf.trl import RewardFunction
 from support.models import save
+from support.policies import BRIEF_GRPO
 from support.policies import save as save_policy
 
 PROMPTS = ["one?", "two?", "two?", "three?"]
@@ -123,19 +124,8 @@ def test_trl_passes_the_columns_and_logs_the_parts(model: RewardModel, tmp_path:
         {"prompt": "one?", "task": "sums", "reference": "4", "reference_completions": None},
         {"prompt": "two?", "task": None, "reference": None, "reference_completions": [" four", " six"]},
     ]
-    arguments = GRPOConfig(
-        output_dir=str(tmp_path / "out"),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        num_generations=2,
-        max_completion_length=4,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+    small = {"max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2}
+    arguments = GRPOConfig(output_dir=str(tmp_path / "out"), **small, **BRIEF_GRPO)
     trainer = GRPOTrainer(
         model=policy,
         reward_funcs=RewardFunction(verifiers=VERIFIERS, otherwise=model),

@@ -155,19 +155,8 @@ def test_trl_logs_the_detectors_and_stops(model: RewardModel, tmp_path: Path, mo
     monkeypatch.setattr(monitored, "early_stop", lambda csi: [9.0, 11.0][: len(csi)])
     reward: Any = MonitoredReward(RewardFunction(model), (PROMPTS, COMPLETIONS), every=1, stop=True)
     policy = LlamaForCausalLM.from_pretrained(policies.save(tmp_path / "policy", num_hidden_layers=1))
-    options = trl.GRPOConfig(
-        output_dir=str(tmp_path / "out"),
-        max_steps=6,
-        per_device_train_batch_size=8,
-        num_generations=4,
-        max_completion_length=4,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+    small = {"max_steps": 6, "per_device_train_batch_size": 8, "num_generations": 4}
+    options = trl.GRPOConfig(output_dir=str(tmp_path / "out"), **small, **policies.BRIEF_GRPO)
     trainer = trl.GRPOTrainer(
         model=policy,
         reward_funcs=reward,

@@ -11,6 +11,15 @@ from support.folders import VOCAB, tokenizer
 from support.small import small_config
 
 EOS = 1
+BRIEF_GRPO: dict[str, Any] = {  # of TRL's GRPOConfig: a few tokens on a CPU, a logged row per step, nothing saved
+    "max_completion_length": 4,
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+}
 
 
 def save(folder: Path, *, ends: float = 0.0, **changes: Any) -> Path:
