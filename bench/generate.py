@@ -151,12 +151,17 @@ def first_tokens(case: Case) -> Case:
 
 
 def best_batch(function: Callable[[int], object], device: torch.device) -> int:
-    taken = {}
+    """The fastest size, from the largest down until one is slower."""
+    function(BATCHES[0])  # warm
+    best, taken = 0, float("inf")
     for size in BATCHES:
         start = measure.now(device)
         function(size)
-        taken[size] = measure.now(device) - start
-    return min(taken, key=lambda size: taken[size])
+        seconds = measure.now(device) - start
+        if seconds > taken:
+            break
+        best, taken = size, seconds
+    return best
 
 
 def race(model: Any, policy: Policy, name: str, case: Case, seconds: float) -> list[dict[str, Any]]:
