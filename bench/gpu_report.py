@@ -45,11 +45,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def newest(results: Path) -> tuple[Path, list[dict[str, Any]]] | None:
-    """The latest file and its lines."""
-    paths = sorted(results.glob("gpu-*.jsonl"), key=lambda path: path.stem[-10:])  # names end in the date
-    if not paths:
+    """The lines of all files of the device that was measured last, oldest first, and the path or pattern of these."""
+    dated = sorted(results.glob("gpu-*.jsonl"), key=lambda path: path.stem[-10:])  # names end in the date
+    if not dated:
         return None
-    return paths[-1], [json.loads(line) for line in paths[-1].read_text(encoding="utf-8").splitlines()]
+    device = dated[-1].stem[:-10]
+    same = [path for path in dated if path.stem[:-10] == device]
+    rows = [json.loads(line) for path in same for line in path.read_text(encoding="utf-8").splitlines()]
+    return (same[0] if len(same) == 1 else results / f"{device}*.jsonl"), rows
 
 
 def current(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

