@@ -29,7 +29,7 @@ from gcrm_fast.data.records import Candidate, read_completions
 from gcrm_fast.evaluation.measures import correlations
 from gcrm_fast.evaluation.voting import Question, filtered, majority
 from gcrm_fast.inference.scoring import Judged, RewardModel
-from summary import cell, machine, markdown, trained, two_way_interval, write_aside
+from summary import cell, machine, markdown, paired_difference, trained, write_aside
 
 HERE = Path(__file__).resolve().parent
 BASE = "random"  # the arm that the others are compared with: the default run
@@ -214,13 +214,8 @@ def values_of(rows: Sequence[Row], arm: str, name: str) -> dict[int, np.ndarray]
 
 
 def difference(rows: Sequence[Row], arm: str, name: str) -> str:
-    """The arm less BASE, paired by seed and problem, such as '+0.013 ± 0.021'; with * where the interval excludes 0."""
-    own, base = values_of(rows, arm, name), values_of(rows, BASE, name)
-    seeds = sorted(own.keys() & base.keys())
-    if arm == BASE or len(seeds) < 2:
-        return "-"
-    mean, half = two_way_interval(np.stack([own[seed] - base[seed] for seed in seeds]))
-    return f"{mean:+.3f} ± {half:.3f}{' *' if abs(mean) > half else ''}"
+    """The arm less BASE, paired by seed and problem."""
+    return "-" if arm == BASE else paired_difference(values_of(rows, arm, name), values_of(rows, BASE, name))
 
 
 def tables(rows: Sequence[Row]) -> str:

@@ -1,9 +1,10 @@
-"""Trains the top layers of a pretrained model (make real-model) with several objectives and seeds on real pairs.
+"""Trains a pretrained model (make real-model) with several objectives and seeds on real pairs.
 
     make real-model; GCRM_DATA=... python experiments/real_model.py
 
-What is measured is that of ``gcrm train``'s own evaluations before and after training: pairs of other questions, all
-arms on the same ones. States below the trained layers are cached, so that all arms after the first start from these.
+Measured are ``gcrm train``'s own evaluations before and after training, on pairs of other questions, and each model on
+the labeled sets of labeled_sets.py; all arms on the same ones. The defaults are for a GPU; on CPUs train the top layers
+(--train-layers): the states below them are cached, so that all arms after the first start from these.
 Models are kept under --runs; each finished arm is a row in real_model.json at once, and a second call continues with
 the arms that are missing. Writes experiments/real_model.md (tables) and real_model.json (every number).
 """
@@ -16,23 +17,34 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import labeled_sets
 from gcrm_fast.common.command_line import exit_code, parse_options
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.options import Argument, AtLeastOne, ZeroOrMore
 from gcrm_fast.common.options import Options as CommandOptions
 from summary import COVERAGE, cell, data_folder, machine, markdown, mean_interval, to_json, trained, write_aside
 
-ARMS: dict[str, tuple[str, ...]] = {
-    "ranking": ("--objective", "ranking"),
-    "paper": (),
-    "after-divergence": ("--negatives", "after-divergence"),
-    "dense": ("--objective-variant", "dense"),
-    "end_mix": ("--sampling", "end_mix"),
-    "temperature 0.2": ("--temperature", "0.2"),
-    "projection 64": ("--projection-size", "64"),
+ARMS: dict[str, dict[str, str]] = {  # options of gcrm train
+    "ranking": {"objective": "ranking"},
+    "paper": {},
+    "after-divergence": {"negatives": "after-divergence"},
+    "end_mix": {"sampling": "end_mix"},
+    "temperature 0.2": {"temperature": "0.2"},
+    "dense": {"objective-variant": "dense"},
+    "projection 64": {"projection-size": "64"},
+    "ranking, top 10 layers": {"objective": "ranking", "train-layers": "10", "lr": "1e-4"},
+    "ranking, LoRA 16": {"objective": "ranking", "lora-rank": "16", "lr": "2e-4"},
+    "ranking, first 15 layers": {"objective": "ranking"},
 }
-SETS = {"GSM8K": ("gsm8k_pairs.jsonl.gz", "gsm8k_pairs_test.jsonl.gz")}
+CUT = {"ranking, first 15 layers": 15}  # of the model's layers, all of which are trained
+SETS = {
+    "GSM8K": ("gsm8k_pairs.jsonl.gz", "gsm8k_pairs_test.jsonl.gz"),
+    "HH": ("hh_pairs_train.jsonl.gz", "hh_pairs_test.jsonl.gz"),
+}
 MEASURES = {  # of the log: their names in the tables
     "eval/accuracy": "pair accuracy",
     "eval/auroc": "AUROC of reward",
@@ -60,20 +72,24 @@ class Options(CommandOptions):
     """Folder of the models."""
     seeds: AtLeastOne = 3
     """Models per objective."""
-    train_layers: AtLeastOne = 4
-    """Number of layers to train."""
-    pairs: AtLeastOne = 1000
+    train_layers: ZeroOrMore = 0
+    """Number of layers to train, the top ones; 0 trains all."""
+    pairs: AtLeastOne = 6400
     """Number of training pairs."""
-    held_out: AtLeastOne = 250
+    held_out: AtLeastOne = 1500
     """Number of held-out pairs."""
-    goal_pairs: AtLeastOne = 128
+    goal_pairs: AtLeastOne = 512
     """Number of training pairs behind the goal state."""
-    epochs: AtLeastOne = 2
+    epochs: AtLeastOne = 1
     """Number of passes over the training pairs."""
-    lr: float = 1e-4
+    questions: ZeroOrMore = 100
+    """Number of questions of each labeled set; 0 measures held-out pairs alone."""
+    lr: float = 5e-5
     """Peak learning rate."""
     dtype: str = "auto"
     """Precision of the computation, as in gcrm train."""
+    sets: tuple[str, ...] = tuple(SETS)
+    """Names of the sets to train on."""
     only: tuple[str, ...] = ()
     """Names of the objectives to train; default: all."""
     trl_steps: ZeroOrMore = 0
@@ -93,10 +109,22 @@ def chosen_pairs(source: Path, count: int, path: Path) -> Path:
     return path
 
 
+def first_layers(model: str, count: int, folder: Path) -> Path:
+    """A copy of the model that ends after ``count`` layers."""
+    if not folder.exists():
+        whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        whole.model.layers = whole.model.layers[:count]
+        whole.config.num_hidden_layers = count
+        with written_aside(folder) as partial:
+            whole.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(model).save_pretrained(partial)
+    return folder
+
+
 def arguments(options: Options, arm: str, name: str, seed: int) -> list[str]:
     """Of gcrm train, without --output."""
     folder, (train, held_out) = data_folder(options.data), SETS[name]
-    values = {
+    values: dict[str, Any] = {
         "model": options.model,
         "data": chosen_pairs(folder / train, options.pairs, options.runs / f"{name}-train.jsonl"),
         "eval-data": chosen_pairs(folder / held_out, options.held_out, options.runs / f"{name}-held-out.jsonl"),
@@ -112,9 +140,11 @@ def arguments(options: Options, arm: str, name: str, seed: int) -> list[str]:
         "log-every": 10,
         "keep": 1,
         "template-date": "2026-01-01",
-    }
+    } | ARMS[arm]
+    if arm in CUT:
+        values["model"] = first_layers(options.model, CUT[arm], options.runs / f"first-{CUT[arm]}-layers")
     flags = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    return [*flags, "--cache-states", *ARMS[arm]]
+    return [*flags, "--cache-states"] if options.train_layers else flags
 
 
 def evaluations(folder: Path) -> dict[str, Any]:
@@ -132,7 +162,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
 
 def budget(options: Options) -> dict[str, Any]:
     """What all rows of a report have in common."""
-    names = ("model", "train_layers", "pairs", "held_out", "goal_pairs", "epochs", "lr", "dtype")
+    names = ("model", "train_layers", "pairs", "held_out", "goal_pairs", "questions", "epochs", "lr", "dtype")
     return {name: getattr(options, name) for name in names}
 
 
@@ -189,6 +219,7 @@ def tables(rows: list[dict[str, Any]], name: str) -> str:
         f"of tokens {shortcut['baseline/auroc_bag_of_tokens']:.3f}.\n\n"
         f"Difference from the ranking loss, same seeds, {COVERAGE:.0%} t-interval over seeds:\n\n"
         f"{markdown(['', *list(MEASURES.values())[:5]], compared)}\n"
+        + ("\n" + labeled_sets.report(rows, "ranking") if all("labeled" in row for row in rows) else "")
     )
 
 
@@ -207,9 +238,10 @@ def trl_section(found: dict[str, Any]) -> str:
 
 def write_report(options: Options, report: dict[str, Any]) -> None:
     common, rows, of = (report[name] for name in ("budget", "rows", "machine"))
+    layers = f"The top {common['train_layers']}" if common["train_layers"] else "All"
     text = f"""# Objectives on a pretrained model
 
-The top {common["train_layers"]} layers of `{common["model"]}`, {common["epochs"]} epochs, 16 pairs per step,
+{layers} layers of `{common["model"]}`, {common["epochs"]} epochs, 16 pairs per step,
 learning rate {common["lr"]:g}. {common["pairs"]} training pairs and {common["held_out"]} held-out pairs of other
 questions were drawn; those over the maximum length are dropped. In brackets: number of seeds; ± is the {COVERAGE:.0%}
 t-interval over seeds. Machine: {of}. Written by
@@ -221,6 +253,18 @@ t-interval over seeds. Machine: {of}. Written by
     text += trl_section(report["trl"]) if "trl" in report else ""
     write_aside(options.report.with_suffix(".md"), text)
     write_aside(options.report.with_suffix(".json"), to_json(report))
+
+
+def row_of(options: Options, name: str, arm: str, seed: int) -> dict[str, Any]:
+    """Trains a model, unless its folder is there, and measures it."""
+    print(f"{name}, {arm}, seed {seed}", flush=True)
+    folder = options.runs / f"{name}-{arm}-seed{seed}".replace(" ", "-").replace(",", "")
+    model = trained(folder, arguments(options, arm, name, seed))
+    row = {"set": name, "arm": arm, "seed": seed, **evaluations(folder)}
+    if options.questions:
+        sets = labeled_sets.files(data_folder(options.data), options.runs / "sets", options.questions, name)
+        row["labeled"] = labeled_sets.measured(model, sets)
+    return row
 
 
 def run(options: Options) -> None:
@@ -237,14 +281,11 @@ def run(options: Options) -> None:
         write_report(options, {"machine": machine(), **report, "trl": {"machine": machine(), **found}})
         return
     for seed in range(options.seeds):
-        for name in SETS:
+        for name in options.sets:
             for arm in options.only or ARMS:
                 if any((row["set"], row["arm"], row["seed"]) == (name, arm, seed) for row in rows):
                     continue
-                folder = options.runs / f"{name}-{arm}-seed{seed}".replace(" ", "-")
-                print(f"{name}, {arm}, seed {seed}", flush=True)
-                trained(folder, arguments(options, arm, name, seed))
-                rows.append({"set": name, "arm": arm, "seed": seed, **evaluations(folder)})
+                rows.append(row_of(options, name, arm, seed))
                 write_report(options, {**report, "machine": machine()})
 
 

@@ -76,6 +76,16 @@ def two_way_interval(values_SQ: np.ndarray) -> tuple[float, float]:
     return float(of_seed.mean()), float(scipy.stats.t.ppf((1 + COVERAGE) / 2, seeds - 1) * np.sqrt(variance))
 
 
+def paired_difference(own: Mapping[int, np.ndarray], base: Mapping[int, np.ndarray]) -> str:
+    """Mean difference of values per question, by seed, over the seeds of both, such as '+0.013 ± 0.021'; with * where
+    its two-way interval excludes 0, and '-' for fewer than two seeds."""
+    seeds = sorted(own.keys() & base.keys())
+    if len(seeds) < 2:
+        return "-"
+    mean, half = two_way_interval(np.stack([own[seed] - base[seed] for seed in seeds]))
+    return f"{mean:+.3f} ± {half:.3f}{' *' if abs(mean) > half else ''}"
+
+
 def cell(values: Sequence[float], sign: str = "") -> str:
     """Such as '0.613 ± 0.021', from values over seeds; ``sign`` '+' shows the sign, for differences."""
     mean, half = mean_interval(values)

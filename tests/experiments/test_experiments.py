@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from gcrm_fast import Policy, train
 from gcrm_fast.checkpoints.config_json import read_config
@@ -23,12 +24,14 @@ from gcrm_fast.data.arithmetic import generate, is_correct
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.tokenization import train_tokenizer
+from support.folders import tokenizer
 from support.models import save
 from support.training_runs import ROOT
 
 MODULES = (
     "arithmetic_chain",
     "ablations",
+    "labeled_sets",
     "live",
     "objectives",
     "policies",
@@ -476,9 +479,9 @@ def test_a_pretrained_models_arms_one_by_one(
     script = experiments.real_model
     monkeypatch.setenv("GCRM_DATA", str(data))
     save(tmp_path / "model")
-    sizes = ("--train-layers", "1", "--pairs", "20", "--held-out", "10", "--goal-pairs", "8", "--epochs", "1")
+    sizes = ("--train-layers", "1", "--pairs", "20", "--held-out", "10", "--goal-pairs", "8", "--questions", "0")
     paths = ("--model", str(tmp_path / "model"), "--runs", str(tmp_path / "runs"), "-o", str(tmp_path / "report"))
-    arms = ("--only", "ranking", "paper")
+    arms = ("--sets", "GSM8K", "--only", "ranking", "paper")
     assert script.main([*sizes, *paths, *arms, "--seeds", "1"]) == 0
     assert script.main([*sizes, *paths, *arms, "--seeds", "2"]) == 0
     assert len(trainings) == 4
@@ -503,7 +506,8 @@ def test_the_ranking_loss_is_that_of_trl_at_each_step(
     monkeypatch.setenv("GCRM_DATA", str(data))
     save(tmp_path / "model")
     script, report = experiments.real_model, tmp_path / "report"
-    common = {"model": "m", "train_layers": 3, "pairs": 1, "held_out": 1, "goal_pairs": 1, "epochs": 1, "lr": 1.0}
+    common = {"model": "m", "train_layers": 3, "pairs": 1, "held_out": 1, "goal_pairs": 1, "questions": 0, "lr": 1.0}
+    common |= {"epochs": 1}
     report.with_suffix(".json").write_text(json.dumps({"machine": "m", "budget": common, "rows": []}))
     words = ["--model", str(tmp_path / "model"), "--runs", str(tmp_path / "runs"), "-o", str(report)]
     assert script.main([*words, "--trl-steps", "6", "--lr", "0.01"]) == 0
@@ -513,6 +517,21 @@ def test_the_ranking_loss_is_that_of_trl_at_each_step(
     assert max(found["trl"]["ours"]) - min(found["trl"]["ours"]) > 0.01
     assert found["trl"]["largest_difference"] < 1e-4
     assert "Largest difference of the loss at any step: " in report.with_suffix(".md").read_text()
+
+
+def test_a_trunk_cut_after_its_first_layers_gives_their_states(experiments: SimpleNamespace, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2
+    )
+    whole = LlamaForCausalLM(config)
+    whole.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    folder = experiments.real_model.first_layers(str(tmp_path / "model"), 2, tmp_path / "cut")
+    cut = LlamaForCausalLM.from_pretrained(folder)
+    ids = torch.arange(5)[None]
+    states = whole.eval()(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(cut.model.norm.weight, whole.model.norm.weight)
+    torch.testing.assert_close(cut(ids).logits, whole.lm_head(whole.model.norm(states[2])))
 
 
 def test_differences_by_seed_and_what_they_would_have_shown(experiments: SimpleNamespace) -> None:

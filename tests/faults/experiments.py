@@ -91,4 +91,46 @@ FAULTS = {
         'verdict = "shown" if mean > 0',
         "tests/experiments/test_rlhf_loop.py -k needs_three_seeds",
     ),
+    "labeled sets: other questions at each call": (
+        "experiments/labeled_sets.py",
+        "random = np.random.default_rng(0)\n    of_question",
+        "random = np.random.default_rng()\n    of_question",
+        "tests/experiments/test_labeled_sets.py -k drawn_each_time",
+    ),
+    "labeled sets: within authors over all": (
+        "experiments/labeled_sets.py",
+        "within_questions(right_N, score_N, author_N)",
+        "within_questions(right_N, score_N, 0 * author_N)",
+        "tests/experiments/test_labeled_sets.py -k within_authors",
+    ),
+    "labeled sets: a subset of pairs holds all": (
+        "experiments/labeled_sets.py",
+        "above_N[subset_N == subset]",
+        "above_N[subset_N != ''] ",
+        "tests/experiments/test_labeled_sets.py -k by_subset",
+    ),
+    "labeled sets: the first wrong step one early": (
+        "experiments/labeled_sets.py",
+        "[: steps[i]]",
+        "[: steps[i] - 1]",
+        "tests/experiments/test_labeled_sets.py -k first_wrong_step",
+    ),
+    "labeled sets: votes on the half of the threshold": (
+        "experiments/labeled_sets.py",
+        "for key, question in asked.items() if not taken[key]]",
+        "for key, question in asked.items() if taken[key]]",
+        "tests/experiments/test_labeled_sets.py -k threshold_was_not_chosen",
+    ),
+    "labeled sets: differences from the arm itself": (
+        "experiments/labeled_sets.py",
+        "for name in (arm, base)",
+        "for name in (arm, arm)",
+        "tests/experiments/test_labeled_sets.py -k question_by_question",
+    ),
+    "real model: a cut trunk keeps its last layers": (
+        "experiments/real_model.py",
+        "whole.model.layers[:count]",
+        "whole.model.layers[-count:]",
+        "tests/experiments/test_experiments.py -k cut_after_its_first_layers",
+    ),
 }
