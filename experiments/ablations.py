@@ -57,6 +57,14 @@ SWEEPS: dict[str, tuple[str, ...]] = {
 SWEEP_SEEDS = 3
 RANDOM_GOAL = "goal of random tokens"  # the models of BASE, judged with another goal without training again
 SINGLE_GOAL = "goal of one completion"
+PAPER = {  # (arm, other): the sign of the arm's difference from the other, as GCRM reports it
+    ("ranking", BASE): -1,  # main results
+    ("late goal", BASE): -1,  # ablation of the sampling: random is best on average
+    ("late both", BASE): -1,
+    ("avg", BASE): -1,
+    ("rs", BASE): -1,
+    ("rs", "ranking"): -1,  # out of distribution
+}
 PLACES = (20, 40, 60, 80)  # percent of a completion at which Q and reward are correlated
 BY_PROBLEM = {
     "right above wrong, reward": "reward",
@@ -218,6 +226,23 @@ def difference(rows: Sequence[Row], arm: str, name: str) -> str:
     return "-" if arm == BASE else paired_difference(values_of(rows, arm, name), values_of(rows, BASE, name))
 
 
+def verdict(rows: Sequence[Row], arm: str, other: str, name: str, sign: int) -> str:
+    """The arm less the other, and whether its sign is the paper's."""
+    text = paired_difference(values_of(rows, arm, name), values_of(rows, other, name))
+    if not text.endswith("*"):
+        return text if text == "-" else f"{text}: not told apart"
+    return f"{text}: {'same' if (text[0] == '-') == (sign < 0) else 'other'} sign"
+
+
+def beside_the_paper(rows: Sequence[Row]) -> str:
+    names = [name for name, key in BY_PROBLEM.items() if key in ("reward", "q")]
+    lines = [
+        [arm, other, "below" if sign < 0 else "above", *(verdict(rows, arm, other, BY_PROBLEM[n], sign) for n in names)]
+        for (arm, other), sign in PAPER.items()
+    ]
+    return markdown(["", "against", "paper", *names], lines)
+
+
 def tables(rows: Sequence[Row]) -> str:
     arms = [arm for arm in (*ARMS, RANDOM_GOAL, SINGLE_GOAL, *SWEEPS) if any(row["arm"] == arm for row in rows)]
     levels, effects, scalars = [], [], []
@@ -243,6 +268,12 @@ Paired by seed and problem; 95% intervals from the variance over seeds and over 
 * where the interval excludes 0.
 
 {markdown(head, effects)}
+
+## Beside the paper
+
+What the paper says of the same arms, on language models and mathematics, and the sign here.
+
+{beside_the_paper(rows)}
 
 ## Held-out pairs and coupling
 

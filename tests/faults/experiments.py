@@ -133,4 +133,10 @@ FAULTS = {
         "whole.model.layers[-count:]",
         "tests/experiments/test_experiments.py -k cut_after_its_first_layers",
     ),
+    "ablations: every sign is the paper's": (
+        "experiments/ablations.py",
+        "(text[0] == '-') == (sign < 0)",
+        "sign < 0",
+        "tests/experiments/test_experiments.py -k beside_those_of_the_paper",
+    ),
 }
