@@ -230,11 +230,11 @@ def verdict(rows: Sequence[Row], arm: str, other: str, name: str, sign: int) -> 
     """The arm less the other, and whether its sign is the paper's."""
     text = paired_difference(values_of(rows, arm, name), values_of(rows, other, name))
     if not text.endswith("*"):
-        return text if text == "-" else f"{text}: not told apart"
+        return text if text == "-" else f"{text}: no difference shown"
     return f"{text}: {'same' if (text[0] == '-') == (sign < 0) else 'other'} sign"
 
 
-def beside_the_paper(rows: Sequence[Row]) -> str:
+def against_the_paper(rows: Sequence[Row]) -> str:
     names = [name for name, key in BY_PROBLEM.items() if key in ("reward", "q")]
     lines = [
         [arm, other, "below" if sign < 0 else "above", *(verdict(rows, arm, other, BY_PROBLEM[n], sign) for n in names)]
@@ -269,11 +269,11 @@ Paired by seed and problem; 95% intervals from the variance over seeds and over 
 
 {markdown(head, effects)}
 
-## Beside the paper
+## Compared with the paper
 
 What the paper says of the same arms, on language models and mathematics, and the sign here.
 
-{beside_the_paper(rows)}
+{against_the_paper(rows)}
 
 ## Held-out pairs and coupling
 

@@ -330,7 +330,7 @@ def test_ablations_continue_from_their_rows(
     assert f"{mean:+.3f} ± {half:.3f}" in text
 
 
-def test_signs_beside_those_of_the_paper(experiments: SimpleNamespace) -> None:
+def test_signs_and_those_of_the_paper(experiments: SimpleNamespace) -> None:
     """Three seeds of three problems; an interval that includes 0 says nothing."""
     values = {"random": 0.5, "rs": 0.3, "avg": 0.7, "ranking": 0.301}
     rows = [
@@ -340,7 +340,7 @@ def test_signs_beside_those_of_the_paper(experiments: SimpleNamespace) -> None:
     ]
     assert experiments.ablations.verdict(rows, "rs", "random", "reward", -1).endswith("-0.200 ± 0.000 *: same sign")
     assert experiments.ablations.verdict(rows, "avg", "random", "reward", -1).endswith("*: other sign")
-    assert experiments.ablations.verdict(rows, "rs", "ranking", "reward", -1).endswith(": not told apart")
+    assert experiments.ablations.verdict(rows, "rs", "ranking", "reward", -1).endswith(": no difference shown")
     assert experiments.ablations.verdict(rows, "late goal", "random", "reward", -1) == "-"
 
 
