@@ -31,6 +31,7 @@ GPU = torch.cuda.is_available()  # tests see none by default
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Modules of gcrm_kernels with kernels.
 OPERATORS = ("contrastive", "dense", "gather", "qvalues", "rms_norm", "rotary", "swiglu")
 
@@ -42,21 +43,22 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _on_cpus() -> Iterator[None]:
+def _on_cpus() -> Iterator[str | None]:
     """Tests run on CPUs, and so in float32, where there is a GPU too: subprocesses and shared runs included."""
     with pytest.MonkeyPatch.context() as patch:
+        before = os.environ.get(VISIBLE)
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        yield
+        patch.setenv(VISIBLE, "")
+        yield before
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _on_the_gpu(request: pytest.FixtureRequest, _on_cpus: None) -> Iterator[None]:
+def _on_the_gpu(request: pytest.FixtureRequest, _on_cpus: str | None) -> Iterator[None]:
     """But files that take DEVICE from support/devices.py run on the GPU, if there is one."""
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(request.module, "DEVICE"):
             patch.setattr(torch.cuda, "is_available", lambda: GPU)
-            patch.delenv("CUDA_VISIBLE_DEVICES")
+            patch.delenv(VISIBLE) if _on_cpus is None else patch.setenv(VISIBLE, _on_cpus)
         yield
 
 
