@@ -269,8 +269,9 @@ def row_of(options: Options, name: str, arm: str, seed: int) -> dict[str, Any]:
 
 def run(options: Options) -> None:
     """Trains what is missing, seed by seed, and writes the report after each. Raises UserError."""
-    if unknown := set(options.only) - ARMS.keys():
-        raise UserError(f"--only {' '.join(sorted(unknown))}: must be of {', '.join(ARMS)}")
+    for option, given, known in (("--only", options.only, ARMS), ("--sets", options.sets, SETS)):
+        if unknown := set(given) - known.keys():
+            raise UserError(f"{option} {' '.join(sorted(unknown))}: must be of {', '.join(known)}")
     report = earlier(options)
     rows: list[dict[str, Any]] = report["rows"]
     if options.trl_steps:

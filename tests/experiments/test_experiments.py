@@ -510,6 +510,9 @@ def test_a_pretrained_models_arms_one_by_one(
     capsys.readouterr()
     assert script.main([*sizes, *paths, "--lr", "1", "--seeds", "1"]) == 2
     assert "its rows are of another budget" in capsys.readouterr().err
+    for option, known in (("--sets", "GSM8K, HH"), ("--only", "ranking, paper")):
+        assert script.main([*sizes, *paths, option, "absent"]) == 2
+        assert f"{option} absent: must be of {known}" in capsys.readouterr().err
 
 
 def test_the_ranking_loss_is_that_of_trl_at_each_step(
