@@ -62,6 +62,7 @@ class TokenizedPair:
     chosen_cut: bool = False
     where: str = ""  # 'source:line'
     source: int = 0  # its number in the list of sources
+    target: float | None = None  # label or score of one completion, which is both chosen and rejected
     states: PairStates | None = None
 
     @property
@@ -71,6 +72,17 @@ class TokenizedPair:
     @property
     def sequences(self) -> tuple[np.ndarray, ...]:
         return self.chosen_ids, self.rejected_ids
+
+
+def preferred(pairs: Sequence[TokenizedPair]) -> list[TokenizedPair]:
+    """Those whose chosen completion has an end and is good: any of a pair; of completions with a label or score those
+    that have at least the mean."""
+    uncut = [pair for pair in pairs if not pair.chosen_cut]
+    targets = [pair.target for pair in uncut if pair.target is not None]
+    if not targets:
+        return uncut
+    least = min(float(np.mean(targets)), max(targets))  # rounded, the mean of equal numbers may be above them
+    return [pair for pair in uncut if pair.target is not None and pair.target >= least]
 
 
 class Completion(NamedTuple):
@@ -91,7 +103,7 @@ class TokenReport:
     key: str  # of the text and the tokenizer, see cache_key
     dropped: int
     shortened: int  # pairs whose prompt was cut at the left
-    completions: list[Completion]  # chosen and rejected in turn
+    completions: list[Completion]  # chosen and rejected in turn, or those with a label or score
 
     def ending_summary(self) -> str:
         own, added, cut = np.bincount([completion.ending for completion in self.completions], minlength=3)
@@ -232,12 +244,12 @@ def _sides(encoded: dict[str, np.ndarray]) -> Iterator[tuple[Completion, Complet
     return zip(each, each, strict=True)
 
 
-def _unusable(chosen: Completion, rejected: Completion) -> str:
-    """What is wrong with the tokens of a pair, or ""."""
-    for name, side in (("chosen", chosen), ("rejected", rejected)):
+def _unusable(chosen: Completion, rejected: Completion, *, single: bool) -> str:
+    """What is wrong with the tokens of a pair, or of a ``single`` completion, or ""."""
+    for name, side in (("completion" if single else "chosen", chosen), ("rejected", rejected)):
         if side.start == len(side.ids):
             return f"field '{name}' is cut and has no token: remove the record"
-    if np.array_equal(chosen.ids, rejected.ids):
+    if not single and np.array_equal(chosen.ids, rejected.ids):
         return "fields 'chosen' and 'rejected' have the same tokens: a pair needs a difference"
     return ""
 
@@ -282,7 +294,7 @@ def tokenize_pairs(
     completions: list[Completion] = []
     dropped = shortened = 0
     for i, (pair, sides) in enumerate(zip(pairs, _sides(encoded), strict=True)):
-        if problem := _unusable(*sides):
+        if problem := _unusable(*sides, single=pair.target is not None):
             bad.add(UserError(f"{pair.where}: {problem}"))
             continue
         fitting: tuple[Completion, ...] | None = sides
@@ -299,11 +311,12 @@ def tokenize_pairs(
         if fitting is not None:
             prompt_key = prompt_keys.setdefault(pair.prompt, len(prompt_keys))
             kept.append(_tokenized(i, pair, *fitting, prompt_key=prompt_key))
-            completions += fitting
+            completions += fitting[: len(pair.completions)]
+    what = "pair" if pairs[0].target is None else "completion"
     if not kept and dropped:
-        raise UserError(f"all {dropped} pairs are longer than --max-length {max_length} tokens: raise it")
+        raise UserError(f"all {dropped} {what}s are longer than --max-length {max_length} tokens: raise it")
     if not kept:
-        raise UserError(f"every pair is bad; the first: {bad.skipped[-len(pairs)]}")
+        raise UserError(f"every {what} is bad; the first: {bad.skipped[-len(pairs)]}")
     return kept, TokenReport(key=key, dropped=dropped, shortened=shortened, completions=completions)
 
 
@@ -320,4 +333,5 @@ def _tokenized(i: int, pair: Pair, chosen: Completion, rejected: Completion, *, 
         chosen_cut=pair.chosen_cut,
         where=pair.where,
         source=pair.source,
+        target=pair.target,
     )

@@ -13,7 +13,7 @@ class Overlap:
     """How much of the held-out data is also in the training data, not counting white space."""
 
     prompts: int  # held-out pairs whose prompt is trained on
-    completions: int  # held-out completions (two per pair) that are trained on, after any prompt
+    completions: int  # held-out completions (both of a pair) that are trained on, after any prompt
     example: str = ""  # place of the first such pair, by prompt
 
 
@@ -43,12 +43,12 @@ def overlap(train: Sequence[Pair], held_out: Sequence[Pair]) -> Overlap:
     """White space does not count. Empty prompts are no overlap."""
     # Only the held-out side, which is small, is held as a set.
     prompts = {bare(p.prompt) for p in held_out} - {""}
-    completions = {bare(side) for p in held_out for side in (p.chosen, p.rejected)}
+    completions = {bare(side) for p in held_out for side in p.completions}
     prompts &= {text for p in train if (text := bare(p.prompt)) in prompts}
-    completions &= {text for p in train for side in (p.chosen, p.rejected) if (text := bare(side)) in completions}
+    completions &= {text for p in train for side in p.completions if (text := bare(side)) in completions}
     same = [p for p in held_out if bare(p.prompt) in prompts]
     return Overlap(
         prompts=len(same),
-        completions=sum(bare(side) in completions for p in held_out for side in (p.chosen, p.rejected)),
+        completions=sum(bare(side) in completions for p in held_out for side in p.completions),
         example=same[0].where if same else "",
     )

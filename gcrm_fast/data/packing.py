@@ -264,7 +264,9 @@ def _wanted_rows(
         quantiles_2Q=[
             c[[*quantile_positions(len(c)), max(len(c) - 2, 0)]] if quantiles else c[:0] for c in (chosen, rejected)
         ],
-        shared_negatives=(negative_goals < divergence(pair) - pair.rejected_start).mean() if other is pair else 0.0,
+        shared_negatives=(negative_goals < divergence(pair) - pair.rejected_start).mean()
+        if other is pair and sampling.samples
+        else 0.0,
         has_negative=other is not None,
         noise_2D=draw_noise(pair, sampling, epoch),
         before=of_chosen[max(pair.chosen_start - 1, 0) : -1],
@@ -307,6 +309,7 @@ def _read_rows(
         has_negative_N=_tensor(np.array([w.has_negative for w in wanted]), np.bool_),
         shared_negatives_N=_tensor(np.array([w.shared_negatives for w in wanted]), np.float32),
         margin_N=_tensor(np.array([p.margin for p in pairs]), np.float32),
+        target_N=_tensor(np.array([p.target or 0.0 for p in pairs]), np.float32),
         noise_2ND=_tensor(
             np.array([w.noise_2D for w in wanted]).reshape(n, 2, sampling.noise).swapaxes(0, 1), np.float32
         ),

@@ -15,7 +15,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.data import fields as checked
 from gcrm_fast.data.chat import as_texts, is_empty
 from gcrm_fast.data.fields import FieldError, kind
-from gcrm_fast.data.formats import Tie, adapted, judged_by, judgment, suggested_columns
+from gcrm_fast.data.formats import JUDGMENTS, Tie, adapted, judged_by, judgment, suggested_columns
 from gcrm_fast.data.messages import decoded, is_messages
 from gcrm_fast.data.rendering import EndlessTemplate
 from gcrm_fast.data.sources import BadRecords, rows
@@ -30,6 +30,11 @@ FORMATS = {  # of preference pairs
     "ranks": ("prompt", "completions", "ranks"),
     "is_correct": ("prompt", "completion", "is_correct"),  # paired with other completions of the prompt
     "question and is_correct": ("question", "completion", "is_correct"),
+}
+JUDGED_FORMATS = {  # of completions with a label or score
+    "completion": FORMATS["is_correct"],
+    "question and completion": FORMATS["question and is_correct"],
+    "completions": FORMATS["scores"],
 }
 COMPLETION_FORMATS = {
     "completion": ("prompt", "completion"),
@@ -50,6 +55,8 @@ class Pair:
     """A preference pair as text. ``where`` is 'source:line', ``source`` the number of its source among all, from 0;
     ``fields`` holds the record's requested fields.
 
+    With a ``target``, its label or score, it is one completion: ``chosen`` and ``rejected`` are the same.
+
     ``chosen_cut`` and ``rejected_cut``: a length limit cut the completion, so it has no end.
     """
 
@@ -63,6 +70,11 @@ class Pair:
     chosen_cut: bool = False
     rejected_cut: bool = False
     source: int = 0
+    target: float | None = None
+
+    @property
+    def completions(self) -> tuple[str, ...]:
+        return (self.chosen, self.rejected) if self.target is None else (self.chosen,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -417,6 +429,64 @@ def _paired(prompt: str, group: list[Judged], limit: int) -> list[Pair]:
         for better, worse in pairs
         if better.side.text != worse.side.text
     ]
+
+
+def read_judged(
+    sources: Sequence[str],
+    *,
+    probability: bool,
+    fields: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    bad: BadRecords | None = None,
+) -> list[Pair]:
+    """All completions that have a label or score, in order, each with it as its ``target``: true is 1, false 0, or a
+    number; with ``probability`` one from 0 to 1. Other arguments and errors are those of read_pairs."""
+    bad = bad or BadRecords()
+
+    def convert(values: dict[str, Any], needed: tuple[str, ...], raw: dict[str, Any], where: str) -> list[Pair]:
+        prompt, sides = sides_of(values, needed, tokenizer)
+        extra = {name: _group_field(name, raw) for name in fields}
+        if "scores" in needed:
+            given = checked.entries("scores", values["scores"], len(sides))
+            names = [f"scores[{i}]" for i in range(len(given))]
+        else:
+            given, names = [values["is_correct"]], ["is_correct" if columns else judged_by(raw)]
+            judgments = [name for name in JUDGMENTS if raw.get(name) is not None and not columns]
+            if len(judgments) > 1:
+                raise UserError(
+                    f"is judged by {' and '.join(map(repr, judgments))}: name one of them, as in --columns "
+                    f"prompt=prompt,completion=completion,is_correct={judgments[-1]}"
+                )
+        return [
+            Pair(
+                prompt,
+                side.text,
+                side.text,
+                where=where,
+                fields=extra,
+                chosen_cut=side.cut,
+                rejected_cut=side.cut,
+                target=_target(name, value, probability),
+            )
+            for side, name, value in zip(sides, names, given, strict=True)
+            if value is not None
+        ]
+
+    completions: list[Pair] = []
+    for number, source in enumerate(sources):
+        of_records = list(_converted(source, JUDGED_FORMATS, columns or {}, bad, convert))
+        if not any(of_records):
+            raise UserError(f"{source}: contains no completion with a score")
+        completions += [replace(one, source=number) for of_record in of_records for one in of_record]
+    return completions
+
+
+def _target(name: str, value: Any, probability: bool) -> float:
+    target = judgment(name, value)
+    if probability and not 0 <= target <= 1:
+        raise FieldError(name, f"is {target:g}: --loss bce needs true, false or a number from 0 to 1")
+    return target
 
 
 def _group_field(name: str, raw: Mapping[str, Any]) -> str | int | float:

@@ -23,7 +23,7 @@ class Sampling:
     as at inference, the negative source a token of rejected where it differs; ``end_mix``, half of each.
     """
 
-    samples: int = 16
+    samples: int = 16  # 0 where no states are compared
     variant: str = "paper"
     negatives: str = "anywhere"  # or "after-divergence": negative goals only from the first differing token on
     seed: int = 0

@@ -42,6 +42,7 @@ class PairRows:
     has_negative_N: Tensor  # bool; False where negative goals come from another prompt and there is none
     shared_negatives_N: Tensor  # float32, share of the negative goals that lie before the completions diverge
     margin_N: Tensor  # float32
+    target_N: Tensor  # float32, label or score of a completion that is both chosen and rejected; 0 for a pair
     noise_2ND: Tensor  # float32, standard normal, for the latents of a bottleneck head; D = 0 for other heads
     predictions: Predictions | None  # None where none are wanted
     pair_ids: tuple[int, ...]

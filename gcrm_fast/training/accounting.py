@@ -40,7 +40,7 @@ class Work(NamedTuple):
 
     pairs: float
     tokens: float
-    padded_tokens: float  # of the same pairs, two sequences each, padded to the longest of their pack
+    padded_tokens: float  # of the sequences of the same pairs, each padded to the longest of their pack
     model_flops: float  # forward and backward of what the packs hold, however it is computed
     extra_flops: float  # of recomputation in the backward
 
@@ -83,7 +83,8 @@ def work(
     predictions = pack.pairs.predictions
     predicted = 2 * h * config.vocab_size * len(predictions.tokens_M) if predictions is not None else 0
     flops = below + 3 * (trained + read) - omitted + 2 * predicted  # the lm_head's weights have no gradient
-    return Work(pack.n_pairs, t, 2 * pack.n_pairs * pack.max_seqlen_k, flops, again)
+    sequences = pack.n_pairs * (1 if torch.equal(*pack.pairs.end_2N) else 2)  # one completion, or a pair
+    return Work(pack.n_pairs, t, sequences * pack.max_seqlen_k, flops, again)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -34,6 +34,12 @@ from gcrm_fast.common.options import (
 
 ARITHMETIC = "arithmetic"
 MOST_GENERATED = 10**7  # pairs: about 10 GiB
+BEST_BY = {  # metrics of --keep-best by --loss
+    "ranking": ("eval/auroc", "eval/auroc_q", "eval/accuracy"),
+    "bce": ("eval/auroc", "eval/accuracy"),
+    "mse": ("eval/spearman",),
+}
+OF_PAIRS = ("pairs_per_prompt", "label_smoothing", "center_rewards", "sft_weight")  # options that need both sides
 
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
@@ -194,8 +200,13 @@ class TrainConfig(Options):
     states themselves."""
 
     # ---- objective
+    loss: Literal["ranking", "bce", "mse"] = "ranking"
+    """ranking trains on preference pairs. bce and mse train on single completions, with the reward loss alone: bce, the
+    binary cross-entropy of a label (true, false, or from 0 to 1) under sigmoid(reward); mse, the squared difference of
+    the reward and a score. Where other options count pairs, they then count completions."""
     objective: Literal["gcrm", "ranking"] = "gcrm"
-    """gcrm is the ranking loss plus the contrastive loss; ranking is the ranking loss alone."""
+    """gcrm is the ranking loss plus the contrastive loss; ranking is the ranking loss alone. With --loss bce or mse it
+    is ranking: these have no contrastive loss."""
     objective_variant: Literal["paper", "repo", "dense"] = "paper"
     """How the contrastive loss draws and reduces positions: as in the paper, as in the authors' code (repo), or over
     all positions (dense), which is the exact expectation of the paper's."""
@@ -318,9 +329,9 @@ class TrainConfig(Options):
     """Steps between checkpoints, from which an interrupted run resumes; 0 saves eight times per run."""
     keep: ZeroOrMore = 2
     """Number of checkpoints to keep, the newest ones; 0 writes none. A finished run removes them."""
-    keep_best: Literal["", "eval/auroc", "eval/auroc_q", "eval/accuracy"] = ""
+    keep_best: Literal["", "eval/auroc", "eval/auroc_q", "eval/accuracy", "eval/spearman"] = ""
     """Also save at every evaluation, keep the checkpoint with the greatest value of this metric, and write its model to
-    the folder model_best at the end."""
+    the folder model_best at the end; eval/spearman is that of --loss mse."""
     early_stopping: ZeroOrMore = 0
     """Stop after this many evaluations in a row that do not improve the metric of --keep-best; 0 never does. The
     learning rate follows the schedule of the whole run."""
@@ -337,6 +348,11 @@ class TrainConfig(Options):
     config: str = ""
     """TOML file with any of these options, such as the config.toml that a run writes."""
 
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean over."""
+        return "pairs" if self.loss == "ranking" else "completions"
+
     @classmethod
     def defaults(cls, given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         from_file = read_toml(Path(given["config"])) if given.get("config") else {}
@@ -345,6 +361,8 @@ class TrainConfig(Options):
         if preset not in PRESETS:
             raise UserError(f"--preset {preset}: must be {one_of(preset, list(PRESETS))}")
         sources = [("", {"preset": preset}), (f"--preset {preset}", PRESETS[preset])]
+        if known.get("loss", "ranking") != "ranking":
+            sources.append((f"--loss {known['loss']}", {"objective": "ranking"}))
         return [*sources, (f"--config {given.get('config')}", from_file)]
 
     def check(self) -> None:
@@ -382,6 +400,18 @@ class TrainConfig(Options):
             need(drawn, "sampling", "random or avg with --negatives after-divergence")
         if self.sampling == "avg":
             need(self.pairing in ("auto", "paired"), "pairing", "paired with --sampling avg: there is one goal")
+        best = BEST_BY[self.loss]
+        need(self.keep_best in ("", *best), "keep_best", f"{' or '.join(best)} with --loss {self.loss}")
+        if self.loss != "ranking":
+            need(not generated, "loss", "ranking without --data, as the generated data are pairs")
+            need(
+                self.objective == "ranking", "objective", f"ranking with --loss {self.loss}: one completion has no goal"
+            )
+            need(self.head != "bottleneck", "head", f"linear or mlp with --loss {self.loss}")
+            need(not self.eval_by or self.loss == "bce", "eval_by", "omitted with --loss mse, which has no AUROC")
+            for name in OF_PAIRS:
+                default = getattr(type(self), name)
+                need(getattr(self, name) == default, name, f"{default} with --loss {self.loss}, which has no pairs")
         if self.compare == "latents":
             need(self.head == "bottleneck", "compare", "states without --head bottleneck")
             need(not self.projection_size, "projection_size", "0 with --compare latents")
@@ -411,9 +441,9 @@ class TrainConfig(Options):
         ):
             missing = wanted and importlib.util.find_spec(module) is None
             need(not missing, name, f"another value until pip install 'gcrm-fast[{extra}]'")
-        from gcrm_fast.data.records import parse_columns  # here: --help needs no transformers
+        from gcrm_fast.data.records import FORMATS, JUDGED_FORMATS, parse_columns  # here: --help needs no transformers
 
-        parse_columns(self.columns)
+        parse_columns(self.columns, FORMATS if self.loss == "ranking" else JUDGED_FORMATS)
         if generated:
             need(self.train_pairs <= MOST_GENERATED, "train_pairs", f"at most {MOST_GENERATED} generated pairs")
         if not generated and ARITHMETIC in self.data:
@@ -490,6 +520,7 @@ def unused_options(config: TrainConfig) -> set[str]:
         "bottleneck_size bottleneck_weight": config.head != "bottleneck",
         "arithmetic_steps": config.data != (ARITHMETIC,),
         contrastive: config.objective == "ranking",
+        " ".join(OF_PAIRS): config.loss != "ranking",
     }
     return {name for names, unused in parts.items() if unused for name in names.split()} | {"config"}
 

@@ -22,6 +22,17 @@ PANELS = {
     "Gradient norm": {"grad_norm": "gradient norm"},
     "Mean cosine similarity": {"similarity/positive": "positive", "similarity/negative": "negative"},
 }
+OF_COMPLETIONS = {  # with --loss bce or mse
+    "Loss per completion": {"loss/bce": "binary cross-entropy", "loss/mse": "squared error"},
+    "Rewards against labels or scores": {
+        "accuracy": "accuracy",
+        "auroc": "AUROC",
+        "pearson": "Pearson",
+        "spearman": "Spearman",
+    },
+    "Gradient norm": PANELS["Gradient norm"],
+    "Mean reward and label or score": {"reward": "reward", "target": "label or score"},
+}
 
 
 def _plot(axes: Axes, rows: list[dict[str, Any]], names: Mapping[str, str]) -> None:
@@ -34,16 +45,19 @@ def _plot(axes: Axes, rows: list[dict[str, Any]], names: Mapping[str, str]) -> N
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Losses, accuracy and AUROC, similarities, and Q along the completion at the last evaluation."""
-    figure, grid = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
+    """Losses, accuracy and AUROC, similarities, and Q along the completion at the last evaluation. With --loss bce or
+    mse: the loss, AUROC or correlations, and mean rewards."""
+    pairs = not any("target" in row for row in rows)
+    panels = PANELS if pairs else OF_COMPLETIONS
+    figure, grid = plt.subplots(2, 3 if pairs else 2, figsize=(14, 7.5), layout="constrained")
     figure.suptitle(f"Run {path.resolve().parent.name}")
-    for axes, (title, names) in zip(grid.flat, PANELS.items(), strict=False):
+    for axes, (title, names) in zip(grid.flat, panels.items(), strict=False):
         _plot(axes, rows, names)
         last_step = max(row["step"] for row in rows)
         axes.set_xlim(-0.04 * last_step, 1.04 * last_step)
         axes.set(title=title, xlabel="optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    last = next((row for row in reversed(rows) if "eval/auroc" in row), None)
+    last = next((row for row in reversed(rows) if pairs and "eval/auroc" in row), None)
     if last:
         percents = range(0, 101, 10)
         for side in ("chosen", "rejected"):
@@ -54,12 +68,13 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
         for i, percent in enumerate(blind):
             label = f"AUROC of Q up to {chance:.2f}: no better than chance" if i == 0 else None
             grid[1, 2].axvspan(percent - 5, percent + 5, color="0.9", zorder=0, linewidth=0, label=label)
-    grid[1, 2].set(title="Mean Q-value at the last evaluation", xlabel="% of the held-out completion")
+    if pairs:
+        grid[1, 2].set(title="Mean Q-value at the last evaluation", xlabel="% of the held-out completion")
     for axes in grid.flat:
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.ticklabel_format(useOffset=False)
         axes.grid(alpha=0.3)
-        if axes.lines and axes is not grid[1, 2]:
+        if axes.lines and not (pairs and axes is grid[1, 2]):
             axes.legend(fontsize=8)
     if last:  # Q may be anywhere in its panel
         grid[1, 2].legend(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from gcrm_fast.common.errors import printable
@@ -25,6 +26,14 @@ HELD_OUT = {
     "ranking loss": "loss/ranking",
     "contrastive loss": "loss/contrastive",
 }
+HELD_OUT_COMPLETIONS = {  # of --loss bce and mse
+    "AUROC": "auroc",
+    "accuracy": "accuracy",
+    "binary cross-entropy": "loss/bce",
+    "Pearson correlation": "pearson",
+    "Spearman correlation": "spearman",
+    "squared error": "loss/mse",
+}
 
 
 def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
@@ -38,9 +47,9 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
 
     report, held_out_report, shared = prepared.report, prepared.held_out_report, prepared.overlap
     rows = [
-        ("training pairs", count(prepared.train, report)),
+        (f"training {config.unit}", count(prepared.train, report)),
         (
-            "held-out pairs",
+            f"held-out {config.unit}",
             count(prepared.held_out, held_out_report)
             if held_out_report
             else "0: nothing is evaluated without --eval-data or --eval-split",
@@ -53,7 +62,7 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
         rows.append(("bad records", f"{len(prepared.bad.skipped)} skipped; the first: {prepared.bad.skipped[0]}"))
     dropped = report.dropped / (report.dropped + len(prepared.train))
     if dropped > MANY_DROPPED:
-        rows.append(("warning", f"{dropped:.0%} of the training pairs are dropped: raise --max-length"))
+        rows.append(("warning", f"{dropped:.0%} of the training {config.unit} are dropped: raise --max-length"))
     short = sum(len(pair.chosen_ids) - pair.chosen_start <= 2 for pair in prepared.train) / len(prepared.train)
     if config.objective == "gcrm" and short > 0.5:
         rows.append(
@@ -82,12 +91,15 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
 
 
 def mixture_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
-    """Pairs per epoch of each source, with --data-weights."""
+    """Pairs, or completions, per epoch of each source, with --data-weights."""
     if not prepared.mixture:
         return []
     drawn, available = prepared.mixture.counts(), prepared.mixture.available()
     return [
-        (f"  source {i}", f"{name}: {n} per epoch ({n / sum(drawn):.1%}), each of its {own} pairs {n / own:.2g} times")
+        (
+            f"  source {i}",
+            f"{name}: {n} per epoch ({n / sum(drawn):.1%}), each of its {own} {config.unit} {n / own:.2g} times",
+        )
         for i, (name, n, own) in enumerate(zip(config.data, drawn, available, strict=True), start=1)
     ]
 
@@ -112,15 +124,26 @@ def q_verdict(evaluation: Mapping[str, float]) -> str:
 
 
 def first_pair_rows(prepared: Prepared) -> list[tuple[str, str]]:
-    """The first training pair as the model reads it: texts, where each completion starts, where its reward is read."""
+    """The first training pair, or completion, as the model reads it: texts, where each completion starts, where its
+    reward is read."""
     pair = prepared.train[0]
-    sides = ("chosen", pair.chosen_ids, pair.chosen_start), ("rejected", pair.rejected_ids, pair.rejected_start)
+    sides: tuple[tuple[str, np.ndarray, int], ...] = (
+        ("chosen", pair.chosen_ids, pair.chosen_start),
+        ("rejected", pair.rejected_ids, pair.rejected_start),
+    )
+    if pair.target is not None:
+        sides = (("completion", pair.chosen_ids, pair.chosen_start),)
     prompt = "".join(token_texts(prepared.tokenizer, Completion(pair.chosen_ids[: pair.chosen_start], 0, CUT)))
-    rows = [("first pair", pair.where or pair.name), ("  prompt", _quoted(prompt))]
+    rows = [
+        ("first pair" if pair.target is None else "first completion", pair.where or pair.name),
+        ("  prompt", _quoted(prompt)),
+    ]
     for name, ids, start in sides:
         *_, last = texts = token_texts(prepared.tokenizer, Completion(ids, start, CUT))
         place = f"tokens {start + 1} to {len(ids)}; the reward is read at the last, {_quoted(last)}"
         rows.append((f"  {name}", f"{_quoted(''.join(texts))}, {place}"))
+    if pair.target is not None:
+        rows.append(("  label or score", f"{pair.target:g}"))
     return rows
 
 
@@ -148,7 +171,7 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
             *first_pair_rows(prepared),
             ("prompt tokens", prepared.report.prompt_summary()),
             ("completion tokens", prepared.report.completion_summary()),
-            ("steps", f"{prepared.steps} of {config.global_batch_pairs} pairs"),
+            ("steps", f"{prepared.steps} of {config.global_batch_pairs} {config.unit}"),
             ("packs per step", f"{len(packs) / sampled_steps:.1f} over all processes (first {sampled_steps} steps)"),
             ("pack fill", f"{100 * tokens / len(packs) / config.tokens_per_batch:.0f}% of --tokens-per-batch"),
             ("padded / packed", f"{sum(w.padded_tokens for w in done) / tokens:.2f} times the tokens if padded"),
@@ -168,14 +191,15 @@ def held_out_rows(log: MetricsLog, evaluation: Mapping[str, float]) -> list[tupl
         shown = "" if math.isnan(bounds[0]) else f" [{bounds[0]:.3f}, {bounds[1]:.3f}]"
         return f"{evaluation.get(f'eval/{key}', math.nan):.3f}{shown}"
 
-    rows = [
-        (f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {last(key)}") for name, key in HELD_OUT.items()
-    ]
+    pairs = "eval/pairs" in evaluation
+    names = HELD_OUT if pairs else {n: k for n, k in HELD_OUT_COMPLETIONS.items() if log.series(f"eval/{k}")}
+    rows = [(f"held-out {name}", f"{log.series(f'eval/{key}')[0]:.3f} -> {last(key)}") for name, key in names.items()]
     places = {"_at/50": "at 50% of the completion", "_at/90": "at 90%", "_at/before_end": "one token before the end"}
     of_q = [
         f"{evaluation.get(f'eval/auroc_q{at}', math.nan):.3f} {place}" for at, place in (places | {"": "at it"}).items()
     ]
-    rows.append(("held-out AUROC of Q", ", ".join(of_q)))
+    if pairs:
+        rows.append(("held-out AUROC of Q", ", ".join(of_q)))
     prefix = "eval/auroc/"
     groups = {key.removeprefix(prefix): value for key, value in evaluation.items() if key.startswith(prefix)}
     return rows + [(f"  AUROC {name}", f"{value:.3f}") for name, value in groups.items()]

@@ -5,6 +5,7 @@ states.
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from gcrm_fast.evaluation.measures import PERCENT, auroc_interval, ratio_interva
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.training import parallel
 from gcrm_fast.training.loader import plan_pairs
-from gcrm_fast.training.objectives import Objective, Statistics, losses
+from gcrm_fast.training.objectives import RIGHT, Objective, Statistics, losses
 from gcrm_kernels import q_values
 from gcrm_kernels.reference import unit_rows
 
@@ -210,13 +211,19 @@ def breakdown(scores: Scores, fields: Sequence[str]) -> dict[str, float]:
 
 def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair], vocab_size: int) -> dict[str, float]:
     """Held-out AUROC of what needs no understanding: completion length (either sign), and logistic regression on the
-    token counts of a completion, fitted on the first training pairs. A reward model should beat both."""
+    token counts of a completion, fitted on the first training pairs (NaN where all their labels are alike). A reward
+    model should beat both. Right are chosen completions, or those whose label says so."""
     from scipy.sparse import csr_matrix  # here, and sklearn: a fifth of the start of every process
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     def completions(pairs: Sequence[TokenizedPair]) -> list[np.ndarray]:
-        return [p.chosen_ids[p.chosen_start :] for p in pairs] + [p.rejected_ids[p.rejected_start :] for p in pairs]
+        rejected = [p.rejected_ids[p.rejected_start :] for p in pairs if p.target is None]
+        return [p.chosen_ids[p.chosen_start :] for p in pairs] + rejected
+
+    def right(pairs: Sequence[TokenizedPair]) -> np.ndarray:
+        labels = [p.target > RIGHT for p in pairs if p.target is not None]
+        return np.array(labels) if labels else np.repeat([True, False], len(pairs))
 
     def counts(pairs: Sequence[TokenizedPair]) -> csr_matrix:
         tokens = completions(pairs)
@@ -227,12 +234,16 @@ def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair],
         return matrix
 
     fitted = train[:SHORTCUT_PAIRS]
-    data, classifier = (counts(fitted), np.repeat([1, 0], len(fitted))), LogisticRegression(warm_start=True)
+    right_N, bag = right(held_out), math.nan
+    length = auroc_of(right_N, np.array([len(t) for t in completions(held_out)]))
+    length = max(length, 1 - length)
+    data, classifier = (counts(fitted), right(fitted)), LogisticRegression(warm_start=True)
+    if len(set(data[1])) < 2:
+        return {"baseline/auroc_length": length, "baseline/auroc_bag_of_tokens": bag}
     with warnings.catch_warnings():  # its last digits do not matter here
         warnings.simplefilter("ignore", ConvergenceWarning)
         for _ in progress_bar(range(10), desc="bag of tokens", brief=True):
             if classifier.fit(*data).n_iter_[0] < classifier.max_iter:
                 break
-    bag = classifier.decision_function(counts(held_out)).reshape(2, -1)
-    length = auroc(np.array([len(t) for t in completions(held_out)]).reshape(2, -1))
-    return {"baseline/auroc_length": max(length, 1 - length), "baseline/auroc_bag_of_tokens": auroc(bag)}
+    bag = auroc_of(right_N, classifier.decision_function(counts(held_out)))
+    return {"baseline/auroc_length": length, "baseline/auroc_bag_of_tokens": bag}

@@ -212,9 +212,13 @@ def memory_plan(
     budget = prepared.budget
     keys = [len(pair.chosen_ids) + len(pair.rejected_ids) for pair in prepared.train]
     computed = [n - min(p.chosen_start, p.rejected_start) for n, p in zip(keys, prepared.train, strict=True)]
+    if config.loss != "ranking":
+        keys = computed = [len(one.chosen_ids) for one in prepared.train]
     tokens = largest_pack(computed, budget.tokens, config.global_batch_pairs, world_size)
     mean = sum(computed) / len(computed)
-    read_rows = tokens if config.objective_variant == "dense" else int(tokens / mean * (4 * config.samples + 2))
+    read_rows = (
+        tokens if config.objective_variant == "dense" else int(tokens / mean * (4 * prepared.sampling.samples + 2))
+    )
     chosen = [len(pair.chosen_ids) - pair.chosen_start for pair in prepared.train] if config.sft_weight else [0]
     predicted = largest_pack(chosen, budget.tokens, config.global_batch_pairs, world_size)
     shape = MemoryShape(

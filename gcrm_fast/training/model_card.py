@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.encoding import TokenizedPair, preferred
 from gcrm_fast.model import heads
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, to_toml, unused_options
 
@@ -40,6 +41,16 @@ reward = model(**tokenizer(prompt + completion{eos}, return_tensors="pt")).logit
 FOLDER = "path/to/this/folder"
 EXAMPLE_CHARACTERS = 400
 EXAMPLES = 1000  # pairs among which a short one is looked for
+RESULTS = {  # in the header: metric -> its kind on the Hub, its name
+    "eval/accuracy": ("accuracy", "pair accuracy"),
+    "eval/auroc": ("roc_auc", "AUROC"),
+}
+OF_COMPLETIONS = RESULTS | {
+    "eval/accuracy": ("accuracy", "accuracy"),
+    "eval/pearson": ("pearsonr", "Pearson correlation"),
+    "eval/spearman": ("spearmanr", "Spearman correlation"),
+    "eval/loss/mse": ("mse", "squared error"),
+}
 
 
 class Example(NamedTuple):
@@ -51,7 +62,7 @@ class Example(NamedTuple):
 
 
 def example_of(pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """The first uncut pair of up to EXAMPLE_CHARACTERS, or else the shortest one, as its tokens read."""
+    """The first preferred completion of up to EXAMPLE_CHARACTERS, or else the shortest one, as its tokens read."""
 
     adds_bos = tokenizer.bos_token_id in tokenizer("")["input_ids"]
 
@@ -64,7 +75,7 @@ def example_of(pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBas
         prompt = prompt[int(adds_bos and prompt[0] == tokenizer.bos_token_id) :]
         return Example(text(prompt), text(completion if ended else completion[:-1]), ended)
 
-    near = [pair for pair in pairs if not pair.chosen_cut][:EXAMPLES]
+    near = preferred(pairs)[:EXAMPLES]
     examples = (example(pair) for pair in near)
     short = (one for one in examples if len(one.prompt + one.completion) <= EXAMPLE_CHARACTERS)
     return next(short, None) or example(min(near, key=lambda pair: len(pair.chosen_ids)))
@@ -82,8 +93,8 @@ def model_card(
 ) -> str:
     """The text of README.md.
 
-    ``data`` and ``results`` are shown as they are; the header gets pair accuracy and AUROC from ``metrics``, those of
-    the last evaluation (empty without held-out data). ``chats``: the tokenizer has a chat template.
+    ``data`` and ``results`` are shown as they are; the header gets accuracy, AUROC or correlations from ``metrics``,
+    those of the last evaluation (empty without held-out data). ``chats``: the tokenizer has a chat template.
     """
     folder = config.push_to_hub or FOLDER
     messages = "a float; lists of texts" + (" and messages" if chats else "") + " work as well"
@@ -123,19 +134,19 @@ def _header(config: TrainConfig, metrics: Mapping[str, float]) -> str:
     """YAML: what the Hub lists and searches."""
     sources = config.eval_data or config.data
     source = " ".join(name if _on_the_hub(name) else Path(name).name for name in sources)
-    base = base_card(config.model)
+    base, count = base_card(config.model), f"eval/{config.unit}"
     results = [
         EvalResult(
             task_type="text-classification",
-            dataset_type="preference-pairs",
+            dataset_type="preference-pairs" if config.loss == "ranking" else "labeled-completions",
             dataset_name=source,
-            dataset_args={"held-out pairs": int(metrics["eval/pairs"])} if "eval/pairs" in metrics else None,
+            dataset_args={f"held-out {config.unit}": int(metrics[count])} if count in metrics else None,
             metric_type=kind,
             metric_name=name,
             metric_value=round(metrics[key], 4),
         )
-        for key, kind, name in (("eval/accuracy", "accuracy", "pair accuracy"), ("eval/auroc", "roc_auc", "AUROC"))
-        if key in metrics
+        for key, (kind, name) in (RESULTS if config.loss == "ranking" else OF_COMPLETIONS).items()
+        if math.isfinite(metrics.get(key, math.nan))
     ]
     values: dict[str, Any] = {
         "license": config.license or base.get("license"),

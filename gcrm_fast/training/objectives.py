@@ -1,4 +1,4 @@
-"""Ranking and goal-conditioned contrastive loss of a pack, per pair.
+"""Ranking and goal-conditioned contrastive loss of a pack, per pair; and losses of single completions.
 
 Letters: N pairs, S samples per pair, K statistics.
 """
@@ -25,6 +25,7 @@ from gcrm_kernels import (
     reference,
 )
 
+RIGHT = 0.5  # labels above it are those of right completions
 # What ``losses`` measures for every pair.
 STATISTICS = (
     "loss",
@@ -40,10 +41,16 @@ STATISTICS = (
     "pairs_without_positive",
     "pairs_without_negative",
 )
+OF_COMPLETIONS = {  # by --loss, for every completion with a label or score
+    "bce": ("loss", "loss/bce", "accuracy", "reward", "target"),
+    "mse": ("loss", "loss/mse", "reward", "target"),
+}
 
 
-def statistics_of(head: str, *, sft: bool = False) -> tuple[str, ...]:
-    """STATISTICS, and those of a head's own terms and of an lm_head."""
+def statistics_of(head: str, *, sft: bool = False, loss: str = "ranking") -> tuple[str, ...]:
+    """STATISTICS, and those of a head's own terms and of an lm_head; OF_COMPLETIONS for bce and mse."""
+    if loss in OF_COMPLETIONS:
+        return OF_COMPLETIONS[loss]
     return (*STATISTICS, *(f"loss/{name}" for name in (*heads.KINDS[head].terms, *(("sft",) if sft else ()))))
 
 
@@ -82,7 +89,8 @@ class Objective:
 
     ``dense`` compares all positions of a pair: the exact expectation of drawn ones, paired, log_then_mean. ``average``
     makes the mean of the drawn goal states the goal of each source. ``distance``: cosine, dot or euclidean (negative).
-    ``label_smoothing`` and ``centering``: see ``preference_loss``.
+    ``label_smoothing`` and ``centering``: see ``preference_loss``. With ``loss`` bce or mse the total is
+    ``completion_loss`` alone.
     """
 
     contrastive_weight: float = 0.5
@@ -95,6 +103,7 @@ class Objective:
     label_smoothing: float = 0.0
     centering: float = 0.0
     term_weights: Mapping[str, float] = field(default_factory=dict)
+    loss: str = "ranking"
 
 
 def ranking_loss(reward_2N: Tensor, margin_N: Tensor) -> Tensor:
@@ -110,6 +119,14 @@ def preference_loss(reward_2N: Tensor, margin_N: Tensor, objective: Objective) -
     if objective.label_smoothing:
         loss_N = loss_N + objective.label_smoothing * (reward_2N.diff(dim=0)[0].neg() - margin_N)
     return loss_N + objective.centering * reward_2N.sum(0) ** 2 if objective.centering else loss_N
+
+
+def completion_loss(reward_N: Tensor, target_N: Tensor, loss: str) -> Tensor:
+    """Of each completion, [N]: the binary cross-entropy (nats) of sigmoid(reward) and a label from 0 to 1 (bce), or the
+    squared difference of reward and score (mse)."""
+    if loss == "bce":
+        return F.binary_cross_entropy_with_logits(reward_N, target_N.to(reward_N), reduction="none")
+    return (reward_N - target_N) ** 2
 
 
 def contrastive_loss(z_RD: Tensor, pairs: PairRows, objective: Objective) -> tuple[Tensor, ContrastiveStatistics]:
@@ -153,6 +170,8 @@ def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tenso
 
     With weight 0 the contrastive loss is still measured, without a gradient: the curves stay comparable.
     """
+    if objective.loss in OF_COMPLETIONS:
+        return completion_losses(output, pairs, objective.loss)
     ranking_N = preference_loss(output.reward_2N, pairs.margin_N, objective)
     with torch.set_grad_enabled(torch.is_grad_enabled() and objective.contrastive_weight != 0):
         contrastive_N, similarity = contrastive_loss(output.z_RD, pairs, objective)
@@ -177,6 +196,24 @@ def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tenso
             **{f"loss/{name}": term_N.detach() for name, term_N in output.terms.items()},
         }
     )
-    # A dummy pack has no pairs; reading z keeps every parameter in its graph, so that all ranks reduce alike.
-    total = total_N.sum() + 0.0 * output.z_RD.sum().to(total_N.dtype)
-    return total, statistics
+    return summed(total_N, output), statistics
+
+
+def completion_losses(output: Output, pairs: PairRows, loss: str) -> tuple[Tensor, Statistics]:
+    """As ``losses``, of completions, which are both sides of their pair: the first one is read."""
+    reward_N = output.reward_2N[0]
+    loss_N = completion_loss(reward_N, pairs.target_N, loss)
+    measured = {
+        "loss": loss_N.detach(),
+        f"loss/{loss}": loss_N.detach(),
+        "accuracy": (reward_N > 0) == (pairs.target_N > RIGHT),
+        "reward": reward_N.detach(),
+        "target": pairs.target_N,
+    }
+    return summed(loss_N, output), Statistics.of({name: measured[name] for name in OF_COMPLETIONS[loss]})
+
+
+def summed(total_N: Tensor, output: Output) -> Tensor:
+    """The sum over the pack. A dummy pack has no pairs; reading z keeps every parameter in its graph, so that all ranks
+    reduce alike."""
+    return total_N.sum() + 0.0 * output.z_RD.sum().to(total_N.dtype)

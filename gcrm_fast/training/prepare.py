@@ -20,11 +20,11 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.data import arithmetic
 from gcrm_fast.data.batches import Budget, batches_per_epoch, split_to_budget
 from gcrm_fast.data.chat import end_tokens, with_date
-from gcrm_fast.data.encoding import TokenizedPair, TokenReport, tokenize_pairs
+from gcrm_fast.data.encoding import TokenizedPair, TokenReport, preferred, tokenize_pairs
 from gcrm_fast.data.mixture import Mixture
 from gcrm_fast.data.overlap import Overlap, overlap, split_by_prompt
 from gcrm_fast.data.packing import group_size
-from gcrm_fast.data.records import Pair, parse_columns, read_pairs
+from gcrm_fast.data.records import FORMATS, JUDGED_FORMATS, Pair, parse_columns, read_judged, read_pairs
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.token_cache import TokenCache, cache_folder
@@ -33,7 +33,7 @@ from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig
 from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.lora import Lora
-from gcrm_fast.training.objectives import Objective
+from gcrm_fast.training.objectives import RIGHT, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Prepared:
 
     @functools.cached_property
     def data_key(self) -> str:
-        """Fingerprint of the training data: tokens and margins, and the source of each pair where that matters."""
+        """Fingerprint of the training data: tokens, margins, labels, and the source of each pair where that matters."""
         return _fingerprint(self.train, self.report, self.mixture.source_N.tobytes() if self.mixture else b"")
 
     @property
@@ -68,27 +68,26 @@ class Prepared:
 
 def _fingerprint(pairs: list[TokenizedPair], report: TokenReport, more: bytes = b"") -> str:
     margins = np.array([pair.margin for pair in pairs], dtype=np.float64)
-    return hashlib.sha256(report.key.encode() + margins.tobytes() + more).hexdigest()
+    targets = np.array([pair.target for pair in pairs if pair.target is not None], dtype=np.float64)
+    return hashlib.sha256(report.key.encode() + margins.tobytes() + targets.tobytes() + more).hexdigest()
 
 
 def load_pairs(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, bad: BadRecords
 ) -> tuple[list[Pair], list[Pair]]:
-    """(training, held-out) pairs, read or generated."""
+    """(training, held-out) pairs, read or generated; for --loss bce and mse completions with their label or score."""
     if config.data == (ARITHMETIC,):
         preset = PRESETS[ARITHMETIC]
         n_train, n_eval = config.train_pairs or preset["train_pairs"], config.eval_pairs or preset["eval_pairs"]
         return arithmetic.generate(n_train, n_eval, config.seed, config.arithmetic_steps)
 
     def read(sources: tuple[str, ...], fields: tuple[str, ...]) -> list[Pair]:
-        return read_pairs(
-            sources,
-            fields=fields,
-            columns=parse_columns(config.columns),
-            tokenizer=tokenizer,
-            pairs_per_prompt=config.pairs_per_prompt,
-            bad=bad,
-        )
+        more: dict[str, Any] = {"fields": fields, "tokenizer": tokenizer, "bad": bad}
+        if config.loss == "ranking":
+            columns = parse_columns(config.columns, FORMATS)
+            return read_pairs(sources, columns=columns, pairs_per_prompt=config.pairs_per_prompt, **more)
+        columns = parse_columns(config.columns, JUDGED_FORMATS)
+        return read_judged(sources, columns=columns, probability=config.loss == "bce", **more)
 
     if config.eval_split:
         train, held_out = split_by_prompt(read(config.data, config.eval_by), config.eval_split, config.seed)
@@ -190,7 +189,7 @@ def prepare(config: TrainConfig) -> Prepared:
     train, held_out = load_pairs(config, tokenizer, bad)
     shared = check_overlap(train, held_out, config.allow_overlap)
     if tokenizer is None:
-        texts = (p.prompt + side for p in train for side in (p.chosen, p.rejected))
+        texts = (p.prompt + side for p in train for side in p.completions)
         tokenizer = train_tokenizer(texts, config.vocab_size)
         tokenizer.split_special_tokens = config.special_tokens == "text"
     model_config, weights = model or new_model(config, tokenizer)
@@ -209,8 +208,11 @@ def prepare(config: TrainConfig) -> Prepared:
 
         tokenized, report = tokenize(train)
         tokenized_held_out, held_out_report = tokenize(held_out) if held_out else ([], None)
-        if all(pair.chosen_cut for pair in tokenized):
-            raise UserError(f"--data {' '.join(config.data)}: every chosen completion is cut: none has an end state")
+        if not preferred(tokenized):
+            which = "chosen " if config.loss == "ranking" else ""
+            raise UserError(f"--data {' '.join(config.data)}: every {which}completion is cut: none has an end state")
+        if config.keep_best and config.loss != "ranking":
+            check_labels_differ(tokenized_held_out, config)
         for pair in tokenized + tokenized_held_out:
             split_to_budget([pair], budget)  # raises where a pair does not fit
         if config.sampling == "rs":
@@ -236,10 +238,24 @@ def prepare(config: TrainConfig) -> Prepared:
             config.sampling,
             noise=model_config.bottleneck_size,
             predict=config.sft_weight > 0,
-        ),
+        )
+        if config.loss == "ranking"
+        else Sampling(samples=0),
         steps=config.steps or max(1, math.ceil(config.epochs * per_epoch)),
         output=output,
     )
+
+
+def check_labels_differ(held_out: list[TokenizedPair], config: TrainConfig) -> None:
+    """Raises UserError where the metric of --keep-best is undefined."""
+    targets = {pair.target for pair in held_out}
+    if config.loss == "bce":
+        targets = {float(target is not None and target > RIGHT) for target in targets}
+    if len(targets) < 2:
+        raise UserError(
+            f"--keep-best {config.keep_best}: all {len(held_out)} held-out completions have the same label or score: "
+            "hold out others, or omit --keep-best"
+        )
 
 
 def mixture_of(config: TrainConfig, pairs: list[TokenizedPair]) -> Mixture | None:
@@ -267,9 +283,9 @@ def _check_blocks(pairs: list[TokenizedPair], config: TrainConfig, budget: Budge
 
 
 def default_output(config: TrainConfig) -> str:
-    """runs/<data>-<objective>[-<variant>]-seed<n>, e.g. runs/arithmetic-gcrm-paper-seed0."""
+    """runs/<data>-<loss>-seed<n> or runs/<data>-gcrm-<variant>-seed<n>, e.g. runs/arithmetic-gcrm-paper-seed0."""
     name = re.split(r"[.:]", Path(config.data[0]).name)[0]
-    objective = config.objective if config.objective == "ranking" else f"gcrm-{config.objective_variant}"
+    objective = config.loss if config.objective == "ranking" else f"gcrm-{config.objective_variant}"
     return f"runs/{name}-{objective}-seed{config.seed}"
 
 
@@ -287,6 +303,7 @@ def objective_of(config: TrainConfig) -> Objective:
         label_smoothing=config.label_smoothing,
         centering=config.center_rewards,
         term_weights=term_weights(config),
+        loss=config.loss,
     )
 
 

@@ -16,6 +16,7 @@ from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import table
+from gcrm_fast.data.encoding import preferred
 from gcrm_fast.model.reward_model import LM_HEAD, LlamaRewardModel, goal_state
 from gcrm_fast.training import parallel
 from gcrm_fast.training.accounting import Meter, peak_flops, peak_memory
@@ -35,6 +36,7 @@ from gcrm_fast.training.held_out import (
     score_tokens,
     shortcuts,
 )
+from gcrm_fast.training.held_out_completions import completion_metrics
 from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.lora import Lora
 from gcrm_fast.training.lower_states import with_lower_states
@@ -91,8 +93,7 @@ class Run:
 
     def goal(self, maximum: int | None = None) -> tuple[Tensor, int]:
         """Goal state of the current model, and over how many training pairs (up to ``maximum``) it is the mean."""
-        uncut = [pair for pair in self.prepared.train if not pair.chosen_cut]
-        pairs = uncut[: self.config.goal_pairs or None][:maximum]
+        pairs = preferred(self.prepared.train)[: self.config.goal_pairs or None][:maximum]
         states = end_states(self.state.model, pairs, self.prepared.budget, self.prepared.sampling, self.device)
         return goal_state(states, len(pairs), remedy=NOT_FINITE_REMEDY, all_ranks=True), len(pairs)
 
@@ -114,8 +115,12 @@ class Run:
                 self.device,
             )
         self.scores = scores
-        row = metrics(scores)
-        if final_goal is not None:
+        final = final_goal is not None
+        if self.config.loss != "ranking":
+            row = completion_metrics(scores, self.config.loss, self.config.eval_by, final=final)
+        else:
+            row = metrics(scores)
+        if final and self.config.loss == "ranking":
             row |= {f"eval/auroc/{k}": v for k, v in breakdown(scores, self.config.eval_by).items()}
             row |= intervals(scores)
         if self.log:
@@ -147,7 +152,8 @@ class Run:
         per_step = self.config.global_batch_pairs / row["pairs_per_s"]  # without evaluations and checkpoints
         shown = {"s/step": f"{per_step:.3g}", "loss": f"{row['loss']:.3f}"}
         if self.log and self.prepared.held_out:
-            shown["held-out AUROC"] = f"{self.log.series('eval/auroc')[-1]:.3f}"
+            metric, name = ("spearman", "Spearman") if self.config.loss == "mse" else ("auroc", "AUROC")
+            shown[f"held-out {name}"] = f"{self.log.series(f'eval/{metric}')[-1]:.3f}"
         return shown
 
     def save(self, step: int, evaluation: dict[str, float]) -> None:
@@ -177,7 +183,7 @@ class Run:
 
     def write_report(self, goal: Tensor) -> None:
         """Writes inspect.html, from the last evaluation; every rank must call it. Nothing without held-out pairs."""
-        if not self.scores:
+        if not self.scores or self.config.loss != "ranking":
             return
         prepared, scores = self.prepared, self.scores
         pairs = [scores.pairs[i] for indices in shown_pairs(scores).values() for i in indices]
@@ -252,7 +258,7 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     rows = prepared.weights.rows
     parallel.materialize(model, mesh, device, lora.rows(rows, config.seed) if lora else rows)
     stopping = EarlyStopping(metric=config.keep_best, patience=config.early_stopping)
-    window = Window(statistics_of(config.head, sft=regularized), device)
+    window = Window(statistics_of(config.head, sft=regularized, loss=config.loss), device)
     state = RunState(model, Updater(model, config, prepared.steps, device), window)
     if checkpoint:
         state.load(checkpoint, group)
@@ -302,11 +308,11 @@ def finish(run: Run, step: int) -> dict[str, float]:
     prepared, log, output = run.prepared, run.log, run.prepared.output
     last = run.full_model()
     evaluation = run.evaluate(step, last.goal)
-    rows = [("optimizer steps", f"{step} of {run.config.global_batch_pairs} pairs")]
+    rows = [("optimizer steps", f"{step} of {run.config.global_batch_pairs} {run.config.unit}")]
     if run.stopping.is_over:
         rows.append(("stopped early", stopped_early(run, step)))
     if log:
-        if evaluation:
+        if evaluation and run.config.loss != "mse":
             baselines = shortcuts(prepared.train, prepared.held_out, prepared.model_config.vocab_size)
             log.write(step, baselines)
             rows += [
@@ -323,7 +329,7 @@ def finish(run: Run, step: int) -> dict[str, float]:
         run.write_model("model", last, rows, evaluation)
         log.close(evaluation)
         run.checkpoints.remove_all()
-        if evaluation:
+        if evaluation and run.config.loss == "ranking":
             rows.append(("Q-values", q_verdict(evaluation)))
         memory = f"{peak_memory(run.device) / 2**30:.2f} GiB per process"
         print(f"\n{table([*rows, ('peak memory', memory), ('saved', str(output / 'model'))])}", flush=True)

@@ -61,6 +61,19 @@ def test_curves_are_gray_where_q_is_no_better_than_chance(tmp_path: Path, drawn:
     assert [patch.get_x() + 5 for patch in axes.patches] == [0, 10, 20, 30, 40]
 
 
+@pytest.mark.parametrize(("loss", "metric"), [("bce", "auroc"), ("mse", "spearman")])
+def test_curves_of_single_completions_have_no_panel_of_pairs(
+    tmp_path: Path, drawn: Drawn, loss: str, metric: str
+) -> None:
+    step = {f"loss/{loss}": 0.5, "reward": 0.1, "target": 0.4, "grad_norm": 1.0}
+    held_out = {f"eval/{metric}": 0.9, f"eval/loss/{loss}": 0.6, "eval/reward": 0.2, "eval/target": 0.3}
+    plot_curves([{"step": 1, **step}, {"step": 1, **held_out}], tmp_path / "curves.png")
+    lines = {axes.get_title(): [str(line.get_label()) for line in axes.lines] for axes in drawn().axes}
+    assert [len(of_panel) for of_panel in lines.values()] == [2, 1, 1, 4]
+    words = " ".join([*lines, *(label for of_panel in lines.values() for label in of_panel)])
+    assert not any(word in words for word in ("pair", "Ranking", "contrastive", "Q-value"))
+
+
 def test_savings_have_a_line_per_method(tmp_path: Path, drawn: Drawn) -> None:
     questions = [
         Question(
