@@ -215,7 +215,7 @@ def prepare(config: TrainConfig) -> Prepared:
             check_labels_differ(tokenized_held_out, config)
         for pair in tokenized + tokenized_held_out:
             split_to_budget([pair], budget)  # raises where a pair does not fit
-        if config.sampling == "rs":
+        if config.sampling == "rs" and config.loss == "ranking":
             _check_blocks(tokenized + tokenized_held_out, config, budget)
     per_epoch = batches_per_epoch(len(tokenized), config.global_batch_pairs)
     return Prepared(
@@ -266,7 +266,7 @@ def mixture_of(config: TrainConfig, pairs: list[TokenizedPair]) -> Mixture | Non
     for name, available in zip(config.data, mixture.available(), strict=True):
         if not available:
             raise UserError(
-                f"--data-weights: no pair of {name} is left: all are longer than --max-length, held out by "
+                f"--data-weights: {name} has no {config.unit} left: all are longer than --max-length, held out by "
                 "--eval-split, or after the first --train-pairs"
             )
     return mixture

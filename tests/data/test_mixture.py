@@ -171,7 +171,7 @@ def test_two_processes_with_small_packs_train_the_same(two_sources: list[str], t
 def test_options_that_do_not_fit_are_one_line(two_sources: list[str], tmp_path: Path, gcrm: Gcrm) -> None:
     for more, message in (
         (["--data-weights", "1"], "--data-weights 1.0 2.0 1.0: must be one number per source of --data: 2"),
-        (["--train-pairs", "15"], f"--data-weights: no pair of {two_sources[1]} is left"),
+        (["--train-pairs", "15"], f"--data-weights: {two_sources[1]} has no pairs left"),
     ):
         result = gcrm("train", *mixed(two_sources, tmp_path / "out"), *more)
         assert result.returncode == 2

@@ -25,12 +25,15 @@ from gcrm_fast.evaluation.measures import RESAMPLES
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.train import main
+from gcrm_fast.training import memory
 from gcrm_fast.training.accounting import work
 from gcrm_fast.training.config import TrainConfig, parse, unused_options
 from gcrm_fast.training.held_out import shortcuts
 from gcrm_fast.training.held_out_completions import pearson_interval
+from gcrm_fast.training.memory import MemoryPlan, MemoryShape, memory_plan
 from gcrm_fast.training.objectives import Objective, completion_loss, losses
 from gcrm_fast.training.prepare import prepare, steps_of
+from support.folders import llama
 from support.small import VOCAB, small_config, small_model
 from support.training_runs import Gcrm, arguments, assert_same, end_in_step_9, rows, torchrun, trained
 
@@ -253,11 +256,15 @@ def test_a_run_reports_rewards_against_labels_and_says_nothing_of_pairs(
     assert count == int((target >= target.mean()).sum()) < 24
 
 
-@pytest.mark.parametrize("options", [(), ("--layers", "2", "--train-layers", "1", "--cache-states")])
+@pytest.mark.parametrize(
+    "options", [(), ("--layers", "2", "--train-layers", "1", "--cache-states"), ("--lora-rank", "4")], ids=str
+)
 def test_a_run_resumes_bit_for_bit(
     data: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
     loss, path = data
+    if "--lora-rank" in options:
+        options = (*options, "--model", str(llama(tmp_path / "base")))
     call = {name: arguments(path, tmp_path / name, "--loss", loss, *options) for name in ("whole", "resumed")}
     assert main(call["whole"]) == 0
     end_in_step_9(call["resumed"], monkeypatch)
@@ -308,6 +315,24 @@ def test_a_step_reads_no_other_states_than_those_of_the_rewards(data: tuple[str,
     config = parse(arguments(path, tmp_path, "--loss", loss))
     (pack,) = steps_of(prepare(config), config, 0, 1)[0].packs
     assert len(pack.read_rows_R) == pack.n_pairs == 8
+
+
+def test_predicted_memory_counts_a_completion_once(
+    data: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, path = data
+    config = parse(arguments(path, tmp_path, "--loss", loss, "--global-batch-pairs", "24"))
+    prepared = prepare(config)
+    shapes, choose_plan = [], memory.choose_plan
+
+    def noted(limit: int, shape: MemoryShape, *rest: Any) -> MemoryPlan:
+        shapes.append(shape)
+        return choose_plan(limit, shape, *rest)
+
+    monkeypatch.setattr(memory, "choose_plan", noted)
+    memory_plan(prepared, config, 1, torch.device("cpu"), 2**40)
+    (shape,) = shapes
+    assert shape.tokens == shape.keys == sum(len(one.chosen_ids) for one in prepared.train)
 
 
 def test_dry_run_shows_the_first_completion(data: tuple[str, Path], gcrm: Gcrm) -> None:
