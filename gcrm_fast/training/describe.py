@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 
 from gcrm_fast.common.errors import printable
@@ -127,18 +126,11 @@ def first_pair_rows(prepared: Prepared) -> list[tuple[str, str]]:
     """The first training pair, or completion, as the model reads it: texts, where each completion starts, where its
     reward is read."""
     pair = prepared.train[0]
-    sides: tuple[tuple[str, np.ndarray, int], ...] = (
-        ("chosen", pair.chosen_ids, pair.chosen_start),
-        ("rejected", pair.rejected_ids, pair.rejected_start),
-    )
-    if pair.target is not None:
-        sides = (("completion", pair.chosen_ids, pair.chosen_start),)
+    what, names = ("pair", ["chosen", "rejected"]) if pair.target is None else ("completion", ["completion"])
     prompt = "".join(token_texts(prepared.tokenizer, Completion(pair.chosen_ids[: pair.chosen_start], 0, CUT)))
-    rows = [
-        ("first pair" if pair.target is None else "first completion", pair.where or pair.name),
-        ("  prompt", _quoted(prompt)),
-    ]
-    for name, ids, start in sides:
+    rows = [(f"first {what}", pair.where or pair.name), ("  prompt", _quoted(prompt))]
+    starts = pair.chosen_start, pair.rejected_start
+    for name, ids, start in zip(names, pair.sequences, starts, strict=False):
         *_, last = texts = token_texts(prepared.tokenizer, Completion(ids, start, CUT))
         place = f"tokens {start + 1} to {len(ids)}; the reward is read at the last, {_quoted(last)}"
         rows.append((f"  {name}", f"{_quoted(''.join(texts))}, {place}"))

@@ -384,8 +384,8 @@ def test_examples_of_the_formats_run_as_written(tmp_path: Path, monkeypatch: pyt
             assert runs[-1].returncode == 0, runs[-1].stderr
         else:
             subprocess.run(command, shell=True, check=True)
-    pairs = [re.search(r"training pairs +(\d+) ", run.stdout) for run in runs]
-    assert [found and found[1] for found in pairs] == ["1", "1", "1", "1", "1", "3", "3", "1"]
+    pairs = [re.search(r"training (?:pairs|completions) +(\d+) ", run.stdout) for run in runs]
+    assert [found and found[1] for found in pairs] == ["1", "1", "1", "1", "1", "3", "3", "2", "2", "1"]
 
 
 def test_bad_input_under_torchrun_fails_once_before_any_training(tmp_path: Path) -> None:
