@@ -61,7 +61,7 @@ def _of_sources(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
 def plot_roc(scored: Mapping[str, Labeled], rows: Sequence[Row], path: Path) -> None:
     """ROC of the reward, of Q at the last token, and of length in the better direction."""
     found = _of_sources(rows)
-    with _panels(path, len(scored), min(len(scored), ACROSS), 4.2, 5) as panels:
+    with _panels(path, len(scored), min(len(scored), ACROSS), 4.2, 5.8) as panels:
         for axes, (source, labeled) in zip(panels, scored.items(), strict=True):
             kind, sign = ("longer", 1) if found[source]["auroc_longer"].value >= 0.5 else ("shorter", -1)
             curves = [
