@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from gcrm_fast.checkpoints.adapters import find_adapter, tokenizer_folder
 from gcrm_fast.checkpoints.config_json import read_json
 from gcrm_fast.checkpoints.locating import ADAPTER, HEAD_FILE
+from gcrm_fast.data.chat import Form, trained_on
 from gcrm_fast.data.ends import Choice, End, Kind
 from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import load_tokenizer
@@ -58,12 +59,15 @@ def where_read(folder: Path, choice: Choice) -> tuple[End, str]:
     return End(kind, None if kind == "eos" else pad), f"{folder}: rewards are read {where}: {why} (see --end)"
 
 
-def choose_special_tokens(
+def read_as_trained(
     tokenizer: PreTrainedTokenizerBase, folder: Path, choice: Literal["auto"] | Reading = "auto"
 ) -> None:
     """Makes the tokenizer read special tokens in prompts and completions as chosen; ``auto`` is what gcrm.json says, or
-    else what the tokenizer does. Raises UserError for a gcrm.json that cannot be read."""
+    else what the tokenizer does. Prompts in another form than those of the training data will be warned of. Raises
+    UserError for a gcrm.json that cannot be read."""
     saved = read_json(folder / HEAD_FILE, "save the model again") if (folder / HEAD_FILE).exists() else {}
     chosen = saved.get("special_tokens") if choice == "auto" else choice
     if chosen is not None:
         tokenizer.split_special_tokens = chosen == "text"
+    prompts = saved.get("prompts")
+    trained_on(tokenizer, [form for form in get_args(Form) if isinstance(prompts, list) and form in prompts])

@@ -3,7 +3,8 @@
 A saved model is a folder of transformers' sequence classifier of its family, e.g. ``LlamaForSequenceClassification``,
 with one label, plus
 
-    gcrm.json            which head, projection size, end-token policy, how special tokens are read, weights fingerprint
+    gcrm.json            which head, projection size, end-token policy, how special tokens are read, whether prompts
+                         were messages or text (with a chat template), weights fingerprint
     gcrm.safetensors     projection and heads of several layers: what the transformers class cannot hold
     goal.safetensors     the default goal state (see goals.py)
     README.md            the model card, of a run (see model_card.py)
@@ -28,7 +29,7 @@ from gcrm_fast.checkpoints.config_json import huggingface_config
 from gcrm_fast.checkpoints.goals import DEFAULT, GOAL_FILE, write_goals
 from gcrm_fast.checkpoints.locating import ADAPTER_WEIGHTS, COMPANION, HEAD_FILE, PEFT_PREFIX
 from gcrm_fast.checkpoints.reading import POLICIES
-from gcrm_fast.data.chat import ending_at_the_reward
+from gcrm_fast.data.chat import ending_at_the_reward, prompt_forms
 from gcrm_fast.data.ends import Kind
 from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import save_tokenizer
@@ -130,6 +131,8 @@ def _write_companions(
     if config.bottleneck_size:
         own |= {"bottleneck_size": config.bottleneck_size, "compare": config.compare}
     reading: Reading = "text" if tokenizer.split_special_tokens else "tokens"
+    if forms := prompt_forms(tokenizer):
+        own["prompts"] = forms
     (folder / HEAD_FILE).write_text(json.dumps({**own, "special_tokens": reading, **about}, indent=2) + "\n")
     if end == "eos":
         tokenizer = copy.deepcopy(tokenizer)

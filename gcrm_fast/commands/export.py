@@ -21,7 +21,7 @@ from torch import Tensor
 from gcrm_fast.checkpoints.adapters import tokenizer_folder
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals, write_goals
 from gcrm_fast.checkpoints.locating import COMPANION, MODEL_FILES, locate
-from gcrm_fast.checkpoints.reading import choose_special_tokens, where_read
+from gcrm_fast.checkpoints.reading import read_as_trained, where_read
 from gcrm_fast.checkpoints.saving import fingerprint, write_model
 from gcrm_fast.checkpoints.weights import open_reward_model, parameter_shapes
 from gcrm_fast.commands.options import ExportOptions
@@ -110,7 +110,7 @@ def export(options: ExportOptions) -> None:
         )
     state = {name: weights.rows(name, shape, slice(None)) for name, shape in parameter_shapes(config).items()}
     tokenizer = load_tokenizer(tokenizer_folder(folder))
-    choose_special_tokens(tokenizer, folder)
+    read_as_trained(tokenizer, folder)
     end, reading = where_read(folder, options.end)
     if end.pad is None:
         choose_pad(tokenizer, config.vocab_size, options.model, config.family)

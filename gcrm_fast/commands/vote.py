@@ -152,12 +152,12 @@ def table(elections: Sequence[Election]) -> str:
             ]
         )
     head = ["", "questions", "samples", "threshold", "dropped", "tokens saved", "as released", "unfiltered"]
-    note = (
-        "unfiltered: questions whose samples all fall below the threshold; none of theirs is dropped"
-        if any(election.saving.none_left for election in elections)
-        else ""
-    )
-    tables = [columns(["", "accuracy", "won", "lost", "p"], lines), columns(head, savings), note]
+    notes = []
+    if any(election.saving.none_left for election in elections):
+        notes.append("unfiltered: questions whose samples all fall below the threshold; none of theirs is dropped")
+    if all(election.samples == election.results[0].questions for election in elections):
+        notes.append("no question has more than one sample, so that every vote gives the same answers")
+    tables = [columns(["", "accuracy", "won", "lost", "p"], lines), columns(head, savings), "\n".join(notes)]
     return "\n\n".join(filter(None, tables))
 
 

@@ -8,10 +8,10 @@ starts no earlier than the first message in which the sides differ.
 import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +37,10 @@ class _Dialogue(NamedTuple):
 _PROBE_DIALOGUE = _Dialogue([{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}], None)
 # What a template writes after a question, at least; text without it is not the template's.
 _turns: WeakKeyDictionary[PreTrainedTokenizerBase, str] = WeakKeyDictionary()
+# How the prompts read so far were written, and those of the training data, where gcrm.json records it.
+Form = Literal["messages", "text"]
+_read: WeakKeyDictionary[PreTrainedTokenizerBase, set[Form]] = WeakKeyDictionary()
+_trained_on: WeakKeyDictionary[PreTrainedTokenizerBase, set[Form]] = WeakKeyDictionary()
 # A dialogue that suits the template, for one that refuses the probe.
 _rendered: WeakKeyDictionary[PreTrainedTokenizerBase, _Dialogue] = WeakKeyDictionary()
 
@@ -81,13 +85,12 @@ def as_texts(
     elif plain:
         question, texts = fields.text(prompt_name, prompt), [fields.text(*side) for side in sides.items()]
         if tokenizer is not None and tokenizer.chat_template and not _has_turns(tokenizer, question + texts[0]):
-            warn_once(
-                "prompts are plain text, although the model has a chat template: it reads them without its turns; for "
-                'turns give prompts as [{"role": "user", "content": TEXT}]'
-            )
+            _note_form(tokenizer, "text")
         return question, texts
     context, answers = _split(prompt, sides, prompt_name)
     context = _with_system(context, system)
+    if tokenizer is not None and tokenizer.chat_template:
+        _note_form(tokenizer, "messages")
     asked_name = prompt_name if is_messages(prompt) else next(iter(answers))
     asked = _written(tokenizer, asked_name, _Dialogue(context, tools), ask=True)
     wholes = {
@@ -103,6 +106,34 @@ def as_texts(
         if calls and not any(_texts(answers[name])) and not any(_name(call) in whole[len(asked) :] for call in calls):
             raise FieldError(name, "is a call, which the chat template of the model does not write")
     return asked, [Rendered(whole[len(asked) :]) for whole in wholes.values()]
+
+
+def trained_on(tokenizer: PreTrainedTokenizerBase, forms: Iterable[Form]) -> None:
+    """Records how the prompts of the training data were written, none where that is unknown."""
+    _trained_on[tokenizer] = set(forms)
+
+
+def prompt_forms(tokenizer: PreTrainedTokenizerBase) -> list[Form]:
+    """How the prompts of the training data were written, to be saved with the model: those read so far, unless
+    ``trained_on`` was called. Text that the chat template seems to have written counts as neither form."""
+    return sorted(_trained_on.get(tokenizer, _read.get(tokenizer, ())))
+
+
+def _note_form(tokenizer: PreTrainedTokenizerBase, form: Form) -> None:
+    """Warns where prompts are written otherwise than those of the training data, or are plain text where those are
+    unknown."""
+    _read.setdefault(tokenizer, set()).add(form)
+    trained = _trained_on.get(tokenizer, ())
+    if form == "text" and form not in trained:
+        warn_once(
+            "prompts are plain text, although the model has a chat template: it reads them without its turns; for "
+            'turns give prompts as [{"role": "user", "content": TEXT}]'
+        )
+    elif trained == {"text"} and form == "messages":
+        warn_once(
+            "prompts are messages, although the model was trained on plain text, without the turns of its chat "
+            "template: give prompts as text"
+        )
 
 
 def _has_turns(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
@@ -253,7 +284,7 @@ def _shared_start(*texts: str) -> str:
 
 def _written(tokenizer: PreTrainedTokenizerBase | None, name: str, dialogue: _Dialogue, *, ask: bool) -> str:
     if tokenizer is None or not tokenizer.chat_template:
-        raise FieldError(name, "is a list of messages, which needs a --model whose tokenizer has a chat template")
+        raise FieldError(name, "is a list of messages, which needs a model whose tokenizer has a chat template")
 
     def render(messages: list[dict[str, Any]], tools: Any = dialogue.tools) -> str:
         messages, tools = protected(tokenizer, [messages, tools])

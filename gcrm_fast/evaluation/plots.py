@@ -61,7 +61,7 @@ def _of_sources(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
 def plot_roc(scored: Mapping[str, Labeled], rows: Sequence[Row], path: Path) -> None:
     """ROC of the reward, of Q at the last token, and of length in the better direction."""
     found = _of_sources(rows)
-    with _panels(path, len(scored), min(len(scored), ACROSS), 4.2, 4) as panels:
+    with _panels(path, len(scored), min(len(scored), ACROSS), 4.2, 5.8) as panels:
         for axes, (source, labeled) in zip(panels, scored.items(), strict=True):
             kind, sign = ("longer", 1) if found[source]["auroc_longer"].value >= 0.5 else ("shorter", -1)
             curves = [
@@ -72,9 +72,9 @@ def plot_roc(scored: Mapping[str, Labeled], rows: Sequence[Row], path: Path) -> 
             for name, style, score_N, row in curves:
                 wrong, right, _ = roc_curve(labeled.right_N, score_N)
                 axes.plot(wrong, right, style, label=f"{name}: {with_interval(row)}", linewidth=1.4)
-            axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
+            axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8, label="chance: 0.5")
             axes.set(title=_title(source), xlabel="wrong completions accepted", ylabel="right completions accepted")
-            axes.legend(title="AUROC", fontsize=8, loc="lower right")
+            axes.legend(title="AUROC", fontsize=8, **(BELOW | {"ncols": 1}))
             axes.set_aspect("equal")
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from gcrm_fast.checkpoints.adapters import tokenizer_folder
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals
 from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
-from gcrm_fast.checkpoints.reading import choose_special_tokens, where_read
+from gcrm_fast.checkpoints.reading import read_as_trained, where_read
 from gcrm_fast.checkpoints.saving import add_tensor
 from gcrm_fast.checkpoints.weights import open_reward_model
 from gcrm_fast.common.devices import compute_dtype, default_device
@@ -135,7 +135,7 @@ class RewardModel:
         if line and rank() == 0:
             logging.getLogger("gcrm_fast").warning(line)
         tokenizer = load_tokenizer(tokenizer_folder(folder))
-        choose_special_tokens(tokenizer, folder, special_tokens)
+        read_as_trained(tokenizer, folder, special_tokens)
         if TODAY.search(str(tokenizer.chat_template)):
             warn_once(f"{folder}: the chat template writes today's date: rewards of messages depend on the day")
         check_vocabulary(tokenizer, config.vocab_size, str(folder))

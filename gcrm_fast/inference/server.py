@@ -27,6 +27,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -99,10 +100,14 @@ def create_app(
     return app
 
 
-async def error_response(_: Request, error: Exception) -> JSONResponse:
+async def error_response(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    headers = error.headers or HEADERS.get(error.status_code)
-    return JSONResponse({"error": error.detail}, error.status_code, headers)
+    headers, detail = error.headers or HEADERS.get(error.status_code), error.detail
+    if detail == HTTPStatus.NOT_FOUND.phrase:  # the router's words
+        detail = "there is no such path: POST /score answers with rewards and Q-values, GET /health with the status"
+    elif detail == HTTPStatus.METHOD_NOT_ALLOWED.phrase and headers:
+        detail = f"this path does not answer {request.method}: send {headers['Allow']}"
+    return JSONResponse({"error": detail}, error.status_code, headers)
 
 
 class Endpoints:

@@ -72,12 +72,12 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
             )
         )
     if prepared.steps < FEW_STEPS:
-        rows.append(
-            (
-                "warning",
-                f"{prepared.steps} optimizer steps hardly change a model: raise --epochs or lower --global-batch-pairs",
-            )
-        )
+        hint = "raise --steps" if config.steps else "raise --epochs or lower --global-batch-pairs"
+        rows.append(("warning", f"{prepared.steps} optimizer steps hardly change a model: {hint}"))
+    if 0 < len(prepared.held_out) < FEW_PAIRS:
+        more = "raise --eval-split" if config.eval_split else "give more --eval-data"
+        few = f"{len(prepared.held_out)} held-out {config.unit}"
+        rows.append(("warning", f"{few} cannot tell a good model from a bad one: {more}"))
     if prepared.bad.tied:
         rows.append(("records without a pair", f"{prepared.bad.tied}: all their completions tie"))
     longest = max(len(ids) for pair in prepared.train for ids in (pair.chosen_ids, pair.rejected_ids))

@@ -149,7 +149,8 @@ class Run:
                 f"loss or gradient is not finite at {in_a_row} steps in a row, up to step {step}: lower --lr, or fix "
                 f"--model's weights or the records that metrics.jsonl names; {hint}"
             )
-        per_step = self.config.global_batch_pairs / row["pairs_per_s"]  # without evaluations and checkpoints
+        pairs_per_step = min(self.config.global_batch_pairs, len(self.prepared.train))  # steps end with the epoch
+        per_step = pairs_per_step / row["pairs_per_s"]  # without evaluations and checkpoints
         shown = {"s/step": f"{per_step:.3g}", "loss": f"{row['loss']:.3f}"}
         if self.log and self.prepared.held_out:
             metric, name = ("spearman", "Spearman") if self.config.loss == "mse" else ("auroc", "AUROC")
@@ -331,8 +332,11 @@ def finish(run: Run, step: int) -> dict[str, float]:
         run.checkpoints.remove_all()
         if evaluation and run.config.loss == "ranking":
             rows.append(("Q-values", q_verdict(evaluation)))
-        memory = f"{peak_memory(run.device) / 2**30:.2f} GiB per process"
-        print(f"\n{table([*rows, ('peak memory', memory), ('saved', str(output / 'model'))])}", flush=True)
+        rows.append(("peak memory", f"{peak_memory(run.device) / 2**30:.2f} GiB per process"))
+        files = {"model": "model", "model card": "model/README.md", "curves": "curves.png"}
+        if run.scores:
+            files["held-out pairs"] = "inspect.html"
+        print(f"\n{table([*rows, *((name, str(output / file)) for name, file in files.items())])}", flush=True)
     dist.barrier()
     return evaluation
 

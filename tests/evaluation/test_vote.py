@@ -177,7 +177,17 @@ def test_vote_reports_what_the_votes_give(model: Path, tmp_path: Path, capsys: p
     assert found["all", "accuracy:best of n"] == expected
     assert json.loads((out / "results.json").read_text())["threshold"] == 0.0
     assert found["all", "tokens_saved_as_released"] >= found["all", "tokens_saved"]
-    assert "all: Q-filtered majority" in capsys.readouterr().out
+    stdout = capsys.readouterr().out
+    assert "all: Q-filtered majority" in stdout
+    assert "more than one sample" not in stdout
+
+
+def test_one_sample_per_question_leaves_nothing_to_vote_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "samples.jsonl", samples()[::5])
+    assert cli.run("vote", [str(model), str(file), "-o", str(tmp_path / "out")]) == 0
+    assert "no question has more than one sample" in capsys.readouterr().out
 
 
 def test_an_automatic_threshold_is_chosen_on_one_half_and_reported_on_the_other() -> None:

@@ -409,6 +409,12 @@ FAULTS = {
         "return True",
         "tests/data/test_records.py -k plain_text",
     ),
+    "data: a model trained on plain text warns of it": (
+        "gcrm_fast/data/chat.py",
+        'if form == "text" and form not in trained:',
+        'if form == "text":',
+        "tests/data/test_prompt_forms.py",
+    ),
     "data: null next to calls refused": (
         "gcrm_fast/data/chat.py",
         "        forms += [spelled",

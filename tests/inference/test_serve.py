@@ -341,8 +341,10 @@ def test_a_missing_content_type(server: Server) -> None:
 def test_malformed_openrlhf_requests_and_wrong_paths(server: Server) -> None:
     for body in ({}, {"query": "a"}, {"query": [1]}, {"query": ["a"], "prompts": ["a", "b"]}, []):
         assert server.ask("/get_reward", body).status == 422
-    assert server.ask("/nowhere", {}).status == 404
-    assert server.ask("/score", method="GET").status == 405
+    nowhere, get = server.ask("/nowhere", {}), server.ask("/score", method="GET")
+    assert (nowhere.status, get.status) == (404, 405)
+    assert "POST /score" in nowhere.body["error"]
+    assert get.body["error"] == "this path does not answer GET: send POST"
     assert "error" in server.ask("/score", method="GET").body
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as raw:
         raw.sendall(b"no HTTP at all\r\n\r\n")

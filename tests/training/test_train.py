@@ -8,8 +8,10 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import typing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,6 +99,23 @@ def test_dropped_pairs_and_short_completions_are_warned_of(tmp_path: Path, gcrm:
     assert "20% of the training pairs are dropped: raise --max-length" in stdout
     assert "100% of the chosen completions are one token and its end token" in stdout
     assert "1 optimizer steps hardly change a model: raise --epochs or lower --global-batch-pairs" in stdout
+
+
+def test_a_run_of_few_pairs_names_its_files_and_seconds_per_step(tmp_path: Path, capsys: Any) -> None:
+    """A step then has fewer pairs than --global-batch-pairs."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "p", "chosen": "yes it is", "rejected": "no it is not"}) + "\n")
+    options = arguments(data, tmp_path / "run", "--steps", "2", "--global-batch-pairs", "1000000")
+    start = time.perf_counter()
+    assert main(options) == 0
+    seconds = time.perf_counter() - start
+    stdout, stderr = capsys.readouterr()
+    assert "2 optimizer steps hardly change a model: raise --steps" in stdout
+    assert "1 held-out pairs cannot tell a good model from a bad one" in stdout
+    assert all(float(shown) < seconds for shown in re.findall(r"s/step=([\d.e+]+)", stderr))
+    assert "s/step=" in stderr
+    for name, file in (("model", "model"), ("curves", "curves.png"), ("held-out pairs", "inspect.html")):
+        assert re.search(rf"  {name} +{re.escape(str(tmp_path / 'run' / file))}\n", stdout)
 
 
 def test_a_models_files_are_readable_as_the_umask_says(pair_file: Path, tmp_path: Path) -> None:
