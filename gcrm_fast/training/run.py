@@ -334,7 +334,7 @@ def finish(run: Run, step: int) -> dict[str, float]:
             rows.append(("Q-values", q_verdict(evaluation)))
         rows.append(("peak memory", f"{peak_memory(run.device) / 2**30:.2f} GiB per process"))
         files = {"model": "model", "model card": "model/README.md", "curves": "curves.png"}
-        if run.scores:
+        if run.scores and run.config.loss == "ranking":
             files["held-out pairs"] = "inspect.html"
         print(f"\n{table([*rows, *((name, str(output / file)) for name, file in files.items())])}", flush=True)
     dist.barrier()
