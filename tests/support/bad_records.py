@@ -337,9 +337,9 @@ CASES = [
     ),
     # ---- message lists
     Case(
-        "messages without a model", lines(CHAT), r"jsonl:1: field 'prompt' is a list of messages, which needs a --model"
+        "messages without a model", lines(CHAT), r"jsonl:1: field 'prompt' is a list of messages, which needs a model"
     ),
-    Case("no chat template", chat("", CHAT), r"jsonl:1: field 'prompt' is a list of messages, which needs a --model"),
+    Case("no chat template", chat("", CHAT), r"jsonl:1: field 'prompt' is a list of messages, which needs a model"),
     Case(
         "template refuses",
         chat(LLAMA2, CHAT, {**CHAT, "prompt": [YES]}),
