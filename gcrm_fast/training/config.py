@@ -269,8 +269,8 @@ class TrainConfig(Options):
     """adamw: weights, gradient and moments in float32, 16 bytes per parameter. adamw-8bit: moments of 8 bits, 10 bytes.
     adamw-bf16: all in bfloat16, weights rounded stochastically, 8 bytes. The last two require torchao."""
     max_skipped: ZeroOrMore = 20
-    """Maximum number of consecutive updates that are skipped for a loss or gradient that is not finite. More than this,
-    or than a quarter of the run, end it."""
+    """Maximum number of consecutive updates that are skipped for a loss or gradient that is not finite, and never more
+    than a quarter of the run's steps. One more ends the run."""
     seed: Annotated[int, Range(least=0, below=2**31)] = 0
     """Seed of weights, order, sampling and generated data."""
 
