@@ -40,7 +40,7 @@ STEP = "\n\n"  # between the steps that first_error_step counts
 Values = list[float | None]  # per question; None where it has none
 
 
-def drawn(source: Path, path: Path, questions: int, most: int, field: str = "qid") -> Path:
+def drawn(source: Path, path: Path, questions: int, most: int) -> Path:
     """A file of the records of ``questions`` random questions, at most ``most`` of each, always the same ones."""
     if path.exists():
         return path
@@ -49,7 +49,7 @@ def drawn(source: Path, path: Path, questions: int, most: int, field: str = "qid
     random = np.random.default_rng(0)
     of_question: dict[str, list[str]] = {}
     for i in random.permutation(len(lines)):
-        of_question.setdefault(json.loads(lines[i])[field], []).append(lines[i])
+        of_question.setdefault(json.loads(lines[i])["qid"], []).append(lines[i])
     chosen = random.permutation(sorted(of_question))[:questions]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, "".join(line for name in chosen for line in of_question[name][:most]))
