@@ -94,7 +94,7 @@ class Options(CommandOptions):
     """Names of the objectives to train; default: all."""
     trl_steps: ZeroOrMore = 0
     """Number of steps in which the loss is compared with that of TRL's RewardTrainer; 0 compares none, and keeps what
-    the report has. No objective is trained then."""
+    the report has. No objective is trained then; --dtype auto is float32."""
     report: Annotated[Path, Argument(short="-o", metavar="PATH")] = HERE / "real_model"
     """Path of the report, without the suffixes .md and .json."""
 
@@ -212,26 +212,32 @@ def tables(rows: list[dict[str, Any]], name: str) -> str:
         for arm in arms
         if arm != "ranking"
     ]
+    differences = ""
+    if compared:
+        differences = f"\nDifference from the ranking loss, same seeds, {COVERAGE:.0%} t-interval over seeds:\n\n"
+        differences += markdown(["", *list(MEASURES.values())[:5]], compared) + "\n"
     shortcut = rows[0]["shortcuts"]
     return (
         f"## {name}\n\n{markdown(head, lines)}\n\n"
         f"AUROC of what needs no understanding, on the same pairs: length {shortcut['baseline/auroc_length']:.3f}, bag "
-        f"of tokens {shortcut['baseline/auroc_bag_of_tokens']:.3f}.\n\n"
-        f"Difference from the ranking loss, same seeds, {COVERAGE:.0%} t-interval over seeds:\n\n"
-        f"{markdown(['', *list(MEASURES.values())[:5]], compared)}\n"
+        f"of tokens {shortcut['baseline/auroc_bag_of_tokens']:.3f}.\n"
+        f"{differences}"
         + ("\n" + labeled_sets.report(rows, "ranking") if all("labeled" in row for row in rows) else "")
     )
 
 
 def trl_section(found: dict[str, Any]) -> str:
-    """The losses of both trainers, every few steps, and their largest difference."""
+    """The losses of both trainers, every few steps, their largest difference, and their speeds."""
     shown = range(0, len(found["ours"]), 5)
     rows = [[str(i + 1), f"{found['ours'][i]:.6f}", f"{found['trl'][i]:.6f}"] for i in (*shown, len(found["ours"]) - 1)]
+    speed = ""
+    if "trl_pairs_per_s" in found:  # not where other work ran
+        speed = f" Pairs/s of a median step: {found['our_pairs_per_s']:.2f} and {found['trl_pairs_per_s']:.2f}."
     return (
-        f"\n## The same as TRL's RewardTrainer\n\nThe whole of `{found['model']}` in {found['dtype']}, ranking loss, "
+        f"\n## The same as TRL's RewardTrainer, {found['dtype']}\n\nThe whole of `{found['model']}`, ranking loss, "
         f"{len(found['ours'])} steps of the same pairs ({found['pairs']} in all, {found['tokens']} tokens) in the same "
         f"order, learning rate {found['lr']:g} with a cosine decay, one seed. Machine: {found['machine']}. Largest "
-        f"difference of the loss at any step: {found['largest_difference']:.1e}.\n\n"
+        f"difference of the loss at any step: {found['largest_difference']:.1e}.{speed}\n\n"
         f"{markdown(['step', 'gcrm train', 'RewardTrainer'], rows)}\n"
     )
 
@@ -250,7 +256,7 @@ t-interval over seeds. Machine: {of}. Written by
 """
     names = [name for name in SETS if any(row["set"] == name for row in rows)]
     text += "\n".join(tables([row for row in rows if row["set"] == name], name) for name in names)
-    text += trl_section(report["trl"]) if "trl" in report else ""
+    text += "".join(trl_section(found) for found in report.get("trl", {}).values())
     write_aside(options.report.with_suffix(".md"), text)
     write_aside(options.report.with_suffix(".json"), to_json(report))
 
@@ -278,8 +284,10 @@ def run(options: Options) -> None:
         from same_as_trl import compare  # here: the rest needs no TRL
 
         source = data_folder(options.data) / SETS["GSM8K"][0]
-        found = compare(options.model, source, options.trl_steps, options.lr, options.runs)
-        write_report(options, {"machine": machine(), **report, "trl": {"machine": machine(), **found}})
+        dtype = "float32" if options.dtype == "auto" else options.dtype
+        found = compare(options.model, source, options.trl_steps, options.lr, dtype, options.runs)
+        both = {**report.get("trl", {}), dtype: {"machine": machine(), **found}}
+        write_report(options, {"machine": machine(), **report, "trl": both})
         return
     for seed in range(options.seeds):
         for name in options.sets:

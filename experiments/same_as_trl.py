@@ -2,9 +2,11 @@
 
 import gzip
 import json
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
@@ -19,11 +21,12 @@ PAIRS_PER_STEP = 2
 
 
 class InOrder(RewardTrainer):
-    """Takes the rows as they come and keeps the unrounded loss of each step."""
+    """Takes the rows as they come, and keeps the unrounded loss of each step and the time when it was known."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.losses: list[float] = []
+        self.times: list[float] = []
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         assert isinstance(self.train_dataset, Dataset)
@@ -32,6 +35,7 @@ class InOrder(RewardTrainer):
     def compute_loss(self, *arguments: Any, **more: Any) -> Any:
         loss = super().compute_loss(*arguments, **more)
         self.losses.append(loss.item())
+        self.times.append(time.perf_counter())
         return loss
 
 
@@ -44,8 +48,8 @@ def shortest(source: Path, count: int, path: Path) -> Path:
     return path
 
 
-def of_trl(config: TrainConfig, prepared: Prepared, work: Path) -> list[float]:
-    """Its losses, on our tokens in the order of our steps."""
+def of_trl(config: TrainConfig, prepared: Prepared, work: Path) -> tuple[list[float], float]:
+    """Its losses and pairs/s, on our tokens in the order of our steps."""
     steps = steps_of(prepared, config, 0, 1)
     pairs = [pair for i in range(prepared.steps) for group in steps.groups(i)[1] for pair in group]
     rows = [{"chosen_ids": p.chosen_ids.tolist(), "rejected_ids": p.rejected_ids.tolist()} for p in pairs]
@@ -67,8 +71,8 @@ def of_trl(config: TrainConfig, prepared: Prepared, work: Path) -> list[float]:
             disable_dropout=True,
             gradient_checkpointing=False,
             max_length=None,
-            bf16=False,
-            use_cpu=True,
+            bf16=config.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -77,14 +81,14 @@ def of_trl(config: TrainConfig, prepared: Prepared, work: Path) -> list[float]:
         processing_class=prepared.tokenizer,
     )
     trainer.train()
-    return trainer.losses
+    return trainer.losses, PAIRS_PER_STEP / float(np.median(np.diff(trainer.times)))
 
 
-def compare(model: str, source: Path, steps: int, lr: float, runs: Path) -> dict[str, Any]:
-    """Losses of both at each of ``steps``, in float32, of the whole model."""
+def compare(model: str, source: Path, steps: int, lr: float, dtype: str, runs: Path) -> dict[str, Any]:
+    """Losses of both at each of ``steps``, of the whole model, and the pairs/s of a median step."""
     data = shortest(source, steps * PAIRS_PER_STEP, runs / "shortest.jsonl")
-    folder = runs / f"as-trl-{steps}"
-    words = ["--model", model, "--data", str(data), "--objective", "ranking", "--dtype", "float32"]
+    folder = runs / f"as-trl-{steps}-{dtype}"
+    words = ["--model", model, "--data", str(data), "--objective", "ranking", "--dtype", dtype]
     words += ["--global-batch-pairs", str(PAIRS_PER_STEP), "--steps", str(steps), "--lr", str(lr), "--warmup", "0"]
     words += ["--log-every", "1", "--keep", "0", "--goal-pairs", "2", "--template-date", "2026-01-01"]
     config = parse(words)
@@ -92,8 +96,10 @@ def compare(model: str, source: Path, steps: int, lr: float, runs: Path) -> dict
     trained(folder, words)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ours = [line["loss"] for line in lines if "loss" in line]
-    theirs = of_trl(config, prepared, runs / "trl")
+    speeds = [line["pairs_per_s"] for line in lines if "pairs_per_s" in line]
+    theirs, their_speed = of_trl(config, prepared, runs / "trl")
     largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in prepared.train)
-    common = {"model": model, "pairs": len(prepared.train), "tokens": tokens, "lr": lr, "dtype": "float32"}
-    return {**common, "ours": ours, "trl": theirs, "largest_difference": largest}
+    common = {"model": model, "pairs": len(prepared.train), "tokens": tokens, "lr": lr, "dtype": dtype}
+    speed = {"our_pairs_per_s": float(np.median(speeds)), "trl_pairs_per_s": their_speed}
+    return {**common, **speed, "ours": ours, "trl": theirs, "largest_difference": largest}

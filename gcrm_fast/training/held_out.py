@@ -6,7 +6,6 @@ states.
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -214,7 +213,6 @@ def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair],
     token counts of a completion, fitted on the first training pairs (NaN where all their labels are alike). A reward
     model should beat both. Right are chosen completions, or those whose label says so."""
     from scipy.sparse import csr_matrix  # here, and sklearn: a fifth of the start of every process
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     def completions(pairs: Sequence[TokenizedPair]) -> list[np.ndarray]:
@@ -237,13 +235,10 @@ def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair],
     right_N, bag = right(held_out), math.nan
     length = auroc_of(right_N, np.array([len(t) for t in completions(held_out)]))
     length = max(length, 1 - length)
-    data, classifier = (counts(fitted), right(fitted)), LogisticRegression(warm_start=True)
-    if len(set(data[1])) < 2:
+    labels = right(fitted)
+    if len(set(labels)) < 2:
         return {"baseline/auroc_length": length, "baseline/auroc_bag_of_tokens": bag}
-    with warnings.catch_warnings():  # its last digits do not matter here
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for _ in progress_bar(range(10), desc="bag of tokens", brief=True):
-            if classifier.fit(*data).n_iter_[0] < classifier.max_iter:
-                break
+    classifier = LogisticRegression(solver="newton-cg")  # converges in a few steps, lbfgs in a thousand
+    classifier.fit(counts(fitted), labels)
     bag = auroc_of(right_N, classifier.decision_function(counts(held_out)))
     return {"baseline/auroc_length": length, "baseline/auroc_bag_of_tokens": bag}

@@ -527,13 +527,17 @@ def test_the_ranking_loss_is_that_of_trl_at_each_step(
     common |= {"epochs": 1}
     report.with_suffix(".json").write_text(json.dumps({"machine": "m", "budget": common, "rows": []}))
     words = ["--model", str(tmp_path / "model"), "--runs", str(tmp_path / "runs"), "-o", str(report)]
-    assert script.main([*words, "--trl-steps", "6", "--lr", "0.01"]) == 0
-    found = json.loads(report.with_suffix(".json").read_text())
-    assert found["budget"] == common
-    assert len(found["trl"]["ours"]) == 6
-    assert max(found["trl"]["ours"]) - min(found["trl"]["ours"]) > 0.01
-    assert found["trl"]["largest_difference"] < 1e-4
-    assert "Largest difference of the loss at any step: " in report.with_suffix(".md").read_text()
+    for dtype in ("auto", "bfloat16"):
+        assert script.main([*words, "--trl-steps", "6", "--lr", "0.01", "--dtype", dtype]) == 0
+    report_of = json.loads(report.with_suffix(".json").read_text())
+    assert report_of["budget"] == common
+    for dtype, budget in {"float32": 1e-4, "bfloat16": 0.05}.items():
+        found = report_of["trl"][dtype]
+        assert len(found["ours"]) == 6
+        assert max(found["ours"]) - min(found["ours"]) > 0.01
+        assert found["largest_difference"] < budget
+        assert min(found["our_pairs_per_s"], found["trl_pairs_per_s"]) > 0
+    assert report.with_suffix(".md").read_text().count("Largest difference of the loss at any step: ") == 2
 
 
 def test_a_trunk_cut_after_its_first_layers_gives_their_states(experiments: SimpleNamespace, tmp_path: Path) -> None:
