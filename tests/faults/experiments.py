@@ -79,6 +79,24 @@ FAULTS = {
         "for i in reversed(range(prepared.steps)) for group",
         "tests/experiments/test_experiments.py -k of_trl_at_each_step",
     ),
+    "laboratory: an ensemble of one model": (
+        "experiments/overoptimization.py",
+        "ENSEMBLE: (PLAIN, range(4))",
+        "ENSEMBLE: (PLAIN, [0] * 4)",
+        "tests/experiments/test_overoptimization.py -k ensemble",
+    ),
+    "laboratory: arms compared with the first row of plain": (
+        "experiments/overoptimization.py",
+        "base = {seed: values[name] for seed, values in of.get((flipped, PLAIN), {}).items()}",
+        "base = own",
+        "tests/experiments/test_overoptimization.py -k compared",
+    ),
+    "laboratory: no label is flipped": (
+        "experiments/overoptimization.py",
+        "sides[::-1] if rng.random() < flipped / 100 else sides",
+        "sides",
+        "tests/experiments/test_overoptimization.py -k flipped_labels",
+    ),
     "loop: finished rows are computed a second time": (
         "experiments/rlhf_loop.py",
         'if any((row["seed"], row["arm"]) == (seed, arm) for row in found["rows"]):',
