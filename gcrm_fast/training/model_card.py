@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.data.encoding import TokenizedPair, preferred
+from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.model import heads
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, to_toml, unused_options
 
@@ -62,7 +62,8 @@ class Example(NamedTuple):
 
 
 def example_of(pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """The first preferred completion of up to EXAMPLE_CHARACTERS, or else the shortest one, as its tokens read."""
+    """The first of the chosen completions, uncut ones, of up to EXAMPLE_CHARACTERS, or else the shortest, as its tokens
+    read."""
 
     adds_bos = tokenizer.bos_token_id in tokenizer("")["input_ids"]
 
@@ -75,7 +76,7 @@ def example_of(pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBas
         prompt = prompt[int(adds_bos and prompt[0] == tokenizer.bos_token_id) :]
         return Example(text(prompt), text(completion if ended else completion[:-1]), ended)
 
-    near = preferred(pairs)[:EXAMPLES]
+    near = pairs[:EXAMPLES]
     examples = (example(pair) for pair in near)
     short = (one for one in examples if len(one.prompt + one.completion) <= EXAMPLE_CHARACTERS)
     return next(short, None) or example(min(near, key=lambda pair: len(pair.chosen_ids)))

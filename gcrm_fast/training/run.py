@@ -201,7 +201,7 @@ class Run:
             rows,
             evaluation,
             dist.get_world_size(),
-            example_of(prepared.held_out or prepared.train, prepared.tokenizer),
+            example_of(preferred(prepared.held_out) or preferred(prepared.train), prepared.tokenizer),
             chats=bool(prepared.tokenizer.chat_template),
         )
         if self.lora:

@@ -81,6 +81,17 @@ def test_the_example_of_the_card_is_from_the_data_and_runs(tmp_path: Path, templ
     assert names["reward"].item() == pytest.approx(reward, rel=1e-4, abs=1e-6)
 
 
+def test_the_example_is_a_training_pair_where_every_held_out_completion_is_cut(tmp_path: Path) -> None:
+    whole = {"prompt": "train? ", "chosen": "yes 1.", "rejected": "no 1."}
+    cut = {"prompt": "held out? ", "chosen": "yes 2", "rejected": "no 2", "chosen_cut": True, "rejected_cut": True}
+    for name, record in (("train", whole), ("held_out", cut)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    sources = ["--data", str(tmp_path / "train.jsonl"), "--eval-data", str(tmp_path / "held_out.jsonl")]
+    few = [*TINY, "--vocab-size", "300", "--steps", "1", "--cache", "none", "--output", str(tmp_path / "run")]
+    assert main([*sources, *few]) == 0
+    assert "train?" in ModelCard.load(tmp_path / "run" / "model" / "README.md").text
+
+
 def test_the_card_has_the_number_of_pairs_and_intervals(pair_file: Path, tmp_path: Path) -> None:
     assert main(arguments(pair_file, tmp_path)) == 0
     found = ModelCard.load(tmp_path / "model" / "README.md").text
