@@ -23,7 +23,7 @@ from gcrm_fast import RewardModel, TrainConfig, train, train_reward_model
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.model import heads
 from gcrm_fast.train import locked, main
-from gcrm_fast.training.config import parse, to_toml
+from gcrm_fast.training.config import check_output, parse, to_toml
 from gcrm_fast.training.describe import q_verdict
 from support.training_runs import ROOT, TIMES, TINY, Gcrm, arguments, rows, torchrun
 
@@ -89,6 +89,25 @@ def test_training_from_python(pair_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--keep-best"):
         train_reward_model(TrainConfig(data=("x.jsonl",), keep_best="eval/auroc"))
     assert train_reward_model(dataclasses.replace(config, output=str(tmp_path / "dry"), dry_run=True)) is None
+
+
+def test_a_folder_of_something_else_is_no_output(pair_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "thesis"
+    output.mkdir()
+    for name in (".gitignore", "slurm-1.out", "train.log"):  # of a run that is about to start
+        (output / name).touch()
+    config = parse(arguments(pair_file, output, "--dry-run"))
+    assert check_output(config) == output
+    (output / "chapter1.tex").touch()
+    message = f"--output {output}: holds no run, but other files, such as chapter1.tex: choose another folder, or pass"
+    for function in (check_output, train_reward_model):
+        with pytest.raises(UserError, match=re.escape(message)):
+            function(config)
+    assert check_output(dataclasses.replace(config, overwrite=True)) == output
+    (output / "metrics.jsonl").touch()  # of a run that was killed before its first checkpoint
+    assert check_output(config) == output
+    with pytest.raises(UserError, match=r"chapter1\.tex: is not a folder"):
+        check_output(dataclasses.replace(config, output=str(output / "chapter1.tex")))
 
 
 def test_dropped_pairs_and_short_completions_are_warned_of(tmp_path: Path, gcrm: Gcrm) -> None:
