@@ -317,8 +317,9 @@ class TrainConfig(Options):
     """License in the model card, as in apache-2.0. The default is that in the card of --model, if there is one."""
     language: tuple[str, ...] = ()
     """Languages in the model card, as in en. The default is those in the card of --model, if there is one."""
-    log_every: AtLeastOne = 10
-    """Steps between log lines. Steps in between never wait for the device."""
+    log_every: ZeroOrMore = 0
+    """Steps between log lines; 0 logs every 10 steps, or ten times in a shorter run. Steps in between never wait for
+    the device."""
     eval_every: ZeroOrMore = 0
     """Steps between evaluations; 0 evaluates eight times per run. The first and the last step are always evaluated."""
     goal_pairs: ZeroOrMore = 2048

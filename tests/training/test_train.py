@@ -137,6 +137,12 @@ def test_a_run_of_few_pairs_names_its_files_and_seconds_per_step(tmp_path: Path,
         assert re.search(rf"  {name} +{re.escape(str(tmp_path / 'run' / file))}\n", stdout)
 
 
+@pytest.mark.parametrize(("steps", "logged"), [(3, [1, 2, 3]), (25, [*range(3, 25, 3), 25])])
+def test_a_short_run_logs_enough_for_its_curves(steps: int, logged: list[int], pair_file: Path, tmp_path: Path) -> None:
+    assert main(arguments(pair_file, tmp_path, "--steps", str(steps), "--log-every", "0", "--keep", "0")) == 0
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == logged
+
+
 def test_a_models_files_are_readable_as_the_umask_says(pair_file: Path, tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
