@@ -444,9 +444,10 @@ class TrainConfig(Options):
         ):
             missing = wanted and importlib.util.find_spec(module) is None
             need(not missing, name, f"another value until pip install 'gcrm-fast[{extra}]'")
-        from gcrm_fast.data.records import FORMATS, JUDGED_FORMATS, parse_columns  # here: --help needs no transformers
+        if self.columns:
+            from gcrm_fast.data.records import FORMATS, JUDGED_FORMATS, parse_columns  # here: it imports transformers
 
-        parse_columns(self.columns, FORMATS if self.loss == "ranking" else JUDGED_FORMATS)
+            parse_columns(self.columns, FORMATS if self.loss == "ranking" else JUDGED_FORMATS)
         if generated:
             need(self.train_pairs <= MOST_GENERATED, "train_pairs", f"at most {MOST_GENERATED} generated pairs")
         if not generated and ARITHMETIC in self.data:
