@@ -259,5 +259,5 @@ def generate(options: GenerateOptions) -> None:
         limit = f"no sample reached its end within {options.max_new_tokens} tokens"
         remedy = "raise --max-new-tokens, or name with --stop what ends a text"
         print(f"gcrm generate: warning: {limit}: {remedy}", file=sys.stderr, flush=True)
-    for line in summary(records, options, seconds):
+    for line in [*summary(records, options, seconds), f"wrote {output}"]:
         print(line)

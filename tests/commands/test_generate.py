@@ -81,6 +81,7 @@ def test_output_has_answers_samples_and_costs(
     written = sum(record["policy_tokens"] for record in records)
     assert f"5 prompts, {method}: {written} tokens by the policy" in done.stdout
     assert ("saved about" in done.stdout) == (method != "best-of-n")
+    assert done.stdout.endswith(f"\nwrote {output}\n")
 
 
 @pytest.mark.parametrize("method", ["sample", "filter", "beams"])

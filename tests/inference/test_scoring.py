@@ -381,6 +381,7 @@ def test_every_format_gets_its_rewards_beside_its_own_fields(gcrm: Gcrm, model: 
         PAIR[0] | {"reward_correct": pytest.approx(right, abs=1e-6), "reward_incorrect": pytest.approx(wrong, abs=1e-6)}
     ]
     assert "é" in out.read_text()
+    assert gcrm(write(tmp_path / "e", PAIR), "-o", out).stderr.endswith(f"gcrm score: wrote {out}\n")
     assert gcrm(write(tmp_path / "d", NAMED), "-o", out, "--columns", "prompt=instruction,completion=output")[0] == 0
     assert read(out) == [NAMED[0] | {"reward": pytest.approx(right, abs=1e-6)}]
 
