@@ -112,7 +112,7 @@ def model_card(
         *([IN_TRANSFORMERS.format(folder=folder, eos=eos)] if linear else []),
         _ends(linear),
         "## Data\n",
-        _table([("training", " ".join(config.data)), ("held out", " ".join(config.eval_data) or "-"), *data]),
+        _table([("training", " ".join(config.data)), ("held out", _held_out(config)), *data]),
         "## Results\n",
         _table(results),
         "## Training\n",
@@ -120,6 +120,11 @@ def model_card(
         f"```toml\n{to_toml(config, unused_options(config))}```\n",
     ]
     return "\n".join(sections)
+
+
+def _held_out(config: TrainConfig) -> str:
+    split = f"{config.eval_split:g} of the prompts" if config.eval_split else "-"
+    return " ".join(config.eval_data) or split
 
 
 def _ends(linear: bool) -> str:

@@ -40,6 +40,14 @@ def test_header_of_a_model_from_the_hub() -> None:
     assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("accuracy", 0.7654), ("roc_auc", 0.8)]
 
 
+@pytest.mark.parametrize(
+    ("options", "held_out"),
+    [({"eval_data": ("a", "b")}, "a b"), ({"eval_split": 0.02}, "0.02 of the prompts"), ({}, "-")],
+)
+def test_the_card_says_what_is_held_out(options: dict[str, Any], held_out: str) -> None:
+    assert f"| held out | {held_out} |" in card(TrainConfig(data=("pairs.jsonl",), **options)).text
+
+
 def test_license_and_languages_are_those_of_the_options_or_of_the_base_model(tmp_path: Path) -> None:
     base = ModelCard("---\nlicense: mit\nlanguage: [de]\n---\n# Base\n")
     base.save(tmp_path / "README.md")
