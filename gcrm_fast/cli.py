@@ -73,6 +73,7 @@ def run(name: str, argv: list[str]) -> int:
 
     def work() -> None:
         options = parse_options(imported(command.options), argv, prog)
+        imported("commands.paths:check_paths")(options)
         imported(command.function)(options)
 
     return exit_code(prog, work)

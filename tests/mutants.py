@@ -1,9 +1,9 @@
 """Plants known faults, one at a time, in copies of the project; each must turn a named test red (`make mutants`).
 
-The faults are in tests/faults, one file per folder. A fault is (file, text, replacement, test to run: a file, and after
-" -k " which of its tests). The text must occur exactly once, so that a fault cannot go stale unnoticed. ARGS="WORDS"
-plants only the faults with these words in their name. Exit code 1 if a fault goes unseen, or if a test is red without
-one.
+The faults are in tests/faults, one file per folder or subject. A fault is (file, text, replacement, test to run: a
+file, and after " -k " which of its tests). The text must occur exactly once, so that a fault cannot go stale unnoticed.
+ARGS="WORDS" plants only the faults with these words in their name. Exit code 1 if a fault goes unseen, or if a test is
+red without one.
 """
 
 import functools

@@ -232,11 +232,16 @@ def generate(options: GenerateOptions) -> None:
             decoded = decode(
                 policy, asked, reward=reward, method=kind, sampling=sampling, goals=goals, rows=options.rows
             )
-            with progress_bar(total=len(todo), desc=name or "generating", unit="prompt") as bar:
+            most, written, finished = kind.rows * kind.longest(sampling.max_new_tokens), [0] * len(todo), 0
+            with progress_bar(total=most * len(todo), desc=name or "generating", unit="token") as bar:
                 for one in decoded:
                     if isinstance(one, Result):
                         yield todo[one.prompt], one
-                        bar.update()
+                        finished += 1
+                        bar.total -= most - one.policy_tokens  # will not be written
+                    bar.set_postfix_str(f"{finished} of {len(todo)} prompts", refresh=False)
+                    bar.update(one.policy_tokens - written[one.prompt])
+                    written[one.prompt] = one.policy_tokens
             seconds[name] = time.monotonic() - started
 
         with said_what_is_kept(partial, len(prompts)):
@@ -254,5 +259,5 @@ def generate(options: GenerateOptions) -> None:
         limit = f"no sample reached its end within {options.max_new_tokens} tokens"
         remedy = "raise --max-new-tokens, or name with --stop what ends a text"
         print(f"gcrm generate: warning: {limit}: {remedy}", file=sys.stderr, flush=True)
-    for line in summary(records, options, seconds):
+    for line in [*summary(records, options, seconds), f"wrote {output}"]:
         print(line)

@@ -112,6 +112,7 @@ class Output:
     def finish(self) -> None:
         os.replace(self.partial, self.path)
         self.state.unlink()
+        say(f"wrote {self.path}")
 
 
 class Stdout:

@@ -106,7 +106,13 @@ def groups_of(candidates: Sequence[Candidate], by: Sequence[str]) -> dict[str, n
 
 
 def members_of(groups: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """The completions of each group FIELD=VALUE, after ``all`` of them, [N] of bool."""
-    return {"all": np.ones(count, dtype=bool)} | {
-        f"{name}={value}": value_N == value for name, value_N in groups.items() for value in np.unique(value_N)
-    }
+    """The completions of each group FIELD=VALUE, after ``all`` of them, [N] of bool. A field with one value has no
+    group, and a line says so: it would be the same as all."""
+    members = {"all": np.ones(count, dtype=bool)}
+    for name, value_N in groups.items():
+        values = np.unique(value_N)
+        if len(values) == 1:
+            print(printable(f"--by {name}: every completion has {name}={values[0]}, the same as all"), file=sys.stderr)
+        else:
+            members |= {f"{name}={value}": value_N == value for value in values}
+    return members

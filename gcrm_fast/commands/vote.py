@@ -133,8 +133,9 @@ def rows_of(source: str, election: Election) -> list[Row]:
     return rows
 
 
-def table(elections: Sequence[Election]) -> str:
-    """The printed summary: a line per group and vote, then a line per group on what filtering saves."""
+def table(elections: Sequence[Election], *, auto: bool) -> str:
+    """The printed summary: a line per group and vote, then a line per group on what filtering saves. ``auto``: the
+    threshold was."""
     lines, savings = [], []
     for election in elections:
         for r in election.results:
@@ -153,6 +154,10 @@ def table(elections: Sequence[Election]) -> str:
         )
     head = ["", "questions", "samples", "threshold", "dropped", "tokens saved", "as released", "unfiltered"]
     notes = []
+    if auto:
+        notes.append(
+            "--threshold auto: the tables report one half of each group's questions; the other half chose its threshold"
+        )
     if any(election.saving.none_left for election in elections):
         notes.append("unfiltered: questions whose samples all fall below the threshold; none of theirs is dropped")
     if all(election.samples == election.results[0].questions for election in elections):
@@ -205,4 +210,4 @@ def vote(options: VoteOptions) -> None:
             "the filter): exact McNemar test, two-sided",
         }
         write_rows(folder, [row for election in elections for row in rows_of(", ".join(options.data), election)], about)
-    print(f"{table(elections)}\n\nwrote {options.output}")
+    print(f"{table(elections, auto=options.threshold == 'auto')}\n\nwrote {options.output}")

@@ -53,7 +53,7 @@ def parse_options(kind: type[T], argv: list[str], prog: str) -> T:
     values = {name: value for _, layer in layers for name, value in layer.items()} | given
     for field in fields(kind):
         if field.name not in values and field.default is MISSING:
-            raise UserError(f"{_name(field.name, kinds[field.name])} is missing (see {prog} --help)")
+            raise UserError(f"{name_of(field.name, kinds[field.name])} is missing (see {prog} --help)")
     options = kind(**values)
     options.check()
     return options
@@ -135,7 +135,8 @@ def _plain(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
 
 
-def _name(name: str, kind: Any) -> str:
+def name_of(name: str, kind: Any) -> str:
+    """A field as a command line names it: METAVAR or --its-name. ``kind``: its type."""
     argument = _argument(kind)
     return argument.metavar if argument.positional else flag(name)
 

@@ -62,16 +62,28 @@ def rows(source: str, bad: BadRecords) -> Iterator[tuple[str, Any]]:
     if source == STDIN:
         return _stdin_rows(bad)
     folder, _, split = source.rpartition(":") if ":" in source else (source, "", "")
-    hub = HUB_NAME.fullmatch(source)
+    hub = _hub_name(source)
     if os.path.isdir(source):
         return _folder_rows(source, source, "", bad)
     if os.path.exists(source):
         return _file_rows(Path(source), bad)
     if os.path.isdir(folder):
         return _folder_rows(source, folder, split, bad)
-    if hub and Path(source).suffix not in FILE_SUFFIXES and folder[0] != ".":
+    if hub:
         return _hub_rows(source, hub["name"], hub["config"], hub["split"] or "train")
     return _file_rows(Path(source), bad)
+
+
+def check_present(source: str) -> None:
+    """Raises UserError for a source that is neither on the disk nor could be a dataset of the Hub. Reads nothing."""
+    if not (os.path.exists(source) or os.path.isdir(source.rpartition(":")[0]) or _hub_name(source)):
+        next(_file_rows(Path(source), BadRecords()))  # says what is wrong
+
+
+def _hub_name(source: str) -> re.Match[str] | None:
+    """OWNER/NAME[/CONFIG][:SPLIT], unless that looks like a file."""
+    hub = HUB_NAME.fullmatch(source)
+    return hub if hub and Path(source).suffix not in FILE_SUFFIXES and source[0] != "." else None
 
 
 # ----------------------------------------------------------------------------------------------------------- files

@@ -43,13 +43,15 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """News of a sample, for a display: new text, new Q-values, and whether it is dropped."""
+    """News of a sample, for a display: new text, new Q-values, and whether it is dropped. ``policy_tokens``: written so
+    far for all samples of the prompt."""
 
     prompt: int
     number: int
     text: str
     q_m: tuple[float, ...]
     dropped: bool
+    policy_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +125,7 @@ class _Decoder:
     ) -> None:
         if reward is None and method.kind != "sample":
             raise UserError(f"the method {method.kind} needs a reward model")
-        if method.kind == "beams":
-            limit = method.steps * method.step_tokens
-            sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, limit))
+        sampling = replace(sampling, max_new_tokens=method.longest(sampling.max_new_tokens))
         self.policy, self.method = policy, method
         self.room = 0 if method.kind == "beams" else sampling.max_new_tokens + 1  # forks share what is written
         self.writer = Writer(policy, sampling, rows=rows, together=True, with_text=True, with_log_p=True)
@@ -180,6 +180,7 @@ class _Decoder:
                     text=row.text[characters:],
                     q_m=tuple(map(float, q_n[values:])),
                     dropped=dropped,
+                    policy_tokens=state.policy_tokens,
                 )
 
     def _result(self, state: _State) -> Result:

@@ -45,6 +45,10 @@ class Method:
     def rows(self) -> int:
         return self.beams * self.per_beam if self.kind == "beams" else self.samples
 
+    def longest(self, max_new_tokens: int) -> int:
+        """Maximum number of new tokens of a text."""
+        return min(max_new_tokens, self.steps * self.step_tokens) if self.kind == "beams" else max_new_tokens
+
 
 class Rivals:
     """The rows of one prompt. This method never interferes."""

@@ -139,16 +139,20 @@ def parse(shape: type[Shape], body: bytes | bytearray) -> Shape:
     try:
         return shape.model_validate_json(body)
     except ValidationError as error:
-        # Each alternative of a union has its own error: the first of those that go deepest says most.
-        deepest = max(error.errors(), key=lambda e: len(e["loc"]))
+        # Each alternative of a union has its own error: the first of those that go deepest says most. A field with a
+        # wrong name is also a missing one.
+        deepest = max(error.errors(), key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden"))
         if deepest["type"] == "json_invalid":
             reason = deepest["ctx"]["error"]
             what = "nested too deeply" if reason.startswith("recursion limit") else "not valid JSON"
             raise HTTPException(422, f"the body is {what}: {reason}") from None
         parts = [part for part in deepest["loc"] if part not in UNION]
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+        if problem := {"extra_forbidden": "unknown", "missing": "missing"}.get(deepest["type"]):
+            known = ", ".join((shape if len(parts) == 1 else Chunk).model_fields)  # the one shape inside another
+            raise HTTPException(422, f"field '{name}' is {problem}: the fields are {known}") from None
         where = f"field '{name}'" if name else "the body"
-        raise HTTPException(422, f"{where}: {deepest['msg']}") from None
+        raise HTTPException(422, f"{where}: {deepest['msg'].removeprefix('Value error, ')}") from None
 
 
 def check_content(headers: Mapping[str, str]) -> None:

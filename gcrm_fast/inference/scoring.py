@@ -5,9 +5,9 @@ Letters: N completions, n tokens of a completion, R read rows of a pack, G goals
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -227,12 +227,12 @@ class RewardModel:
         """Prompts and completions as equally many texts, and whether a single completion was given.
 
         Raises:
-            TypeError: texts without completions.
+            TypeError: neither text nor messages, or texts without completions.
             ValueError: not as many prompts as completions.
             UserError: messages that do not fit together or the chat template.
         """
-        given, single = _listed(prompts if completions is None else completions)
-        questions, one_prompt = (None, True) if completions is None else _listed(prompts)
+        given, single = _listed("prompts", prompts) if completions is None else _listed("completions", completions)
+        questions, one_prompt = (None, True) if completions is None else _listed("prompts", prompts)
         if completions is None and not all(map(is_messages, given)):
             raise TypeError("completions are missing: only conversations, lists of messages, contain their prompt")
         asked: list[Any] = [None] * len(given) if questions is None else questions
@@ -424,10 +424,19 @@ class RewardModel:
                 bar.update(len(pack.indices))
 
 
-def _listed(texts: Text | Sequence[Text]) -> tuple[list[Text], bool]:
-    """Texts or conversations as a list, and whether there was a single one."""
-    single = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], dict))
-    return cast(list[Text], [texts] if single else list(texts)), single
+def _listed(name: str, given: Any) -> tuple[list[Any], bool]:
+    """Texts or conversations as a list, and whether there was a single one. Raises TypeError, with the argument's
+    ``name``, for anything else."""
+    if isinstance(given, (str, dict)):
+        return [given], True
+    texts = list(given) if isinstance(given, Iterable) and not isinstance(given, bytes) else None
+    if texts and isinstance(texts[0], dict):
+        return [texts], True
+    for place, value in [(name, given)] if texts is None else [(f"{name}[{i}]", text) for i, text in enumerate(texts)]:
+        if not (isinstance(value, str) or is_messages(value)):
+            kind = type(value).__name__
+            raise TypeError(f"{place} is {kind}: give a string, a list of messages, or a list of either")
+    return texts or [], False
 
 
 def _name(index: int, names: Sequence[str] | None) -> str:

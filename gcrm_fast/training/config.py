@@ -39,6 +39,8 @@ BEST_BY = {  # metrics of --keep-best by --loss
     "bce": ("eval/auroc", "eval/accuracy"),
     "mse": ("eval/spearman",),
 }
+OF_A_RUN = {"metrics.jsonl", "checkpoints", "skipped_records.txt"}  # what an unfinished run leaves in its folder
+LOGS = (".log", ".out", ".err")  # may be there before a run starts
 OF_PAIRS = ("pairs_per_prompt", "label_smoothing", "center_rewards", "sft_weight")  # options that need both sides
 
 Positive = Annotated[float, Range(above=0)]
@@ -304,7 +306,7 @@ class TrainConfig(Options):
     output: str = ""
     """Folder of the run, shared by all processes. The default is a folder in runs/, named after the configuration."""
     overwrite: bool = False
-    """Replace a finished model in the output folder."""
+    """Replace a finished model in the output folder, or write into one that holds other files."""
     report_to: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics and options go, next to metrics.jsonl: the folder tensorboard/ in the output folder, or Weights &
     Biases (its environment variables, such as WANDB_PROJECT and WANDB_MODE=offline, apply)."""
@@ -315,8 +317,9 @@ class TrainConfig(Options):
     """License in the model card, as in apache-2.0. The default is that in the card of --model, if there is one."""
     language: tuple[str, ...] = ()
     """Languages in the model card, as in en. The default is those in the card of --model, if there is one."""
-    log_every: AtLeastOne = 10
-    """Steps between log lines. Steps in between never wait for the device."""
+    log_every: ZeroOrMore = 0
+    """Steps between log lines; 0 logs every 10 steps, or ten times in a shorter run. Steps in between never wait for
+    the device."""
     eval_every: ZeroOrMore = 0
     """Steps between evaluations; 0 evaluates eight times per run. The first and the last step are always evaluated."""
     goal_pairs: ZeroOrMore = 2048
@@ -441,9 +444,10 @@ class TrainConfig(Options):
         ):
             missing = wanted and importlib.util.find_spec(module) is None
             need(not missing, name, f"another value until pip install 'gcrm-fast[{extra}]'")
-        from gcrm_fast.data.records import FORMATS, JUDGED_FORMATS, parse_columns  # here: --help needs no transformers
+        if self.columns:
+            from gcrm_fast.data.records import FORMATS, JUDGED_FORMATS, parse_columns  # here: it imports transformers
 
-        parse_columns(self.columns, FORMATS if self.loss == "ranking" else JUDGED_FORMATS)
+            parse_columns(self.columns, FORMATS if self.loss == "ranking" else JUDGED_FORMATS)
         if generated:
             need(self.train_pairs <= MOST_GENERATED, "train_pairs", f"at most {MOST_GENERATED} generated pairs")
         if not generated and ARITHMETIC in self.data:
@@ -483,6 +487,39 @@ PRESETS: dict[str, dict[str, Any]] = {
 def parse(argv: list[str]) -> TrainConfig:
     """The configuration of a command line; ``--help`` prints every option and exits. Raises UserError."""
     return parse_options(TrainConfig, argv, "gcrm train")
+
+
+def default_output(config: TrainConfig) -> str:
+    """runs/<data>-<loss>-seed<n> or runs/<data>-gcrm-<variant>-seed<n>, e.g. runs/arithmetic-gcrm-paper-seed0."""
+    name = re.split(r"[.:]", Path(config.data[0]).name)[0]
+    objective = config.loss if config.objective == "ranking" else f"gcrm-{config.objective_variant}"
+    return f"runs/{name}-{objective}-seed{config.seed}"
+
+
+def check_unfinished(output: Path, config: TrainConfig) -> None:
+    """Raises UserError where a finished run would be overwritten without --overwrite."""
+    if (output / "model").exists() and not config.overwrite:
+        raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
+
+
+def check_output(config: TrainConfig) -> Path:
+    """The folder of the run. Raises UserError where it cannot be that, or holds what --overwrite must allow: a finished
+    model, or files of something else."""
+    output = Path(config.output or default_output(config))
+    check_unfinished(output, config)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is not a folder")
+    checkpoints = output / "checkpoints"
+    if checkpoints.is_symlink() and not checkpoints.is_dir():
+        raise UserError(f"{checkpoints}: links to no folder: make it or remove the link")
+    present = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    others = [name for name in present if not name.startswith(".") and not name.endswith(LOGS)]
+    if others and not OF_A_RUN.intersection(others) and not config.overwrite:
+        raise UserError(
+            f"--output {output}: holds no run, but other files, such as {others[0]}: choose another folder, or pass "
+            "--overwrite to write next to them"
+        )
+    return output
 
 
 def read_toml(path: Path) -> dict[str, Any]:

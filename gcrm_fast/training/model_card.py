@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.data.encoding import TokenizedPair, preferred
+from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.model import heads
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, to_toml, unused_options
 
@@ -62,7 +62,8 @@ class Example(NamedTuple):
 
 
 def example_of(pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """The first preferred completion of up to EXAMPLE_CHARACTERS, or else the shortest one, as its tokens read."""
+    """The first of the chosen completions, uncut ones, of up to EXAMPLE_CHARACTERS, or else the shortest, as its tokens
+    read."""
 
     adds_bos = tokenizer.bos_token_id in tokenizer("")["input_ids"]
 
@@ -75,7 +76,7 @@ def example_of(pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBas
         prompt = prompt[int(adds_bos and prompt[0] == tokenizer.bos_token_id) :]
         return Example(text(prompt), text(completion if ended else completion[:-1]), ended)
 
-    near = preferred(pairs)[:EXAMPLES]
+    near = pairs[:EXAMPLES]
     examples = (example(pair) for pair in near)
     short = (one for one in examples if len(one.prompt + one.completion) <= EXAMPLE_CHARACTERS)
     return next(short, None) or example(min(near, key=lambda pair: len(pair.chosen_ids)))
@@ -111,7 +112,7 @@ def model_card(
         *([IN_TRANSFORMERS.format(folder=folder, eos=eos)] if linear else []),
         _ends(linear),
         "## Data\n",
-        _table([("training", " ".join(config.data)), ("held out", " ".join(config.eval_data) or "-"), *data]),
+        _table([("training", " ".join(config.data)), ("held out", _held_out(config)), *data]),
         "## Results\n",
         _table(results),
         "## Training\n",
@@ -119,6 +120,11 @@ def model_card(
         f"```toml\n{to_toml(config, unused_options(config))}```\n",
     ]
     return "\n".join(sections)
+
+
+def _held_out(config: TrainConfig) -> str:
+    split = f"{config.eval_split:g} of the prompts" if config.eval_split else "-"
+    return " ".join(config.eval_data) or split
 
 
 def _ends(linear: bool) -> str:

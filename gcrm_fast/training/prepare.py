@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import math
-import re
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -30,7 +29,7 @@ from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.token_cache import TokenCache, cache_folder
 from gcrm_fast.data.tokenization import choose_pad, load_tokenizer, train_tokenizer
 from gcrm_fast.model.llama import ModelConfig
-from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig
+from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, check_output
 from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.lora import Lora
 from gcrm_fast.training.objectives import RIGHT, Objective
@@ -157,12 +156,6 @@ def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     return model_config, fresh_weights(model_config, config.seed)
 
 
-def check_unfinished(output: Path, config: TrainConfig) -> None:
-    """Raises UserError where a finished run would be overwritten without --overwrite."""
-    if (output / "model").exists() and not config.overwrite:
-        raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
-
-
 def check_overlap(train: list[Pair], held_out: list[Pair], allowed: bool) -> Overlap:
     """What training and held-out pairs share. Raises UserError for shared prompts unless they are ``allowed``."""
     shared = overlap(train, held_out)
@@ -176,13 +169,7 @@ def check_overlap(train: list[Pair], held_out: list[Pair], allowed: bool) -> Ove
 
 def prepare(config: TrainConfig) -> Prepared:
     """Reads and checks all inputs; writes nothing."""
-    output = Path(config.output or default_output(config))
-    check_unfinished(output, config)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is not a folder")
-    checkpoints = output / "checkpoints"
-    if checkpoints.is_symlink() and not checkpoints.is_dir():
-        raise UserError(f"{checkpoints}: links to no folder: make it or remove the link")
+    output = check_output(config)
     model = open_model(config) if config.model else None
     tokenizer = open_tokenizer(config)  # before the records: its chat template renders those that are messages
     bad = BadRecords(skip=config.on_bad_record == "skip")
@@ -280,13 +267,6 @@ def _check_blocks(pairs: list[TokenizedPair], config: TrainConfig, budget: Budge
             f"--sampling rs compares pairs of two prompts, up to {most} tokens together, more than --tokens-per-batch "
             f"{config.tokens_per_batch}: raise --tokens-per-batch, or lower --group-prompts or --max-length"
         )
-
-
-def default_output(config: TrainConfig) -> str:
-    """runs/<data>-<loss>-seed<n> or runs/<data>-gcrm-<variant>-seed<n>, e.g. runs/arithmetic-gcrm-paper-seed0."""
-    name = re.split(r"[.:]", Path(config.data[0]).name)[0]
-    objective = config.loss if config.objective == "ranking" else f"gcrm-{config.objective_variant}"
-    return f"runs/{name}-{objective}-seed{config.seed}"
 
 
 def objective_of(config: TrainConfig) -> Objective:

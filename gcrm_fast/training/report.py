@@ -45,8 +45,9 @@ def write_report(
         heading: [_record(scores.pairs[i], values[scores.pairs[i].pair_id], tokenizer) for i in indices]
         for heading, indices in shown_pairs(scores).items()
     }
+    verdict = q_verdict(metrics(scores))
     about = [
         f"Run {run}, after its last step; chosen has the higher reward in {won} of {len(scores.pairs)} held-out pairs",
-        q_verdict(metrics(scores)),
+        verdict[0].upper() + verdict[1:],
     ]
     page(title="Held-out pairs, token by token", about=about, groups=groups).save(path)

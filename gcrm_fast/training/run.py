@@ -89,7 +89,8 @@ class Run:
     def is_logged(self, step: int) -> bool:
         """Whether the loop logs a row at ``step``: also where it may end, with --early-stopping at every evaluation."""
         may_stop = self.stopping.patience > 0 and self.is_due(step, self.config.eval_every)
-        return step % self.config.log_every == 0 or step == self.prepared.steps or may_stop
+        every = self.config.log_every or min(10, -(-self.prepared.steps // 10))
+        return step % every == 0 or step == self.prepared.steps or may_stop
 
     def goal(self, maximum: int | None = None) -> tuple[Tensor, int]:
         """Goal state of the current model, and over how many training pairs (up to ``maximum``) it is the mean."""
@@ -201,7 +202,7 @@ class Run:
             rows,
             evaluation,
             dist.get_world_size(),
-            example_of(prepared.held_out or prepared.train, prepared.tokenizer),
+            example_of(preferred(prepared.held_out) or preferred(prepared.train), prepared.tokenizer),
             chats=bool(prepared.tokenizer.chat_template),
         )
         if self.lora:

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from gcrm_fast import Policy, RewardModel
 from gcrm_fast.checkpoints.goals import write_goals
@@ -79,6 +81,32 @@ def test_output_has_answers_samples_and_costs(
     written = sum(record["policy_tokens"] for record in records)
     assert f"5 prompts, {method}: {written} tokens by the policy" in done.stdout
     assert ("saved about" in done.stdout) == (method != "best-of-n")
+    assert done.stdout.endswith(f"\nwrote {output}\n")
+
+
+@pytest.mark.parametrize("method", ["sample", "filter", "beams"])
+def test_progress_moves_while_a_prompt_is_written(
+    method: str, policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[int, int, str]] = []
+
+    class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
+        def update(self, n: int = 1) -> None:
+            super().update(n)
+            shown.append((self.n, self.total, self.postfix))
+
+    monkeypatch.setattr(command, "progress_bar", functools.partial(Bar, file=io.StringIO()))
+    output = tmp_path / "out.jsonl"
+    more = ("--beams", 2, "--step-tokens", 3, "--steps", 4) if method == "beams" else ()
+    options = ("--reward", reward, "--method", method, *SHORT, *more)
+    assert gcrm("generate", policy, asked, "-o", output, *options).returncode == 0
+    places = [place for place, _, _ in shown]
+    assert places == sorted(places)
+    before_the_first = {place for place, _, prompts in shown if prompts == "0 of 5 prompts"}
+    assert len(before_the_first) > 1
+    assert max(total for _, total, _ in shown) <= 5 * 4 * (12 if method == "beams" else 20)
+    written = sum(record["policy_tokens"] for record in lines(output))
+    assert shown[-1] == (written, written, "5 of 5 prompts")
 
 
 def test_the_output_is_in_the_order_of_the_prompts(tmp_path: Path) -> None:

@@ -83,8 +83,31 @@ def test_every_group_starts_with_a_field() -> None:
     assert not {flag(name)[2:] for name in kinds_of(TrainConfig)} & set(named)
 
 
-@pytest.mark.parametrize("arguments", [["train", "--help"], ["vote", "--help"], ["train", "--leyers", "3"], ["serve"]])
-def test_help_and_wrong_options_import_no_torch(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--help"],
+        ["vote", "--help"],
+        ["train", "--leyers", "3"],
+        ["serve"],
+        ["train", "--data", "absent.jsonl", "--output", "new"],
+        ["train", "--data", "{file}", "--model", "/no/such/model", "--output", "new"],
+        ["train", "--data", "{file}", "--output", "{folder}/.."],
+        ["score", "/no/such/model", "{file}", "-o", "new.jsonl"],
+        ["score", "{folder}", "absent.jsonl", "-o", "new.jsonl"],
+        ["score", "{folder}", "{file}", "-o", "/no/such/folder/new.jsonl"],
+        ["vote", "{folder}", "{file}", "-o", "{file}"],
+        ["evaluate", "{folder}", "absent.jsonl", "-o", "new"],
+        ["overoptimize", "absent.jsonl", "-o", "new"],
+        ["generate", "{folder}", "{file}", "-o", "new.jsonl", "--method", "filter", "--reward", "/no/such/model"],
+        ["serve", "/no/such/model"],
+    ],
+)
+def test_help_and_what_is_wrong_on_the_command_line_import_no_torch(arguments: list[str], tmp_path: Path) -> None:
+    file, folder = tmp_path / "file.jsonl", tmp_path / "model"
+    file.touch()
+    folder.mkdir()
+    arguments = [argument.format(file=file, folder=folder) for argument in arguments]
     program = f"""
 import sys
 from gcrm_fast import cli
@@ -95,6 +118,7 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1] == "end", done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

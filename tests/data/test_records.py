@@ -22,7 +22,7 @@ from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.encoding import tokenize_pairs
 from gcrm_fast.data.overlap import Overlap, overlap
 from gcrm_fast.data.records import Pair, ordered_pairs, read_pairs
-from gcrm_fast.data.sources import BadRecords
+from gcrm_fast.data.sources import BadRecords, check_present
 from gcrm_fast.data.tokenization import train_tokenizer
 from support.chat import CHATML, LLAMA2, TEMPLATES, TEXTS, TOOLS, chat_tokenizer
 
@@ -109,6 +109,15 @@ def test_hub_dataset_is_loaded_by_name_configuration_and_split(tmp_path, monkeyp
     (tmp_path / "one").mkdir()
     write(tmp_path / "one" / "pairs", GOOD)
     assert sides(read_pairs(["one/pairs"])) == [("p", "a", "b")]  # what exists comes first
+
+
+def test_a_source_that_is_absent_is_known_without_reading(tmp_path):
+    file = write(tmp_path / "pairs.jsonl", GOOD)
+    for source in (str(file), str(tmp_path), f"{tmp_path}:train", "owner/pairs", "owner/pairs/main:test[:10%]"):
+        check_present(source)
+    for source in (f"{file}x", "pairs", "owner/pairs.jsonl", "./owner/pairs"):
+        with pytest.raises(UserError, match=r"cannot be read \(No such file or directory\): expected a file"):
+            check_present(source)
 
 
 @pytest.mark.parametrize("module", ["datasets", "pyarrow"])

@@ -182,6 +182,25 @@ def test_vote_reports_what_the_votes_give(model: Path, tmp_path: Path, capsys: p
     assert "more than one sample" not in stdout
 
 
+def test_a_field_with_one_value_is_no_group(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path / "samples.jsonl", [record | {"family": "a"} for record in samples()])
+    assert cli.run("vote", [str(model), str(file), "-o", str(tmp_path / "out"), "--by", "family"]) == 0
+    printed = capsys.readouterr()
+    assert "family" not in printed.out
+    assert "--by family: every completion has family=a, the same as all" in printed.err
+    assert {group for group, _ in rows(tmp_path / "out")} == {"all"}
+
+
+def test_the_table_says_that_an_automatic_threshold_leaves_half_of_the_questions(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "samples.jsonl", samples())
+    for threshold in ("0", "auto"):
+        arguments = [str(model), str(file), "-o", str(tmp_path / threshold), "--threshold", threshold]
+        assert cli.run("vote", arguments) == 0
+        assert ("report one half of each group's questions" in capsys.readouterr().out) == (threshold == "auto")
+
+
 def test_one_sample_per_question_leaves_nothing_to_vote_on(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

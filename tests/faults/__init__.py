@@ -1,1 +1,1 @@
-"""Faults that `make mutants` plants, a file per folder that they are planted in."""
+"""Faults that `make mutants` plants, a file per folder that they are planted in, or per subject."""

@@ -226,6 +226,23 @@ def test_single_texts_and_one_prompt_for_all(model: RewardModel) -> None:
         model.score("one two")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("1+1=", 2), "completions is int: give a string, a list of messages, or a list of either"),
+        ((None, "2"), "prompts is NoneType: give a string"),
+        ((b"1+1=", "2"), "prompts is bytes: give a string"),
+        (("1+1=", ["2", 3]), r"completions\[1\] is int: give a string"),
+        ((["1+1=", None], ["2", "3"]), r"prompts\[1\] is NoneType: give a string"),
+        ((["1+1=", 5],), r"prompts\[1\] is int: give a string"),
+    ],
+)
+def test_what_is_no_text_is_named(model: RewardModel, arguments: tuple[Any, ...], message: str) -> None:
+    for method in (model.score, model.q_values, model.representations, model.inspect):
+        with pytest.raises(TypeError, match=message):
+            method(*arguments)
+
+
 def test_messages_are_written_by_the_chat_template(tmp_path: Path) -> None:
     model = RewardModel.from_pretrained(write_served_model(tmp_path / "model"), device="cpu")
     asked, answer = [{"role": "user", "content": "hello"}], [{"role": "assistant", "content": "yes."}]
@@ -233,6 +250,7 @@ def test_messages_are_written_by_the_chat_template(tmp_path: Path) -> None:
     assert plain == pytest.approx(model.score(asked, answer), rel=1e-5)
     assert plain == pytest.approx(model.score([*asked, *answer]), rel=1e-5)
     assert plain == pytest.approx(model.score(asked, "yes."), rel=1e-5)
+    assert plain == pytest.approx(model.score(asked[0], answer[0]), rel=1e-5)
     assert plain != pytest.approx(model.score("hello", "yes."), rel=1e-3)
     conversations = [[*asked, *answer], [*asked, {"role": "assistant", "content": "world"}]]
     assert model.score(conversations).tolist() == pytest.approx([plain, model.score(asked, "world")], rel=1e-5)
@@ -363,6 +381,7 @@ def test_every_format_gets_its_rewards_beside_its_own_fields(gcrm: Gcrm, model: 
         PAIR[0] | {"reward_correct": pytest.approx(right, abs=1e-6), "reward_incorrect": pytest.approx(wrong, abs=1e-6)}
     ]
     assert "é" in out.read_text()
+    assert gcrm(write(tmp_path / "e", PAIR), "-o", out).stderr.endswith(f"gcrm score: wrote {out}\n")
     assert gcrm(write(tmp_path / "d", NAMED), "-o", out, "--columns", "prompt=instruction,completion=output")[0] == 0
     assert read(out) == [NAMED[0] | {"reward": pytest.approx(right, abs=1e-6)}]
 

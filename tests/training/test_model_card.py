@@ -40,6 +40,14 @@ def test_header_of_a_model_from_the_hub() -> None:
     assert [(r.metric_type, r.metric_value) for r in data.eval_results] == [("accuracy", 0.7654), ("roc_auc", 0.8)]
 
 
+@pytest.mark.parametrize(
+    ("options", "held_out"),
+    [({"eval_data": ("a", "b")}, "a b"), ({"eval_split": 0.02}, "0.02 of the prompts"), ({}, "-")],
+)
+def test_the_card_says_what_is_held_out(options: dict[str, Any], held_out: str) -> None:
+    assert f"| held out | {held_out} |" in card(TrainConfig(data=("pairs.jsonl",), **options)).text
+
+
 def test_license_and_languages_are_those_of_the_options_or_of_the_base_model(tmp_path: Path) -> None:
     base = ModelCard("---\nlicense: mit\nlanguage: [de]\n---\n# Base\n")
     base.save(tmp_path / "README.md")
@@ -79,6 +87,17 @@ def test_the_example_of_the_card_is_from_the_data_and_runs(tmp_path: Path, templ
     reward = names["reward"]
     exec(theirs.replace("path/to/this/folder", str(tmp_path / "run" / "model")), names)
     assert names["reward"].item() == pytest.approx(reward, rel=1e-4, abs=1e-6)
+
+
+def test_the_example_is_a_training_pair_where_every_held_out_completion_is_cut(tmp_path: Path) -> None:
+    whole = {"prompt": "train? ", "chosen": "yes 1.", "rejected": "no 1."}
+    cut = {"prompt": "held out? ", "chosen": "yes 2", "rejected": "no 2", "chosen_cut": True, "rejected_cut": True}
+    for name, record in (("train", whole), ("held_out", cut)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+    sources = ["--data", str(tmp_path / "train.jsonl"), "--eval-data", str(tmp_path / "held_out.jsonl")]
+    few = [*TINY, "--vocab-size", "300", "--steps", "1", "--cache", "none", "--output", str(tmp_path / "run")]
+    assert main([*sources, *few]) == 0
+    assert "train?" in ModelCard.load(tmp_path / "run" / "model" / "README.md").text
 
 
 def test_the_card_has_the_number_of_pairs_and_intervals(pair_file: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from gcrm_fast import RewardModel, TrainConfig, train, train_reward_model
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.model import heads
 from gcrm_fast.train import locked, main
-from gcrm_fast.training.config import parse, to_toml
+from gcrm_fast.training.config import check_output, parse, to_toml
 from gcrm_fast.training.describe import q_verdict
 from support.training_runs import ROOT, TIMES, TINY, Gcrm, arguments, rows, torchrun
 
@@ -66,14 +66,16 @@ def test_evaluations_say_whether_q_is_more_than_the_end_token(pair_file: Path, t
     assert re.search(
         r"held-out AUROC of Q +[01]\.\d+ at 50% of the completion, .* one token before the end", result.stdout
     )
-    verdict = r"(too few held-out pairs \(21\)|Q tells chosen from rejected)"
+    verdict = r"([Tt]oo few held-out pairs \(21\)|Q tells chosen from rejected)"
     assert re.search(rf"Q-values +{verdict}", result.stdout)
     small = {"eval/auroc_q_at/before_end": 0.52, "eval/similarity/within": 0.9}
     assert "nothing before the end token (AUROC 0.520" in q_verdict(small | {"eval/pairs": 30})
     assert q_verdict(small | {"eval/pairs": 29}).startswith("too few held-out pairs (29)")
     assert "before the end token too (AUROC 0.520" in q_verdict(small | {"eval/pairs": 100_000})
     assert "collapsed" in q_verdict(small | {"eval/pairs": 100_000, "eval/similarity/within": 0.96})
-    assert re.search(verdict, (tmp_path / "inspect.html").read_text())
+    page = (tmp_path / "inspect.html").read_text()
+    assert re.search(verdict, page)
+    assert ">too few" not in page  # a sentence there
 
 
 def test_training_from_python(pair_file: Path, tmp_path: Path) -> None:
@@ -89,6 +91,25 @@ def test_training_from_python(pair_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--keep-best"):
         train_reward_model(TrainConfig(data=("x.jsonl",), keep_best="eval/auroc"))
     assert train_reward_model(dataclasses.replace(config, output=str(tmp_path / "dry"), dry_run=True)) is None
+
+
+def test_a_folder_of_something_else_is_no_output(pair_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "thesis"
+    output.mkdir()
+    for name in (".gitignore", "slurm-1.out", "train.log"):  # of a run that is about to start
+        (output / name).touch()
+    config = parse(arguments(pair_file, output, "--dry-run"))
+    assert check_output(config) == output
+    (output / "chapter1.tex").touch()
+    message = f"--output {output}: holds no run, but other files, such as chapter1.tex: choose another folder, or pass"
+    for function in (check_output, train_reward_model):
+        with pytest.raises(UserError, match=re.escape(message)):
+            function(config)
+    assert check_output(dataclasses.replace(config, overwrite=True)) == output
+    (output / "metrics.jsonl").touch()  # of a run that was killed before its first checkpoint
+    assert check_output(config) == output
+    with pytest.raises(UserError, match=r"chapter1\.tex: is not a folder"):
+        check_output(dataclasses.replace(config, output=str(output / "chapter1.tex")))
 
 
 def test_dropped_pairs_and_short_completions_are_warned_of(tmp_path: Path, gcrm: Gcrm) -> None:
@@ -116,6 +137,12 @@ def test_a_run_of_few_pairs_names_its_files_and_seconds_per_step(tmp_path: Path,
     assert "s/step=" in stderr
     for name, file in (("model", "model"), ("curves", "curves.png"), ("held-out pairs", "inspect.html")):
         assert re.search(rf"  {name} +{re.escape(str(tmp_path / 'run' / file))}\n", stdout)
+
+
+@pytest.mark.parametrize(("steps", "logged"), [(3, [1, 2, 3]), (25, [*range(3, 25, 3), 25])])
+def test_a_short_run_logs_enough_for_its_curves(steps: int, logged: list[int], pair_file: Path, tmp_path: Path) -> None:
+    assert main(arguments(pair_file, tmp_path, "--steps", str(steps), "--log-every", "0", "--keep", "0")) == 0
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == logged
 
 
 def test_a_models_files_are_readable_as_the_umask_says(pair_file: Path, tmp_path: Path) -> None:
