@@ -175,4 +175,22 @@ FAULTS = {
         'sample["ending"] for record',
         "tests/commands/test_generate.py -k reaches_its_end",
     ),
+    "paths: checked after the imports": (
+        "gcrm_fast/cli.py",
+        '        imported("commands.paths:check_paths")(options)',
+        "        pass",
+        "tests/commands/test_options.py -k no_torch",
+    ),
+    "generate: progress only where a prompt is finished": (
+        "gcrm_fast/inference/decoding.py",
+        "                    policy_tokens=state.policy_tokens,\n                )\n",
+        "                    policy_tokens=0,\n                )\n",
+        "tests/commands/test_generate.py -k progress_moves",
+    ),
+    "groups: a field with one value repeats all": (
+        "gcrm_fast/commands/shared.py",
+        "if len(values) == 1:",
+        "if False:",
+        "tests/evaluation/test_vote.py -k one_value",
+    ),
 }

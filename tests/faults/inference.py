@@ -447,4 +447,16 @@ FAULTS = {
         "",
         "tests/inference/test_scoring.py -k wrong_arguments",
     ),
+    "server: a field with a wrong name is only missing": (
+        "gcrm_fast/inference/protocols.py",
+        '(len(e["loc"]), e["type"] == "extra_forbidden")',
+        '(len(e["loc"]), 0)',
+        "tests/inference/test_serve.py -k malformed_requests",
+    ),
+    "scoring: what is no text goes to the tokenizer": (
+        "gcrm_fast/inference/scoring.py",
+        "if not (isinstance(value, str) or is_messages(value)):",
+        "if False:",
+        "tests/inference/test_scoring.py -k no_text",
+    ),
 }

@@ -571,4 +571,16 @@ FAULTS = {
         '""',
         "tests/training/test_train_layers.py -k states_are_kept",
     ),
+    "output: files of something else are written next to": (
+        "gcrm_fast/training/config.py",
+        "if others and not OF_A_RUN.intersection(others)",
+        "if not others and not OF_A_RUN.intersection(others)",
+        "tests/training/test_train.py -k something_else",
+    ),
+    "curves: a short run logs its last step alone": (
+        "gcrm_fast/training/run.py",
+        "or min(10, -(-self.prepared.steps // 10))",
+        "or 10",
+        "tests/training/test_train.py -k short_run",
+    ),
 }
