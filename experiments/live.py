@@ -4,7 +4,8 @@
 
 A policy that is right about half the time solves held-out arithmetic problems, where the truth is exact. Reward models,
 with and without the contrastive loss, choose or steer: majority, best-of-n, filter, reject, step beams; with goals of
-shuffled coordinates as controls. Each finished row is kept in live.json at once, and a second call continues with what
+shuffled coordinates as controls. They are trained on pairs that differ in one step, or on pairs of the policy's own
+samples, starting from the policy. Each finished row is kept in live.json at once, and a second call continues with what
 is missing. Writes experiments/live.md (tables) and live.json (every problem).
 """
 
@@ -32,7 +33,14 @@ from gcrm_fast.inference.methods import Method
 from summary import COVERAGE, machine, markdown, mean_interval, trained, two_way_interval, write_aside
 
 HERE = Path(__file__).resolve().parent
-OBJECTIVES: dict[str, tuple[str, ...]] = {"contrastive": (), "ranking": ("--objective", "ranking")}
+OWN = ", own samples"  # trained on the policy's own samples
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    name + data: given
+    for data in ("", OWN)
+    for name, given in (("contrastive", ()), ("ranking", ("--objective", "ranking")))
+}
+OWN_PROBLEMS, OWN_SAMPLES, OWN_PAIRS = 6000, 8, 2  # of training; samples and, where some are wrong, pairs of each
+FROM_POLICY = ("--steps", "600", "--global-batch-pairs", "80", "--lr", "1e-3", "--warmup", "0.1")
 SAMPLES = 16  # of filter and reject, and rows of beams
 POOL = 32  # samples without steering, of which best-of-k and majority of k are expectations
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # k
@@ -146,6 +154,25 @@ def measured(
     return {name: [rounded(found[i][name]) for i in range(len(problems))] for name in found[0]}
 
 
+def own_pairs(options: Options, policy: Policy) -> Path:
+    """A file of pairs of right and wrong samples of the policy, of training problems."""
+    path = options.runs / "own-pairs.jsonl"
+    if not path.exists():
+        prompts = [*dict.fromkeys(pair.prompt for pair in generate(4 * OWN_PROBLEMS, 0, 0, 3)[0])][:OWN_PROBLEMS]
+        asked = [prompt for prompt in prompts for _ in range(OWN_SAMPLES)]
+        texts = policy.generate(asked, max_new_tokens=24, temperature=1.0, seed=0, rows=512)
+        lines = []
+        for i, prompt in enumerate(prompts):
+            sampled = [*dict.fromkeys(texts[OWN_SAMPLES * i : OWN_SAMPLES * (i + 1)])]
+            right = [text for text in sampled if is_correct(prompt, text)]
+            wrong = [text for text in sampled if not is_correct(prompt, text)]
+            pairs = [{"prompt": prompt, "chosen": a, "rejected": b} for a in right for b in wrong[:OWN_PAIRS]]
+            lines += [json.dumps(pair) + "\n" for pair in pairs]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(path, "".join(lines))
+    return path
+
+
 def rounded(value: Any) -> Any:
     return [round(one, 4) for one in value] if isinstance(value, list) else round(value, 4)
 
@@ -251,9 +278,8 @@ def saved(found: Found) -> str:
     return markdown(head, lines)
 
 
-def compared(by_objective: dict[str, Found]) -> str:
+def compared(ours: Found, base: Found) -> str:
     """The contrastive loss less ranking alone, same seeds and problems."""
-    ours, base = by_objective["contrastive"], by_objective["ranking"]
     lines = [
         [arm, difference(ours.values(arm, "right") - base.values(arm, "right"))]
         for arm in wanted()
@@ -265,11 +291,9 @@ def compared(by_objective: dict[str, Found]) -> str:
 
 
 def report(options: Options, rows: Sequence[Row], left: int) -> str:
-    complete = [
-        seed
-        for seed in range(options.seeds)
-        if len([row for row in rows if row["seed"] == seed]) == len(OBJECTIVES) * len(wanted())
-    ]
+    by_objective = {name: complete(options, rows, name) for name in OBJECTIVES}
+    by_objective = {name: found for name, found in by_objective.items() if found.seeds}
+    seeds = max((len(found.seeds) for found in by_objective.values()), default=0)
     still = f" {left} rows are still missing: the same command adds them." if left else ""
     text = f"""# Does it help to look at Q while a policy writes?
 
@@ -277,17 +301,16 @@ Written by `python experiments/live.py --problems {options.problems} --seeds {op
 
 The policy of `experiments/policies.py` solves {options.problems} held-out problems at temperature 1. Answers are right
 or wrong by the arithmetic itself. Reward models: the default run of `gcrm train` (contrastive) and the same with
-`--objective ranking`, {len(complete)} seed{"s" * (len(complete) != 1)} each; the samples have the reward model's seed.
-Filter and reject start from {SAMPLES} samples, beams keep 4 with 4 samples each, in steps of {STEP} tokens.
+`--objective ranking`, {seeds} seed{"s" * (seeds != 1)} each; the samples have the reward model's seed. "Own samples":
+trained instead on pairs of right and wrong samples of the policy itself, of training problems, starting from the
+policy. Filter and reject start from {SAMPLES} samples, beams keep 4 with 4 samples each, in steps of
+{STEP} tokens.
 
 Best-of-n and majority, to which each method is compared at the same number of policy tokens per problem, are
 expectations over subsets of {POOL} samples, interpolated in n. ± is a {COVERAGE:.0%} interval over problems and seeds
 (over problems alone with one seed); * marks a difference whose interval excludes 0. Differences are paired by problem
 and seed. With this many comparisons, one in twenty is marked by chance.
 """
-    if not complete:
-        return text
-    by_objective = {name: Found(rows, name, complete) for name in OBJECTIVES}
     for name, found in by_objective.items():
         text += f"""
 ## {name.capitalize()}
@@ -301,7 +324,18 @@ One sample: right answer {level(found.values(UNSTEERED, "best")[:, :, 0])}, ever
 
 {saved(found)}
 """
-    return f"{text}\n## With less without the contrastive loss\n\n{compared(by_objective)}\n"
+    for data in ("", OWN):
+        both = [complete(options, rows, name + data) for name in ("contrastive", "ranking")]
+        if shared := [seed for seed in both[0].seeds if seed in both[1].seeds]:
+            ours, base = (Found(rows, name + data, shared) for name in ("contrastive", "ranking"))
+            text += f"\n## With less without the contrastive loss{data}\n\n{compared(ours, base)}\n"
+    return text
+
+
+def complete(options: Options, rows: Sequence[Row], objective: str) -> Found:
+    """The rows of the seeds that have all arms."""
+    counts = Counter(row["seed"] for row in rows if row["objective"] == objective)
+    return Found(rows, objective, [seed for seed in range(options.seeds) if counts[seed] == len(wanted())])
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
@@ -330,7 +364,9 @@ def add_rows(options: Options, rows: list[Row], objective: str, seed: int, polic
     if not todo:
         return
     arguments = [*OBJECTIVES[objective], "--seed", str(seed)]
-    reward = RewardModel.from_pretrained(trained(options.runs / f"{objective}-{seed}", arguments))
+    if objective.endswith(OWN):
+        arguments += ["--model", str(options.policy), "--data", str(own_pairs(options, policy)), *FROM_POLICY]
+    reward = RewardModel.from_pretrained(trained(options.runs / f"{objective}-{seed}".replace(", ", "-").replace(" ", "-"), arguments))
     goals = Goals.of([(reward.goal(), 1.0)])
     pairs = generate(0, options.problems, 1, 3)[1]
     problems = [(pair.prompt, pair.chosen) for pair in pairs]

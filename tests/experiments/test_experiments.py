@@ -446,20 +446,29 @@ def test_live_from_policies_and_again(
 ) -> None:
     live = experiments.live
     little = (*SMALL, "--train-pairs", "300", "--eval-pairs", "20", "--steps", "1")
-    monkeypatch.setattr(live, "OBJECTIVES", {name: (*given, *little) for name, given in live.OBJECTIVES.items()})
+    of_policy = ("--steps", "1", "--goal-pairs", "8", "--cache", "none")
+    short = {name: (*given, *(of_policy if live.OWN in name else little)) for name, given in live.OBJECTIVES.items()}
+    monkeypatch.setattr(live, "OBJECTIVES", short)
+    monkeypatch.setattr(live, "FROM_POLICY", ())
+    monkeypatch.setattr(live, "OWN_PROBLEMS", 200)
+    monkeypatch.setattr(live, "generate", lambda train, held_out, seed, steps: generate(train, held_out, seed, 1))
     monkeypatch.setattr(live, "ARMS", {name: live.ARMS[name] for name in (*live.CONTROLS, "beams, alpha 0")})
     paths = ("--policy", str(policies / "right-12"), "--runs", str(tmp_path / "runs"), "-o", str(tmp_path / "report"))
     common = [*paths, "--problems", "5", "--seeds"]
     assert live.main([*common, "1"]) == 0
-    assert len(trainings) == 2
+    assert len(trainings) == 4
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert [row["arm"] for row in rows] == list(live.wanted()) * 2
+    assert [row["arm"] for row in rows] == list(live.wanted()) * 4
     assert all(len(values) == 5 for row in rows for values in row["problems"].values())
     own, other = (
         next(row["problems"] for row in rows if row["arm"] == "filter, Q < 0" + end) for end in ("", live.SHUFFLED)
     )
     assert own != other
+    pairs = [json.loads(line) for line in (tmp_path / "runs" / "own-pairs.jsonl").read_text().splitlines()]
+    assert pairs
+    assert all(is_correct(p["prompt"], p["chosen"]) > is_correct(p["prompt"], p["rejected"]) for p in pairs)
     text = (tmp_path / "report.md").read_text()
+    assert "## With less without the contrastive loss, own samples" in text
     assert f"{np.mean(own['tokens']):.0f} | {np.mean(own['reward_tokens']):.0f}" in text
     (tmp_path / "report.json").write_text(json.dumps({"rows": rows[:-2]}))
     with monkeypatch.context() as patch:
@@ -467,7 +476,7 @@ def test_live_from_policies_and_again(
         assert live.main([*common, "1"]) == 0
     assert json.loads((tmp_path / "report.json").read_text())["rows"] == rows
     assert live.main([*common, "2"]) == 0
-    assert len(trainings) == 4
+    assert len(trainings) == 8
     text = (tmp_path / "report.md").read_text()
     assert "still missing" not in text
     assert "2 seeds each" in text
