@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.model.reward_model import LlamaRewardModel
-from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.config import TrainConfig, default_output
 from gcrm_fast.training.manifest import Checkpoint, checkpoints, damage, first_intact, read_manifest
 from gcrm_fast.training.objectives import Statistics
 from gcrm_fast.training.optimizer import Updater
@@ -193,7 +193,7 @@ def with_template_date(config: TrainConfig) -> TrainConfig:
         return config
     folders = [Path(config.resume)] if config.resume not in ("auto", "never") else []
     if config.resume == "auto":
-        folders = checkpoints(Path(config.output))[::-1]
+        folders = checkpoints(Path(config.output or default_output(config)))[::-1]
     day = date.today().isoformat()
     for folder in folders:
         with contextlib.suppress(UserError):  # a damaged one, which is named when the run resumes

@@ -22,6 +22,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.tokenization import load_tokenizer
 from gcrm_fast.train import main
 from gcrm_fast.training import resume, run, snapshots
+from gcrm_fast.training.config import default_output, parse
 from gcrm_fast.training.manifest import checkpoints, read_manifest
 from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.optimizer import Updater
@@ -143,7 +144,11 @@ def test_a_restart_continues_whatever_resume_was(
     assert_same(undisturbed, unfinished)
 
 
-def test_a_template_with_a_date_is_read_alike_on_the_next_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("named", [True, False])
+def test_a_template_with_a_date_is_read_alike_on_the_next_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """In the folder that --output names, and in the default one."""
     chat_tokenizer("{{ strftime_now('%d %b %Y') }}|" + CHATML).save_pretrained(tmp_path / "tokenizer")
     with (tmp_path / "pairs.jsonl").open("w") as file:
         for i in range(21):
@@ -152,12 +157,17 @@ def test_a_template_with_a_date_is_read_alike_on_the_next_day(tmp_path: Path, mo
             }
             file.write(json.dumps({"prompt": [{"role": "user", "content": f"question {i}"}], **sides}) + "\n")
     options = ["--tokenizer", str(tmp_path / "tokenizer"), "--cache", "none"]
-    call = [*arguments(tmp_path / "pairs.jsonl", tmp_path / "out"), *options]
+    call, output = [*arguments(tmp_path / "pairs.jsonl", tmp_path / "out"), *options], tmp_path / "out"
+    if not named:
+        at = call.index("--output")
+        del call[at : at + 2]
+        monkeypatch.chdir(tmp_path)
+        output = tmp_path / default_output(parse(call))
     monkeypatch.setattr(resume, "date", SimpleNamespace(today=lambda: date(2026, 1, 31)))
     end_in_step_9(call, monkeypatch)
     monkeypatch.setattr(resume, "date", SimpleNamespace(today=lambda: date(2026, 2, 1)))
     assert main(call) == 0
-    template = load_tokenizer(tmp_path / "out" / "model").chat_template
+    template = load_tokenizer(output / "model").chat_template
     assert '{{ "31 Jan 2026" }}|' in template
 
 
