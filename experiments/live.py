@@ -30,6 +30,7 @@ from gcrm_fast.inference.decoding import Result, decode
 from gcrm_fast.inference.generation import Sampling
 from gcrm_fast.inference.judging import Goals
 from gcrm_fast.inference.methods import Method
+from own_samples import own_pairs
 from summary import COVERAGE, machine, markdown, mean_interval, trained, two_way_interval, write_aside
 
 HERE = Path(__file__).resolve().parent
@@ -39,7 +40,6 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     for data in ("", OWN)
     for name, given in (("contrastive", ()), ("ranking", ("--objective", "ranking")))
 }
-OWN_PROBLEMS, OWN_SAMPLES, OWN_PAIRS = 6000, 8, 2  # of training; samples and, where some are wrong, pairs of each
 FROM_POLICY = ("--steps", "600", "--global-batch-pairs", "80", "--lr", "1e-3", "--warmup", "0.1")
 SAMPLES = 16  # of filter and reject, and rows of beams
 POOL = 32  # samples without steering, of which best-of-k and majority of k are expectations
@@ -152,25 +152,6 @@ def measured(
             prompt, solution = problems[one.prompt]
             found[one.prompt] = (of_samples if unsteered else of_method)(prompt, answer(solution), one)
     return {name: [rounded(found[i][name]) for i in range(len(problems))] for name in found[0]}
-
-
-def own_pairs(options: Options, policy: Policy) -> Path:
-    """A file of pairs of right and wrong samples of the policy, of training problems."""
-    path = options.runs / "own-pairs.jsonl"
-    if not path.exists():
-        prompts = [*dict.fromkeys(pair.prompt for pair in generate(4 * OWN_PROBLEMS, 0, 0, 3)[0])][:OWN_PROBLEMS]
-        asked = [prompt for prompt in prompts for _ in range(OWN_SAMPLES)]
-        texts = policy.generate(asked, max_new_tokens=24, temperature=1.0, seed=0, rows=512)
-        lines = []
-        for i, prompt in enumerate(prompts):
-            sampled = [*dict.fromkeys(texts[OWN_SAMPLES * i : OWN_SAMPLES * (i + 1)])]
-            right = [text for text in sampled if is_correct(prompt, text)]
-            wrong = [text for text in sampled if not is_correct(prompt, text)]
-            pairs = [{"prompt": prompt, "chosen": a, "rejected": b} for a in right for b in wrong[:OWN_PAIRS]]
-            lines += [json.dumps(pair) + "\n" for pair in pairs]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, "".join(lines))
-    return path
 
 
 def rounded(value: Any) -> Any:
@@ -365,7 +346,13 @@ def add_rows(options: Options, rows: list[Row], objective: str, seed: int, polic
         return
     arguments = [*OBJECTIVES[objective], "--seed", str(seed)]
     if objective.endswith(OWN):
-        arguments += ["--model", str(options.policy), "--data", str(own_pairs(options, policy)), *FROM_POLICY]
+        arguments += [
+            "--model",
+            str(options.policy),
+            "--data",
+            str(own_pairs(policy, options.runs / "own-pairs.jsonl")),
+            *FROM_POLICY,
+        ]
     reward = RewardModel.from_pretrained(
         trained(options.runs / f"{objective}-{seed}".replace(", ", "-").replace(" ", "-"), arguments)
     )

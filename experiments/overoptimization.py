@@ -2,7 +2,7 @@
 
     python experiments/policies.py; python experiments/overoptimization.py
 
-Every reward model starts from the policy, as reward models start from the model that is fine-tuned. Each arm, share of
+Every reward model starts from the policy and learns from pairs of its right and wrong samples. Each arm, share of
 flipped labels and seed is a row of overoptimization.json, written when it is finished; a second call computes what is
 missing. Writes overoptimization.md and two plots next to it. Gold is whether a solution is right in every step; the
 proxy is the arm's reward; the detectors see the samples that it picks.
@@ -34,11 +34,10 @@ from gcrm_fast.inference.generation import Policy
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.rlhf.latents import LatentReference
 from gcrm_fast.rlhf.trl import RewardFunction
-from gcrm_fast.training.config import PRESETS
+from own_samples import own_pairs
 from summary import cell, machine, markdown, paired_difference, trained, write_aside
 
 HERE = Path(__file__).resolve().parent
-PRESET = PRESETS["arithmetic"]
 DATA_SEED = 0  # of the problems, which all rows share
 SMALLEST = 8  # a detector sees the picks of at least this many problems
 PLAIN, INFORM = "plain", "InfoRM"
@@ -69,7 +68,7 @@ class Options(CommandOptions):
     """Folder of the samples and the reward models."""
     arms: tuple[str, ...] = ARMS
     """Names of the arms."""
-    flipped: tuple[str, ...] = ("0", "5")
+    flipped: tuple[str, ...] = ("0", "25")
     """Percentages of training pairs whose label is flipped."""
     seeds: AtLeastOne = 3
     """Seeds per arm; the ensemble has one row, of seeds 0 to 3."""
@@ -97,14 +96,14 @@ class Options(CommandOptions):
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-def write_pairs(path: Path, pairs: Sequence[Pair], flipped: int) -> None:
-    """Training pairs as JSON lines, ``flipped`` percent of them with chosen and rejected exchanged."""
+def write_pairs(source: Path, path: Path, flipped: int) -> None:
+    """The pairs of ``source``, ``flipped`` percent of them with chosen and rejected exchanged."""
     rng = random.Random(DATA_SEED)
     lines = []
-    for pair in pairs:
-        sides = (pair.chosen, pair.rejected)
-        chosen, rejected = sides[::-1] if rng.random() < flipped / 100 else sides
-        lines.append(json.dumps({"prompt": pair.prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+    for pair in map(json.loads, source.read_text(encoding="utf-8").splitlines()):
+        if rng.random() < flipped / 100:
+            pair |= {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+        lines.append(json.dumps(pair) + "\n")
     write_aside(path, "".join(lines))
 
 
@@ -127,14 +126,15 @@ def samples_of(
     return kept["samples"], kept["references"]
 
 
-def train(options: Options, arm: str, flipped: int, seed: int, pairs: Sequence[Pair]) -> Path:
+def train(options: Options, arm: str, flipped: int, seed: int) -> Path:
     """The folder of the arm's reward model, trained where there is none."""
     data = options.runs / f"pairs-{flipped}.jsonl"
     if not data.exists():
-        write_pairs(data, pairs, flipped)
+        policy = Policy.from_pretrained(options.policy, device="cpu")
+        write_pairs(own_pairs(policy, options.runs / "pairs.jsonl"), data, flipped)
     run = options.runs / f"{arm.replace(' ', '')}-{flipped}-{seed}"
     given = {"model": options.policy, "data": data, "seed": seed, "steps": options.steps, "lr": "1e-3", "warmup": "0.1"}
-    given |= {"weight-decay": "0.1", "global-batch-pairs": "80", "group-prompts": str(PRESET["group_prompts"])}
+    given |= {"weight-decay": "0.1", "global-batch-pairs": "80"}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     return trained(run, [*words, "--cache", str(options.runs / "cache"), *TRAINED[arm]])
 
@@ -148,11 +148,11 @@ class Proxy:
 
 
 def proxy_of(
-    options: Options, arm: str, flipped: int, seed: int, pairs: Sequence[Pair], written: tuple[list[str], list[str]]
+    options: Options, arm: str, flipped: int, seed: int, written: tuple[Sequence[str], Sequence[str]]
 ) -> Proxy:
     """The proxy of an arm. ``written``: prompts and samples of the policy, from which a penalty measures distances."""
     base, seeds = {PENALTY: (INFORM, [seed]), ENSEMBLE: (PLAIN, range(4))}.get(arm, (arm, [seed]))
-    models = [RewardModel.from_pretrained(train(options, base, flipped, one, pairs), device="cpu") for one in seeds]
+    models = [RewardModel.from_pretrained(train(options, base, flipped, one), device="cpu") for one in seeds]
     if arm == PENALTY:
         reference = LatentReference.of(models[0], *written)
         reward = RewardFunction(models[0], distance_weight=DISTANCE_WEIGHT, latent_reference=reference)
@@ -343,7 +343,7 @@ Written by `python experiments/overoptimization.py`. {still} Machines: {machines
 
 The policy `{options.policy.name}` writes {options.samples} samples of each of {options.problems} held-out problems.
 For n = 1, 2, 4, ... each reward model picks the best of n (the unbiased estimate over all choices of n). Reward models
-start from the policy and take {options.steps} steps of 80 pairs.
+start from the policy and take {options.steps} steps of 80 pairs, right and wrong samples of training problems.
 
 {tables(rows)}"""
 
@@ -400,13 +400,13 @@ def run(options: Options) -> None:
     """Raises UserError."""
     options.check()
     options.runs.mkdir(parents=True, exist_ok=True)
-    pairs, held_out = generate(PRESET["train_pairs"], options.problems + options.references, DATA_SEED, 3)
+    held_out = generate(0, options.problems + options.references, DATA_SEED, 3)[1]
     prompts = [pair.prompt for pair in held_out[: options.problems]]
     others = [pair.prompt for pair in held_out[options.problems :]]
     texts, written = samples_of(options, prompts, others)
     rows = read_rows(options)
     for arm, flipped, seed in missing(options, rows):
-        proxy = proxy_of(options, arm, flipped, seed, pairs, (others, written))
+        proxy = proxy_of(options, arm, flipped, seed, (others, written))
         named = {"arm": arm, "flipped": flipped, "seed": seed, **settings(options), "machine": machine()}
         named["in order"] = in_order(proxy.reward, held_out[: options.problems])
         rows.append(named | measured(proxy, prompts, texts, (others, written)))

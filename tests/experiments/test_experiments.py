@@ -34,6 +34,7 @@ MODULES = (
     "labeled_sets",
     "live",
     "objectives",
+    "own_samples",
     "policies",
     "real_model",
     "same_as_trl",
@@ -450,8 +451,9 @@ def test_live_from_policies_and_again(
     short = {name: (*given, *(of_policy if live.OWN in name else little)) for name, given in live.OBJECTIVES.items()}
     monkeypatch.setattr(live, "OBJECTIVES", short)
     monkeypatch.setattr(live, "FROM_POLICY", ())
-    monkeypatch.setattr(live, "OWN_PROBLEMS", 200)
-    monkeypatch.setattr(live, "generate", lambda train, held_out, seed, steps: generate(train, held_out, seed, 1))
+    monkeypatch.setattr(experiments.own_samples, "PROBLEMS", 200)
+    for module in (live, experiments.own_samples):
+        monkeypatch.setattr(module, "generate", lambda train, held_out, seed, steps: generate(train, held_out, seed, 1))
     monkeypatch.setattr(live, "ARMS", {name: live.ARMS[name] for name in (*live.CONTROLS, "beams, alpha 0")})
     paths = ("--policy", str(policies / "right-12"), "--runs", str(tmp_path / "runs"), "-o", str(tmp_path / "report"))
     common = [*paths, "--problems", "5", "--seeds"]

@@ -25,7 +25,7 @@ WRITTEN = 400  # of the policy, for the detectors
 def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     yield importlib.import_module("overoptimization")
-    for name in ("overoptimization", "summary"):
+    for name in ("overoptimization", "own_samples", "summary"):
         sys.modules.pop(name, None)
 
 
@@ -34,7 +34,7 @@ def trained(lab: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Models are random instead of trained; the names of those that were asked for."""
     asked = []
 
-    def train(options: Any, arm: str, flipped: int, seed: int, pairs: Any) -> Path:
+    def train(options: Any, arm: str, flipped: int, seed: int) -> Path:
         asked.append((arm, flipped, seed))
         folder = tmp_path / f"{arm}-{seed}"
         if not folder.exists():
@@ -55,11 +55,11 @@ def written(count: int) -> tuple[list[str], list[str]]:
 def test_the_reward_of_an_ensemble_and_of_a_penalty(lab: ModuleType, trained: list[Any], tmp_path: Path) -> None:
     prompts, texts = written(WRITTEN)
     options = lab.Options(runs=tmp_path)
-    mean = lab.proxy_of(options, lab.ENSEMBLE, 5, 0, [], (prompts, texts)).reward(prompts[:9], texts[:9])
+    mean = lab.proxy_of(options, lab.ENSEMBLE, 5, 0, (prompts, texts)).reward(prompts[:9], texts[:9])
     assert trained == [("plain", 5, seed) for seed in range(4)]
     alone = [RewardModel.from_pretrained(tmp_path / f"plain-{k}").score(prompts[:9], texts[:9]) for k in range(4)]
     assert mean == pytest.approx(np.mean(alone, axis=0), abs=1e-5)
-    less = lab.proxy_of(options, lab.PENALTY, 5, 2, [], (prompts, texts)).reward(prompts[:9], texts[:9])
+    less = lab.proxy_of(options, lab.PENALTY, 5, 2, (prompts, texts)).reward(prompts[:9], texts[:9])
     model = RewardModel.from_pretrained(tmp_path / "InfoRM-2")
     latents = model.latents(model.encode(prompts[:9], texts[:9])).astype(np.float64)
     distances = LatentReference.of(model, prompts, texts).distances(latents)
@@ -92,8 +92,7 @@ def test_rows_are_kept_and_the_missing_ones_added(
         right = [pair.chosen for pair in held_out[: len(prompts)]]
         return [[own, "4+4=4;", own[:-2] + "9;", "", own] for own in right], written(WRITTEN)[1]
 
-    held_out = generate(60, 8 + WRITTEN, 0, 3)[1]
-    monkeypatch.setattr(lab, "PRESET", {**lab.PRESET, "train_pairs": 60})
+    held_out = generate(0, 8 + WRITTEN, 0, 3)[1]
     monkeypatch.setattr(lab, "samples_of", sampled)
     sizes = ("--problems", "8", "--samples", "5", "--references", str(WRITTEN), "--flipped", "0")
     words = [*sizes, "--runs", str(tmp_path), "-o", str(tmp_path / "report")]
@@ -120,16 +119,22 @@ def test_rows_are_kept_and_the_missing_ones_added(
         assert error in capsys.readouterr().err
 
 
+def one_step_pairs(path: Path, count: int) -> list[dict[str, str]]:
+    """In the file of the policy's pairs."""
+    pairs = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in generate(count, 0, 0, 3)[0]]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return pairs
+
+
 def test_flipped_labels(lab: ModuleType, tmp_path: Path) -> None:
-    pairs = generate(400, 0, 0, 3)[0]
+    pairs = one_step_pairs(tmp_path / "source.jsonl", 400)
     for flipped, low, high in ((0, 0, 0), (25, 70, 130)):
-        lab.write_pairs(tmp_path / "pairs.jsonl", pairs, flipped)
+        lab.write_pairs(tmp_path / "source.jsonl", tmp_path / "pairs.jsonl", flipped)
         lines = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-        exchanged = [line["chosen"] == pair.rejected for line, pair in zip(lines, pairs, strict=True)]
-        assert low <= sum(exchanged) <= high
-        assert all(
-            {line["chosen"], line["rejected"]} == {p.chosen, p.rejected} for line, p in zip(lines, pairs, strict=True)
-        )
+        both = list(zip(lines, pairs, strict=True))
+        assert low <= sum(line["chosen"] == pair["rejected"] for line, pair in both) <= high
+        assert all(line["prompt"] == pair["prompt"] for line, pair in both)
+        assert all({line["chosen"], line["rejected"]} == {pair["chosen"], pair["rejected"]} for line, pair in both)
 
 
 @pytest.mark.slow
@@ -138,5 +143,6 @@ def test_every_arm_trains_from_the_policy(lab: ModuleType, tmp_path: Path, arm: 
     save_policy(tmp_path / "policy")
     options = lab.Options(policy=tmp_path / "policy", runs=tmp_path / "runs", steps=2)
     options.runs.mkdir()
-    model = RewardModel.from_pretrained(lab.train(options, arm, 0, 0, generate(300, 0, 0, 3)[0]))
+    one_step_pairs(options.runs / "pairs.jsonl", 300)
+    model = RewardModel.from_pretrained(lab.train(options, arm, 0, 0))
     assert np.isfinite(model.score(*written(3))).all()
