@@ -1,8 +1,9 @@
 """The multi-view loss of RLP (arXiv 2403.19279, section 3.1): two samples of one prompt are two views of it.
 
-Letters: N pairs of views, H hidden size, Z width of the latents.
+Letters: N pairs of views of a pack, H hidden size, Z width of the latents.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,9 @@ class ViewLosses(NamedTuple):
     information: Tensor
     divergence: Tensor
 
-    def total(self, weight: float) -> Tensor:
-        """-I_JS + ``weight`` times the divergence (b in SPEC's formula)."""
-        return weight * self.divergence - self.information
+    def total(self) -> Tensor:
+        """The loss, [N]: -I_JS + the divergence."""
+        return self.divergence - self.information
 
 
 def mlp(width_in: int, *widths: int) -> nn.Sequential:
@@ -48,17 +49,30 @@ class Views(nn.Module):
         """
         Args:
             ends_2NH: states at the last tokens of both views, at least float32.
-            noise_2NZ: standard normal values, a function of (seed, epoch, prompt).
-            other_N: int64, for each pair the number of the pair of another prompt that gives its negative view, the
-                next one of its block; its own number where there is none, and its negative term is 0.
+            noise_2NZ: standard normal values.
+            other_N: int64, for each pair the number of the pair of another prompt that gives its negative view; its own
+                number where there is none, and the negative term is ln 2, its value at chance.
         """
         mu_2NZ, sigma_2NZ = self.mu(ends_2NH), F.softplus(self.sigma(ends_2NH)) + SMALLEST
         z1_NZ, z2_NZ = mu_2NZ + sigma_2NZ * noise_2NZ
         joint_N = self.critic(torch.cat([z1_NZ, z2_NZ], dim=1)).squeeze(1)
         apart_N = self.critic(torch.cat([z1_NZ, z2_NZ.index_select(0, other_N)], dim=1)).squeeze(1)
         has_other_N = other_N != torch.arange(len(other_N), device=other_N.device)
-        information_N = -F.softplus(-joint_N) - torch.where(has_other_N, F.softplus(apart_N), 0.0)
+        information_N = -F.softplus(-joint_N) - torch.where(has_other_N, F.softplus(apart_N), math.log(2))
         return ViewLosses(information_N, half_divergence(mu_2NZ, sigma_2NZ))
+
+    @staticmethod
+    def parameter_count(hidden_size: int) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in Views(hidden_size).parameters())
+
+    @staticmethod
+    def flops(hidden_size: int) -> int:
+        """Of the forward, per pair."""
+        h = hidden_size
+        of_a_view = 2 * (2 * h * h + h * WIDTH)
+        critic = 2 * WIDTH * CRITIC_WIDTH + CRITIC_WIDTH**2 + CRITIC_WIDTH
+        return 2 * (2 * of_a_view + 2 * critic)
 
 
 def half_divergence(mu_2NZ: Tensor, sigma_2NZ: Tensor) -> Tensor:

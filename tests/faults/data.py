@@ -451,4 +451,16 @@ FAULTS = {
         "if False and not any(_texts(answers[name]))",
         "tests/data/test_records.py -k does_not_write_is_refused",
     ),
+    "samples: one sample per prompt is enough": (
+        "gcrm_fast/data/samples.py",
+        "if len(completions) < 2:",
+        "if len(completions) < 1:",
+        "tests/rlhf/test_samples.py -k what_is_refused",
+    ),
+    "samples: the end token of another tokenizer is text": (
+        "gcrm_fast/data/samples.py",
+        "if end and end[1] not in known:",
+        "if False:",
+        "tests/rlhf/test_samples.py -k another_tokenizer",
+    ),
 }
