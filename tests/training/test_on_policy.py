@@ -266,12 +266,17 @@ def test_a_run_logs_the_loss_and_saves_a_plain_reward_model(finished: Path, pair
         assert row["loss/views"] == pytest.approx(row["views/kl"] - row["views/i_js"] + 2 * math.log(2), rel=1e-4)
     assert trained[-1]["loss/views"] < trained[0]["loss/views"]
     assert main(arguments(pair_file, tmp_path)) == 0
-    plain, with_views = (load_file(folder / "model/model.safetensors") for folder in (tmp_path, finished))
+    plain, with_views = (saved(folder / "model") for folder in (tmp_path, finished))
     assert plain.keys() == with_views.keys()
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(plain[name], with_views[name])
     own = json.loads((tmp_path / "model/gcrm.json").read_text())
     assert own.keys() == json.loads((finished / "model/gcrm.json").read_text()).keys()
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    """All tensors in all files of a model."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def test_a_run_resumes_bit_for_bit(
