@@ -165,21 +165,21 @@ def build_pack(
         views += block
     if not groups:
         layout.add({b"": np.zeros(1, dtype=np.int32)})
-    end_2V = np.array(ends, dtype=np.int64).reshape(-1, 2).T
-    read_rows, pair_rows, end_2V = _read_rows(pairs, wanted, sampling, end_2V)
+    flat_2V = np.array(ends, dtype=np.int64).reshape(-1, 2).T
+    read_rows, pair_rows, end_2V = _read_rows(pairs, wanted, sampling, flat_2V)
     axis = replace(layout.axis(read_rows, backward=True), states_TH=_states(layout, pairs))
-    of_views = ViewRows(
+    return Pack(
+        **vars(axis), pairs=pair_rows, views=_view_rows(views, others, end_2V, sampling) if sampling.views else None
+    )
+
+
+def _view_rows(views: Sequence[ViewPair], others: list[int], end_2V: np.ndarray, sampling: Sampling) -> ViewRows:
+    noise = np.array([view.noise(sampling.seed, sampling.views) for view in views]).reshape(-1, 2, sampling.views)
+    return ViewRows(
         end_2V=_tensor(end_2V, np.int64),
         other_V=_tensor(np.array(others), np.int64),
-        noise_2VZ=_tensor(_noise(views, sampling), np.float32),
+        noise_2VZ=_tensor(noise.swapaxes(0, 1), np.float32),
     )
-    return Pack(**vars(axis), pairs=pair_rows, views=of_views if sampling.views else None)
-
-
-def _noise(views: Sequence[ViewPair], sampling: Sampling) -> np.ndarray:
-    """[2, V, Z]"""
-    drawn = [view.noise(sampling.seed, sampling.views) for view in views]
-    return np.array(drawn).reshape(len(views), 2, sampling.views).swapaxes(0, 1)
 
 
 def _states(layout: _Layout, pairs: Sequence[TokenizedPair]) -> Tensor | None:

@@ -266,6 +266,9 @@ def test_a_run_logs_the_loss_and_saves_a_plain_reward_model(finished: Path, pair
         assert row["loss/views"] == pytest.approx(row["views/kl"] - row["views/i_js"] + 2 * math.log(2), rel=1e-4)
     assert trained[-1]["loss/views"] < trained[0]["loss/views"]
     assert main(arguments(pair_file, tmp_path)) == 0
+    card = (finished / "model/README.md").read_text()
+    assert "| samples of a policy, without labels |" in card
+    assert "| on-policy samples | 30 of 9 prompts" in card
     plain, with_views = (saved(folder / "model") for folder in (tmp_path, finished))
     assert plain.keys() == with_views.keys()
     name = "model.layers.0.mlp.up_proj.weight"
