@@ -366,9 +366,7 @@ def add_rows(options: Options, rows: list[Row], objective: str, seed: int, polic
     arguments = [*OBJECTIVES[objective], "--seed", str(seed)]
     if objective.endswith(OWN):
         arguments += ["--model", str(options.policy), "--data", str(own_pairs(options, policy)), *FROM_POLICY]
-    reward = RewardModel.from_pretrained(
-        trained(options.runs / f"{objective}-{seed}".replace(", ", "-").replace(" ", "-"), arguments)
-    )
+    reward = RewardModel.from_pretrained(trained(options.runs / f"{objective}-{seed}".replace(", ", "-").replace(" ", "-"), arguments))
     goals = Goals.of([(reward.goal(), 1.0)])
     pairs = generate(0, options.problems, 1, 3)[1]
     problems = [(pair.prompt, pair.chosen) for pair in pairs]

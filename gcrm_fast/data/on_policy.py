@@ -85,7 +85,8 @@ class ViewSize(NamedTuple):
 
 @dataclass(kw_only=True)
 class OnPolicy:
-    """The samples to learn from: of each record those that fit, at least two; and how many records have fewer."""
+    """The samples to learn from: of each record those that fit into --max-length, at least two. ``too_few`` records had
+    fewer and are skipped."""
 
     records: list[list[TokenizedPair]]
     report: TokenReport
@@ -114,7 +115,7 @@ class OnPolicy:
 
     @property
     def per_epoch(self) -> int:
-        """Pairs of views in a pass over the samples: each sample occurs once, but one of an odd number."""
+        """Pairs of views in a pass over the samples: all samples once, except the last one of an odd number."""
         return sum(len(record) // 2 for record in self.records)
 
     def largest(self, count: int) -> list[ViewSize]:
@@ -129,9 +130,9 @@ class OnPolicy:
 
     def views(self, first: int, count: int) -> list[ViewPair]:
         """Those at the positions ``first`` to ``first`` + ``count`` - 1 of all passes one after the other."""
-        drawn = []
+        drawn, per_epoch = [], self.per_epoch
         for position in range(first, first + count):
-            epoch, place = divmod(position, self.per_epoch)
+            epoch, place = divmod(position, per_epoch)
             if epoch != self._epoch:
                 self._epoch, self._drawn = epoch, self._pass(epoch)
             drawn.append(self._drawn[place])

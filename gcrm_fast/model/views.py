@@ -22,9 +22,9 @@ class ViewLosses(NamedTuple):
     information: Tensor
     divergence: Tensor
 
-    def total(self) -> Tensor:
-        """The loss, [N]: -I_JS + the divergence."""
-        return self.divergence - self.information
+    def total(self, divergence_weight: float = 1.0) -> Tensor:
+        """The loss, [N]: -I_JS + the weight times the divergence."""
+        return divergence_weight * self.divergence - self.information
 
 
 def mlp(width_in: int, *widths: int) -> nn.Sequential:

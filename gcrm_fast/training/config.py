@@ -43,6 +43,8 @@ OF_A_RUN = {"metrics.jsonl", "checkpoints", "skipped_records.txt"}  # what an un
 LOGS = (".log", ".out", ".err")  # may be there before a run starts
 OF_PAIRS = ("pairs_per_prompt", "label_smoothing", "center_rewards", "sft_weight")  # options that need both sides
 
+OF_VIEWS = ("views_weight", "views_ramp")  # options that need --on-policy
+
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -247,6 +249,9 @@ class TrainConfig(Options):
     (GRM). It regularizes the hidden states; the saved reward model has no lm_head."""
     views_weight: Positive = 0.5
     """Weight of the multi-view loss on the samples of --on-policy."""
+    views_ramp: Annotated[float, Range(least=0, greatest=1)] = 0.0
+    """Fraction of the steps in which the weight of the KL divergences in the multi-view loss grows from 0.001 to 1; 0
+    keeps it at 1, as in the paper. A remedy where views/i_js stays at 0."""
     compare: Literal["states", "latents"] = "states"
     """What the contrastive loss and Q-values compare: hidden states, projected ones with --projection-size, or the mean
     latents of --head bottleneck."""
@@ -389,8 +394,9 @@ class TrainConfig(Options):
             need(self.loss == "ranking", "loss", "ranking with --on-policy")
             need(self.global_batch_pairs > 1, "global_batch_pairs", "2 or more with --on-policy")
             need(not self.cache_states, "cache_states", "omitted with --on-policy, which draws new pairs in each epoch")
-        default = type(self).views_weight
-        need(bool(self.on_policy) or self.views_weight == default, "views_weight", "omitted without --on-policy")
+        for name in OF_VIEWS:
+            is_default = getattr(self, name) == getattr(type(self), name)
+            need(bool(self.on_policy) or is_default, name, "omitted without --on-policy")
         one_each = len(self.data_weights) in (0, len(self.data))
         need(one_each, "data_weights", f"one number per source of --data: {len(self.data)}")
         need(all(self.eval_data), "eval_data", "names of sources")
@@ -568,7 +574,7 @@ def unused_options(config: TrainConfig) -> set[str]:
         "vocab_size": bool(config.model or config.tokenizer),
         "lora_alpha lora_targets lora_dropout": not config.lora_rank,
         "bottleneck_size bottleneck_weight": config.head != "bottleneck",
-        "views_weight": not config.on_policy,
+        " ".join(OF_VIEWS): not config.on_policy,
         "arithmetic_steps": config.data != (ARITHMETIC,),
         contrastive: config.objective == "ranking",
         " ".join(OF_PAIRS): config.loss != "ranking",

@@ -108,6 +108,7 @@ class Objective:
     term_weights: Mapping[str, float] = field(default_factory=dict)
     loss: str = "ranking"
     views_weight: float = 0.0  # of the multi-view loss (RLP, arXiv 2403.19279)
+    divergence_weight: float = 1.0  # in that loss
 
 
 def ranking_loss(reward_2N: Tensor, margin_N: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tenso
         total_N = total_N + weight * output.terms[name]
     of_views: dict[str, Tensor] = {}
     if output.views is not None:
-        views_V = output.views.total()
+        views_V = output.views.total(objective.divergence_weight)
         total_N = torch.cat([total_N, objective.views_weight * views_V])
         above_chance_V = output.views.information + 2 * math.log(2)
         of_views = dict(zip(OF_VIEWS, (views_V, above_chance_V, output.views.divergence), strict=True))

@@ -1,7 +1,7 @@
 """One run: its set-up, what it does between steps, its end. ``gcrm_fast/train.py`` is its loop."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,7 @@ from gcrm_fast.training.report import shown_pairs, write_report
 from gcrm_fast.training.resume import RunState, Window, facts, find_checkpoint, with_dtype
 from gcrm_fast.training.snapshots import Checkpoints
 
+LEAST_DIVERGENCE = 1e-3  # weight at the start of --views-ramp
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
 
 
@@ -91,6 +92,11 @@ class Run:
         may_stop = self.stopping.patience > 0 and self.is_due(step, self.config.eval_every)
         every = self.config.log_every or min(10, -(-self.prepared.steps // 10))
         return step % every == 0 or step == self.prepared.steps or may_stop
+
+    def objective_at(self, step: int) -> Objective:
+        """The objective with the weight of the views' divergences at a step (--views-ramp)."""
+        ramp = self.config.views_ramp * self.prepared.steps
+        return replace(self.objective, divergence_weight=LEAST_DIVERGENCE ** max(0.0, 1 - step / ramp) if ramp else 1.0)
 
     def goal(self, maximum: int | None = None) -> tuple[Tensor, int]:
         """Goal state of the current model, and over how many training pairs (up to ``maximum``) it is the mean."""

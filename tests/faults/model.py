@@ -225,8 +225,8 @@ FAULTS = {
     ),
     "views: the information is minimized": (
         "gcrm_fast/model/views.py",
-        "return self.divergence - self.information",
-        "return self.divergence + self.information",
+        "return divergence_weight * self.divergence - self.information",
+        "return divergence_weight * self.divergence + self.information",
         "tests/model/test_views.py -k transcription",
     ),
 }

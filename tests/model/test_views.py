@@ -53,6 +53,7 @@ def test_the_loss_equals_its_transcription(views: Views) -> None:
             divergence += ((s1**2 + d**2) / s2**2 + (s2**2 + d**2) / s1**2 - 2) / 4
         assert found.divergence[n].item() == pytest.approx(divergence, rel=1e-9)
         assert found.total()[n].item() == pytest.approx(divergence - information, rel=1e-9)
+        assert found.total(0.1)[n].item() == pytest.approx(0.1 * divergence - information, rel=1e-9)
 
 
 def test_the_divergence_is_that_of_torch() -> None:

@@ -277,6 +277,16 @@ def test_a_run_logs_the_loss_and_saves_a_plain_reward_model(finished: Path, pair
     assert own.keys() == json.loads((finished / "model/gcrm.json").read_text()).keys()
 
 
+def test_the_weight_of_the_divergences_grows(samples: Path, pair_file: Path, tmp_path: Path) -> None:
+    more = ("--on-policy", str(samples), "--views-ramp", "0.5", "--log-every", "1")
+    assert main(arguments(pair_file, tmp_path, *more)) == 0
+    logged = {row["step"]: row for row in rows(tmp_path) if "loss/views" in row}
+    for step, weight in ((1, 0.001 ** (5 / 6)), (3, 0.001**0.5), (6, 1.0), (12, 1.0)):
+        row = logged[step]
+        expected = weight * row["views/kl"] - row["views/i_js"] + 2 * math.log(2)
+        assert row["loss/views"] == pytest.approx(expected, rel=1e-4)
+
+
 def saved(folder: Path) -> dict[str, Tensor]:
     """All tensors in all files of a model."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
@@ -342,6 +352,7 @@ def test_the_start_says_what_became_of_the_samples(pair_file: Path, tmp_path: Pa
     ("more", "message"),
     [
         (("--views-weight", "1"), "--views-weight 1.0: must be omitted without --on-policy"),
+        (("--views-ramp", "0.1"), "--views-ramp 0.1: must be omitted without --on-policy"),
         (("--on-policy", "s", "--loss", "bce"), "--loss bce: must be ranking with --on-policy"),
         (("--on-policy", "s", "--global-batch-pairs", "1"), "--global-batch-pairs 1: must be 2 or more with"),
         (("--on-policy", "s", "--train-layers", "1", "--cache-states"), "--cache-states True: must be omitted with"),
