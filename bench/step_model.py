@@ -102,7 +102,7 @@ def count(config: ModelConfig, pack: Pack, flops: float, bandwidth: float) -> Co
             parameter.data = parameter.data.bfloat16()
         axis = mapped(pack, Tensor, mode.from_tensor)
         with counter:
-            reward_2N, z_RD, _ = model(axis)
+            reward_2N, z_RD, *_ = model(axis)
             torch.autograd.backward((reward_2N, z_RD), (torch.ones_like(reward_2N), torch.ones_like(z_RD)))
     return counter
 

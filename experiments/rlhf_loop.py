@@ -1,6 +1,6 @@
 """The whole loop on arithmetic: preferences, a reward model, GRPO, and what the policy's samples teach next.
 
-    make loop                                           # one seed: plain, hybrid, rlp-spg
+    make loop                                           # one seed: plain, hybrid, rlp-spg, rlp-uml
     make loop ARGS=--full                               # three seeds, also selection of prompts and the curriculum
 
 A policy imitates right solutions until it solves a quarter of the held-out problems; a reward model learns from pairs;
@@ -10,6 +10,7 @@ TRL's GRPO trains the policy on prompts of its own. The arms differ in the rewar
     hybrid       the verifier on half of the prompts, elsewhere the reward model against the best of 4 samples of the
                  imitating policy
     rlp-spg      plain, then gcrm synthesize on its samples, a reward model of all pairs, and GRPO again from the start
+    rlp-uml      plain, then a reward model of the same pairs and its samples (gcrm train --on-policy), and GRPO again
     lowest-10    plain on the tenth of the prompts that gcrm select keeps; lowest-50: on half of them
     random-10    plain on a random tenth
     curriculum   plain, prompts of two steps first
@@ -47,7 +48,7 @@ from policies import share_right
 from policies import train as train_policies
 from summary import cell, machine, markdown, to_json, trained, write_aside
 
-ARMS = ("plain", "hybrid", "rlp-spg")
+ARMS = ("plain", "hybrid", "rlp-spg", "rlp-uml")
 MORE_ARMS = ("lowest-10", "lowest-50", "random-10", "curriculum")
 STEPS = 2  # of a problem
 LENGTH = 6 * STEPS + 2  # maximum tokens of a solution, one per character
@@ -66,7 +67,7 @@ class LoopOptions(Options):
     """Runs the loop; see the top of the script."""
 
     full: bool = False
-    """Three seeds and all arms, instead of one seed of three arms."""
+    """Three seeds and all arms, instead of one seed of four arms."""
     runs: Path = Path("runs/rlhf-loop")
     """Folder of models and samples."""
     output: Path = OUTPUT
@@ -115,11 +116,14 @@ def command(name: str, *arguments: object) -> None:
         raise UserError(f"gcrm {name} failed with the error above")
 
 
-def reward_model(folder: Path, name: str, sources: Sequence[Path], seed: int, options: LoopOptions) -> Path:
+def reward_model(
+    folder: Path, name: str, sources: Sequence[Path], seed: int, options: LoopOptions, on_policy: Path | None = None
+) -> Path:
     """Trained by ranking on the pairs of all sources, with the shape and learning rate of the arithmetic preset."""
     preset = {key: value for key, value in PRESETS["arithmetic"].items() if key in SHAPE}
     chosen = {**preset, "steps": options.rm_steps, "seed": seed, "eval_split": 0.02, "objective": "ranking"}
     flags = [text for key, value in chosen.items() for text in (flag(key), str(value))]
+    flags += ["--on-policy", str(on_policy)] if on_policy else []
     return trained(folder / name, ["--data", *map(str, sources), "--dtype", "float32", *flags])
 
 
@@ -268,9 +272,21 @@ def rlp_spg(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str,
     policy, rows = grpo(world, "rlp-spg", world.reward(retrained), [{"prompt": p} for p in world.prompts])
     about = json.loads(pairs.with_name(pairs.name + ".json").read_text())
     shown = {name: about[name] for name in ("coverage", "outcomes", "accuracy", "tokens")}
-    on_samples = samples_of(first, [p.prompt for p in world.held_out], 4, world.seed + 7)
-    shown |= {"auroc_before": auroc_on(world.reward_model, on_samples), "auroc_after": auroc_on(retrained, on_samples)}
-    return policy, retrained, rows, {"spg": shown}
+    return policy, retrained, rows, {"spg": shown | before_and_after(world, first, retrained)}
+
+
+def rlp_uml(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+    first, *_ = plain(world)
+    sampled = lines(world.folder / "uml-samples.jsonl", samples_of(first, world.prompts, SAMPLES, world.seed))
+    retrained = reward_model(world.folder, "reward-model-uml", [world.pairs], world.seed, world.options, sampled)
+    policy, rows = grpo(world, "rlp-uml", world.reward(retrained), [{"prompt": p} for p in world.prompts])
+    return policy, retrained, rows, {"uml": before_and_after(world, first, retrained)}
+
+
+def before_and_after(world: World, first: Path, retrained: Path) -> dict[str, float]:
+    """AUROC of both reward models on samples of the ``first`` policy, of held-out problems."""
+    records = samples_of(first, [pair.prompt for pair in world.held_out], 4, world.seed + 7)
+    return {"auroc_before": auroc_on(world.reward_model, records), "auroc_after": auroc_on(retrained, records)}
 
 
 def selected(world: World, keep: float) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
@@ -309,6 +325,7 @@ RUN: dict[str, Arm] = {
     "plain": plain,
     "hybrid": hybrid,
     "rlp-spg": rlp_spg,
+    "rlp-uml": rlp_uml,
     "lowest-10": lambda world: selected(world, 0.1),
     "lowest-50": lambda world: selected(world, 0.5),
     "random-10": random_tenth,
@@ -370,10 +387,11 @@ def report(found: dict[str, Any]) -> str:
         share = spg["accuracy"]["pairs"]["share"]
         text += [
             f"Seed {row['seed']}, synthetic pairs: coverage {spg['coverage']:.0%}, accuracy "
-            f"{number(share)}. AUROC on samples of the plain arm's policy, of held-out problems: "
-            f"{number(spg['auroc_before'])} before, {number(spg['auroc_after'])} after.",
+            f"{number(share)}. {retraining(spg)}",
             "",
         ]
+    for row in of.get("rlp-uml", []):
+        text += [f"Seed {row['seed']}, multi-view loss. {retraining(row['uml'])}", ""]
     text += ["Reward and gold over the steps of GRPO:", ""]
     lines_ = [
         [
@@ -388,6 +406,11 @@ def report(found: dict[str, Any]) -> str:
     text += [markdown(["arm", "seed", *steps], [line for line in lines_ if len(line) == width]), ""]
     text += [claims(of), "", f"`{found['command']}`, {found['machine']}.", ""]
     return "\n".join(text)
+
+
+def retraining(values: dict[str, Any]) -> str:
+    before, after = (number(values[f"auroc_{when}"]) for when in ("before", "after"))
+    return f"AUROC on samples of the plain arm's policy, of held-out problems: {before} before, {after} after."
 
 
 def number(value: float | None) -> str:

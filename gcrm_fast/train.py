@@ -74,7 +74,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
                 n_pairs, packs = run.meter.fetch(steps)
                 if config.lora_dropout:
                     seed_dropout(config.seed, step)
-                statistics = accumulate(run.state.model, packs, n_pairs, run.objective, device)
+                statistics = accumulate(run.state.model, packs, n_pairs, run.objective_at(step), device)
                 run.meter.add(packs)
                 made, norm, learning_rate = run.state.updater.update(step, statistics["loss"])
                 run.state.window.add(step, statistics, sum(pack.n_pairs for pack in packs), made)

@@ -20,10 +20,11 @@ from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.common.files import output_file, written_aside
 from gcrm_fast.common.tables import columns, number
 from gcrm_fast.data.records import parse_columns
+from gcrm_fast.data.samples import FORMATS, Samples, read_samples
 from gcrm_fast.data.sources import STDIN, BadRecords, rows
 from gcrm_fast.evaluation.plots import plot_selection
 from gcrm_fast.inference.scoring import RewardModel
-from gcrm_fast.rlhf.samples import FORMATS, Samples, against, read_samples, rewards_of, task_of, verdicts
+from gcrm_fast.rlhf.samples import against, rewards_of, task_of, verdicts
 from gcrm_fast.rlhf.selection import SMALL, curriculum, lowest, normalized, pooled, stages
 from gcrm_fast.rlhf.verifiers import Verifiers, parse_verifiers, plain
 

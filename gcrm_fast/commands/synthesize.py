@@ -17,10 +17,11 @@ from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.common.files import output_file, written_aside
 from gcrm_fast.common.tables import number
 from gcrm_fast.data.records import parse_columns
+from gcrm_fast.data.samples import FORMATS, Samples, read_samples
 from gcrm_fast.data.sources import STDIN, BadRecords
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.rlhf.entailment import Entailment
-from gcrm_fast.rlhf.samples import FORMATS, Samples, encode_samples, read_samples, task_of, verdicts
+from gcrm_fast.rlhf.samples import encode_samples, task_of, verdicts
 from gcrm_fast.rlhf.synthesis import PAIR, Accuracy, Outcome, accuracy, by_answer, synthesized
 from gcrm_fast.rlhf.verifiers import WITHOUT_REFERENCE, Verifiers, parse_verifiers, plain
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from gcrm_fast.commands.score import Output, json_line
 from gcrm_fast.common.progress import progress_bar
-from gcrm_fast.rlhf.samples import Samples
+from gcrm_fast.data.samples import Samples
 
 WINDOW = 128  # records
 

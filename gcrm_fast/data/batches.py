@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.encoding import M
 from gcrm_fast.data.mixture import Mixture
-from gcrm_fast.data.packing import GroupSize, M, group_size
+from gcrm_fast.data.packing import GroupSize, group_size
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ reward is read. Only a completion that a length limit cut has none: it is read a
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import tokenizers
@@ -28,6 +28,34 @@ from gcrm_fast.data.token_cache import TokenCache
 CHUNK = 512  # pairs per tokenizer call
 TOKENS_VERSION = "1"  # goes into the cache's keys: raise it when other tokens come from the same text
 OWN_END, ADDED_END, CUT = range(3)  # how a completion ends
+
+
+class Member(Protocol):
+    """What groups are made of: token sequences that stay in one pack."""
+
+    @property
+    def name(self) -> str:
+        """Its name in errors."""
+
+    @property
+    def prompt_key(self) -> int:
+        """Equal for members that share their prompt."""
+
+    @property
+    def sequences(self) -> tuple[np.ndarray, ...]: ...
+
+
+M = TypeVar("M", bound=Member)
+
+
+def common_prefix(sequences: Sequence[np.ndarray]) -> int:
+    """Longest common token prefix, leaving each sequence at least one token of its own (0 for a single sequence)."""
+    if len(sequences) == 1:
+        return 0
+    n = min(map(len, sequences)) - 1
+    head = sequences[0][:n]
+    same = np.logical_and.reduce([head == s[:n] for s in sequences[1:]])
+    return n if same.all() else int(same.argmin())
 
 
 class PairStates(NamedTuple):

@@ -13,13 +13,13 @@ cut into packs changes which pairs meet in a step or which positions are sampled
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.encoding import Member, TokenizedPair, common_prefix
+from gcrm_fast.data.on_policy import ViewPair
 from gcrm_fast.data.sampling import (
     Sampling,
     divergence,
@@ -29,26 +29,8 @@ from gcrm_fast.data.sampling import (
     other_pair,
     quantile_positions,
 )
-from gcrm_fast.model.inputs import Pack, PairRows, Predictions, TokenAxis
+from gcrm_fast.model.inputs import Pack, PairRows, Predictions, TokenAxis, ViewRows
 from gcrm_kernels import InverseIndex, RowTiles
-
-
-class Member(Protocol):
-    """What groups are made of: token sequences that stay in one pack."""
-
-    @property
-    def name(self) -> str:
-        """Its name in errors."""
-
-    @property
-    def prompt_key(self) -> int:
-        """Equal for members that share their prompt."""
-
-    @property
-    def sequences(self) -> tuple[np.ndarray, ...]: ...
-
-
-M = TypeVar("M", bound=Member)
 
 
 @dataclass(frozen=True)
@@ -78,16 +60,6 @@ class ScorePack(TokenAxis):
     rows_of: tuple[np.ndarray, ...]
 
 
-def common_prefix(sequences: Sequence[np.ndarray]) -> int:
-    """Longest common token prefix, leaving each sequence at least one token of its own (0 for a single sequence)."""
-    if len(sequences) == 1:
-        return 0
-    n = min(map(len, sequences)) - 1
-    head = sequences[0][:n]
-    same = np.logical_and.reduce([head == s[:n] for s in sequences[1:]])
-    return n if same.all() else int(same.argmin())
-
-
 class _Layout:
     """Grows the token axis group by group."""
 
@@ -99,7 +71,7 @@ class _Layout:
         self.placed: list[tuple[bytes, int]] = []  # each sequence, and from which of its tokens on it lies here
         self.tokens = 0
 
-    def add_group(self, group: Sequence["Member"]) -> dict[bytes, np.ndarray]:
+    def add_group(self, group: Sequence[Member]) -> dict[bytes, np.ndarray]:
         """Places a group, each prompt apart; returns for each sequence the flat row of each of its tokens."""
         return {key: rows for part in distinct_sequences(group) for key, rows in self.add(part).items()}
 
@@ -168,26 +140,46 @@ def group_size(group: Sequence[Member]) -> GroupSize:
 
 
 def build_pack(
-    groups: Sequence[Sequence[TokenizedPair]], sampling: Sampling, epoch: int, *, quantiles: bool = False
+    groups: Sequence[Sequence[TokenizedPair | ViewPair]], sampling: Sampling, epoch: int, *, quantiles: bool = False
 ) -> Pack:
     """The pack of ``groups``; no groups give a dummy of one token and no pairs, which counts for nothing.
 
     ``quantiles`` adds the rows at 0, 10, ..., 100 % of both completions (index max(n * i // 10 - 1, 0) of n), and at
-    the last token but one. With positions ``rs`` a group is a block whose pairs give each other their negative goals.
+    the last token but one. With positions ``rs`` a group is a block whose pairs give each other their negative goals;
+    a group of views is one whose pairs give each other their negative views.
     """
     layout = _Layout()
     pairs, wanted = [], []
+    views: list[ViewPair] = []
+    ends, others = [], []
     for group in groups:
         rows_of = layout.add_group(group)
-        for pair in group:
-            other = other_pair(pair, group) if sampling.positions == "rs" else pair
+        own = [member for member in group if isinstance(member, TokenizedPair)]
+        for pair in own:
+            other = other_pair(pair, own) if sampling.positions == "rs" else pair
             pairs.append(pair)
             wanted.append(_wanted_rows(pair, other, rows_of, sampling, epoch, quantiles))
+        block = [member for member in group if isinstance(member, ViewPair)]
+        ends += [[rows_of[ids.tobytes()][-1] for ids in view.sequences] for view in block]
+        others += [len(views) + block.index(other_pair(view, block) or view) for view in block]
+        views += block
     if not groups:
         layout.add({b"": np.zeros(1, dtype=np.int32)})
-    read_rows, pair_rows = _read_rows(pairs, wanted, sampling)
+    flat_2V = np.array(ends, dtype=np.int64).reshape(-1, 2).T
+    read_rows, pair_rows, end_2V = _read_rows(pairs, wanted, sampling, flat_2V)
     axis = replace(layout.axis(read_rows, backward=True), states_TH=_states(layout, pairs))
-    return Pack(**vars(axis), pairs=pair_rows)
+    return Pack(
+        **vars(axis), pairs=pair_rows, views=_view_rows(views, others, end_2V, sampling) if sampling.views else None
+    )
+
+
+def _view_rows(views: Sequence[ViewPair], others: list[int], end_2V: np.ndarray, sampling: Sampling) -> ViewRows:
+    noise = np.array([view.noise(sampling.seed, sampling.views) for view in views]).reshape(-1, 2, sampling.views)
+    return ViewRows(
+        end_2V=_tensor(end_2V, np.int64),
+        other_V=_tensor(np.array(others), np.int64),
+        noise_2VZ=_tensor(noise.swapaxes(0, 1), np.float32),
+    )
 
 
 def _states(layout: _Layout, pairs: Sequence[TokenizedPair]) -> Tensor | None:
@@ -275,9 +267,9 @@ def _wanted_rows(
 
 
 def _read_rows(
-    pairs: Sequence[TokenizedPair], wanted: Sequence[_WantedRows], sampling: Sampling
-) -> tuple[np.ndarray, PairRows]:
-    """The distinct rows that are read, ascending, and what is wanted as indices into them."""
+    pairs: Sequence[TokenizedPair], wanted: Sequence[_WantedRows], sampling: Sampling, ends_2V: np.ndarray
+) -> tuple[np.ndarray, PairRows, np.ndarray]:
+    """The distinct rows that are read, ascending; what is wanted, and the ends of views, as indices into them."""
     n, s = len(pairs), 0 if sampling.variant == "dense" else sampling.samples
     segments = [p for w in wanted for p in w.positions]
     before = [w.before for w in wanted if sampling.predict]
@@ -288,15 +280,16 @@ def _read_rows(
         np.concatenate([*segments, np.zeros(0, dtype=np.int64)]),
         np.array([w.quantiles_2Q for w in wanted], dtype=np.int64).reshape(n, 2, -1 if n else 0).swapaxes(0, 1),
         np.concatenate([*before, np.zeros(0, dtype=np.int64)]),
+        ends_2V,
     ]
     flat = np.concatenate([part.ravel() for part in parts])
     # A dummy pack reads its only token.
-    read_rows, index = np.unique(flat if n else np.zeros(1, dtype=np.int64), return_inverse=True)
+    read_rows, index = np.unique(flat if flat.size else np.zeros(1, dtype=np.int64), return_inverse=True)
     cuts = np.cumsum([0] + [part.size for part in parts])
-    end_2N, samples_4NS, positions_M, quantiles_2NQ, before_M = (
+    end_2N, samples_4NS, positions_M, quantiles_2NQ, before_M, end_2V = (
         index[a:b].reshape(part.shape) for part, a, b in zip(parts, cuts[:-1], cuts[1:], strict=True)
     )
-    return read_rows, PairRows(
+    pair_rows = PairRows(
         end_2N=_tensor(end_2N, np.int64),
         samples_4NS=_tensor(samples_4NS, np.int64),
         samples_tiles=RowTiles.of(samples_4NS, len(read_rows)),
@@ -316,6 +309,7 @@ def _read_rows(
         predictions=_predictions(before_M, wanted, len(read_rows)) if sampling.predict else None,
         pair_ids=tuple(p.pair_id for p in pairs),
     )
+    return read_rows, pair_rows, end_2V
 
 
 def _predictions(before_M: np.ndarray, wanted: Sequence[_WantedRows], read_rows: int) -> Predictions:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.encoding import M, TokenizedPair
 
 QUANTILES = 11  # Q-values are read at 0, 10, ..., 100 % of a completion
 
@@ -30,6 +30,7 @@ class Sampling:
     positions: str = "random"
     noise: int = 0  # numbers that the reward head draws per completion
     predict: bool = False  # whether an lm_head predicts the tokens of chosen completions
+    views: int = 0  # numbers that the multi-view loss draws per view; 0 without it
 
 
 def shared_start(a: np.ndarray, b: np.ndarray) -> int:
@@ -54,16 +55,17 @@ def first_negative(pair: TokenizedPair, sampling: Sampling) -> int:
     return differs_from(pair) if sampling.negatives == "after-divergence" else 0
 
 
-def other_pair(pair: TokenizedPair, block: Sequence[TokenizedPair]) -> TokenizedPair | None:
-    """The next pair of the block, in a circle, that has another prompt: ``rs`` takes negative goals from it."""
+def other_pair(pair: M, block: Sequence[M]) -> M | None:
+    """The next pair of the block, in a circle, that has another prompt: ``rs`` takes negative goals from it, and a pair
+    of views its negative view."""
     at = next(i for i, member in enumerate(block) if member is pair)
     return next((p for p in (*block[at:], *block[:at]) if p.prompt_key != pair.prompt_key), None)
 
 
-def negative_blocks(groups: Sequence[list[TokenizedPair]]) -> list[list[TokenizedPair]]:
+def negative_blocks(groups: Sequence[list[M]]) -> list[list[M]]:
     """The groups of a step, joined two by two: a group and the next one that has another prompt."""
-    blocks: list[list[TokenizedPair]] = []
-    waiting: list[list[TokenizedPair]] = []
+    blocks: list[list[M]] = []
+    waiting: list[list[M]] = []
     for group in groups:
         if waiting and waiting[0][0].prompt_key != group[0].prompt_key:  # those that wait all have one prompt
             blocks.append(waiting.pop(0) + group)

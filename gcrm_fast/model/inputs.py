@@ -1,7 +1,7 @@
 """The network's input: a flat axis of packed tokens, and the rows of it that a loss reads.
 
 Letters: T tokens of a pack, K gathered key rows, R read rows, N pairs, S samples per pair, M tokens that an lm_head
-predicts, D width of the head's noise. Layout: packing.py.
+predicts, D width of the head's noise, V pairs of views, Z width of their latents. Layout: packing.py.
 """
 
 from collections.abc import Callable
@@ -46,6 +46,15 @@ class PairRows:
     noise_2ND: Tensor  # float32, standard normal, for the latents of a bottleneck head; D = 0 for other heads
     predictions: Predictions | None  # None where none are wanted
     pair_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewRows:
+    """Pairs of samples of one prompt without a label, V of them, for the multi-view loss (see views.py)."""
+
+    end_2V: Tensor  # int64, read rows of the last tokens of both samples
+    other_V: Tensor  # int64, number of the pair of another prompt that gives the negative view; its own without one
+    noise_2VZ: Tensor  # float32, standard normal, for the latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +108,7 @@ class Pack(TokenAxis):
     """One micro-batch of training."""
 
     pairs: PairRows
+    views: ViewRows | None = None  # None without the multi-view loss
 
     @property
     def n_pairs(self) -> int:

@@ -19,23 +19,26 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.common.torch_compat import set_recompile_limit
 from gcrm_fast.model import heads
-from gcrm_fast.model.inputs import Pack, Predictions
+from gcrm_fast.model.inputs import Pack, Predictions, ViewRows
 from gcrm_fast.model.language_model import LlamaLanguageModel, token_losses
 from gcrm_fast.model.llama import Llama, ModelConfig
+from gcrm_fast.model.views import ViewLosses, Views
 from gcrm_kernels import gather_rows
 
 LM_HEAD = "lm_head.weight"
+VIEWS = "views."  # start of the names of what the multi-view loss alone uses
 RowReader = Callable[[str, torch.Size, slice], Tensor]  # (parameter name, its full shape, rows) -> those rows
 
 
 class Output(NamedTuple):
     """reward [2, pairs] float32 at the end rows of chosen [0] and rejected [1]; z [R, D or H] what cosines compare;
     terms [pairs] by name: those of the reward head, see heads.Read, and with an lm_head ``sft``, the mean loss of the
-    tokens of chosen."""
+    tokens of chosen. views: of the pack's pairs of views, None without them."""
 
     reward_2N: Tensor
     z_RD: Tensor
     terms: dict[str, Tensor]
+    views: ViewLosses | None = None
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -47,7 +50,8 @@ class LlamaRewardModel(nn.Module):
     """Trunk, reward head and optional projection.
 
     ``attention_backend``: see attention.py; ``auto`` by default. ``recompute``: see ``Block``; ``first``: ``Llama``.
-    ``lm_head``: adds that of a policy, frozen, for a loss that keeps the states fit to write text from.
+    ``lm_head``: adds that of a policy, frozen, for a loss that keeps the states fit to write text from. ``views``: adds
+    the networks of the multi-view loss, which training alone uses.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class LlamaRewardModel(nn.Module):
         first: int = 0,
         *,
         lm_head: bool = False,
+        views: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -71,6 +76,7 @@ class LlamaRewardModel(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if lm_head else None
         if self.lm_head is not None:
             self.lm_head.requires_grad_(False)
+        self.views = Views(config.hidden_size) if views else None
 
     def cast(self, dtype: torch.dtype) -> Self:
         """Stores all parameters but the reward head's in ``dtype``; RoPE's frequencies stay float32."""
@@ -95,7 +101,15 @@ class LlamaRewardModel(nn.Module):
         of_pairs = {name: term_E.view(2, -1).sum(0) for name, term_E in terms.items()}
         if pack.pairs.predictions is not None:
             of_pairs["sft"] = self.language_loss(hidden_RH, pack.pairs.predictions, reward_2N.shape[1])
-        return Output(reward_2N, self.compared(hidden_RH), of_pairs)
+        return Output(reward_2N, self.compared(hidden_RH), of_pairs, self.view_losses(hidden_RH, pack.views))
+
+    def view_losses(self, hidden_RH: Tensor, rows: ViewRows | None) -> ViewLosses | None:
+        """Of each pair of views; None where the pack has none."""
+        if rows is None:
+            return None
+        assert self.views is not None
+        ends_EH = hidden_RH.index_select(0, rows.end_2V.flatten())
+        return self.views(torch.stack(upcast(ends_EH).chunk(2)), rows.noise_2VZ, rows.other_V)
 
     def language_loss(self, hidden_RH: Tensor, predictions: Predictions, pairs: int) -> Tensor:
         """Of each pair the mean loss of the tokens of chosen, [pairs] (GRM, arXiv 2406.10216, section 3.2: the SFT

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from gcrm_fast.model import heads
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.views import Views
 from gcrm_fast.training.lora import Lora
 
 T = TypeVar("T")
@@ -82,8 +83,10 @@ def work(
     read = 2 * h * compared * r + 2 * pack.n_pairs * heads.KINDS[config.head].flops(config)
     predictions = pack.pairs.predictions
     predicted = 2 * h * config.vocab_size * len(predictions.tokens_M) if predictions is not None else 0
+    views = len(pack.views.other_V) if pack.views is not None else 0
+    read += views * Views.flops(h)
     flops = below + 3 * (trained + read) - omitted + 2 * predicted  # the lm_head's weights have no gradient
-    sequences = pack.n_pairs * (1 if torch.equal(*pack.pairs.end_2N) else 2)  # one completion, or a pair
+    sequences = pack.n_pairs * (1 if torch.equal(*pack.pairs.end_2N) else 2) + 2 * views  # one completion, or a pair
     return Work(pack.n_pairs, t, sequences * pack.max_seqlen_k, flops, again)
 
 

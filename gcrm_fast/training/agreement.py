@@ -12,7 +12,19 @@ from gcrm_fast.training.prepare import Prepared
 
 # Options that may differ between machines: what is at a path is compared instead.
 OF_ONE_MACHINE = frozenset(
-    {"attention", "cache", "config", "data", "eval_data", "model", "output", "resume", "tokenizer", "workers"}
+    {
+        "attention",
+        "cache",
+        "config",
+        "data",
+        "eval_data",
+        "model",
+        "on_policy",
+        "output",
+        "resume",
+        "tokenizer",
+        "workers",
+    }
 )
 
 

@@ -43,6 +43,8 @@ OF_A_RUN = {"metrics.jsonl", "checkpoints", "skipped_records.txt"}  # what an un
 LOGS = (".log", ".out", ".err")  # may be there before a run starts
 OF_PAIRS = ("pairs_per_prompt", "label_smoothing", "center_rewards", "sft_weight")  # options that need both sides
 
+OF_VIEWS = ("views_weight", "views_ramp")  # options that need --on-policy
+
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -116,6 +118,10 @@ class TrainConfig(Options):
     """Shares of the sources of --data in the training pairs of an epoch, one number per source, as in 0.7 0.3. An epoch
     still has as many pairs as all sources together: those of a source are repeated or spread over several epochs. By
     default every pair occurs once."""
+    on_policy: tuple[str, ...] = ()
+    """Samples of a policy without labels, from such sources: records of a prompt and at least two completions, as gcrm
+    generate writes them. The multi-view loss on pairs of samples of one prompt (RLP) is added to that of the training
+    pairs; a step has as many pairs of samples as training pairs, and repeats the smaller set."""
     eval_data: tuple[str, ...] = ()
     """Held-out pairs, from such sources. Without any and without --eval-split, nothing is evaluated; 'arithmetic'
     generates its own."""
@@ -241,6 +247,11 @@ class TrainConfig(Options):
     sft_weight: NotNegative = 0.0
     """Weight of the language-model loss on the chosen completion, by the lm_head of --model, which keeps its weights
     (GRM). It regularizes the hidden states; the saved reward model has no lm_head."""
+    views_weight: Positive = 0.5
+    """Weight of the multi-view loss on the samples of --on-policy."""
+    views_ramp: Annotated[float, Range(least=0, greatest=1)] = 0.0
+    """Fraction of the steps in which the weight of the KL divergences in the multi-view loss grows from 0.001 to 1; 0
+    keeps it at 1, as in the paper. A remedy where views/i_js stays at 0."""
     compare: Literal["states", "latents"] = "states"
     """What the contrastive loss and Q-values compare: hidden states, projected ones with --projection-size, or the mean
     latents of --head bottleneck."""
@@ -378,6 +389,14 @@ class TrainConfig(Options):
 
         generated = self.data == (ARITHMETIC,)
         need(bool(self.data) and all(self.data), "data", "at least one source")
+        need(all(self.on_policy), "on_policy", "names of sources")
+        if self.on_policy:
+            need(self.loss == "ranking", "loss", "ranking with --on-policy")
+            need(self.global_batch_pairs > 1, "global_batch_pairs", "2 or more with --on-policy")
+            need(not self.cache_states, "cache_states", "omitted with --on-policy, which draws new pairs in each epoch")
+        for name in OF_VIEWS:
+            is_default = getattr(self, name) == getattr(type(self), name)
+            need(bool(self.on_policy) or is_default, name, "omitted without --on-policy")
         one_each = len(self.data_weights) in (0, len(self.data))
         need(one_each, "data_weights", f"one number per source of --data: {len(self.data)}")
         need(all(self.eval_data), "eval_data", "names of sources")
@@ -555,6 +574,7 @@ def unused_options(config: TrainConfig) -> set[str]:
         "vocab_size": bool(config.model or config.tokenizer),
         "lora_alpha lora_targets lora_dropout": not config.lora_rank,
         "bottleneck_size bottleneck_weight": config.head != "bottleneck",
+        " ".join(OF_VIEWS): not config.on_policy,
         "arithmetic_steps": config.data != (ARITHMETIC,),
         contrastive: config.objective == "ranking",
         " ".join(OF_PAIRS): config.loss != "ranking",

@@ -56,7 +56,7 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
         ("held out and trained on", f"{shared.prompts} prompts, {shared.completions} completions"),
         ("completion ends", report.ending_summary()),
     ]
-    rows += mixture_rows(prepared, config)
+    rows += mixture_rows(prepared, config) + on_policy_rows(prepared, config)
     if prepared.bad.skipped:
         rows.append(("bad records", f"{len(prepared.bad.skipped)} skipped; the first: {prepared.bad.skipped[0]}"))
     dropped = report.dropped / (report.dropped + len(prepared.train))
@@ -100,6 +100,22 @@ def mixture_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str
             f"{name}: {n} per epoch ({n / sum(drawn):.1%}), each of its {own} {config.unit} {n / own:.2g} times",
         )
         for i, (name, n, own) in enumerate(zip(config.data, drawn, available, strict=True), start=1)
+    ]
+
+
+def on_policy_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
+    """What became of the samples of --on-policy, and how often they are used."""
+    samples = prepared.on_policy
+    if not samples:
+        return []
+    kept, per_epoch = sum(map(len, samples.records)), samples.per_epoch
+    passes = prepared.steps * config.global_batch_pairs / per_epoch
+    dropped = f"{samples.report.dropped} dropped: longer than --max-length {config.max_length} tokens"
+    few = f"; {samples.too_few} prompts with fewer than two left" if samples.too_few else ""
+    return [
+        ("on-policy samples", f"{kept} of {len(samples.records)} prompts ({dropped}{few})"),
+        ("  pairs of samples", f"{per_epoch}, about {passes:.2g} times in this run"),
+        ("  sample ends", samples.report.ending_summary()),
     ]
 
 
@@ -154,7 +170,12 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
     tokens = sum(w.tokens for w in done)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained, whole = parameter_counts(
-        prepared.model_config, layers, lora, cached_states=False, lm_head=config.sft_weight > 0
+        prepared.model_config,
+        layers,
+        lora,
+        cached_states=False,
+        lm_head=config.sft_weight > 0,
+        views=prepared.on_policy is not None,
     )
     parameters = f"{whole / 1e6:.2f} M" + (f", of which {trained / 1e6:.2f} M are trained" if trained < whole else "")
     return table(

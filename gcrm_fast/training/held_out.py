@@ -70,7 +70,7 @@ def _packs(
     plan = plan_pairs([[pair] for pair in pairs], budget, world, sampling)[rank::world]
     what = "evaluation" if quantiles else "goal state"
     for groups in progress_bar(plan, desc=what, brief=True, shown=rank == 0, unit="pack"):
-        own = replace(sampling, noise=0, predict=sampling.predict and quantiles)
+        own = replace(sampling, noise=0, views=0, predict=sampling.predict and quantiles)
         yield build_pack(groups, own, EVALUATION_EPOCH, quantiles=quantiles).to(device)
 
 

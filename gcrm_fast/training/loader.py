@@ -13,9 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from gcrm_fast.common.torch_compat import end_workers
-from gcrm_fast.data.batches import Budget, batches_per_epoch, epoch_batches, plan_packs
+from gcrm_fast.data.batches import Budget, batches_per_epoch, epoch_batches, plan_packs, split_to_budget
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.mixture import Mixture
+from gcrm_fast.data.on_policy import OnPolicy, ViewPair, view_blocks
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling, negative_blocks
 from gcrm_fast.model.inputs import Pack
@@ -43,6 +44,7 @@ class Steps(Dataset[Step]):
     rank: int
     world_size: int
     mixture: Mixture | None = None
+    on_policy: OnPolicy | None = None
 
     def __post_init__(self) -> None:
         self._prompt_keys = np.array([pair.prompt_key for pair in self.pairs])
@@ -68,16 +70,35 @@ class Steps(Dataset[Step]):
 
     def __getitem__(self, step: int) -> Step:
         epoch, groups = self.groups(step)
-        plan = plan_pairs(groups, self.budget, self.world_size, self.sampling)[self.rank :: self.world_size]
-        return Step(sum(map(len, groups)), [build_pack(part, self.sampling, epoch) for part in plan])
+        plan = plan_pairs(groups, self.budget, self.world_size, self.sampling, self.views(step))
+        packs = [build_pack(part, self.sampling, epoch) for part in plan[self.rank :: self.world_size]]
+        return Step(sum(map(len, groups)), packs)
+
+    def views(self, step: int) -> list[ViewPair]:
+        """The pairs of views of a step, as many as it has pairs; none without samples of a policy."""
+        if not self.on_policy:
+            return []
+        epoch, position = divmod(step, batches_per_epoch(len(self.pairs), self.global_batch_pairs))
+        done = position * self.global_batch_pairs
+        count = min(self.global_batch_pairs, len(self.pairs) - done)
+        return self.on_policy.views(epoch * len(self.pairs) + done, count)
 
 
 def plan_pairs(
-    groups: list[list[TokenizedPair]], budget: Budget, world_size: int, sampling: Sampling
-) -> list[list[list[TokenizedPair]]]:
-    """The packs of a step; pairs that give each other negative goals stay together."""
-    other_prompts = sampling.positions == "rs"
-    return plan_packs(negative_blocks(groups) if other_prompts else groups, budget, world_size, whole=other_prompts)
+    groups: list[list[TokenizedPair]],
+    budget: Budget,
+    world_size: int,
+    sampling: Sampling,
+    views: Sequence[ViewPair] = (),
+) -> list[list[list[TokenizedPair | ViewPair]]]:
+    """The packs of a step; pairs that give each other negative goals, or negative views, stay together."""
+    if sampling.positions == "rs":
+        whole = negative_blocks(groups)
+    else:
+        whole = [part for group in groups for part in split_to_budget(group, budget)]
+    blocks: list[list[TokenizedPair | ViewPair]] = [[*group] for group in whole]
+    blocks += [[*block] for block in view_blocks(views)]
+    return plan_packs(blocks, budget, world_size, whole=True)
 
 
 @contextlib.contextmanager

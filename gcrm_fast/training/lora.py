@@ -63,7 +63,7 @@ class Lora:
         from peft import inject_adapter_in_model
 
         inject_adapter_in_model(self.configuration(model.config), model, low_cpu_mem_usage=True)
-        for part in (model.score, model.projection):
+        for part in (model.score, model.projection, model.views):
             if part is not None:
                 part.requires_grad_(True)
 

@@ -24,8 +24,8 @@ from gcrm_fast.common.errors import UserError, kept_if_interrupted
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.data.batches import Budget, plan_packs
-from gcrm_fast.data.encoding import PairStates, TokenizedPair
-from gcrm_fast.data.packing import build_pack, common_prefix, distinct_sequences, group_size
+from gcrm_fast.data.encoding import PairStates, TokenizedPair, common_prefix
+from gcrm_fast.data.packing import build_pack, distinct_sequences, group_size
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.data.token_cache import cache_folder
 from gcrm_fast.model.llama import ModelConfig

@@ -18,6 +18,7 @@ from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.model.language_model import LOGITS
 from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.views import Views
 from gcrm_fast.training.accounting import peak_memory
 from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.lora import Lora
@@ -73,6 +74,7 @@ class MemoryShape:
     lora: Lora | None = None  # adapters, which are trained instead of these layers' weights
     cached_states: bool = False  # of the layers below, which are absent then
     evaluated_tokens: int = 0  # of the largest pack that runs without a backward
+    views: bool = False  # whether there are the networks of the multi-view loss
     predicted: int = 0  # tokens of the largest pack that an lm_head predicts; 0 without one
 
 
@@ -109,9 +111,13 @@ def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
     # last pack of a step, all gradients in float32.
     layers = shape.trained_layers or config.num_hidden_layers
     lm_head = shape.predicted > 0
-    trained, whole = parameter_counts(config, layers, shape.lora, shape.cached_states, lm_head=lm_head)
+    trained, whole = parameter_counts(
+        config, layers, shape.lora, shape.cached_states, lm_head=lm_head, views=shape.views
+    )
+    of_views = Views.parameter_count(h) if shape.views else 0  # gathered in float32
     largest = vocabulary * h + 2 * config.parameters_per_layer()
-    gathered = (whole if gather == "step" else min(largest + lm_head * vocabulary * h, whole)) * width
+    others = whole - of_views
+    gathered = (others if gather == "step" else min(largest + lm_head * vocabulary * h, others)) * width + 4 * of_views
     gradients = min(largest, trained) * width + (4 * trained if shape.several_packs else 0)
     one_block = replace(config, num_hidden_layers=1)
     working = kept_for_backward(one_block, tokens, keys, tokens, "none", width, shape.kernels)
@@ -130,13 +136,22 @@ def predicted_memory(shape: MemoryShape, recompute: str, gather: str) -> int:
 
 
 def parameter_counts(
-    config: ModelConfig, layers: int, lora: Lora | None, cached_states: bool, *, lm_head: bool = False
+    config: ModelConfig,
+    layers: int,
+    lora: Lora | None,
+    cached_states: bool,
+    *,
+    lm_head: bool = False,
+    views: bool = False,
 ) -> tuple[int, int]:
     """Number of parameters (trained, held), without the head and the projection, where the top ``layers`` are trained
-    or get adapters, and with ``cached_states`` the others are absent; ``lm_head``: whether there is a frozen one."""
+    or get adapters, and with ``cached_states`` the others are absent; ``lm_head``: whether there is a frozen one;
+    ``views``: whether there are the networks of the multi-view loss."""
     of_layers = config.trained_parameters(layers)
     held = (of_layers if cached_states else config.parameters()) + lm_head * config.vocab_size * config.hidden_size
-    return (lora.parameters(config), held + lora.parameters(config)) if lora else (of_layers, held)
+    trained, more = (lora.parameters(config), lora.parameters(config)) if lora else (of_layers, 0)
+    of_views = Views.parameter_count(config.hidden_size) if views else 0
+    return trained + of_views, held + more + of_views
 
 
 def held_bytes(trained: int, whole: int, optimizer: str) -> float:
@@ -196,6 +211,7 @@ def check_model_fits(prepared: Prepared, config: TrainConfig, world_size: int, l
         lora_of(config, model),
         config.cache_states,
         lm_head=config.sft_weight > 0,
+        views=prepared.on_policy is not None,
     )
     needed = held_bytes(trained, parameters, config.optimizer) * config.replicas / world_size
     if needed > limit:
@@ -214,8 +230,15 @@ def memory_plan(
     computed = [n - min(p.chosen_start, p.rejected_start) for n, p in zip(keys, prepared.train, strict=True)]
     if config.loss != "ranking":
         keys = computed = [len(one.chosen_ids) for one in prepared.train]
-    tokens = largest_pack(computed, budget.tokens, config.global_batch_pairs, world_size)
+    views = prepared.on_policy.largest(config.global_batch_pairs) if prepared.on_policy else []
+
+    def largest(own: list[int], of_views: list[int], maximum: int) -> int:
+        sizes = [part for part in (own, of_views) if part]
+        return min(maximum, sum(largest_pack(part, maximum, config.global_batch_pairs, world_size) for part in sizes))
+
+    tokens = largest(computed, [size.tokens for size in views], budget.tokens)
     mean = sum(computed) / len(computed)
+    per_step = mean * config.global_batch_pairs + sum(size.tokens for size in views)
     read_rows = (
         tokens if config.objective_variant == "dense" else int(tokens / mean * (4 * prepared.sampling.samples + 2))
     )
@@ -224,17 +247,18 @@ def memory_plan(
     shape = MemoryShape(
         config=prepared.model_config,
         tokens=tokens,
-        keys=largest_pack(keys, budget.keys, config.global_batch_pairs, world_size),
+        keys=largest(keys, [size.keys for size in views], budget.keys),
         read_rows=min(read_rows + predicted, tokens),
         optimizer=config.optimizer,
         width=compute_dtype(config.dtype, device, training=True).itemsize,
         kernels=HAS_TRITON and device.type == "cuda",
         world_size=world_size // config.replicas,
-        several_packs=mean * config.global_batch_pairs > budget.tokens * world_size,
+        several_packs=per_step > budget.tokens * world_size,
         trained_layers=trained_layers(config, prepared.model_config),
         lora=lora_of(config, prepared.model_config),
         cached_states=config.cache_states,
         evaluated_tokens=largest_pack(computed, budget.tokens, len(computed), world_size),
+        views=prepared.on_policy is not None,
         predicted=predicted,
     )
     plan = choose_plan(limit, shape, config.recompute, config.gather)

@@ -112,7 +112,7 @@ def model_card(
         *([IN_TRANSFORMERS.format(folder=folder, eos=eos)] if linear else []),
         _ends(linear),
         "## Data\n",
-        _table([("training", " ".join(config.data)), ("held out", _held_out(config)), *data]),
+        _table([*_sources(config), *data]),
         "## Results\n",
         _table(results),
         "## Training\n",
@@ -127,6 +127,11 @@ def _held_out(config: TrainConfig) -> str:
     return " ".join(config.eval_data) or split
 
 
+def _sources(config: TrainConfig) -> Rows:
+    samples = [("samples of a policy, without labels", " ".join(config.on_policy))] if config.on_policy else []
+    return [("training", " ".join(config.data)), *samples, ("held out", _held_out(config))]
+
+
 def _ends(linear: bool) -> str:
     head = "" if linear else " Its reward head has several layers and is in `gcrm.safetensors`: load it with gcrm_fast."
     return (
@@ -138,6 +143,7 @@ def _ends(linear: bool) -> str:
 
 def _header(config: TrainConfig, metrics: Mapping[str, float]) -> str:
     """YAML: what the Hub lists and searches."""
+    trained_on = (*config.data, *config.on_policy)
     sources = config.eval_data or config.data
     source = " ".join(name if _on_the_hub(name) else Path(name).name for name in sources)
     base, count = base_card(config.model), f"eval/{config.unit}"
@@ -162,7 +168,7 @@ def _header(config: TrainConfig, metrics: Mapping[str, float]) -> str:
         "tags": ["reward-model", "goal-conditioned", "gcrm"],
         "base_model": config.model if _on_the_hub(config.model) else None,
         "datasets": sorted(
-            {"/".join(name.partition(":")[0].split("/")[:2]) for name in config.data if _on_the_hub(name)}
+            {"/".join(name.partition(":")[0].split("/")[:2]) for name in filter(_on_the_hub, trained_on)}
         )
         or None,
     }

@@ -41,17 +41,20 @@ STATISTICS = (
     "pairs_without_positive",
     "pairs_without_negative",
 )
+# And for every pair of views, of which a step has as many: views/i_js is I_JS + 2 ln 2, which is 0 at chance.
+OF_VIEWS = ("loss/views", "views/i_js", "views/kl")
 OF_COMPLETIONS = {  # by --loss, for every completion with a label or score
     "bce": ("loss", "loss/bce", "accuracy", "reward", "target"),
     "mse": ("loss", "loss/mse", "reward", "target"),
 }
 
 
-def statistics_of(head: str, *, sft: bool = False, loss: str = "ranking") -> tuple[str, ...]:
-    """STATISTICS, and those of a head's own terms and of an lm_head; OF_COMPLETIONS for bce and mse."""
+def statistics_of(head: str, *, sft: bool = False, loss: str = "ranking", views: bool = False) -> tuple[str, ...]:
+    """STATISTICS, those of a head's own terms and of an lm_head, and OF_VIEWS; OF_COMPLETIONS for bce and mse."""
     if loss in OF_COMPLETIONS:
         return OF_COMPLETIONS[loss]
-    return (*STATISTICS, *(f"loss/{name}" for name in (*heads.KINDS[head].terms, *(("sft",) if sft else ()))))
+    terms = (f"loss/{name}" for name in (*heads.KINDS[head].terms, *(("sft",) if sft else ())))
+    return (*STATISTICS, *terms, *(OF_VIEWS if views else ()))
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class Objective:
     centering: float = 0.0
     term_weights: Mapping[str, float] = field(default_factory=dict)
     loss: str = "ranking"
+    views_weight: float = 0.0  # of the multi-view loss (RLP, arXiv 2403.19279)
+    divergence_weight: float = 1.0  # in that loss
 
 
 def ranking_loss(reward_2N: Tensor, margin_N: Tensor) -> Tensor:
@@ -166,7 +171,7 @@ def average_goals(z_RD: Tensor, rows_4NS: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tensor, Statistics]:
-    """Sum over the pack's pairs of the total loss (scalar), and what is logged, detached.
+    """Sum over the pack's pairs, and pairs of views, of the total loss (scalar), and what is logged, detached.
 
     With weight 0 the contrastive loss is still measured, without a gradient: the curves stay comparable.
     """
@@ -178,6 +183,12 @@ def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tenso
     total_N = ranking_N + objective.contrastive_weight * contrastive_N
     for name, weight in objective.term_weights.items():
         total_N = total_N + weight * output.terms[name]
+    of_views: dict[str, Tensor] = {}
+    if output.views is not None:
+        views_V = output.views.total(objective.divergence_weight)
+        total_N = torch.cat([total_N, objective.views_weight * views_V])
+        above_chance_V = output.views.information + 2 * math.log(2)
+        of_views = dict(zip(OF_VIEWS, (views_V, above_chance_V, output.views.divergence), strict=True))
     reward_2N = output.reward_2N.detach()
     statistics = Statistics.of(
         {
@@ -194,6 +205,7 @@ def losses(output: Output, pairs: PairRows, objective: Objective) -> tuple[Tenso
             "pairs_without_positive": ~pairs.has_positive_N,
             "pairs_without_negative": ~pairs.has_negative_N,
             **{f"loss/{name}": term_N.detach() for name, term_N in output.terms.items()},
+            **{name: value_V.detach() for name, value_V in of_views.items()},
         }
     )
     return summed(total_N, output), statistics

@@ -59,15 +59,18 @@ def cpu_group(timeout: float) -> dist.ProcessGroup:
 
 
 def shard(model: LlamaRewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype, *, gather: str = "block") -> None:
-    """FSDP2: one unit per block, the reward head in float32, the rest in the root. Parameters stay float32 (master).
+    """FSDP2: one unit per block, the reward head and the networks of views in float32, the rest in the root. Parameters
+    stay float32 (master).
 
     ``gather``: ``block`` drops a block's whole weights after its forward and again after its backward; with ``step``
     they stay until ``reshard``, or the backward that ``last_backward`` announces.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     head_policy = MixedPrecisionPolicy(param_dtype=torch.float32)
-    for unit, of_unit in (*((block, policy) for block in model.model.blocks), (model.score, head_policy)):
-        fully_shard(unit, mesh=mesh, mp_policy=of_unit)
+    for block in model.model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    for part in filter(None, (model.score, model.views)):
+        fully_shard(part, mesh=mesh, mp_policy=head_policy)
     for method in model.score.forwards:
         register_fsdp_forward_method(model.score, method)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -77,7 +80,7 @@ def shard(model: LlamaRewardModel, mesh: DeviceMesh, compute_dtype: torch.dtype,
 def set_gather(model: LlamaRewardModel, gather: str) -> None:
     """See ``shard``."""
     model.gather = gather
-    for unit in (*model.model.blocks, model.score):
+    for unit in filter(None, (*model.model.blocks, model.score, model.views)):
         assert isinstance(unit, FSDPModule)
         unit.set_reshard_after_forward(gather == "block")
 

@@ -21,6 +21,7 @@ from gcrm_fast.data.batches import Budget, batches_per_epoch, split_to_budget
 from gcrm_fast.data.chat import end_tokens, with_date
 from gcrm_fast.data.encoding import TokenizedPair, TokenReport, preferred, tokenize_pairs
 from gcrm_fast.data.mixture import Mixture
+from gcrm_fast.data.on_policy import LARGEST_BLOCK, OnPolicy, read_on_policy
 from gcrm_fast.data.overlap import Overlap, overlap, split_by_prompt
 from gcrm_fast.data.packing import group_size
 from gcrm_fast.data.records import FORMATS, JUDGED_FORMATS, Pair, parse_columns, read_judged, read_pairs
@@ -29,6 +30,7 @@ from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.data.token_cache import TokenCache, cache_folder
 from gcrm_fast.data.tokenization import choose_pad, load_tokenizer, train_tokenizer
 from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.views import WIDTH
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, check_output
 from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.lora import Lora
@@ -44,6 +46,7 @@ class Prepared:
     train: list[TokenizedPair]
     held_out: list[TokenizedPair]
     mixture: Mixture | None
+    on_policy: OnPolicy | None
     report: TokenReport
     held_out_report: TokenReport | None
     overlap: Overlap
@@ -56,8 +59,10 @@ class Prepared:
 
     @functools.cached_property
     def data_key(self) -> str:
-        """Fingerprint of the training data: tokens, margins, labels, and the source of each pair where that matters."""
-        return _fingerprint(self.train, self.report, self.mixture.source_N.tobytes() if self.mixture else b"")
+        """Fingerprint of the training data: tokens, margins, labels, the source of each pair where that matters, and
+        the samples of --on-policy."""
+        sources = self.mixture.source_N.tobytes() if self.mixture else b""
+        return _fingerprint(self.train, self.report, sources + (self.on_policy.key if self.on_policy else b""))
 
     @property
     def held_out_key(self) -> str:
@@ -188,6 +193,8 @@ def prepare(config: TrainConfig) -> Prepared:
     if tokenizer.pad_token_id in end_tokens(tokenizer):
         raise UserError(f"{source}: pad token {tokenizer.pad_token!r} also ends a turn: set another pad token")
     budget = Budget(config.tokens_per_batch, model_config.hidden_size)
+    samples = read_on_policy(config.on_policy, tokenizer, bad) if config.on_policy else []
+    check_overlap(samples, held_out, config.allow_overlap)
     with TokenCache(cache_folder(config.cache)) as cache:
 
         def tokenize(pairs: list[Pair]) -> tuple[list[TokenizedPair], TokenReport]:
@@ -195,6 +202,7 @@ def prepare(config: TrainConfig) -> Prepared:
 
         tokenized, report = tokenize(train)
         tokenized_held_out, held_out_report = tokenize(held_out) if held_out else ([], None)
+        on_policy = OnPolicy.of(*tokenize(samples), config.seed) if samples else None
         if not preferred(tokenized):
             which = "chosen " if config.loss == "ranking" else ""
             raise UserError(f"--data {' '.join(config.data)}: every {which}completion is cut: none has an end state")
@@ -204,6 +212,8 @@ def prepare(config: TrainConfig) -> Prepared:
             split_to_budget([pair], budget)  # raises where a pair does not fit
         if config.sampling == "rs" and config.loss == "ranking":
             _check_blocks(tokenized + tokenized_held_out, config, budget)
+        if on_policy:
+            _check_views(on_policy, budget)
     per_epoch = batches_per_epoch(len(tokenized), config.global_batch_pairs)
     return Prepared(
         tokenizer=tokenizer,
@@ -211,6 +221,7 @@ def prepare(config: TrainConfig) -> Prepared:
         train=tokenized,
         held_out=tokenized_held_out,
         mixture=mixture_of(config, tokenized),
+        on_policy=on_policy,
         report=report,
         held_out_report=held_out_report,
         overlap=shared,
@@ -225,6 +236,7 @@ def prepare(config: TrainConfig) -> Prepared:
             config.sampling,
             noise=model_config.bottleneck_size,
             predict=config.sft_weight > 0,
+            views=WIDTH if on_policy else 0,
         )
         if config.loss == "ranking"
         else Sampling(samples=0),
@@ -269,6 +281,16 @@ def _check_blocks(pairs: list[TokenizedPair], config: TrainConfig, budget: Budge
         )
 
 
+def _check_views(on_policy: OnPolicy, budget: Budget) -> None:
+    """Raises UserError where the samples that meet might not fit in a pack."""
+    largest = LARGEST_BLOCK * on_policy.largest(1)[0].tokens
+    if largest > budget.tokens:
+        raise UserError(
+            f"--on-policy needs up to three pairs of samples in one pack, up to {largest} tokens together, more than "
+            f"--tokens-per-batch {budget.tokens}: raise --tokens-per-batch, or lower --max-length"
+        )
+
+
 def objective_of(config: TrainConfig) -> Objective:
     released = config.objective_variant == "repo"
     average = config.sampling == "avg"
@@ -284,6 +306,7 @@ def objective_of(config: TrainConfig) -> Objective:
         centering=config.center_rewards,
         term_weights=term_weights(config),
         loss=config.loss,
+        views_weight=config.views_weight,
     )
 
 
@@ -321,4 +344,5 @@ def steps_of(prepared: Prepared, config: TrainConfig, rank: int, world_size: int
         rank=rank,
         world_size=world_size,
         mixture=prepared.mixture,
+        on_policy=prepared.on_policy,
     )

@@ -1,7 +1,7 @@
 """One run: its set-up, what it does between steps, its end. ``gcrm_fast/train.py`` is its loop."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import table
 from gcrm_fast.data.encoding import preferred
-from gcrm_fast.model.reward_model import LM_HEAD, LlamaRewardModel, goal_state
+from gcrm_fast.model.reward_model import LM_HEAD, VIEWS, LlamaRewardModel, goal_state
 from gcrm_fast.training import parallel
 from gcrm_fast.training.accounting import Meter, peak_flops, peak_memory
 from gcrm_fast.training.agreement import check_agreement
@@ -51,6 +51,7 @@ from gcrm_fast.training.report import shown_pairs, write_report
 from gcrm_fast.training.resume import RunState, Window, facts, find_checkpoint, with_dtype
 from gcrm_fast.training.snapshots import Checkpoints
 
+LEAST_DIVERGENCE = 1e-3  # weight at the start of --views-ramp
 EVALUATION_GOAL_PAIRS = 512  # training pairs behind the goal state of the evaluations during a run
 
 
@@ -91,6 +92,11 @@ class Run:
         may_stop = self.stopping.patience > 0 and self.is_due(step, self.config.eval_every)
         every = self.config.log_every or min(10, -(-self.prepared.steps // 10))
         return step % every == 0 or step == self.prepared.steps or may_stop
+
+    def objective_at(self, step: int) -> Objective:
+        """The objective with the weight of the views' divergences at a step (--views-ramp)."""
+        ramp = self.config.views_ramp * self.prepared.steps
+        return replace(self.objective, divergence_weight=LEAST_DIVERGENCE ** max(0.0, 1 - step / ramp) if ramp else 1.0)
 
     def goal(self, maximum: int | None = None) -> tuple[Tensor, int]:
         """Goal state of the current model, and over how many training pairs (up to ``maximum``) it is the mean."""
@@ -140,7 +146,8 @@ class Run:
         if self.log:
             for number in skipped:
                 pairs = [pair for group in self.steps.groups(number - 1)[1] for pair in group]
-                self.log.note(step, {"skipped_step": number, "records": [pair.where for pair in pairs]})
+                records = [pair.where for pair in pairs] + [view.where for view in self.steps.views(number - 1)]
+                self.log.note(step, {"skipped_step": number, "records": records})
             self.log.write(step, row)
         in_a_row = int(self.state.updater.skipped_in_row)
         if in_a_row > min(self.config.max_skipped, self.prepared.steps // 4):
@@ -176,7 +183,8 @@ class Run:
             adapters, weights = self.lora.adapters(state), self.lora.merged(state, dtype)
         else:
             weights = parallel.full_state(self.state.model, dtype)
-        weights.pop(LM_HEAD, None)  # a reward model has no use for it
+        # A reward model has no use for what only losses read.
+        weights = {name: weight for name, weight in weights.items() if name != LM_HEAD and not name.startswith(VIEWS)}
         if weights:  # on rank 0: with cached states the layers below are not in the model
             shapes = parameter_shapes(self.prepared.model_config)
             for name in shapes.keys() - weights.keys():
@@ -249,7 +257,14 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     plan = memory_plan(prepared, config, world_size, device, int(limit))
     with torch.device("meta"):
         regularized = config.sft_weight > 0
-        model = LlamaRewardModel(prepared.model_config, config.attention, plan.recompute, first, lm_head=regularized)
+        model = LlamaRewardModel(
+            prepared.model_config,
+            config.attention,
+            plan.recompute,
+            first,
+            lm_head=regularized,
+            views=prepared.on_policy is not None,
+        )
         model.model.train_top(layers)
         if lora:
             lora.inject(model)
@@ -260,7 +275,8 @@ def set_up(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: to
     rows = prepared.weights.rows
     parallel.materialize(model, mesh, device, lora.rows(rows, config.seed) if lora else rows)
     stopping = EarlyStopping(metric=config.keep_best, patience=config.early_stopping)
-    window = Window(statistics_of(config.head, sft=regularized, loss=config.loss), device)
+    names = statistics_of(config.head, sft=regularized, loss=config.loss, views=prepared.on_policy is not None)
+    window = Window(names, device)
     state = RunState(model, Updater(model, config, prepared.steps, device), window)
     if checkpoint:
         state.load(checkpoint, group)

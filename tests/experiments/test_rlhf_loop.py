@@ -28,7 +28,8 @@ def row(arm: str, seed: int, gold: float) -> dict[str, Any]:
     accuracy = {"pairs": {"share": 0.75}}
     spg = {"coverage": 0.5, "accuracy": accuracy, "auroc_before": 0.7, "auroc_after": float("nan")}
     auroc = float("nan") if arm == "rlp-spg" else 0.7  # all samples are wrong
-    return {**own, "trajectory": trajectory, "auroc_on_own_samples": auroc, "spg": spg}
+    uml = {"auroc_before": 0.71, "auroc_after": 0.81}
+    return {**own, "trajectory": trajectory, "auroc_on_own_samples": auroc, "spg": spg, "uml": uml}
 
 
 def test_finished_rows_are_kept_and_other_settings_refused(
@@ -47,17 +48,20 @@ def test_finished_rows_are_kept_and_other_settings_refused(
     options = ["--output", str(tmp_path / "x.json"), "--runs", str(tmp_path)]
     assert loop.main(options) == 130
     assert loop.main(options) == 0
-    assert asked == [(0, "plain"), (0, "hybrid"), (0, "hybrid"), (0, "rlp-spg")]
+    assert asked == [(0, "plain"), (0, "hybrid"), (0, "hybrid"), (0, "rlp-spg"), (0, "rlp-uml")]
     assert loop.main(options) == 0
-    assert len(asked) == 4
+    assert len(asked) == 5
     text = (tmp_path / "x.md").read_text()
     assert "| hybrid | 1 | 0.250 | 0.500 | 5.000 | 2.000 | 0.700 |" in text
     assert "coverage 50%, accuracy 0.750" in text
     assert "0.700 before, - after" in text
+    assert (
+        "multi-view loss. AUROC on samples of the plain arm's policy, of held-out problems: 0.710 before, 0.810" in text
+    )
     assert "- hybrid beats plain: no claim from 1 seed (gold +0.100)." in text
     assert loop.main([*options, "--prompts", "20"]) == 2
     assert loop.main([*options, "--full"]) == 0
-    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 3 * 7
+    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 3 * 8
 
 
 @pytest.mark.parametrize(
@@ -78,7 +82,8 @@ def test_end_to_end_on_little_data(loop: ModuleType, tmp_path: Path) -> None:
     options = [*few, "--held-out", "20", "--output", str(tmp_path / "x.json"), "--runs", str(tmp_path / "runs")]
     assert loop.main(options) == 0
     rows = {one["arm"]: one for one in json.loads((tmp_path / "x.json").read_text())["rows"]}
-    assert rows.keys() == {"plain", "hybrid", "rlp-spg"}
+    assert rows.keys() == {"plain", "hybrid", "rlp-spg", "rlp-uml"}
     assert {one["gold_before"] for one in rows.values()} == {rows["plain"]["gold_before"]}
     assert rows["rlp-spg"]["spg"]["outcomes"]["pair"] >= 1
+    assert 0 <= rows["rlp-uml"]["uml"]["auroc_after"] <= 1
     assert [point["step"] for point in rows["plain"]["trajectory"]] == [0, 1, 2]

@@ -451,4 +451,28 @@ FAULTS = {
         "if False and not any(_texts(answers[name]))",
         "tests/data/test_records.py -k does_not_write_is_refused",
     ),
+    "samples: one sample per prompt is enough": (
+        "gcrm_fast/data/samples.py",
+        "if len(completions) < 2:",
+        "if len(completions) < 1:",
+        "tests/rlhf/test_samples.py -k what_is_refused",
+    ),
+    "samples: the end token of another tokenizer is text": (
+        "gcrm_fast/data/samples.py",
+        "if end and end[1] not in known:",
+        "if False:",
+        "tests/rlhf/test_samples.py -k another_tokenizer",
+    ),
+    "on policy: every pass draws the pairs of the first": (
+        "gcrm_fast/data/on_policy.py",
+        "self._epoch, self._drawn = epoch, self._pass(epoch)",
+        "self._epoch, self._drawn = epoch, self._pass(0)",
+        "tests/training/test_on_policy.py -k every_sample_once",
+    ),
+    "on policy: a pair without a partner joins no block": (
+        "gcrm_fast/data/on_policy.py",
+        "return [a + b for a, b in zip_longest(joined, alone, fillvalue=list[ViewPair]())]",
+        "return joined + alone",
+        "tests/training/test_on_policy.py -k blocks_hold",
+    ),
 }

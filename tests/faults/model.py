@@ -211,4 +211,22 @@ FAULTS = {
         "if similar and (",
         "tests/model/test_cache.py -k gathered",
     ),
+    "views: the negative view is the pair's own": (
+        "gcrm_fast/model/views.py",
+        "z2_NZ.index_select(0, other_N)",
+        "z2_NZ",
+        "tests/model/test_views.py -k transcription",
+    ),
+    "views: the sum of both divergences, not half of it": (
+        "gcrm_fast/model/views.py",
+        "- 2).sum(1) / 4",
+        "- 2).sum(1) / 2",
+        "tests/model/test_views.py -k that_of_torch",
+    ),
+    "views: the information is minimized": (
+        "gcrm_fast/model/views.py",
+        "return divergence_weight * self.divergence - self.information",
+        "return divergence_weight * self.divergence + self.information",
+        "tests/model/test_views.py -k transcription",
+    ),
 }

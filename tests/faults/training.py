@@ -531,8 +531,8 @@ FAULTS = {
     ),
     "language loss: the lm_head is saved": (
         "gcrm_fast/training/run.py",
-        "weights.pop(LM_HEAD, None)  #",
-        "weights.get(LM_HEAD, None)  #",
+        "if name != LM_HEAD and not",
+        "if not",
         "tests/training/test_language_loss.py -k learns_to_write",
     ),
     "language loss: a classifier's embedding is an lm_head": (
@@ -582,5 +582,23 @@ FAULTS = {
         "or min(10, -(-self.prepared.steps // 10))",
         "or 10",
         "tests/training/test_train.py -k short_run",
+    ),
+    "run: the saved model holds the networks of the views": (
+        "gcrm_fast/training/run.py",
+        "if name != LM_HEAD and not name.startswith(VIEWS)",
+        "if name != LM_HEAD",
+        "tests/training/test_on_policy.py -k logs_the_loss",
+    ),
+    "run: a checkpoint fits other samples of a policy": (
+        "gcrm_fast/training/prepare.py",
+        'sources + (self.on_policy.key if self.on_policy else b"")',
+        "sources",
+        "tests/training/test_on_policy.py -k another_run",
+    ),
+    "loader: every step has the same pairs of samples": (
+        "gcrm_fast/training/loader.py",
+        "self.on_policy.views(epoch * len(self.pairs) + done, count)",
+        "self.on_policy.views(done, count)",
+        "tests/training/test_on_policy.py -k seed_and_step",
     ),
 }

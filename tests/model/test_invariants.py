@@ -13,6 +13,7 @@ from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling, negative_blocks
 from gcrm_fast.model.reward_model import LlamaRewardModel
+from gcrm_fast.model.views import WIDTH
 from gcrm_fast.training.objectives import Objective, losses
 from gcrm_kernels import InverseIndex
 from support.small import small_config, small_model
@@ -119,10 +120,10 @@ def test_any_cut_into_packs_gives_the_same_loss(pairs: list[TokenizedPair], worl
 @pytest.mark.parametrize("config", [{"projection_size": 5, "head": "mlp"}, BOTTLENECK])
 @pytest.mark.parametrize("variant", ["paper", "dense"])
 def test_a_dummy_pack_touches_every_parameter_and_adds_nothing(variant: str, config: dict[str, object]) -> None:
-    model = small_model(small_config(**config))
-    sampling = Sampling(variant=variant, noise=model.config.bottleneck_size)
+    model = small_model(small_config(**config), views=True)
+    sampling = Sampling(variant=variant, noise=model.config.bottleneck_size, views=WIDTH)
     weights = {"kl": 0.1} if sampling.noise else {}
-    objective = Objective(dense=variant == "dense", term_weights=weights)
+    objective = Objective(dense=variant == "dense", term_weights=weights, views_weight=0.5)
     loss, gradients = loss_and_gradients(model, [[]], sampling, objective)
     assert loss.item() == 0.0
     assert gradients.keys() == dict(model.named_parameters()).keys()

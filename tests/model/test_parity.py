@@ -92,7 +92,7 @@ def assert_same(model: LlamaRewardModel, theirs: PreTrainedModel, pairs: list[To
     """Rewards of both completions and the hidden state at the end of the chosen one."""
     pack = build_pack([pairs[:2], pairs[2:5], [pairs[6]]], Sampling(samples=4), 0)
     with torch.no_grad():
-        reward_2N, states, _ = model.eval()(pack)
+        reward_2N, states, *_ = model.eval()(pack)
         chosen_rows = iter(pack.pairs.end_2N[0].tolist())
         for n, pair in enumerate([*pairs[:5], pairs[6]]):
             for side, ids in enumerate((pair.chosen_ids, pair.rejected_ids)):

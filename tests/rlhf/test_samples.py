@@ -8,8 +8,9 @@ import pytest
 
 from gcrm_fast import RewardModel
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.data.samples import read_samples
 from gcrm_fast.data.sources import BadRecords
-from gcrm_fast.rlhf.samples import against, encode_samples, read_samples, rewards_of
+from gcrm_fast.rlhf.samples import against, encode_samples, rewards_of
 from support.judged import write
 from support.models import save
 

@@ -25,9 +25,11 @@ def small_config(**changes: object) -> ModelConfig:
     return ModelConfig(**{**values, **changes})
 
 
-def small_model(config: ModelConfig, dtype: torch.dtype = torch.float64, *, lm_head: bool = False) -> LlamaRewardModel:
+def small_model(
+    config: ModelConfig, dtype: torch.dtype = torch.float64, *, lm_head: bool = False, views: bool = False
+) -> LlamaRewardModel:
     """Weights of standard deviation of at least 0.1 everywhere: at 0.02 a wrong position hides in any tolerance."""
-    model = LlamaRewardModel(config, lm_head=lm_head).to(dtype)
+    model = LlamaRewardModel(config, lm_head=lm_head, views=views).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = 0.1 * torch.randn(parameter.shape, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """Losses and gradients that are not finite: skipped, counted, and in the end the end of the run; and the dtype."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,15 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(
     rates = {row["step"]: row["lr"] for row in log if "lr" in row}
     # The schedule waits: twelve steps with two skipped end where ten updates do.
     assert rates[12] == pytest.approx(0.01 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * 8 / 11)).item()), rel=1e-5)
+
+
+def test_samples_of_a_skipped_step_are_named(pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text("".join(json.dumps({"prompt": f"q{i}", "completions": [" a", " b"]}) + "\n" for i in range(3)))
+    not_a_number(monkeypatch, {4})
+    assert main(arguments(pair_file, tmp_path / "out", "--on-policy", str(samples))) == 0
+    (records,) = [row["records"] for row in rows(tmp_path / "out") if "skipped_step" in row]
+    assert [record.partition(":")[0] for record in records] == [str(pair_file)] * 8 + [str(samples)] * 8
 
 
 def test_too_many_in_a_row_end_the_run(
