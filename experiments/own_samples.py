@@ -21,7 +21,7 @@ def own_pairs(policy: Policy, path: Path) -> Path:
     for i, prompt in enumerate(prompts):
         sampled = [*dict.fromkeys(texts[SAMPLES * i : SAMPLES * (i + 1)])]
         right = [text for text in sampled if is_correct(prompt, text)]
-        wrong = [text for text in sampled if text and not is_correct(prompt, text)]
+        wrong = [text for text in sampled if text.strip() and not is_correct(prompt, text)]
         pairs = [{"prompt": prompt, "chosen": a, "rejected": b} for a in right for b in wrong[:PAIRS]]
         lines += [json.dumps(pair) + "\n" for pair in pairs]
     path.parent.mkdir(parents=True, exist_ok=True)
