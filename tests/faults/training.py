@@ -601,4 +601,10 @@ FAULTS = {
         "self.on_policy.views(done, count)",
         "tests/training/test_on_policy.py -k seed_and_step",
     ),
+    "views: the weight of the divergences grows beyond 1": (
+        "gcrm_fast/training/run.py",
+        "LEAST_DIVERGENCE ** max(0.0, 1 - step / ramp)",
+        "LEAST_DIVERGENCE ** (1 - step / ramp)",
+        "tests/training/test_on_policy.py -k divergences_grows",
+    ),
 }
