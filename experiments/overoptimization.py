@@ -353,16 +353,14 @@ def save(options: Options, rows: Sequence[Row]) -> None:
     lines = ",\n".join(json.dumps(row) for row in rows).replace("NaN", "null")
     write_aside(options.report.with_suffix(".json"), f'{{"rows": [\n{lines}\n]}}\n')
     write_aside(options.report.with_suffix(".md"), report(options, rows, len(missing(options, rows))))
+    drawn = [row for row in rows if row["seed"] == 0]
     plot_overoptimization(
-        {name_of(row): [Point(*point) for point in row["points"]] for row in rows}, options.report.with_suffix(".png")
+        {name_of(row): [Point(*point) for point in row["points"]] for row in drawn}, options.report.with_suffix(".png")
     )
     plot_monitor(
         {
-            f"{detector}: {name_of(row)}": (
-                [one[i] for one in row["detectors"]],
-                row["reference"][i],
-            )
-            for row in rows
+            f"{detector}: {name_of(row)}": ([one[i] for one in row["detectors"]], row["reference"][i])
+            for row in drawn
             for i, detector in enumerate(DETECTORS[:3])
         },
         [str(point[0]) for point in rows[0]["points"]],
