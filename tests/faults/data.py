@@ -463,16 +463,4 @@ FAULTS = {
         "if False:",
         "tests/rlhf/test_samples.py -k another_tokenizer",
     ),
-    "on policy: every pass draws the pairs of the first": (
-        "gcrm_fast/data/on_policy.py",
-        "self._epoch, self._drawn = epoch, self._pass(epoch)",
-        "self._epoch, self._drawn = epoch, self._pass(0)",
-        "tests/training/test_on_policy.py -k every_sample_once",
-    ),
-    "on policy: a pair without a partner joins no block": (
-        "gcrm_fast/data/on_policy.py",
-        "return [a + b for a, b in zip_longest(joined, alone, fillvalue=list[ViewPair]())]",
-        "return joined + alone",
-        "tests/training/test_on_policy.py -k blocks_hold",
-    ),
 }
