@@ -273,8 +273,7 @@ def compared(ours: Found, base: Found) -> str:
 
 def report(options: Options, rows: Sequence[Row], left: int) -> str:
     by_objective = {name: complete(options, rows, name) for name in OBJECTIVES}
-    by_objective = {name: found for name, found in by_objective.items() if found.seeds}
-    seeds = max((len(found.seeds) for found in by_objective.values()), default=0)
+    seeds = max(len(found.seeds) for found in by_objective.values())
     still = f" {left} rows are still missing: the same command adds them." if left else ""
     text = f"""# Does it help to look at Q while a policy writes?
 
@@ -293,6 +292,8 @@ expectations over subsets of {POOL} samples, interpolated in n. ± is a {COVERAG
 and seed. With this many comparisons, one in twenty is marked by chance.
 """
     for name, found in by_objective.items():
+        if not found.seeds:
+            continue
         text += f"""
 ## {name.capitalize()}
 
@@ -306,7 +307,7 @@ One sample: right answer {level(found.values(UNSTEERED, "best")[:, :, 0])}, ever
 {saved(found)}
 """
     for data in ("", OWN):
-        both = [complete(options, rows, name + data) for name in ("contrastive", "ranking")]
+        both = [by_objective[name + data] for name in ("contrastive", "ranking")]
         if shared := [seed for seed in both[0].seeds if seed in both[1].seeds]:
             ours, base = (Found(rows, name + data, shared) for name in ("contrastive", "ranking"))
             text += f"\n## With less without the contrastive loss{data}\n\n{compared(ours, base)}\n"

@@ -396,7 +396,6 @@ def missing(options: Options, rows: Sequence[Row]) -> list[tuple[str, int, int]]
 
 def run(options: Options) -> None:
     """Raises UserError."""
-    options.check()
     options.runs.mkdir(parents=True, exist_ok=True)
     held_out = generate(0, options.problems + options.references, DATA_SEED, 3)[1]
     prompts = [pair.prompt for pair in held_out[: options.problems]]

@@ -11,7 +11,7 @@ from gcrm_fast.data.sources import STDIN, check_present
 from gcrm_fast.evaluation.results import check_folder
 from gcrm_fast.training.config import ARITHMETIC, TrainConfig, check_output
 
-RECORDS = ("data", "eval_data", "reference", "merge", "standardize")
+RECORDS = ("data", "on_policy", "eval_data", "reference", "merge", "standardize")
 MODELS = ("model", "ensemble", "policy", "reward", "tokenizer")
 
 

@@ -42,7 +42,6 @@ BEST_BY = {  # metrics of --keep-best by --loss
 OF_A_RUN = {"metrics.jsonl", "checkpoints", "skipped_records.txt"}  # what an unfinished run leaves in its folder
 LOGS = (".log", ".out", ".err")  # may be there before a run starts
 OF_PAIRS = ("pairs_per_prompt", "label_smoothing", "center_rewards", "sft_weight")  # options that need both sides
-
 OF_VIEWS = ("views_weight", "views_ramp")  # options that need --on-policy
 
 Positive = Annotated[float, Range(above=0)]

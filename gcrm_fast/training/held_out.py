@@ -233,12 +233,12 @@ def shortcuts(train: Sequence[TokenizedPair], held_out: Sequence[TokenizedPair],
         return matrix
 
     fitted = train[:SHORTCUT_PAIRS]
-    right_N, bag = right(held_out), math.nan
+    right_N = right(held_out)
     length = auroc_of(right_N, np.array([len(t) for t in completions(held_out)]))
     length = max(length, 1 - length)
     labels = right(fitted)
     if len(set(labels)) < 2:
-        return {"baseline/auroc_length": length, "baseline/auroc_bag_of_tokens": bag}
+        return {"baseline/auroc_length": length, "baseline/auroc_bag_of_tokens": math.nan}
     classifier = LogisticRegression(solver="newton-cg")  # converges in a few steps, lbfgs in a thousand
     with warnings.catch_warnings():  # of convergence: the last digits do not matter here
         warnings.simplefilter("ignore")

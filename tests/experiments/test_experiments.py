@@ -1,13 +1,12 @@
 """The experiments: measures known by hand, both scripts end to end on little data, then again without new work."""
 
 import gzip
-import importlib
 import itertools
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -45,12 +44,8 @@ SMALL = ("--hidden-size", "16", "--intermediate-size", "16", "--layers", "1", "-
 
 
 @pytest.fixture
-def experiments(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The scripts of experiments/, which is not a package."""
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def experiments(script: Callable[[str], ModuleType]) -> SimpleNamespace:
+    return SimpleNamespace(**{name: script(name) for name in MODULES})
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
 """Labeled sets of experiments/: drawn alike each time, measures known by hand, models compared by question."""
 
 import gzip
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,15 +15,11 @@ from gcrm_fast.data.records import Candidate
 from gcrm_fast.evaluation.measures import Labeled
 from gcrm_fast.inference.candidates import Judgement
 from support.models import save
-from support.training_runs import ROOT
 
 
 @pytest.fixture
-def sets(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    yield importlib.import_module("labeled_sets")
-    for name in ("labeled_sets", "arithmetic_chain", "summary"):
-        sys.modules.pop(name, None)
+def sets(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("labeled_sets")
 
 
 def candidate(completion: str = "c", **fields: Any) -> Candidate:

@@ -1,9 +1,7 @@
 """The laboratory of over-optimization: proxies, comparison, resuming; training from a policy (slow)."""
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,17 +14,13 @@ from gcrm_fast.data.arithmetic import generate, samples
 from gcrm_fast.rlhf.latents import LatentReference
 from support.models import save
 from support.policies import save as save_policy
-from support.training_runs import ROOT
 
 WRITTEN = 400  # of the policy, for the detectors
 
 
 @pytest.fixture
-def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    yield importlib.import_module("overoptimization")
-    for name in ("overoptimization", "own_samples", "summary"):
-        sys.modules.pop(name, None)
+def lab(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("overoptimization")
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """The loop of policies and rewards: its report and resuming; end to end on little data (slow)."""
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,15 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.training_runs import ROOT
-
 
 @pytest.fixture
-def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
-    yield importlib.import_module("rlhf_loop")
-    for name in ("rlhf_loop", "policies", "summary"):
-        sys.modules.pop(name, None)
+def loop(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("rlhf_loop")
 
 
 def row(arm: str, seed: int, gold: float) -> dict[str, Any]:
