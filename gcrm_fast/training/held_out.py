@@ -20,7 +20,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.common.statistics import auroc as auroc_of
 from gcrm_fast.data.batches import Budget
-from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.encoding import PairStates, TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling
 from gcrm_fast.evaluation.measures import PERCENT, auroc_interval, ratio_interval
@@ -75,12 +75,16 @@ def _packs(
         yield build_pack(groups, own, EVALUATION_EPOCH, quantiles=quantiles).to(device)
 
 
-def end_states(
-    model: nn.Module, pairs: Sequence[TokenizedPair], budget: Budget, sampling: Sampling, device: torch.device
-) -> list[Tensor]:
+def _chosen_alone(pair: TokenizedPair) -> TokenizedPair:
+    """The pair without its rejected completion, so that a pack does not compute it."""
+    states = pair.states and PairStates(pair.states.chosen, pair.states.own[:0], len(pair.chosen_ids))
+    return replace(pair, rejected_ids=pair.chosen_ids, rejected_start=pair.chosen_start, states=states)
+
+
+def end_states(model: nn.Module, pairs: Sequence[TokenizedPair], budget: Budget, device: torch.device) -> list[Tensor]:
     """z [n, D] at the last token of the preferred completions, one tensor per pack of this rank, on ``device``."""
     with evaluating(model):
-        packs = _packs(pairs, budget, sampling, device, quantiles=False)
+        packs = _packs([*map(_chosen_alone, pairs)], budget, Sampling(samples=0), device, quantiles=False)
         return [model(pack).z_RD.index_select(0, pack.pairs.end_2N[0]) for pack in packs]
 
 

@@ -101,7 +101,7 @@ class Run:
     def goal(self, maximum: int | None = None) -> tuple[Tensor, int]:
         """Goal state of the current model, and over how many training pairs (up to ``maximum``) it is the mean."""
         pairs = preferred(self.prepared.train)[: self.config.goal_pairs or None][:maximum]
-        states = end_states(self.state.model, pairs, self.prepared.budget, self.prepared.sampling, self.device)
+        states = end_states(self.state.model, pairs, self.prepared.budget, self.device)
         return goal_state(states, len(pairs), remedy=NOT_FINITE_REMEDY, all_ranks=True), len(pairs)
 
     def evaluate(self, step: int, final_goal: Tensor | None = None) -> dict[str, float]:

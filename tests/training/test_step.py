@@ -373,12 +373,26 @@ def test_held_out_passes_run_in_evaluation_mode_without_gradients(pairs: list[To
         model.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, torch.is_grad_enabled())))
         for training in (True, False):
             model.train(training)
-            states = held_out.end_states(model, pairs, budget, sampling, device)
+            states = held_out.end_states(model, pairs, budget, device)
             held_out.score_pairs(model, pairs, states[0][0], Objective(), budget, sampling, device)
             assert {module.training for module in model.modules()} == {training}
             assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert len(seen) > 4
     assert set(seen) == {(False, False)}
+
+
+def test_end_states_compute_chosen_completions_alone(pairs: list[TokenizedPair]) -> None:
+    tokens: list[int] = []
+    with parallel.process_group() as (mesh, device):
+        model = small_model(small_config(), torch.float32)
+        parallel.shard(model, mesh, torch.float32, gather="step")
+        pack = build_pack([[pair] for pair in pairs], Sampling(samples=0), 0)
+        expected = model(pack).z_RD[pack.pairs.end_2N[0]].detach()
+        model.register_forward_pre_hook(lambda module, inputs: tokens.append(len(inputs[0].input_ids_T)))
+        states = held_out.end_states(model, pairs, Budget(60, 32), device)
+    assert sum(tokens) == sum(len(pair.chosen_ids) for pair in pairs)
+    assert len(tokens) > 1
+    torch.testing.assert_close(torch.cat(states).sum(0), expected.sum(0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(negatives="after-divergence"), Sampling(positions="rs")])
