@@ -1,11 +1,15 @@
 """Over-optimization where gold is exact: the best of n samples of an arithmetic policy, picked by each reward model.
 
-    python experiments/policies.py; python experiments/overoptimization.py
+    python experiments/policies.py
+    for width in 32 128; do
+        python experiments/policies.py --right 50 --hidden-size $width --runs runs/policies-by-width/$width
+    done
+    python experiments/overoptimization.py
 
-Every reward model starts from the policy and learns from pairs of its right and wrong samples. Each arm, share of
-flipped labels and seed is a row of overoptimization.json, written when it is finished; a second call computes what is
-missing. Writes overoptimization.md and two plots next to it. Gold is whether a solution is right in every step; the
-proxy is the arm's reward; the detectors see the samples that it picks.
+Every reward model starts from the policy, or from one of another width, and learns from pairs of the policy's right and
+wrong samples. Each arm, share of flipped labels and seed is a row of overoptimization.json, written when it is
+finished; a second call computes what is missing. Writes overoptimization.md and two plots next to it. Gold is whether a
+solution is right in every step; the proxy is the arm's reward; the detectors see the samples that it picks.
 """
 
 import json
@@ -49,7 +53,9 @@ TRAINED: dict[str, tuple[str, ...]] = {  # options of gcrm train
     "GRM": ("--objective", "ranking", "--sft-weight", "0.1"),
 }
 ENSEMBLE, PENALTY = "ensemble of 4", "InfoRM + IBL"  # of trained models: the mean reward; less a distance of latents
-ARMS = (*TRAINED, PENALTY, ENSEMBLE)
+OF_WIDTH = {f"{arm}, width {width}": (arm, width) for arm in (PLAIN, INFORM) for width in (32, 128)}
+COMPARED_WITH = {f"{INFORM}, width {width}": f"{PLAIN}, width {width}" for _, width in OF_WIDTH.values()}  # else PLAIN
+ARMS = (*TRAINED, PENALTY, ENSEMBLE, *OF_WIDTH)
 DISTANCE_WEIGHT = 0.3
 FLIPPED = "{arm}, {flipped}% flipped"
 DETECTORS = ("CSI per sample", "outliers", "Mahalanobis distance", "early stop")
@@ -64,6 +70,8 @@ class Options(CommandOptions):
 
     policy: Path = Path("runs/policies/right-50")
     """Folder of the policy that is sampled and that reward models start from, as policies.py writes it."""
+    widths: Path = Path("runs/policies-by-width")
+    """Folder of policies that reward models of another width start from, in WIDTH/NAME; NAME is that of --policy."""
     runs: Path = Path("runs/overoptimization")
     """Folder of the samples and the reward models."""
     arms: tuple[str, ...] = ARMS
@@ -132,11 +140,13 @@ def train(options: Options, arm: str, flipped: int, seed: int) -> Path:
     if not data.exists():
         policy = Policy.from_pretrained(options.policy, device="cpu")
         write_pairs(own_pairs(policy, options.runs / "pairs.jsonl"), data, flipped)
-    run = options.runs / f"{arm.replace(' ', '')}-{flipped}-{seed}"
-    given = {"model": options.policy, "data": data, "seed": seed, "steps": options.steps, "lr": "1e-3", "warmup": "0.1"}
+    kind, width = OF_WIDTH.get(arm, (arm, 0))
+    start = options.widths / str(width) / options.policy.name if width else options.policy
+    run = options.runs / f"{arm.replace(', ', '-').replace(' ', '')}-{flipped}-{seed}"
+    given = {"model": start, "data": data, "seed": seed, "steps": options.steps, "lr": "1e-3", "warmup": "0.1"}
     given |= {"weight-decay": "0.1", "global-batch-pairs": "80"}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    return trained(run, [*words, "--cache", str(options.runs / "cache"), *TRAINED[arm]])
+    return trained(run, [*words, "--cache", str(options.runs / "cache"), *TRAINED[kind]])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +265,8 @@ def values_of(row: Row) -> dict[str, np.ndarray]:
 
 
 def compared(rows: Sequence[Row]) -> str:
-    """The arms' means over seeds, each followed by its difference from the plain reward with the same labels."""
+    """The arms' means over seeds, each followed by its difference from the plain reward with the same labels; of InfoRM
+    also with the same width."""
     of: dict[tuple[int, str], dict[int, dict[str, np.ndarray]]] = {}
     for row in rows:
         of.setdefault((row["flipped"], row["arm"]), {})[row["seed"]] = values_of(row)
@@ -264,7 +275,7 @@ def compared(rows: Sequence[Row]) -> str:
         cells = []
         for name in COMPARED:
             own = {seed: values[name] for seed, values in by_seed.items()}
-            base = {seed: values[name] for seed, values in of.get((flipped, PLAIN), {}).items()}
+            base = {seed: values[name] for seed, values in of.get((flipped, COMPARED_WITH.get(arm, PLAIN)), {}).items()}
             difference = "" if arm == PLAIN else f" ({paired_difference(own, base)})"
             cells.append(cell([float(values.mean()) for values in own.values()]) + difference)
         lines.append([FLIPPED.format(arm=arm, flipped=flipped), str(len(by_seed)), *cells])
@@ -305,8 +316,9 @@ def tables(rows: Sequence[Row]) -> str:
     warned = [[name, past_peak(rows, i)] for i, name in enumerate(DETECTORS)]
     return f"""## Arms
 
-Means over seeds with 95% t-intervals; in brackets the difference from plain with the same labels, paired by seed and
-problem, * where its interval over both excludes 0. The best gold is that of the best n.
+Means over seeds with 95% t-intervals; in brackets the difference from plain with the same labels (of InfoRM
+also with the same width), paired by seed and problem, * where its interval over both excludes 0. The width is 64 where
+none is named. The best gold is that of the best n.
 
 {compared(rows)}
 

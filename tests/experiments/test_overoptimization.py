@@ -74,6 +74,16 @@ def test_arms_are_compared_by_seed_and_problem(lab: ModuleType) -> None:
     assert "(+0.000 ± 0.000)" in other_line.split("|")[3]
 
 
+def test_arms_of_another_width_are_compared_at_that_width(lab: ModuleType) -> None:
+    gold = {"plain": 0.1, "plain, width 32": 0.0, "InfoRM, width 32": 0.3}
+    rows = [row(arm, seed, [[value, value]] * 2) for arm, value in gold.items() for seed in (0, 1)]
+    _, narrow, inform = lab.compared(rows).splitlines()[2:]
+    assert narrow.startswith(
+        "| plain, width 32, 0% flipped | 2 | 0.500 ± 0.000 (+0.000 ± 0.000) | 0.500 ± 0.000 (-0.100"
+    )
+    assert "| 0.800 ± 0.000 (+0.300 ± 0.000 *) |" in inform
+
+
 def test_rows_are_kept_and_the_missing_ones_added(
     lab: ModuleType,
     trained: list[Any],
@@ -132,10 +142,11 @@ def test_flipped_labels(lab: ModuleType, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ["plain", "GCRM", "InfoRM", "GRM"])
-def test_every_arm_trains_from_the_policy(lab: ModuleType, tmp_path: Path, arm: str) -> None:
-    save_policy(tmp_path / "policy")
-    options = lab.Options(policy=tmp_path / "policy", runs=tmp_path / "runs", steps=2)
+@pytest.mark.parametrize("arm", ["plain", "GCRM", "InfoRM", "GRM", "InfoRM, width 32"])
+def test_every_arm_trains_from_its_policy(lab: ModuleType, tmp_path: Path, arm: str) -> None:
+    for start in ("policy", "32/policy"):
+        save_policy(tmp_path / start)
+    options = lab.Options(policy=tmp_path / "policy", widths=tmp_path, runs=tmp_path / "runs", steps=2)
     options.runs.mkdir()
     one_step_pairs(options.runs / "pairs.jsonl", 300)
     model = RewardModel.from_pretrained(lab.train(options, arm, 0, 0))
