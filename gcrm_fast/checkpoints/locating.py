@@ -3,8 +3,14 @@
 import os
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from gcrm_fast.common.errors import UserError, one_line
 
@@ -49,6 +55,16 @@ def locate(name: str, flag: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=OTHER_COPIES))
     except Exception as error:  # the hub lets through errors of its HTTP library, which depends on its version
-        raise UserError(
-            f"{flag} {name}: no such folder, and not available from the Hugging Face hub ({one_line(error)})"
-        ) from None
+        raise UserError(f"{flag} {name}: no such folder, and {_unavailable(error)}") from None
+
+
+def _unavailable(error: Exception) -> str:
+    """Why the hub has no such repository for this user."""
+    if isinstance(error, GatedRepoError):
+        return "a repository of the Hugging Face hub that asks for access: request it there, and run hf auth login"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no repository of the Hugging Face hub that you may read: for a private one run hf auth login"
+    if isinstance(error, LocalEntryNotFoundError):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        return f"not in the cache of the Hugging Face hub, and {why}"
+    return f"not available from the Hugging Face hub ({one_line(error)})"

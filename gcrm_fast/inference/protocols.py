@@ -5,12 +5,29 @@ from email.message import Message
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.inference.batcher import Context, Text
 
-UNION = ("str", "list[dict[str,any]]")  # how pydantic names the alternatives of a text in the location of an error
+# How pydantic names the alternatives of a field in the location of an error; and the first word of its types of errors.
+ALTERNATIVES = {
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "list[str]": "a list of texts",
+    "list[dict[str,any]]": "a list of messages",
+}
+EXPECTED = {
+    "string": "text",
+    "bool": "true or false",
+    "int": "a whole number",
+    "float": "a number",
+    "list": "a list",
+    "dict": "an object",
+    "model": "an object",
+}
 MOST_ROWS = 1024  # of a stream
 Shape = TypeVar("Shape", bound=BaseModel)
 Objects = list[dict[str, Any]]  # messages or tools, which data/messages.py checks
@@ -146,13 +163,28 @@ def parse(shape: type[Shape], body: bytes | bytearray) -> Shape:
             reason = deepest["ctx"]["error"]
             what = "nested too deeply" if reason.startswith("recursion limit") else "not valid JSON"
             raise HTTPException(422, f"the body is {what}: {reason}") from None
-        parts = [part for part in deepest["loc"] if part not in UNION]
+        parts = [part for part in deepest["loc"] if part not in ALTERNATIVES]
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
         if problem := {"extra_forbidden": "unknown", "missing": "missing"}.get(deepest["type"]):
             known = ", ".join((shape if len(parts) == 1 else Chunk).model_fields)  # the one shape inside another
             raise HTTPException(422, f"field '{name}' is {problem}: the fields are {known}") from None
         where = f"field '{name}'" if name else "the body"
-        raise HTTPException(422, f"{where}: {deepest['msg'].removeprefix('Value error, ')}") from None
+        raise HTTPException(422, f"{where}{_reason(deepest, error.errors())}") from None
+
+
+def _reason(error: ErrorDetails, errors: Sequence[ErrorDetails]) -> str:
+    """What is wrong with a field, after its name."""
+    *outer, last = error["loc"] or [""]
+    if last in ALTERNATIVES:
+        names = [str(e["loc"][-1]) for e in errors if [*e["loc"][:-1]] == outer]
+        return f" must be {' or '.join(ALTERNATIVES[name] for name in names)}"
+    kind, _, problem = error["type"].partition("_")
+    if problem in ("type", "parsing", "from_float"):
+        return f" must be {EXPECTED[kind]}"
+    for start in ("Input should ", "String should "):
+        if error["msg"].startswith(start):
+            return f" must {error['msg'].removeprefix(start)}"
+    return f": {error['msg'].removeprefix('Value error, ')}"
 
 
 def check_content(headers: Mapping[str, str]) -> None:

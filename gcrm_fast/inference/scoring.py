@@ -252,11 +252,13 @@ class RewardModel:
         """A page with Q-value and running reward of every token, which shows itself in a notebook; ``.save(path)``
         writes it. Completions of one prompt are compared.
 
-        ``goal``: as of ``q_values``.
+        ``goal``: as of ``q_values``. Raises ValueError for no completions, and what ``score`` raises.
         """
         from gcrm_fast.evaluation.page import Column, Record, marks_of, page  # here: scoring alone needs none of it
 
         questions, texts, _ = self._texts(prompts, completions)
+        if not texts:
+            raise ValueError("completions are empty: there is nothing to show")
         encoded = self.encode(questions, texts)
         state = goal if isinstance(goal, Tensor) else self.goal(goal)
         judged = self.judge(encoded, goals_GD=state[None], per_token=True)

@@ -35,6 +35,10 @@ HELD_OUT_COMPLETIONS = {  # of --loss bce and mse
 }
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
     """What became of the records: shown by --dry-run and at the start of a run."""
 
@@ -53,7 +57,10 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
             if held_out_report
             else "0: nothing is evaluated without --eval-data or --eval-split",
         ),
-        ("held out and trained on", f"{shared.prompts} prompts, {shared.completions} completions"),
+        (
+            "held out and trained on",
+            f"{_counted(shared.prompts, 'prompt')}, {_counted(shared.completions, 'completion')}",
+        ),
         ("completion ends", report.ending_summary()),
     ]
     rows += mixture_rows(prepared, config) + on_policy_rows(prepared, config)

@@ -4,11 +4,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
 import torch.distributed as dist
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,9 +18,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForSequenceClassification
 
+from gcrm_fast.checkpoints import locating
 from gcrm_fast.checkpoints.config_json import read_config
 from gcrm_fast.checkpoints.locating import MODEL_FILES, OTHER_COPIES, TOKENIZER_FILES, locate
 from gcrm_fast.checkpoints.weights import HEADS, open_weights
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.train import main
 from gcrm_fast.training import parallel
@@ -226,6 +230,27 @@ def test_a_hub_name_is_read_from_the_cache_without_network(tmp_path: Path, monke
     folder = locate("some/llama", "--model", MODEL_FILES)
     assert folder == repository / "snapshots" / commit
     assert_trunk(load(folder)[0])
+
+
+@pytest.mark.parametrize(
+    ("error", "offline", "words"),
+    [
+        (LocalEntryNotFoundError, True, "not in the cache of the Hugging Face hub, and HF_HUB_OFFLINE is set"),
+        (LocalEntryNotFoundError, False, "not in the cache of the Hugging Face hub, and the hub cannot be reached"),
+        (RepositoryNotFoundError, False, "no repository of the Hugging Face hub that you may read: for a private one"),
+        (GatedRepoError, False, "a repository of the Hugging Face hub that asks for access: request it there"),
+    ],
+)
+def test_why_the_hub_has_no_model(
+    error: type[Exception], offline: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetched(*arguments: Any, **options: Any) -> str:
+        raise error.__new__(error)  # the arguments of its initializer depend on the version of the hub's library
+
+    monkeypatch.setattr(locating, "snapshot_download", fetched)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(UserError, match=f"--model some/llama: no such folder, and {words}"):
+        locate("some/llama", "--model", MODEL_FILES)
 
 
 def test_what_is_fetched_from_the_hub() -> None:

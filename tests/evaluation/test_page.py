@@ -335,6 +335,8 @@ def test_a_model_inspects_completions_in_a_notebook(model: Path) -> None:
     assert made.html.count('<details class="record"') == 1
     assert scored.inspect(["one", "six"], ["two", "two"]).html.count('<details class="record"') == 2
     assert Reader(scored.inspect("one", "two").html).sections == ["two<|eos|>"]
+    with pytest.raises(ValueError, match="completions are empty: there is nothing to show"):
+        scored.inspect("one", [])
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 13, 19, 20, 99, 1400])

@@ -268,15 +268,29 @@ MALFORMED = {
     "not UTF-8": (b'{"prompts": ["\xff"]}', "body"),
     "nested too deep": (b"[" * 9000, "nested too deeply"),
     "a number of too many digits": (b'{"prompts": ' + b"9" * 9000 + b"}", "body"),
-    "a list": ([], "body"),
+    "a list": ([], "the body must be an object"),
     "null": (b"null", "body"),
     "no completions": ({"prompts": ["a"]}, "field 'completions' is missing: the fields are prompts, completions,"),
-    "text for a list": ({"prompts": "a", "completions": "b"}, "prompts"),
-    "a number for a text": ({"prompts": ["a"], "completions": [1]}, "completions[0]"),
+    "text for a list": ({"prompts": "a", "completions": "b"}, "field 'prompts' must be a list"),
+    "a number for a text": (
+        {"prompts": ["a"], "completions": [1]},
+        "field 'completions[0]' must be text or a list of messages",
+    ),
+    "an object as a reference": (
+        {"prompts": ["a"], "completions": ["b"], "reference": [{"answer": 4}]},
+        "field 'reference[0]' must be text or a whole number or a number or a list of messages",
+    ),
+    "an empty goal": (
+        {"prompts": ["a"], "completions": ["b"], "goal": ""},
+        "field 'goal' must have at least 1 character",
+    ),
     "NaN": (b'{"prompts": ["a"], "completions": [NaN]}', "completions[0]"),
     "other lengths": ({"prompts": ["a"], "completions": ["b", "c"]}, "has 1 entries"),
     "other cuts": ({"prompts": ["a"], "completions": ["b"], "cuts": []}, "cuts"),
-    "cut by a word": ({"prompts": ["a"], "completions": ["b"], "cuts": ["yes"]}, "cuts[0]"),
+    "cut by a word": (
+        {"prompts": ["a"], "completions": ["b"], "cuts": ["yes"]},
+        "field 'cuts[0]' must be true or false",
+    ),
     "cut to nothing": ({"prompts": ["a"], "completions": [""], "cuts": [True]}, "no token"),
     "unknown goal": ({"prompts": ["a"], "completions": ["b"], "goal": "nix"}, "'nix'"),
     "unknown field": (

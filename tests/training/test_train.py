@@ -407,7 +407,7 @@ def test_what_became_of_the_records_is_told_and_listed(tmp_path: Path, gcrm: Gcr
     said = gcrm(*arguments, "--allow-overlap").stdout
     table = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in said.splitlines() if "  " in line.strip())
     assert table["training pairs"].startswith("3 (1 dropped")
-    assert table["held out and trained on"] == "1 prompts, 1 completions"
+    assert table["held out and trained on"] == "1 prompt, 1 completion"
     assert table["completion ends"] == "0 of their own, 5 with eos added, 1 cut"
     assert table["bad records"].startswith("2 skipped; the first: ")
     listed = (output / "skipped_records.txt").read_text().splitlines()
