@@ -168,24 +168,28 @@ def texts(pairs: Iterable[Pair]) -> list[dict[str, str]]:
     return [{"prompt": pair.prompt, "completion": pair.chosen} for pair in pairs]
 
 
-def train(options: Options) -> list[dict[str, Any]]:
-    """Trains and writes the policies. Returns their numbers, as in policy.json. Raises UserError where a percentage is
-    not reached."""
-    options.check()
-    pairs, held_out = problems(options)
-    tokenizer = train_tokenizer((pair.prompt + pair.chosen for pair in pairs), PRESET["vocab_size"])
-    milestones = Milestones(options, tokenizer, held_out)
-    options.runs.mkdir(parents=True, exist_ok=True)
+def fine_tune(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[dict[str, str]],
+    *,
+    steps: int,
+    seed: int,
+    batch: int = 64,
+    lr: float = 1e-3,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:
+    """Trains the model on the ``completion`` of each text, after its ``prompt``."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = SFTConfig(
             output_dir=scratch,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch,
-            learning_rate=options.lr,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=lr,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=50,
             weight_decay=0.1,
-            seed=options.seed,
+            seed=seed,
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
@@ -195,13 +199,33 @@ def train(options: Options) -> list[dict[str, Any]]:
             disable_tqdm=True,
         )
         trainer = SFTTrainer(
-            model=new_policy(options, tokenizer),
+            model=model,
             args=arguments,
-            train_dataset=datasets.Dataset.from_list(texts(pairs)),
+            train_dataset=datasets.Dataset.from_list(list(texts)),
             processing_class=tokenizer,
-            callbacks=[milestones],
+            callbacks=list(callbacks),
         )
         trainer.train()
+
+
+def train(options: Options) -> list[dict[str, Any]]:
+    """Trains and writes the policies. Returns their numbers, as in policy.json. Raises UserError where a percentage is
+    not reached."""
+    options.check()
+    pairs, held_out = problems(options)
+    tokenizer = train_tokenizer((pair.prompt + pair.chosen for pair in pairs), PRESET["vocab_size"])
+    milestones = Milestones(options, tokenizer, held_out)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    fine_tune(
+        new_policy(options, tokenizer),
+        tokenizer,
+        texts(pairs),
+        steps=options.steps,
+        seed=options.seed,
+        batch=options.batch,
+        lr=options.lr,
+        callbacks=[milestones],
+    )
     if milestones.wanted:
         raise UserError(
             f"--steps {options.steps}: too few to reach {milestones.wanted[0]}% of right samples: raise it or --lr"

@@ -87,9 +87,27 @@ FAULTS = {
     ),
     "laboratory: arms compared with the first row of plain": (
         "experiments/overoptimization.py",
-        "base = {seed: values[name] for seed, values in of.get((flipped, PLAIN), {}).items()}",
+        "base = {seed: values[name] for seed, values in of.get((flipped, COMPARED_WITH.get(arm, PLAIN)), {}).items()}",
         "base = own",
         "tests/experiments/test_overoptimization.py -k compared",
+    ),
+    "laboratory: other widths are compared with the policy's": (
+        "experiments/overoptimization.py",
+        "of.get((flipped, COMPARED_WITH.get(arm, PLAIN)), {})",
+        "of.get((flipped, PLAIN), {})",
+        "tests/experiments/test_overoptimization.py -k another_width",
+    ),
+    "judges: the verdict names the wrong solution": (
+        "experiments/judges.py",
+        '"completion": VERDICTS[right]}',
+        '"completion": VERDICTS[1 - right]}',
+        "tests/experiments/test_judges.py -k verdicts",
+    ),
+    "judges: every sample is judged against the first problem's reference": (
+        "experiments/judges.py",
+        "(p, text, r) for p, own, r in zip",
+        "(p, text, references[0]) for p, own, r in zip",
+        "tests/experiments/test_judges.py -k reference_of_their",
     ),
     "laboratory: no label is flipped": (
         "experiments/overoptimization.py",
