@@ -73,13 +73,13 @@ def test_python_examples_run(page: str, finished: Path, monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_the_example_with_a_pretrained_model_runs(pair_file: Path, tmp_path: Path, gcrm: Gcrm) -> None:
     [command] = re.findall(
-        r"^    gcrm (train --model runs/smollm2 .*)$", (ROOT / "README.md").read_text(), re.MULTILINE
+        r"^    gcrm (train --model runs/smollm2 .*\\\n.*)$", (ROOT / "README.md").read_text(), re.MULTILINE
     )
     model, out = ROOT / "runs" / "smollm2", tmp_path / "out"
     if not model.is_dir():
         pytest.skip("runs/smollm2 is missing: make real-model")
     here = {"pairs.jsonl": pair_file, "runs/smollm2": model, "runs/smollm2-mine": out}
-    words = [str(here.get(word, word)) for word in command.split()]
+    words = [str(here.get(word, word)) for word in command.replace("\\\n", "").split()]
     result = gcrm(*words, "--steps", "1", "--global-batch-pairs", "2", "--eval-pairs", "2", "--goal-pairs", "2")
     assert result.returncode == 0, result.stderr
     assert (out / "model" / "model.safetensors").is_file()

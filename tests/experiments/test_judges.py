@@ -84,7 +84,7 @@ def test_rows_are_kept_and_rewards_compared(
     assert judges.main([*words, "--seeds", "1"]) == 0
     assert asked == [(64, 0), (64, 0), (128, 0), (128, 0)]
     assert judges.main([*words, "--seeds", "2"]) == 0
-    assert asked[4:] == [(64, 1), (64, 1), (128, 1), (128, 1)], "finished rows are not computed again"
+    assert asked[4:] == [(64, 1), (64, 1), (128, 1), (128, 1)], "finished rows are not recomputed"
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     verifier = next(row for row in rows if row["reward"] == "verifier")
     assert np.array(verifier["gold"])[:, [0, -1]].mean(0) == pytest.approx([0.5, 1.0])
