@@ -15,7 +15,7 @@ solution is right in every step; the proxy is the arm's reward; the detectors se
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -195,11 +195,14 @@ def detected(
 ) -> tuple[list[list[float]], list[float]]:
     """The DETECTORS for each list of picks, one pick per prompt; and the null of all but the last."""
 
-    def latents(asked: Sequence[str], texts: Sequence[str]) -> np.ndarray:
-        return model.latents(model.encode(asked, texts)).astype(np.float64)
+    def latents(prompts: Sequence[str], texts: Sequence[str]) -> np.ndarray:
+        return model.latents(model.encode(prompts, texts)).astype(np.float64)
 
     reference = Reference.of(latents(*references), parts_of(references[0]), "of the policy")
-    found = [reference.find(latents(prompts, own)) for own in picks]
+    asked = [list(zip(prompts, own, strict=True)) for own in picks]
+    place = {one: i for i, one in enumerate(dict.fromkeys(one for own in asked for one in own))}
+    latents_ND = latents(*zip(*place, strict=True))
+    found = [reference.find(latents_ND[[place[one] for one in own]]) for own in asked]
     stops = early_stop([one.clusters.csi for one in found])
     values = [[one.clusters.csi, one.outliers, one.distance, stop] for one, stop in zip(found, stops, strict=True)]
     null = reference.null
@@ -243,8 +246,8 @@ def name_of(row: Row) -> str:
     return FLIPPED.format(**row) + f", seed {row['seed']}"
 
 
-def past_peak(rows: Sequence[Row], detector: int) -> str:
-    """AUROC of a detector for "this n is past the peak of gold", within the rows whose fall is shown."""
+def past_peak(rows: Sequence[Row], detector: int) -> list[float]:
+    """AUROC of a detector for "this point is past the peak of gold", within each row whose fall is shown."""
     values = []
     for row in rows:
         n_K = [point[0] for point in row["points"]]
@@ -253,6 +256,10 @@ def past_peak(rows: Sequence[Row], detector: int) -> str:
         past = np.array([p for p, _ in seen])
         if row["fall"][4] < 0 and past.any() and not past.all():
             values.append(auroc(past, np.array([value for _, value in seen])))
+    return values
+
+
+def mean_auroc(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f} ({len(values)} rows)" if values else "-"
 
 
@@ -264,22 +271,22 @@ def values_of(row: Row) -> dict[str, np.ndarray]:
     return dict(zip(COMPARED, values, strict=True))
 
 
-def compared(rows: Sequence[Row]) -> str:
+def compared(rows: Sequence[Row], values_of: Callable[[Row], dict[str, np.ndarray]] = values_of) -> str:
     """The arms' means over seeds, each followed by its difference from the plain reward with the same labels; of InfoRM
     also with the same width."""
     of: dict[tuple[int, str], dict[int, dict[str, np.ndarray]]] = {}
     for row in rows:
         of.setdefault((row["flipped"], row["arm"]), {})[row["seed"]] = values_of(row)
-    lines = []
+    names, lines = list(values_of(rows[0])), []
     for (flipped, arm), by_seed in sorted(of.items(), key=lambda one: (one[0][0], ARMS.index(one[0][1]))):
         cells = []
-        for name in COMPARED:
+        for name in names:
             own = {seed: values[name] for seed, values in by_seed.items()}
             base = {seed: values[name] for seed, values in of.get((flipped, COMPARED_WITH.get(arm, PLAIN)), {}).items()}
             difference = "" if arm == PLAIN else f" ({paired_difference(own, base)})"
             cells.append(cell([float(values.mean()) for values in own.values()]) + difference)
         lines.append([FLIPPED.format(arm=arm, flipped=flipped), str(len(by_seed)), *cells])
-    return markdown(["", "seeds", *COMPARED], lines)
+    return markdown(["", "seeds", *names], lines)
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -313,7 +320,7 @@ def tables(rows: Sequence[Row]) -> str:
         "gold",
         "alpha, beta",
     ]
-    warned = [[name, past_peak(rows, i)] for i, name in enumerate(DETECTORS)]
+    warned = [[name, mean_auroc(past_peak(rows, i))] for i, name in enumerate(DETECTORS)]
     return f"""## Arms
 
 Means over seeds with 95% t-intervals; in brackets the difference from plain with the same labels (of InfoRM
@@ -360,10 +367,16 @@ start from the policy and take {options.steps} steps of 80 pairs, right and wron
 {tables(rows)}"""
 
 
-def save(options: Options, rows: Sequence[Row]) -> None:
+def write_rows(report: Path, rows: Sequence[Row]) -> list[Row]:
+    """Writes them in the order of flipped labels, arm and seed, in which it returns them."""
     rows = sorted(rows, key=lambda row: (row["flipped"], ARMS.index(row["arm"]), row["seed"]))
     lines = ",\n".join(json.dumps(row) for row in rows).replace("NaN", "null")
-    write_aside(options.report.with_suffix(".json"), f'{{"rows": [\n{lines}\n]}}\n')
+    write_aside(report.with_suffix(".json"), f'{{"rows": [\n{lines}\n]}}\n')
+    return rows
+
+
+def save(options: Options, rows: Sequence[Row]) -> None:
+    rows = write_rows(options.report, rows)
     write_aside(options.report.with_suffix(".md"), report(options, rows, len(missing(options, rows))))
     drawn = [row for row in rows if row["seed"] == 0]
     plot_overoptimization(
@@ -383,12 +396,12 @@ def save(options: Options, rows: Sequence[Row]) -> None:
 # --------------------------------------------------------------------------------------------------------- the rows
 
 
-def read_rows(options: Options) -> list[Row]:
-    """The rows of the report. Raises UserError where another policy, other sizes or other steps gave them."""
-    path = options.report.with_suffix(".json")
+def read_rows(report: Path, settings: Row) -> list[Row]:
+    """The rows of a report. Raises UserError where other ``settings`` gave them."""
+    path = report.with_suffix(".json")
     text = path.read_text(encoding="utf-8") if path.exists() else '{"rows": []}'
     rows: list[Row] = json.loads(text.replace("null", "NaN"))["rows"]
-    for name, value in settings(options).items():
+    for name, value in settings.items():
         if rows and rows[0][name] != value:
             raise UserError(f"{path}: holds rows of --{name} {rows[0][name]}, not {value}: choose another --report")
     return rows
@@ -413,7 +426,7 @@ def run(options: Options) -> None:
     prompts = [pair.prompt for pair in held_out[: options.problems]]
     others = [pair.prompt for pair in held_out[options.problems :]]
     texts, written = samples_of(options, prompts, others)
-    rows = read_rows(options)
+    rows = read_rows(options.report, settings(options))
     for arm, flipped, seed in missing(options, rows):
         proxy = proxy_of(options, arm, flipped, seed, (others, written))
         named = {"arm": arm, "flipped": flipped, "seed": seed, **settings(options), "machine": machine()}

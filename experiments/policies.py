@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import datasets
+import numpy as np
 import torch
 from transformers import (
     LlamaConfig,
@@ -82,10 +83,10 @@ class Options(CommandOptions):
 
 
 @torch.no_grad()
-def share_right(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> float:
-    """The exact share of right solutions among samples at temperature 1: only one text per problem is right, so it is
-    the mean probability of those texts, end token included."""
-    total = 0.0
+def chances_right(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> np.ndarray:
+    """The exact probability that a sample at temperature 1 is right, float64 for each pair's problem: only one text per
+    problem is right, so it is the probability of that text, end token included."""
+    chances = []
     for first in range(0, len(pairs), BATCH):
         some = pairs[first : first + BATCH]
         prompts = [len(tokenizer(pair.prompt)["input_ids"]) for pair in some]
@@ -96,8 +97,13 @@ def share_right(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pa
         own = log_p.gather(2, ids[:, 1:, None])[..., 0]
         places = torch.arange(1, ids.shape[1])
         counted = mask[:, 1:].bool() & (places >= torch.tensor(prompts)[:, None])
-        total += own.where(counted, 0.0).sum(1).exp().sum().item()
-    return total / len(pairs)
+        chances.append(own.where(counted, 0.0).sum(1).exp().numpy())
+    return np.concatenate(chances)
+
+
+def share_right(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> float:
+    """The exact share of right solutions among samples at temperature 1."""
+    return float(chances_right(policy, tokenizer, pairs).mean())
 
 
 class Milestones(TrainerCallback):

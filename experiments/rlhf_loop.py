@@ -32,7 +32,6 @@ from typing import Annotated, Any
 import datasets
 import numpy as np
 from transformers import LlamaForCausalLM, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from gcrm_fast import Policy, RewardModel, cli
 from gcrm_fast.common.command_line import exit_code, parse_options
@@ -43,6 +42,7 @@ from gcrm_fast.data.arithmetic import generate, is_correct
 from gcrm_fast.data.records import Pair
 from gcrm_fast.rlhf.trl import RewardFunction
 from gcrm_fast.training.config import PRESETS
+from grpo import grpo as train_policy
 from policies import Options as PolicyOptions
 from policies import share_right
 from policies import train as train_policies
@@ -191,35 +191,21 @@ def grpo(
     tokenizer = Policy.from_pretrained(world.policy, device="cpu").tokenizer
     gold = Gold(world, tokenizer)
     gold.measure(policy, 0)
-    arguments = GRPOConfig(
-        output_dir=str(world.folder / "scratch"),
-        max_steps=world.options.grpo_steps,
-        per_device_train_batch_size=64,
-        num_generations=8,
-        max_completion_length=LENGTH,
-        learning_rate=3e-4,
-        beta=0.1,
-        shuffle_dataset=shuffle,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
+    log = train_policy(
+        policy,
+        tokenizer,
+        reward,
+        records,
+        steps=world.options.grpo_steps,
+        length=LENGTH,
+        lr=3e-4,
+        kl_weight=0.1,
         seed=world.seed,
-    )
-    trained_function: Any = reward
-    trainer = GRPOTrainer(
-        model=policy,
-        reward_funcs=trained_function,
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list(list(records)),
-        processing_class=tokenizer,
+        scratch=world.folder / "scratch",
         callbacks=[gold],
+        shuffle=shuffle,
     )
-    trainer.train()
-    rewards = [row["rewards/gcrm/mean"] for row in trainer.state.log_history if "rewards/gcrm/mean" in row]
+    rewards = [row["rewards/gcrm/mean"] for row in log if "rewards/gcrm/mean" in row]
     near = [rewards[max(0, step - gold.every) : max(1, step)] for step in gold.gold]
     rows = [
         {"step": step, "gold": value, "reward": float(np.mean(own))}

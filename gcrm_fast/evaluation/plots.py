@@ -140,7 +140,7 @@ def plot_overoptimization(curves: Mapping[str, Sequence[Point]], path: Path) -> 
             proxy.plot(kl, [point.proxy for point in points], ":", color="tab:orange", label="proxy (right scale)")
             axes.plot([], [], ":", color="tab:orange", label="proxy (right scale)")
             axes.axhline(0, color="0.7", linewidth=0.8)
-            axes.set(title=_title(group), xlabel="KL of best of n, nats", ylabel="gain over a plain sample")
+            axes.set(title=_title(group), xlabel="KL, nats", ylabel="gain over a plain sample")
 
 
 def plot_monitor(values: Mapping[str, tuple[Sequence[float], float]], names: Sequence[str], path: Path) -> None:
