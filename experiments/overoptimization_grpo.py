@@ -64,6 +64,7 @@ LR, KL_WEIGHT = 1e-4, 0.0
 DRAWS = 100  # samples of each problem by the policy at the start: a detector warns above its greatest value on them
 KL = "KL, no detector"
 SEEN = (*DETECTORS, KL)
+COMPARED = ("best gold", "mean gold over the steps", "last gold", "change past the peak")
 CLAIMS = {
     "best gold": "generalizes better",
     "last gold": "ends better",
@@ -91,11 +92,14 @@ class Options(LaboratoryOptions):
 
 
 def first_past(gold_CT: np.ndarray, step_T: Sequence[int]) -> float:
-    """The first step at which gold is below its peak so far, with an interval over problems that excludes 0; NaN if it
-    never is."""
-    half_C = np.arange(len(gold_CT)) % 2 == 0
-    ends = range(2, len(step_T) + 1)
-    return next((float(step_T[t - 1]) for t in ends if fall(gold_CT[:, :t], step_T[:t], half_C).shown), math.nan)
+    """The first step after the peak at which gold is lower, with an interval over problems that excludes 0; NaN if it
+    never is. The peak is one of half of the problems, as in ``fall``."""
+    peak, half_C = int(gold_CT.mean(0).argmax()), np.arange(len(gold_CT)) % 2 == 0
+    for t in range(peak + 1, len(step_T)):
+        kept = [*range(peak + 1), t]
+        if fall(gold_CT[:, kept], [step_T[k] for k in kept], half_C).shown:
+            return float(step_T[t])
+    return math.nan
 
 
 def measured(
@@ -114,7 +118,6 @@ def measured(
     ]
     values, null = detected(model, prompts, meter.texts, references)
     drawn, _ = detected(model, prompts, draws, references)
-    best = int(gold_CT.mean(0).argmax())
     return {
         "points": [list(point) for point in points],
         "rewards": meter.rewards,
@@ -124,10 +127,7 @@ def measured(
         "detectors": [[*own, kl] for own, kl in zip(values, meter.kl, strict=True)],
         "reference": null,
         "alarms": [*np.max([own[:3] for own in drawn], axis=0).tolist(), STOP],
-        "start gold": np.round(gold_CT[:, 0], 3).tolist(),
-        "best gold": np.round(gold_CT[:, best], 3).tolist(),
-        "mean gold": np.round(gold_CT.mean(1), 3).tolist(),
-        "last gold": np.round(gold_CT[:, -1], 3).tolist(),
+        "gold": np.round(gold_CT, 3).tolist(),
     }
 
 
@@ -135,9 +135,11 @@ def measured(
 
 
 def values_of(row: Row) -> dict[str, np.ndarray]:
-    """What arms are compared by, for each problem."""
-    best, mean, last = (np.array(row[name]) for name in ("best gold", "mean gold", "last gold"))
-    return {"best gold": best, "mean gold over the steps": mean, "last gold": last, "change past the peak": last - best}
+    """COMPARED by problem."""
+    gold_CT = np.array(row["gold"])
+    best_C, last_C = gold_CT[:, gold_CT.mean(0).argmax()], gold_CT[:, -1]
+    change_C = last_C - best_C
+    return dict(zip(COMPARED, (best_C, gold_CT.mean(1), last_C, change_C), strict=True))
 
 
 def warnings(row: Row) -> list[float]:
@@ -155,7 +157,7 @@ def curves(rows: Sequence[Row]) -> str:
     head = ["", "gold before", "gold at its peak", "gold at the end", "change past the peak", "first step past it"]
     lines = []
     for row in rows:
-        points, base = [Point(*point) for point in row["points"]], float(np.mean(row["start gold"]))
+        points, base = [Point(*point) for point in row["points"]], float(np.mean(row["gold"], axis=0)[0])
         peak, last = max(points, key=lambda point: point.gold), points[-1]
         *_, change, low, high = row["fall"]
         lines.append([name_of(row), f"{base:.3f}"])
@@ -234,8 +236,8 @@ problem, * where its interval over both excludes 0. A seed is that of the reward
 {curves(rows)}
 
 KL in nats per solution. The peak is found on one half of the problems and the change after it measured on the other,
-both ways; 95% intervals over problems. The first step past the peak is the first one up to which such a change has an
-interval below 0.
+both ways; 95% intervals over problems. The first step past the peak is the first one after the highest gold to which
+such a change has an interval below 0.
 
 ![gold and proxy over KL](overoptimization_grpo.png)
 
@@ -262,7 +264,11 @@ def save(options: Options, rows: Sequence[Row]) -> None:
     rows = write_rows(options.report, rows)
     write_aside(options.report.with_suffix(".md"), report(options, rows, len(missing(Options(), rows))))
     plot_overoptimization(
-        {name_of(row): [Point(*point) for point in row["points"]] for row in rows if row["seed"] == 0},
+        {
+            name_of(row): sorted((Point(*point) for point in row["points"]), key=lambda point: point.kl)
+            for row in rows
+            if row["seed"] == 0
+        },
         options.report.with_suffix(".png"),
     )
 

@@ -115,6 +115,24 @@ FAULTS = {
         "if False:",
         "tests/experiments/test_overoptimization.py -k flipped_labels",
     ),
+    "GRPO laboratory: KL counts the tokens of the prompt": (
+        "experiments/grpo.py",
+        "counted[i, len(p) - 1 :",
+        "counted[i, 0:",
+        "tests/experiments/test_overoptimization_grpo.py -k kl_is_that",
+    ),
+    "GRPO laboratory: a fall before the peak counts": (
+        "experiments/overoptimization_grpo.py",
+        "for t in range(peak + 1, len(step_T)):",
+        "for t in range(1, len(step_T)):",
+        "tests/experiments/test_overoptimization_grpo.py -k first_step_past",
+    ),
+    "GRPO laboratory: a late warning is in time": (
+        "experiments/overoptimization_grpo.py",
+        "sum(w <= past for w, past in at)",
+        "sum(not math.isnan(w) for w, past in at)",
+        "tests/experiments/test_overoptimization_grpo.py -k in_time",
+    ),
     "loop: finished rows are computed a second time": (
         "experiments/rlhf_loop.py",
         'if any((row["seed"], row["arm"]) == (seed, arm) for row in found["rows"]):',
