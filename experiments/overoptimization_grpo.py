@@ -202,14 +202,14 @@ def claims(rows: Sequence[Row]) -> str:
             for one in (arm, PLAIN)
         )
         difference = paired_difference(own, base)
-        told = "not told apart" if difference[-1] != "*" else "shown" if difference[0] == "+" else "refuted"
+        told = "neither shown nor refuted" if difference[-1] != "*" else "shown" if difference[0] == "+" else "refuted"
         words = "no claim from fewer than two seeds" if difference == "-" else f"{told}, {name} {difference}"
         said.append(f"- {FLIPPED.format(arm=arm, flipped=flipped)}, {CLAIMS[name]} than plain: {words}.")
-    aurocs = past_peak([row for row in rows if row["arm"] in (INFORM, PENALTY)], 0)
+    aurocs = past_peak([row for row in rows if row["arm"] == INFORM], 0)
     mean, half = mean_interval(aurocs) if aurocs else (math.nan, math.nan)
-    told = "shown" if mean - half > 0.5 else "refuted" if mean + half < 0.5 else "not told apart from chance"
+    told = "shown" if mean - half > 0.5 else "refuted" if mean + half < 0.5 else "neither shown nor refuted"
     words = "no claim from fewer than two falls" if math.isnan(half) else f"{told}, AUROC {mean:.2f} ± {half:.2f}"
-    return "\n".join([*said, f"- {INFORM}, with and without IBL, CSI tells steps past the peak from others: {words}."])
+    return "\n".join([*said, f"- {INFORM}, CSI is higher past the peak than before: {words}."])
 
 
 def report(options: Options, rows: Sequence[Row], left: int) -> str:

@@ -86,7 +86,8 @@ def test_who_warns_in_time(lab: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "word"), [((0.4, 0.41), "shown, last gold +0.3"), ((0.0, 0.01), "refuted"), ((0.0, 0.2), "not told apart")]
+    ("last", "word"),
+    [((0.4, 0.41), "shown, last gold +0.3"), ((0.0, 0.01), "refuted"), ((0.0, 0.2), "neither shown nor refuted")],
 )
 def test_claims_need_an_interval_over_seeds(lab: ModuleType, last: tuple[float, float], word: str) -> None:
     flat = [1.0, 1.0, 1.0, 1.0]
@@ -95,7 +96,7 @@ def test_claims_need_an_interval_over_seeds(lab: ModuleType, last: tuple[float, 
     text = lab.claims([*rows, *(row("InfoRM", seed, value, flat) for seed, value in enumerate(last))])
     assert f"- InfoRM, 0% flipped, ends better than plain: {word}" in text
     assert "- InfoRM + IBL, 0% flipped, ends better than plain: no claim" in text
-    assert "CSI tells steps past the peak from others: not told apart from chance, AUROC 0.50" in text
+    assert "CSI is higher past the peak than before: neither shown nor refuted, AUROC 0.50" in text
 
 
 @pytest.fixture
