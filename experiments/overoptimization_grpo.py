@@ -63,7 +63,6 @@ LENGTH = 24  # maximum tokens of a sample; a solution of three steps has 19
 LR, KL_WEIGHT = 1e-4, 0.0
 DRAWS = 100  # samples of each problem by the policy at the start: a detector warns above its greatest value on them
 KL = "KL, no detector"
-SEEN = (*DETECTORS, KL)
 COMPARED = ("best gold", "mean gold over the steps", "last gold", "change past the peak")
 CLAIMS = {
     "best gold": "generalizes better",
@@ -183,14 +182,17 @@ def alarms(rows: Sequence[Row]) -> str:
 
 
 def warned(rows: Sequence[Row]) -> str:
-    """How often each detector warns in time, in the rows where gold falls."""
-    falling = [row for row in rows if not math.isnan(row["first past"])]
+    """How often each detector warns in time where gold falls, and how often where it does not."""
+    falls = [row["fall"][4] < 0 for row in rows]
     lines = []
-    for i, name in enumerate(SEEN):
-        at = [(warnings(row)[i], row["first past"]) for row in falling] if i < len(DETECTORS) else []
-        counts = [sum(w <= past for w, past in at), sum(w > past for w, past in at), sum(math.isnan(w) for w, _ in at)]
-        lines.append([name, mean_auroc(past_peak(rows, i)), *(str(count) if at else "-" for count in counts)])
-    return markdown(["", "AUROC", "warns in time", "warns later", "never warns"], lines)
+    for i, name in enumerate(DETECTORS):
+        at = [warnings(row)[i] for row in rows]
+        late = [w - row["first past"] for w, row, down in zip(at, rows, falls, strict=True) if down]
+        counts = [sum(t <= 0 for t in late), sum(t > 0 for t in late), sum(math.isnan(t) for t in late)]
+        counts.append(sum(not down and not math.isnan(w) for w, down in zip(at, falls, strict=True)))
+        lines.append([name, mean_auroc(past_peak(rows, i)), *map(str, counts)])
+    lines.append([KL, mean_auroc(past_peak(rows, len(DETECTORS))), *"----"])
+    return markdown(["", "AUROC", "warns in time", "warns later", "never warns", "warns without a fall"], lines)
 
 
 def claims(rows: Sequence[Row]) -> str:
@@ -248,9 +250,9 @@ samples of the same problems before GRPO ({STOP:g} for the early-stop indicator)
 
 {alarms(rows)}
 
-AUROC for "gold is past its peak at this step", over the rows where gold falls, and in how many of them the detector
-warns up to the first step past the peak, later or never. KL, which grows with nearly every step, is what a detector
-must beat.
+AUROC for "gold is past its peak at this step", over the rows where gold falls; in how many of them the detector warns
+up to the first step past the peak, later or never; and in how many others it warns. KL, which grows with nearly every
+step, is what a detector must beat.
 
 {warned(rows)}
 

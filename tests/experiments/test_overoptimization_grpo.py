@@ -76,13 +76,13 @@ def test_who_warns_in_time(lab: ModuleType) -> None:
     rows = [
         row("plain", 0, 0.1, [1.0, 1.2, 1.6, 2.0]),
         row("GRM", 0, 0.1, [1.0, 1.2, 1.3, 2.0]),
-        row("GCRM", 0, 0.1, [2.0, 1.2, 1.1, 1.0], past=float("nan")),
+        row("GCRM", 0, 0.6, [2.0, 1.2, 1.1, 1.0], past=float("nan")),
     ]
     assert [lab.warnings(one)[0] for one in rows] == [10, 15, 0]
     csi, outliers, *_, kl = lab.warned(rows).splitlines()[2:]
-    assert csi == "| CSI per sample | 0.67 (3 rows) | 1 | 1 | 0 |"
-    assert outliers == "| outliers | 0.50 (3 rows) | 0 | 0 | 2 |"
-    assert kl == "| KL, no detector | 1.00 (3 rows) | - | - | - |"
+    assert csi == "| CSI per sample | 1.00 (2 rows) | 1 | 1 | 0 | 1 |"
+    assert outliers == "| outliers | 0.50 (2 rows) | 0 | 0 | 2 | 0 |"
+    assert kl == "| KL, no detector | 1.00 (2 rows) | - | - | - | - |"
 
 
 @pytest.mark.parametrize(

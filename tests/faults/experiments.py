@@ -129,8 +129,8 @@ FAULTS = {
     ),
     "GRPO laboratory: a late warning is in time": (
         "experiments/overoptimization_grpo.py",
-        "sum(w <= past for w, past in at)",
-        "sum(not math.isnan(w) for w, past in at)",
+        "sum(t <= 0 for t in late)",
+        "sum(t <= 9 for t in late)",
         "tests/experiments/test_overoptimization_grpo.py -k in_time",
     ),
     "loop: finished rows are computed a second time": (
