@@ -83,8 +83,8 @@ class Options(CommandOptions):
 
 @torch.no_grad()
 def share_right(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> float:
-    """The exact share of right solutions among samples at temperature 1: only one text per problem is right, so it is
-    the mean probability of those texts, end token included."""
+    """The exact share of right solutions among samples at temperature 1: ``pairs`` have every text that solves their
+    problems, so it is the mean over problems of the probability of those texts, end token included."""
     total = 0.0
     for first in range(0, len(pairs), BATCH):
         some = pairs[first : first + BATCH]
@@ -97,7 +97,7 @@ def share_right(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pa
         places = torch.arange(1, ids.shape[1])
         counted = mask[:, 1:].bool() & (places >= torch.tensor(prompts)[:, None])
         total += own.where(counted, 0.0).sum(1).exp().sum().item()
-    return total / len(pairs)
+    return total / len({pair.prompt for pair in pairs})
 
 
 class Milestones(TrainerCallback):
@@ -128,7 +128,7 @@ class Milestones(TrainerCallback):
             "trained_steps": steps,
             "parameters": policy.num_parameters(),
             **options,
-            "command": shlex.join(["python", "experiments/policies.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "machine": machine(),
         }
         with written_aside(self.options.runs / name) as partial:
@@ -209,10 +209,14 @@ def fine_tune(
 
 
 def train(options: Options) -> list[dict[str, Any]]:
-    """Trains and writes the policies. Returns their numbers, as in policy.json. Raises UserError where a percentage is
-    not reached."""
+    """``train_on`` for the problems of ``options``."""
+    return train_on(options, *problems(options))
+
+
+def train_on(options: Options, pairs: Sequence[Pair], held_out: Sequence[Pair]) -> list[dict[str, Any]]:
+    """Trains policies on the chosen texts of ``pairs`` and writes them; ``held_out`` has every right text of its
+    problems. Returns their numbers, as in policy.json. Raises UserError where a percentage is not reached."""
     options.check()
-    pairs, held_out = problems(options)
     tokenizer = train_tokenizer((pair.prompt + pair.chosen for pair in pairs), PRESET["vocab_size"])
     milestones = Milestones(options, tokenizer, held_out)
     options.runs.mkdir(parents=True, exist_ok=True)
