@@ -77,9 +77,9 @@ def test_the_share_of_right_samples_counts_every_right_text_of_a_problem(steerin
     size = policies.PRESET["vocab_size"]
     other = Pair("a=1,b=1,c=1,d=1:b+a?", "1+1=2\n", "", where="")
     one = policies.share_right(policy, tokenizer, [pair, other])
-    assert one == pytest.approx((size ** -(len(TERSE) + 1.0) + size**-7.0) / 2, rel=1e-3)
+    assert one == pytest.approx((size ** -(len(TERSE) + 1.0) + size**-7.0) / 2, rel=1e-3, abs=0)
     twice = policies.share_right(policy, tokenizer, [other, other, pair])
-    assert twice == pytest.approx(size**-7.0, rel=1e-3)
+    assert twice == pytest.approx(size**-7.0, rel=1e-3, abs=0)
 
 
 def test_pairs_are_within_a_style(steering: ModuleType, tmp_path: Path) -> None:
