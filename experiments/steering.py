@@ -50,6 +50,7 @@ TERSE, LONG = STYLES = ("terse", "long")
 RESTATED = re.compile(r"[a-z]=\d,")
 LONG_SOLUTION = re.compile(r"([a-z]=\d,){2}\d\+\d=\d\n([a-z]=\d,\d\+\d=\d\n)*")
 RIGHT = "50"  # percentage of right samples at which the policy's training stops
+STEPS = 600  # of each reward model
 LONGEST = 36  # tokens of a solution of three steps in the long style, and some
 GOAL_SIZE = 20  # completions of a goal
 GOALS: dict[str, dict[str, float]] = {  # weights of goal states
@@ -77,8 +78,6 @@ class Options(CommandOptions):
 
     runs: Path = Path("runs/steering")
     """Folder of the policy, its samples and the reward models."""
-    steps: AtLeastOne = 600
-    """Optimizer steps of each reward model."""
     problems: AtLeastOne = 150
     """Number of held-out problems."""
     seeds: AtLeastOne = 3
@@ -151,7 +150,7 @@ def pairs_of(options: Options, policy: Policy) -> Path:
 
 def reward_model(options: Options, policy: Path, data: Path, seed: int) -> RewardModel:
     """Trained from the policy, where there is none."""
-    given = {"model": policy, "data": data, "seed": seed, "steps": options.steps, "lr": "1e-3", "warmup": "0.1"}
+    given = {"model": policy, "data": data, "seed": seed, "steps": STEPS, "lr": "1e-3", "warmup": "0.1"}
     given |= {"global-batch-pairs": "80", "cache": options.runs / "cache"}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     return RewardModel.from_pretrained(trained(options.runs / f"reward-model-{seed}", words))
@@ -275,9 +274,10 @@ def claims(found: Found) -> str:
         for value in (style, "right"):
             others = [found.values(other, value) for other in (BASE, opposite, name + SHUFFLED)]
             others.append(found.at_tokens(f"{goal}: {value}", tokens_S))
-            lines.append([goal, value, *(verdict(found.values(name, value) - other) for other in others)])
-    head = ["goal", "more", "than alpha 0", "than the opposite goal", "than the shuffled goal", "than best-of-n"]
-    return markdown(head, lines)
+            own = found.values(name, value)
+            lines.append([goal, value, level(own), level(others[-1]), *(verdict(own - other) for other in others)])
+    head = ["goal", "share that is", "beams", "best-of-n", "beams more than alpha 0", "than the opposite goal"]
+    return markdown([*head, "than the shuffled goal", "than best-of-n"], lines)
 
 
 def known(rows: Sequence[Row], seeds: Sequence[int]) -> str:
@@ -297,7 +297,7 @@ def report(options: Options, rows: Sequence[Row], left: int) -> str:
 Written by `python experiments/steering.py --problems {options.problems} --seeds {options.seeds}`; {machines}. {still}
 
 A policy writes right and wrong solutions in two styles, terse (`4+2=1`, a line per step) and long
-(`b=4,d=2,4+2=1`: the values restated). The reward models start from it and take {options.steps} steps of 80 pairs: its
+(`b=4,d=2,4+2=1`: the values restated). The reward models start from it and take {STEPS} steps of 80 pairs: its
 right over its wrong samples of the same style, so that no pair prefers a style. A goal is the mean state at the ends of
 {GOAL_SIZE} right samples of one style, of training problems; "terse less long" weighs the goals 1 and -1. Beams keep 4
 with 4 samples each, a step is a line, and the score is log p / tokens + alpha Q. {options.problems} held-out problems,
@@ -312,12 +312,12 @@ temperature 1; right is right in every step.
 
 Of all samples {sampled["right"].mean():.3f} are right; {sampled[TERSE].mean():.3f} are terse, of which \
 {right_of[0]:.3f} are right, and {sampled[LONG].mean():.3f} long, of which {right_of[1]:.3f} are right; the \
-others have neither style.
+rest follow neither style.
 
 {known(rows, found.seeds)}
 
-AUROC of its style: by Q at the end, right samples in the goal's style against those in the other. AUROC of right: right
-samples against wrong ones.
+AUROCs are those of Q at the end. Of its style: right samples in the goal's style against right samples in the other.
+Of right: right samples against wrong ones.
 
 ## Claims
 
@@ -337,18 +337,12 @@ many tokens of the policy.
 # ------------------------------------------------------------------------------------------------------------ rows
 
 
-def settings(options: Options) -> Row:
-    """What rows of one report share."""
-    return {"problem count": options.problems, "steps": options.steps}
-
-
 def read_rows(options: Options) -> list[Row]:
-    """Rows so far. Raises UserError where they have other settings."""
+    """Rows so far. Raises UserError where they are of other problems."""
     path = options.report.with_suffix(".json")
     rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    for name, value in settings(options).items():
-        if rows and rows[0][name] != value:
-            raise UserError(f"{path}: its rows have {name} {rows[0][name]}, not {value}: choose another --report")
+    if rows and len(rows[0]["problems"]["right"]) != options.problems:
+        raise UserError(f"{path}: its rows are of another number of problems: choose another --report")
     return rows
 
 
@@ -370,7 +364,7 @@ def add_rows(options: Options, rows: list[Row], seed: int) -> None:
     reward = reward_model(options, folder, data, seed)
     states = goal_states(reward, data, seed)
     prompts = [pair.prompt for pair in generate(0, options.problems, 1, 3)[1]]
-    named = {"objective": DATA, "seed": seed, **settings(options), "machine": machine()}
+    named = {"objective": DATA, "seed": seed, "machine": machine()}
     if UNSTEERED not in there:
         found = results(policy, prompts, seed, method=Method(kind="sample", samples=POOL))
         values, facts = of_samples(reward, states, prompts, found)

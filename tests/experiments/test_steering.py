@@ -92,6 +92,41 @@ def test_pairs_are_within_a_style(steering: ModuleType, tmp_path: Path) -> None:
     assert [pair["rejected"] for pair in kept] == [wrong["terse"], wrong[""], wrong["long"], wrong[""]]
 
 
+def test_claims_compare_with_each_control_and_with_best_of_n_at_equal_tokens(steering: ModuleType) -> None:
+    """Three seeds, four problems; shares that hardly differ between them."""
+    wobble = np.linspace(0, 0.001, 4)
+
+    def row(seed: int, arm: str, **values: float) -> dict[str, Any]:
+        problems = {name: (value + wobble * (seed + 1)).tolist() for name, value in values.items()}
+        return {"objective": steering.DATA, "seed": seed, "arm": arm, "problems": problems}
+
+    sizes = [[float(k) / 32 for k in steering.SIZES]] * 4  # of the best of k, that share
+    rows = []
+    for seed in range(3):
+        for name in steering.arms():
+            rows.append(row(seed, name, terse=0.5, long=0.5, right=0.5, tokens=160))
+        rows.append(row(seed, "terse, alpha 1", terse=0.7, long=0.3, right=0.5, tokens=160))
+        rows.append(row(seed, "long, alpha 1", terse=0.8, long=0.2, right=0.1, tokens=160))
+        rows.append(row(seed, steering.UNSTEERED, length=10))
+        for goal, style in steering.TOWARD.items():
+            rows[-1]["problems"] |= {f"{goal}: {style}": sizes, f"{goal}: right": sizes}
+    lines = {
+        tuple(line.split(" | ")[:2]): line
+        for line in steering.claims(steering.Found(rows, steering.DATA, [0, 1, 2])).splitlines()
+    }
+    terse, right = lines["| terse", "terse"], lines["| terse", "right"]
+    means = [cell.strip().partition(" ")[0] for cell in terse.split("|")[3:9]]
+    assert means == ["0.701", "0.500", "+0.200", "-0.100", "+0.200", "+0.201"]
+    assert [cell.rpartition(": ")[2].strip() for cell in terse.split("|")[5:9]] == [
+        "shown",
+        "refuted",
+        "shown",
+        "shown",
+    ]
+    assert right.split("|")[6].strip().startswith("+0.400")
+    assert right.split("|")[5].strip().endswith(": not told apart")
+
+
 def result(steering: ModuleType, prompt: int, texts: list[str]) -> Any:
     samples = [SimpleNamespace(text=text, ids=tuple(text), ending="stop" if text else "length") for text in texts]
     return SimpleNamespace(prompt=prompt, texts=samples, text=texts[0], policy_tokens=7)
@@ -194,5 +229,5 @@ def test_rows_are_kept_and_the_missing_ones_added(
     assert "Every row is finished." in text
     assert text.count("| long less terse, alpha 1, shuffled |") == 1
     capsys.readouterr()
-    assert steering.main([*words, "--steps", "9"]) == 2
-    assert "its rows have steps 600, not 9: choose another --report" in capsys.readouterr().err
+    assert steering.main([*words, "--problems", "3"]) == 2
+    assert "its rows are of another number of problems: choose another --report" in capsys.readouterr().err

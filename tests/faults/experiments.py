@@ -181,6 +181,12 @@ FAULTS = {
         "goals",
         "tests/experiments/test_steering.py -k what_steers",
     ),
+    "steering: compared with the goal itself instead of the opposite": (
+        "experiments/steering.py",
+        "for one in (goal, OPPOSITE[goal]))",
+        "for one in (goal, goal))",
+        "tests/experiments/test_steering.py -k claims",
+    ),
     "policies: the share of right texts instead of samples": (
         "experiments/policies.py",
         "total / len({pair.prompt for pair in pairs})",
