@@ -82,14 +82,22 @@ def test_the_share_of_right_samples_counts_every_right_text_of_a_problem(steerin
     assert twice == pytest.approx(size**-7.0, rel=1e-3, abs=0)
 
 
-def test_pairs_are_within_a_style(steering: ModuleType, tmp_path: Path) -> None:
-    wrong = {"terse": "4+2=3\n", "long": "b=4,d=2,4+2=3\n", "": "4+"}
-    drawn = [{"prompt": PROMPT, "chosen": chosen, "rejected": r} for chosen in (TERSE, LONG) for r in wrong.values()]
-    (tmp_path / "own-pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in drawn))
-    path = steering.pairs_of(steering.Options(runs=tmp_path), None)
+def test_pairs_are_within_a_style(
+    steering: ModuleType, script: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy that writes both right texts, one without a style, and a long one that is wrong."""
+    monkeypatch.setattr(script("own_samples"), "PROBLEMS", 1)
+    pair = generate(4, 0, 0, 3)[0][0]
+    terse, long = (steering.in_style(style, pair.prompt, pair.chosen) for style in steering.STYLES)
+    wrong = steering.in_style("long", pair.prompt, pair.rejected)
+
+    def written(prompts: list[str], *, max_new_tokens: int, **others: Any) -> list[str]:
+        assert len(long) < max_new_tokens
+        return [terse, long, "4+", wrong] * (len(prompts) // 4)
+
+    path = steering.pairs_of(steering.Options(runs=tmp_path), SimpleNamespace(generate=written))
     kept = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [pair["chosen"] for pair in kept] == [TERSE, TERSE, LONG, LONG]
-    assert [pair["rejected"] for pair in kept] == [wrong["terse"], wrong[""], wrong["long"], wrong[""]]
+    assert [(one["chosen"], one["rejected"]) for one in kept] == [(terse, "4+"), (long, "4+"), (long, wrong)]
 
 
 def test_claims_compare_with_each_control_and_with_best_of_n_at_equal_tokens(steering: ModuleType) -> None:
