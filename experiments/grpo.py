@@ -14,7 +14,7 @@ from trl import GRPOConfig, GRPOTrainer
 from gcrm_fast.data.records import Pair
 from gcrm_fast.inference.generation import Policy
 from gcrm_fast.rlhf.trl import RewardFunction
-from policies import chances_right
+from policies import chances
 
 
 def grpo(
@@ -117,7 +117,7 @@ class Meter(TrainerCallback):
         new = writer.generate_ids(asked, max_new_tokens=self.length, temperature=1.0, seed=step, rows=256)
         texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in new]
         self.steps.append(step)
-        self.gold.append(chances_right(policy, self.tokenizer, self.held_out))
+        self.gold.append(chances(policy, self.tokenizer, self.held_out))
         self.texts.append(texts)
         self.rewards.append(float(np.mean(self.reward(prompts, texts, completion_ids=new))))
         self.kl.append(kl_from(self.start, policy, asked, new))

@@ -83,10 +83,10 @@ class Options(CommandOptions):
 
 
 @torch.no_grad()
-def chances_right(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> np.ndarray:
-    """The exact probability that a sample at temperature 1 is right, float64 for each pair's problem: only one text per
-    problem is right, so it is the probability of that text, end token included."""
-    chances = []
+def chances(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> np.ndarray:
+    """The exact probability of each pair's chosen text at temperature 1, end token included, float64. It is the chance
+    that a sample is right where only one text of its problem is."""
+    found = []
     for first in range(0, len(pairs), BATCH):
         some = pairs[first : first + BATCH]
         prompts = [len(tokenizer(pair.prompt)["input_ids"]) for pair in some]
@@ -97,13 +97,14 @@ def chances_right(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, 
         own = log_p.gather(2, ids[:, 1:, None])[..., 0]
         places = torch.arange(1, ids.shape[1])
         counted = mask[:, 1:].bool() & (places >= torch.tensor(prompts)[:, None])
-        chances.append(own.where(counted, 0.0).sum(1).exp().numpy())
-    return np.concatenate(chances)
+        found.append(own.where(counted, 0.0).sum(1).exp().numpy())
+    return np.concatenate(found)
 
 
 def share_right(policy: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> float:
-    """The exact share of right solutions among samples at temperature 1."""
-    return float(chances_right(policy, tokenizer, pairs).mean())
+    """The exact share of right solutions among samples at temperature 1; ``pairs`` have every text that solves their
+    problems."""
+    return float(chances(policy, tokenizer, pairs).sum()) / len({pair.prompt for pair in pairs})
 
 
 class Milestones(TrainerCallback):
@@ -134,7 +135,7 @@ class Milestones(TrainerCallback):
             "trained_steps": steps,
             "parameters": policy.num_parameters(),
             **options,
-            "command": shlex.join(["python", "experiments/policies.py", *sys.argv[1:]]),
+            "command": shlex.join(["python", f"experiments/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "machine": machine(),
         }
         with written_aside(self.options.runs / name) as partial:
@@ -215,10 +216,14 @@ def fine_tune(
 
 
 def train(options: Options) -> list[dict[str, Any]]:
-    """Trains and writes the policies. Returns their numbers, as in policy.json. Raises UserError where a percentage is
-    not reached."""
+    """``train_on`` for the problems of ``options``."""
+    return train_on(options, *problems(options))
+
+
+def train_on(options: Options, pairs: Sequence[Pair], held_out: Sequence[Pair]) -> list[dict[str, Any]]:
+    """Trains policies on the chosen texts of ``pairs`` and writes them; ``held_out`` has every right text of its
+    problems. Returns their numbers, as in policy.json. Raises UserError where a percentage is not reached."""
     options.check()
-    pairs, held_out = problems(options)
     tokenizer = train_tokenizer((pair.prompt + pair.chosen for pair in pairs), PRESET["vocab_size"])
     milestones = Milestones(options, tokenizer, held_out)
     options.runs.mkdir(parents=True, exist_ok=True)

@@ -181,6 +181,36 @@ FAULTS = {
         "for name in (arm, arm)",
         "tests/experiments/test_labeled_sets.py -k question_by_question",
     ),
+    "steering: pairs that prefer a style": (
+        "experiments/steering.py",
+        'kept = [pair for pair in pairs if style_of(pair["rejected"]) in (style_of(pair["chosen"]), "")]',
+        "kept = list(pairs)",
+        "tests/experiments/test_steering.py -k within_a_style",
+    ),
+    "steering: values restated wrongly are right": (
+        "experiments/steering.py",
+        "is_correct(prompt, solution) and text in [in_style(style, prompt, solution) for style in STYLES]",
+        "is_correct(prompt, solution)",
+        "tests/experiments/test_steering.py -k wrong_texts",
+    ),
+    "steering: the controls have the goal itself": (
+        "experiments/steering.py",
+        "goals.shuffled(seed) if arm.shuffled else goals",
+        "goals",
+        "tests/experiments/test_steering.py -k what_steers",
+    ),
+    "steering: compared with the goal itself instead of the opposite": (
+        "experiments/steering.py",
+        "for one in (goal, OPPOSITE[goal]))",
+        "for one in (goal, goal))",
+        "tests/experiments/test_steering.py -k claims",
+    ),
+    "policies: the share of right texts instead of samples": (
+        "experiments/policies.py",
+        ".sum()) / len({pair.prompt for pair in pairs})",
+        ".sum()) / len(pairs)",
+        "tests/experiments/test_steering.py -k every_right_text",
+    ),
     "real model: a cut trunk keeps its last layers": (
         "experiments/real_model.py",
         "whole.model.layers[:count]",
