@@ -248,7 +248,7 @@ def of_samples(
 def verdict(values_SP: np.ndarray) -> str:
     """A difference, and whether it is shown to be above 0."""
     mean, half = interval(values_SP)
-    word = "shown" if mean > half else "refuted" if mean < -half else "not told apart"
+    word = "shown" if mean > half else "refuted" if mean < -half else "not distinguished"
     return f"{difference(values_SP)}: {word}"
 
 
@@ -300,19 +300,17 @@ A policy writes right and wrong solutions in two styles, terse (`4+2=1`, a line 
 (`b=4,d=2,4+2=1`: the values restated). The reward models start from it and take {STEPS} steps of 80 pairs: its
 right over its wrong samples of the same style, so that no pair prefers a style. A goal is the mean state at the ends of
 {GOAL_SIZE} right samples of one style, of training problems; "terse less long" weighs the goals 1 and -1. Beams keep 4
-with 4 samples each, a step is a line, and the score is log p / tokens + alpha Q. {options.problems} held-out problems,
-temperature 1; right is right in every step.
+with 4 samples each, a step is a line, and the score is log p / tokens + alpha Q; right is right in every step.
 """
     if not found.seeds:
         return text
-    sampled = {name: found.values(UNSTEERED, name) for name in ("right", *STYLES)}
-    right_of = [ratio(found.values(UNSTEERED, f"{style}, right").sum(), sampled[style].sum()) for style in STYLES]
+    right, terse, long = (found.values(UNSTEERED, name).mean() for name in ("right", *STYLES))
+    both = [found.values(UNSTEERED, f"{style}, right").mean() for style in STYLES]
     return f"""{text}
 ## The samples and the states at their ends
 
-Of all samples {sampled["right"].mean():.3f} are right; {sampled[TERSE].mean():.3f} are terse, of which \
-{right_of[0]:.3f} are right, and {sampled[LONG].mean():.3f} long, of which {right_of[1]:.3f} are right; the \
-rest follow neither style.
+Of all samples {right:.3f} are right; {terse:.3f} are terse, of which {ratio(both[0], terse):.3f} are right, and \
+{long:.3f} long, of which {ratio(both[1], long):.3f} are right; the rest follow neither style.
 
 {known(rows, found.seeds)}
 
@@ -331,7 +329,9 @@ many tokens of the policy.
 ## Every row
 
 {steered(found)}
-"""
+
+## Claims by seed, intervals over problems
+""" + "".join(f"\nSeed {seed}:\n\n{claims(Found(rows, DATA, [seed]))}\n" for seed in found.seeds)
 
 
 # ------------------------------------------------------------------------------------------------------------ rows

@@ -132,7 +132,7 @@ def test_claims_compare_with_each_control_and_with_best_of_n_at_equal_tokens(ste
         "shown",
     ]
     assert right.split("|")[6].strip().startswith("+0.400")
-    assert right.split("|")[5].strip().endswith(": not told apart")
+    assert right.split("|")[5].strip().endswith(": not distinguished")
 
 
 def result(steering: ModuleType, prompt: int, texts: list[str]) -> Any:
@@ -236,6 +236,7 @@ def test_rows_are_kept_and_the_missing_ones_added(
     text = (tmp_path / "report.md").read_text()
     assert "Every row is finished." in text
     assert text.count("| long less terse, alpha 1, shuffled |") == 1
+    assert text.count("| long less terse | right |") == 3, "over both seeds, and of each"
     capsys.readouterr()
     assert steering.main([*words, "--problems", "3"]) == 2
     assert "its rows are of another number of problems: choose another --report" in capsys.readouterr().err
