@@ -207,11 +207,11 @@ def claims(rows: Sequence[Row]) -> str:
         told = "neither shown nor refuted" if difference[-1] != "*" else "shown" if difference[0] == "+" else "refuted"
         words = "no claim from fewer than two seeds" if difference == "-" else f"{told}, {name} {difference}"
         said.append(f"- {FLIPPED.format(arm=arm, flipped=flipped)}, {CLAIMS[name]} than plain: {words}.")
-    aurocs = past_peak([row for row in rows if row["arm"] == INFORM], 0)
+    aurocs = past_peak([row for row in rows if row["arm"] in (INFORM, PENALTY)], 0)
     mean, half = mean_interval(aurocs) if aurocs else (math.nan, math.nan)
     told = "shown" if mean - half > 0.5 else "refuted" if mean + half < 0.5 else "neither shown nor refuted"
     words = "no claim from fewer than two falls" if math.isnan(half) else f"{told}, AUROC {mean:.2f} ± {half:.2f}"
-    return "\n".join([*said, f"- {INFORM}, CSI is higher past the peak than before: {words}."])
+    return "\n".join([*said, f"- {INFORM} and {PENALTY}, CSI is higher past the peak than before: {words}."])
 
 
 def report(options: Options, rows: Sequence[Row], left: int) -> str:
