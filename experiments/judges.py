@@ -220,16 +220,6 @@ def save(options: JudgeOptions, rows: Sequence[Row]) -> None:
 # --------------------------------------------------------------------------------------------------------- the rows
 
 
-def read_rows(options: JudgeOptions) -> list[Row]:
-    """The rows of the report. Raises UserError where other sizes gave them."""
-    path = options.report.with_suffix(".json")
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    for name, value in settings(options).items():
-        if rows and rows[0][name] != value:
-            raise UserError(f"{path}: holds rows of --{name} {rows[0][name]}, not {value}: choose another --report")
-    return rows
-
-
 def settings(options: JudgeOptions) -> Row:
     """What rows of one report share."""
     names = ("problems", "samples", "steps")
@@ -269,7 +259,7 @@ def run(options: JudgeOptions) -> None:
     datasets.disable_progress_bars()
     options.runs.mkdir(parents=True, exist_ok=True)
     problems = Problems.of(options)
-    rows = read_rows(options)
+    rows = laboratory.read_rows(options.report, settings(options))
     jobs = missing(options, rows)
     for kind, width, seed in jobs:
         named = {"reward": name_of(kind, width), "seed": seed, **settings(options), "machine": machine()}

@@ -158,7 +158,8 @@ def parse(shape: type[Shape], body: bytes | bytearray) -> Shape:
     except ValidationError as error:
         # Each alternative of a union has its own error: the first of those that go deepest says most. A field with a
         # wrong name is also a missing one.
-        deepest = max(error.errors(), key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden"))
+        errors = error.errors()
+        deepest = max(errors, key=lambda e: (len(e["loc"]), e["type"] == "extra_forbidden"))
         if deepest["type"] == "json_invalid":
             reason = deepest["ctx"]["error"]
             what = "nested too deeply" if reason.startswith("recursion limit") else "not valid JSON"
@@ -169,7 +170,7 @@ def parse(shape: type[Shape], body: bytes | bytearray) -> Shape:
             known = ", ".join((shape if len(parts) == 1 else Chunk).model_fields)  # the one shape inside another
             raise HTTPException(422, f"field '{name}' is {problem}: the fields are {known}") from None
         where = f"field '{name}'" if name else "the body"
-        raise HTTPException(422, f"{where}{_reason(deepest, error.errors())}") from None
+        raise HTTPException(422, f"{where}{_reason(deepest, errors)}") from None
 
 
 def _reason(error: ErrorDetails, errors: Sequence[ErrorDetails]) -> str:
