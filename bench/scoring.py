@@ -111,7 +111,7 @@ def computed_tokens(encoded: Sequence[Completion], size: int, is_sorted: bool) -
 
 def our_tokens(model: RewardModel, encoded: Sequence[Completion]) -> int:
     """Tokens that ours computes."""
-    return sum(len(pack.input_ids_T) for pack in model.packs(encoded, per_token=False))
+    return sum(len(pack.input_ids_T) for pack in model.packs(model.groups(encoded), per_token=False))
 
 
 # -------------------------------------------------------------------------------------------------------- comparison

@@ -1,11 +1,17 @@
-"""A trunk with a cache: hidden states of the tokens that continue any number of sequences."""
+"""A trunk with a cache: hidden states of the tokens that continue any number of sequences.
 
-from collections.abc import Sequence
+Letters: R read rows, n tokens of a completion, H hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gcrm_fast.data.batches import Budget
+from gcrm_fast.data.packing import Item
 from gcrm_fast.model.attention import resolve_backend
 from gcrm_fast.model.cache import CachedSequence, KVCache, cached_axis
 from gcrm_fast.model.llama import Llama
@@ -84,3 +90,56 @@ class CachedTrunk:
                 room -= end - done
                 done = end
         return forwards
+
+
+class ReadRows(NamedTuple):
+    """Completions whose states are read, by their ``index``, and of each the rows that are its own."""
+
+    indices: Sequence[int]
+    rows_of: Sequence[np.ndarray]
+
+
+def forwards_after_prompt(items: Sequence[Item], budget: Budget) -> Iterator[list[Item]]:
+    """Completions of one prompt whose new tokens, and keys with the prompt's, fit in a forward: one at least."""
+    taken: list[Item] = []
+    tokens = keys = 0
+    for item in items:
+        new, length = len(item.ids) - item.start, len(item.ids)
+        if taken and (tokens + new > budget.tokens or keys + length > budget.keys):
+            yield taken
+            taken, tokens, keys = [], 0, 0
+        taken.append(item)
+        tokens, keys = tokens + new, keys + length
+    yield taken
+
+
+def states_after_prompt(
+    trunk: Llama, backend: str, budget: Budget, items: Sequence[Item], *, per_token: bool
+) -> Iterator[tuple[ReadRows, Tensor]]:
+    """Of completions of one prompt, of any number, the states [R, H] of all tokens or of the last one.
+
+    The prompt and each distinct completion are computed once.
+    """
+    start = items[0].start
+    same: dict[bytes, list[Item]] = {}
+    for item in items:
+        same.setdefault(item.ids.tobytes(), []).append(item)
+    cached = CachedTrunk(trunk, backend, tokens=budget.tokens, limit=2 * budget.tokens)
+    prompt = cached.open()
+    prompt.reserve(start)
+    cached.extend([Continuation(prompt, items[0].ids[:start].tolist(), every=False)])
+    for part in forwards_after_prompt([twins[0] for twins in same.values()], budget):
+        sequences = [prompt.copy() for _ in part]
+        for sequence, item in zip(sequences, part, strict=True):
+            sequence.reserve(len(item.ids) - start)
+        new = [item.ids[start:].tolist() for item in part]
+        states = cached.extend([Continuation(*one, every=per_token) for one in zip(sequences, new, strict=True)])
+        for sequence in sequences:
+            sequence.free()
+        ends = np.cumsum([0, *map(len, states)])
+        read = [
+            (twin.index, np.arange(a, b))
+            for item, a, b in zip(part, ends[:-1], ends[1:], strict=True)
+            for twin in same[item.ids.tobytes()]
+        ]
+        yield ReadRows(*zip(*read, strict=True)), torch.cat(states)

@@ -31,10 +31,10 @@ from gcrm_fast.data.chat import TODAY, as_text
 from gcrm_fast.data.encoding import CHUNK, Completion, token_texts
 from gcrm_fast.data.ends import Choice, End, encode_to
 from gcrm_fast.data.messages import Messages, is_messages
-from gcrm_fast.data.packing import Item, ScorePack, build_score_pack
+from gcrm_fast.data.packing import Item, ScorePack, build_score_pack, group_size
 from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import check_vocabulary, load_tokenizer
-from gcrm_fast.inference.cached import CACHE_TOKENS
+from gcrm_fast.inference.cached import CACHE_TOKENS, ReadRows, states_after_prompt
 from gcrm_fast.inference.streaming import LiveScorer, Stream
 from gcrm_fast.model.attention import Backend
 from gcrm_fast.model.reward_model import LlamaRewardModel, goal_state, load
@@ -332,13 +332,13 @@ class RewardModel:
             UserError: a completion that is ``unfit``, or whose reward or Q-values are not finite.
         """
         goals = goals_GD.to(self.device) if goals_GD is not None else None
-        done: list[tuple[tuple[int, ...], tuple[np.ndarray, ...], Tensor, Tensor | None, Tensor | None]] = []
-        for pack, hidden_RH in self._states(encoded, per_token or goals is not None, names, progress):
+        done: list[tuple[Sequence[int], Sequence[np.ndarray], Tensor, Tensor | None, Tensor | None]] = []
+        for read, hidden_RH in self._states(encoded, per_token or goals is not None, names, progress):
             q_RG = q_values(self.network.compared(hidden_RH), goals) if goals is not None else None
             latent_RD = self.network.latents(hidden_RH) if latents else None
-            done.append((pack.indices, pack.rows_of, self.network.rewards(hidden_RH), q_RG, latent_RD))
+            done.append((read.indices, read.rows_of, self.network.rewards(hidden_RH), q_RG, latent_RD))
         judged: dict[int, Judged] = {}
-        # Read only now: until all packs are on their way, nothing waits for the device.
+        # Read only now: until all forwards are on their way, nothing waits for the device.
         for indices, rows_of, rewards, q_RG, z_RD in done:
             reward_R, q_GR = rewards.float().cpu().numpy(), q_RG.float().mT.cpu().numpy() if q_RG is not None else None
             latents_RD = z_RD.float().cpu().numpy() if z_RD is not None else None
@@ -379,22 +379,23 @@ class RewardModel:
             UserError: a completion that is ``unfit``, or a state that is not finite.
         """
         end_states = (
-            self.network.compared(hidden_RH)[torch.from_numpy(np.concatenate(pack.rows_of)).to(self.device)]
-            for pack, hidden_RH in self._states(encoded, False, names, progress)
+            self.network.compared(hidden_RH)[torch.from_numpy(np.concatenate(read.rows_of)).to(self.device)]
+            for read, hidden_RH in self._states(encoded, False, names, progress)
         )
         return goal_state(end_states, len(encoded), remedy=NOT_FINITE_REMEDY).cpu()
 
-    def packs(
-        self, encoded: Sequence[Completion], *, per_token: bool, names: Sequence[str] | None = None
-    ) -> Iterator[ScorePack]:
-        """All completions, in packs of ``tokens_per_batch``; those of one prompt are adjacent."""
+    def groups(self, encoded: Sequence[Completion], names: Sequence[str] | None = None) -> list[list[Item]]:
+        """Completions by prompt. Raises UserError for one that is ``unfit``."""
         by_prompt: dict[bytes, list[Item]] = {}
         for i, completion in enumerate(encoded):
             if unfit := self.unfit(completion):
                 raise UserError(f"{_name(i, names)} {unfit}")
             ids, start, _ = completion
             by_prompt.setdefault(ids[:start].tobytes(), []).append(Item(i, ids, start, _name(i, names)))
-        groups = list(by_prompt.values())
+        return list(by_prompt.values())
+
+    def packs(self, groups: Sequence[list[Item]], *, per_token: bool) -> Iterator[ScorePack]:
+        """Completions by prompt, in packs of ``tokens_per_batch``."""
         for a in range(0, len(groups), PLANNED_GROUPS):
             for part in plan_packs(groups[a : a + PLANNED_GROUPS], self.budget, 1):
                 yield build_score_pack(part, per_token=per_token)
@@ -410,20 +411,32 @@ class RewardModel:
         """[n, D] float32 for each completion: ``function`` of the states [R, H] of all its tokens or, without
         ``per_token``, of the last one."""
         states: dict[int, np.ndarray] = {}
-        for pack, hidden_RH in self._states(encoded, per_token, names, progress):
+        for read, hidden_RH in self._states(encoded, per_token, names, progress):
             z_RD = function(hidden_RH).float().cpu().numpy()
-            states.update({i: z_RD[rows] for i, rows in zip(pack.indices, pack.rows_of, strict=True)})
+            states.update({i: z_RD[rows] for i, rows in zip(read.indices, read.rows_of, strict=True)})
         return [states[i] for i in range(len(encoded))]
 
     def _states(
         self, encoded: Sequence[Completion], per_token: bool, names: Sequence[str] | None = None, progress: bool = False
-    ) -> Iterator[tuple[ScorePack, Tensor]]:
-        """All packs, and the hidden states [R, H] of their read rows, on the device."""
+    ) -> Iterator[tuple[ReadRows, Tensor]]:
+        """Every completion in one of several forwards, with the hidden states [R, H] of its read rows on the device."""
+        groups, trunk, backend = self.groups(encoded, names), self.network.model, self.network.attention_backend
         with progress_bar(total=len(encoded), desc="scoring", unit="completion", shown=progress) as bar:
-            for pack in self.packs(encoded, per_token=per_token, names=names):
+            for pack in self.packs([group for group in groups if not self._cut(group)], per_token=per_token):
                 axis = (pack.pin_memory() if self.device.type == "cuda" else pack).to(self.device)
-                yield pack, self.network.model(axis, self.network.attention_backend)
+                yield ReadRows(pack.indices, pack.rows_of), trunk(axis, backend)
                 bar.update(len(pack.indices))
+            for group in filter(self._cut, groups):
+                for read, hidden_RH in states_after_prompt(trunk, backend, self.budget, group, per_token=per_token):
+                    yield read, hidden_RH
+                    bar.update(len(read.indices))
+
+    def _cut(self, group: list[Item]) -> bool:
+        """Whether the completions of a prompt need several forwards, each of which would compute the prompt again."""
+        if not group[0].start or sum(len(item.ids) for item in group) <= self.budget.tokens:
+            return False
+        size = group_size(group)
+        return size.tokens > self.budget.tokens or size.keys > self.budget.keys
 
 
 def _listed(name: str, given: Any) -> tuple[list[Any], bool]:

@@ -37,6 +37,24 @@ FAULTS = {
         "by_prompt.setdefault(ids.tobytes(), [])",
         "tests/inference/test_scoring.py -k computed_once",
     ),
+    "a prompt computed in each of its forwards": (
+        "gcrm_fast/inference/scoring.py",
+        "for group in groups if not self._cut(group)]",
+        "for group in groups]",
+        "tests/inference/test_scoring.py -k several_forwards",
+    ),
+    "the keys of a prompt's completions not counted": (
+        "gcrm_fast/inference/cached.py",
+        " or keys + length > budget.keys)",
+        ")",
+        "tests/inference/test_scoring.py -k several_forwards",
+    ),
+    "a completion that occurs twice computed twice": (
+        "gcrm_fast/inference/cached.py",
+        "same.setdefault(item.ids.tobytes(), [])",
+        "same.setdefault(item.ids.tobytes() + bytes([item.index]), [])",
+        "tests/inference/test_scoring.py -k several_forwards",
+    ),
     "a new reward head scores silently": (
         "gcrm_fast/checkpoints/weights.py",
         "open_weights(folder, config, seed=None)",

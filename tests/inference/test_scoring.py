@@ -29,7 +29,7 @@ from gcrm_fast.data.packing import Item, build_score_pack, common_prefix
 from gcrm_fast.data.records import read_completions
 from gcrm_fast.inference.scoring import RewardModel
 from support import models
-from support.folders import llama, trunk
+from support.folders import VOCAB, llama, trunk
 from support.judged import write
 from support.serving import write_served_model
 from support.training_runs import Gcrm
@@ -164,6 +164,35 @@ def test_the_prompt_of_many_completions_is_computed_once(
         assert shared >= min(e.start for p, e in zip(prompts, encoded, strict=True) if p == prompt)
         expected += shared + sum(len(ids) - shared for ids in own.values())
     assert sum(computed) == expected < sum(len(e.ids) for e in encoded) / 1.3
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_prompt_is_computed_once_where_its_completions_need_several_forwards(
+    folder: Path, per_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(0)
+    prompt = random.integers(3, VOCAB, size=60)
+    answers = [random.integers(3, VOCAB, size=n) for n in (20, 30, 1, 30, 25, 7)]
+    encoded = [Completion(np.concatenate([prompt, a]).astype(np.int32), 60, CUT) for a in [*answers, answers[1]]]
+    expected = RewardModel.from_pretrained(folder, device="cpu").judge(encoded, per_token=per_token)
+    model = RewardModel.from_pretrained(folder, device="cpu", tokens_per_batch=100)
+    computed: list[int] = []
+    forward = model.network.model.forward
+    monkeypatch.setattr(
+        model.network.model,
+        "forward",
+        lambda axis, *rest: computed.append(len(axis.input_ids_T)) or forward(axis, *rest),
+    )
+    for one, other in zip(model.judge(encoded, per_token=per_token), expected, strict=True):
+        np.testing.assert_allclose(one.reward, other.reward, rtol=0, atol=1e-5)
+        if per_token:
+            np.testing.assert_allclose(one.rewards_n, other.rewards_n, rtol=0, atol=1e-5)
+    assert sum(computed) == 60 + sum(map(len, answers))  # the answer that occurs twice is computed once
+    assert computed == [60, 50, 31, 32]  # at most 200 keys, of which 60 per answer are the prompt's
+    model.judge(encoded[:2], per_token=per_token)
+    assert computed[4:] == [60, 50]
+    model.judge([Completion(one.ids[60:], 0, CUT) for one in encoded[:6]], per_token=per_token)  # no prompt to share
+    assert sum(computed[6:]) == sum(map(len, answers))
 
 
 def test_a_group_over_the_budget_is_split_and_a_completion_over_it_is_an_error(
