@@ -1,6 +1,8 @@
 """Every arm of the paper's ablations, and ours, on generated problems whose errors are known: five seeds each.
 
     python experiments/ablations.py
+    make real-model; python experiments/ablations.py --model runs/smollm2 --seeds 3 --steps 150 --problems 100 \
+        -o experiments/ablations_pretrained     # the main arms on a pretrained model
 
 Each trained arm is a row of ablations.json, written when it is finished; a second call trains what is missing, so it
 can be stopped at any time. Writes ablations.md next to it. An effect counts where its interval over seeds and problems
@@ -21,6 +23,7 @@ import numpy as np
 from arithmetic_chain import Located, above, done, drop, wrong_solutions
 from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import Argument, AtLeastOne
 from gcrm_fast.common.options import Options as CommandOptions
 from gcrm_fast.common.statistics import couples
@@ -55,6 +58,25 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     **{f"weight {w}": ("--contrastive-weight", str(w)) for w in (0.5, 1.0, 4.0)},
 }
 SWEEP_SEEDS = 3
+PRETRAINED = {  # options of gcrm train with --model, instead of those of the default run
+    "--train-layers": "10",
+    "--lr": "2e-4",
+    "--contrastive-weight": "0.5",
+    "--train-pairs": "4800",
+    "--eval-pairs": "300",
+    "--global-batch-pairs": "32",
+    "--max-length": "128",
+}
+PRETRAINED_ARMS: dict[str, dict[str, str]] = {
+    BASE: {},
+    "ranking": {"--objective": "ranking"},
+    "weight 2.0": {"--contrastive-weight": "2"},
+    "end mix": {"--sampling": "end_mix"},
+    "projection 64": {"--projection-size": "64"},
+    "after divergence": {"--negatives": "after-divergence"},
+    "weight 0.1": {"--contrastive-weight": "0.1"},
+    "dense": {"--objective-variant": "dense"},
+}
 RANDOM_GOAL = "goal of random tokens"  # the models of BASE, judged with another goal without training again
 SINGLE_GOAL = "goal of one completion"
 PAPER = {  # (arm, other): the sign of the arm's difference from the other, as GCRM reports it
@@ -85,6 +107,9 @@ class Options(CommandOptions):
 
     runs: Path = Path("runs/ablations")
     """Folder of the runs; each is removed when its row is written."""
+    model: str = ""
+    """Pretrained model, a folder or a name on the Hugging Face Hub, whose top 10 layers are trained; by default a model
+    from scratch."""
     seeds: AtLeastOne = 5
     """Seeds per arm (of the sweeps at most 3)."""
     steps: AtLeastOne = 600
@@ -179,11 +204,21 @@ def last_evaluation(run: Path) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------- training
 
 
+def arms_of(options: Options) -> dict[str, tuple[str, ...]]:
+    """Of each arm the options of gcrm train."""
+    if not options.model:
+        return {**ARMS, **SWEEPS}
+    common = {"--model": options.model, **PRETRAINED}
+    both = {name: common | own for name, own in PRETRAINED_ARMS.items()}
+    return {
+        name: ("--cache-states", *(word for pair in given.items() for word in pair)) for name, given in both.items()
+    }
+
+
 def train_arm(options: Options, arm: str, seed: int, held_out: Path, other: Path) -> list[Row]:
     """The rows of one arm and seed: of BASE also those of its model with other goals."""
     run = options.runs / f"{arm.replace(' ', '-')}-{seed}"
-    extra = {**ARMS, **SWEEPS}[arm]
-    model = trained(run, ["--seed", str(seed), "--steps", str(options.steps), *extra])
+    model = trained(run, ["--seed", str(seed), "--steps", str(options.steps), *arms_of(options)[arm]])
     goals = run / "goals.safetensors"
     goals.unlink(missing_ok=True)
     wanted: dict[str, tuple[str, ...]] = {arm: ()}
@@ -207,9 +242,9 @@ def read_rows(path: Path) -> list[Row]:
 def missing(options: Options, rows: Sequence[Row]) -> list[tuple[int, str]]:
     """(seed, arm) still to be trained, all arms of a seed before the next seed."""
     there = {(row["seed"], row["arm"]) for row in rows if row["steps"] == options.steps}
-    sweeps = [(seed, arm) for seed in range(min(options.seeds, SWEEP_SEEDS)) for arm in SWEEPS]
-    wanted = sorted([(seed, arm) for seed in range(options.seeds) for arm in ARMS] + sweeps, key=lambda one: one[0])
-    chosen = options.arms or (*ARMS, *SWEEPS)
+    arms = arms_of(options)
+    wanted = [(seed, arm) for seed in range(options.seeds) for arm in arms if arm not in SWEEPS or seed < SWEEP_SEEDS]
+    chosen = options.arms or arms
     return [(seed, arm) for seed, arm in wanted if (seed, arm) not in there and arm in chosen]
 
 
@@ -239,12 +274,14 @@ def against_the_paper(rows: Sequence[Row]) -> str:
     lines = [
         [arm, other, "below" if sign < 0 else "above", *(verdict(rows, arm, other, BY_PROBLEM[n], sign) for n in names)]
         for (arm, other), sign in PAPER.items()
+        if {arm, other} <= {row["arm"] for row in rows}
     ]
     return markdown(["", "against", "paper", *names], lines)
 
 
 def tables(rows: Sequence[Row]) -> str:
-    arms = [arm for arm in (*ARMS, RANDOM_GOAL, SINGLE_GOAL, *SWEEPS) if any(row["arm"] == arm for row in rows)]
+    known_arms = dict.fromkeys((*ARMS, RANDOM_GOAL, SINGLE_GOAL, *SWEEPS, *PRETRAINED_ARMS))
+    arms = [arm for arm in known_arms if any(row["arm"] == arm for row in rows)]
     levels, effects, scalars = [], [], []
     names = sorted({name for row in rows for name in row["scalars"]})
     for arm in arms:
@@ -262,7 +299,7 @@ Means over seeds with 95% t-intervals over seeds.
 
 {markdown(head, levels)}
 
-## Differences from the default run ({BASE})
+## Differences from {BASE}
 
 Paired by seed and problem; 95% intervals from the variance over seeds and over problems.
 * where the interval excludes 0.
@@ -283,12 +320,16 @@ What the paper says of the same arms, on language models and mathematics, and th
 
 def report(options: Options, rows: Sequence[Row], left: int, machines: Mapping[str, int]) -> str:
     still = f"{left} runs are still missing; call it again to train them." if left else "Every run is finished."
+    base, model = "the default run (`gcrm train`)", ""
+    if options.model:
+        model = f" --model {options.model}"
+        base = f"a run (`gcrm train` with {' '.join(word for pair in PRETRAINED.items() for word in pair)})"
     return f"""# Ablations: every arm on problems whose errors are known
 
-Written by `python experiments/ablations.py --seeds {options.seeds} --steps {options.steps} --problems \
+Written by `python experiments/ablations.py{model} --seeds {options.seeds} --steps {options.steps} --problems \
 {options.problems}`. {still} Machines: {"; ".join(f"{name} ({n} rows)" for name, n in machines.items())}.
 
-Each arm is the default run (`gcrm train`) with one option changed. {options.problems} held-out problems with 16
+Each arm is {base} with one option changed. {options.problems} held-out problems with 16
 solutions each, a quarter of them right; the goal is the mean end state of right solutions of as many other problems. Q
 is the cosine to the goal in every arm, whatever distance was trained.
 
@@ -310,6 +351,8 @@ def save(options: Options, rows: Sequence[Row]) -> None:
 
 def run(options: Options) -> None:
     """Raises UserError."""
+    if unknown := set(options.arms) - arms_of(options).keys():
+        raise UserError(f"--arms {' '.join(sorted(unknown))}: must be of {', '.join(arms_of(options))}")
     rows = read_rows(options.report.with_suffix(".json"))
     options.runs.mkdir(parents=True, exist_ok=True)
     held_out, other = options.runs / "held_out.jsonl", options.runs / "train.jsonl"

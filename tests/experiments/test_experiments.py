@@ -326,6 +326,35 @@ def test_ablations_continue_from_their_rows(
     assert f"{mean:+.3f} ± {half:.3f}" in text
 
 
+def test_ablations_of_a_pretrained_model(
+    experiments: SimpleNamespace,
+    trainings: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its own options and arms; the option of an arm comes after the common one and replaces it."""
+    ablations = experiments.ablations
+    save(tmp_path / "model")
+    little = {"--train-layers": "1", "--train-pairs": "40", "--eval-pairs": "20", "--contrastive-weight": "0.5"}
+    monkeypatch.setattr(ablations, "PRETRAINED", little)
+    given = ["--model", str(tmp_path / "model"), "--runs", str(tmp_path / "runs"), "-o", str(tmp_path / "report")]
+    given += ["--steps", "1", "--problems", "4", "--seeds", "1"]
+    assert ablations.main([*given, "--arms", "random", "weight 2.0"]) == 0
+    assert [Path(argv[argv.index("--output") + 1]).name for argv in trainings] == ["random-0", "weight-2.0-0"]
+    for argv, weight in zip(trainings, ("0.5", "2"), strict=True):
+        assert argv.count("--contrastive-weight") == 1
+        assert argv[argv.index("--contrastive-weight") + 1] == weight
+        assert argv[argv.index("--model") + 1] == str(tmp_path / "model")
+        assert "--cache-states" in argv
+    text = (tmp_path / "report.md").read_text()
+    assert "6 runs are still missing" in text
+    assert "late goal" not in text  # no row of an arm that was not trained
+    capsys.readouterr()
+    assert ablations.main([*given, "--arms", "rs"]) == 2
+    assert "--arms rs: must be of random, ranking, " in capsys.readouterr().err
+
+
 def test_signs_and_those_of_the_paper(experiments: SimpleNamespace) -> None:
     """Three seeds of three problems; an interval that includes 0 says nothing."""
     values = {"random": 0.5, "rs": 0.3, "avg": 0.7, "ranking": 0.301}

@@ -217,6 +217,12 @@ FAULTS = {
         "whole.model.layers[-count:]",
         "tests/experiments/test_experiments.py -k cut_after_its_first_layers",
     ),
+    "ablations: arms of a pretrained model all trained alike": (
+        "experiments/ablations.py",
+        "both = {name: common | own for",
+        "both = {name: common | {} for",
+        "tests/experiments/test_experiments.py -k ablations_of_a_pretrained",
+    ),
     "ablations: every sign is the paper's": (
         "experiments/ablations.py",
         "(text[0] == '-') == (sign < 0)",
