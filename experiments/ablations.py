@@ -32,7 +32,7 @@ from gcrm_fast.data.records import Candidate, read_completions
 from gcrm_fast.evaluation.measures import correlations
 from gcrm_fast.evaluation.voting import Question, filtered, majority
 from gcrm_fast.inference.scoring import Judged, RewardModel
-from summary import cell, machine, markdown, paired_difference, trained, write_aside
+from summary import cell, machine, markdown, paired_difference, save_rows, saved_rows, trained, write_aside
 
 HERE = Path(__file__).resolve().parent
 BASE = "random"  # the arm that the others are compared with: the default run
@@ -153,8 +153,8 @@ def q_of(judged: Judged) -> np.ndarray:
 
 def by_problem(
     model: RewardModel, candidates: Sequence[Candidate], encoded: Sequence[Completion], judged: Sequence[Judged]
-) -> dict[str, list[float | None]]:
-    """The measures of BY_PROBLEM, one value per problem; None where a problem has no right or no wrong solution."""
+) -> dict[str, list[float]]:
+    """The measures of BY_PROBLEM, one value per problem; NaN where a problem has no right or no wrong solution."""
     right_N = np.array([c.fields["is_correct"] for c in candidates])
     scores = {"reward": [one.reward for one in judged], "q": [q_of(one)[-1] for one in judged]}
     values: dict[str, list[float]] = {name: [] for name in BY_PROBLEM.values()}
@@ -170,7 +170,7 @@ def by_problem(
         located[one.problem].append(Located(one.problem, q, q_right, one.error))
     values["error"] = [float(np.mean([above(x)[x.error] for x in own])) if own else np.nan for own in located]
     values["drop"] = [float(np.mean([drop(x.wrong_n, x.error) for x in own])) if own else np.nan for own in located]
-    return {name: [None if np.isnan(v) else round(v, 4) for v in own] for name, own in values.items()}
+    return {name: [round(v, 4) for v in own] for name, own in values.items()}
 
 
 def coupling(judged: Sequence[Judged]) -> dict[str, float]:
@@ -233,10 +233,6 @@ def train_arm(options: Options, arm: str, seed: int, held_out: Path, other: Path
         rows.append(known | {"scalars": scalars, "problems": found["problems"]})
     shutil.rmtree(run)
     return rows
-
-
-def read_rows(path: Path) -> list[Row]:
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def missing(options: Options, rows: Sequence[Row]) -> list[tuple[int, str]]:
@@ -344,8 +340,7 @@ def save(options: Options, rows: Sequence[Row]) -> None:
     machines: dict[str, int] = {}
     for row in rows:
         machines[row["machine"]] = machines.get(row["machine"], 0) + 1
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    write_aside(options.report.with_suffix(".json"), f'{{"rows": [\n{lines}\n]}}\n')
+    save_rows(options.report, rows)
     write_aside(options.report.with_suffix(".md"), report(options, rows, left, machines))
 
 
@@ -353,7 +348,7 @@ def run(options: Options) -> None:
     """Raises UserError."""
     if unknown := set(options.arms) - arms_of(options).keys():
         raise UserError(f"--arms {' '.join(sorted(unknown))}: must be of {', '.join(arms_of(options))}")
-    rows = read_rows(options.report.with_suffix(".json"))
+    rows = saved_rows(options.report)
     options.runs.mkdir(parents=True, exist_ok=True)
     held_out, other = options.runs / "held_out.jsonl", options.runs / "train.jsonl"
     sizes = ("--problems", options.problems, "--samples", 16)

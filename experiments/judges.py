@@ -36,7 +36,7 @@ from gcrm_fast.rlhf.generative import GenerativeJudge
 from gcrm_fast.rlhf.trl import RewardFunction
 from own_samples import own_pairs
 from policies import fine_tune
-from summary import cell, machine, markdown, paired_difference, write_aside
+from summary import cell, machine, markdown, paired_difference, save_rows, write_aside
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE, VERDICTS = "{prompt}{first}?{second}?", ("a", "b")  # within the tokens and positions of the policies
@@ -212,8 +212,7 @@ Differences at n = {n_K[-1]}, paired by seed and problem, * where the 95% interv
 
 
 def save(options: JudgeOptions, rows: Sequence[Row]) -> None:
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    write_aside(options.report.with_suffix(".json"), f'{{"rows": [\n{lines}\n]}}\n')
+    save_rows(options.report, rows)
     write_aside(options.report.with_suffix(".md"), report(options, rows, len(missing(options, rows))))
 
 

@@ -9,7 +9,6 @@ samples, starting from the policy. Each finished row is kept in live.json at onc
 is missing. Writes experiments/live.md (tables) and live.json (every problem).
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +30,17 @@ from gcrm_fast.inference.generation import Sampling
 from gcrm_fast.inference.judging import Goals
 from gcrm_fast.inference.methods import Method
 from own_samples import own_pairs
-from summary import COVERAGE, machine, markdown, mean_interval, trained, two_way_interval, write_aside
+from summary import (
+    COVERAGE,
+    machine,
+    markdown,
+    mean_interval,
+    save_rows,
+    saved_rows,
+    trained,
+    two_way_interval,
+    write_aside,
+)
 
 HERE = Path(__file__).resolve().parent
 OWN = ", own samples"  # trained on the policy's own samples
@@ -325,17 +334,16 @@ def complete(options: Options, rows: Sequence[Row], objective: str) -> Found:
 
 def read_rows(options: Options) -> list[Row]:
     """Rows so far. Raises UserError where they are of other problems."""
-    path = options.report.with_suffix(".json")
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = saved_rows(options.report)
     if rows and len(rows[0]["problems"]["reward_tokens"]) != options.problems:
+        path = options.report.with_suffix(".json")
         raise UserError(f"{path}: its rows are of another number of problems: choose another --report")
     return rows
 
 
 def save(options: Options, rows: Sequence[Row]) -> None:
     left = options.seeds * len(OBJECTIVES) * len(wanted()) - len([row for row in rows if row["seed"] < options.seeds])
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    write_aside(options.report.with_suffix(".json"), f'{{"rows": [\n{lines}\n]}}\n')
+    save_rows(options.report, rows)
     write_aside(options.report.with_suffix(".md"), report(options, rows, left))
 
 

@@ -39,7 +39,7 @@ from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.rlhf.latents import LatentReference
 from gcrm_fast.rlhf.trl import RewardFunction
 from own_samples import own_pairs
-from summary import cell, machine, markdown, paired_difference, trained, write_aside
+from summary import cell, machine, markdown, paired_difference, save_rows, saved_rows, trained, write_aside
 
 HERE = Path(__file__).resolve().parent
 DATA_SEED = 0  # of the problems, which all rows share
@@ -370,8 +370,7 @@ start from the policy and take {options.steps} steps of 80 pairs, right and wron
 def write_rows(report: Path, rows: Sequence[Row]) -> list[Row]:
     """Writes them in the order of flipped labels, arm and seed, in which it returns them."""
     rows = sorted(rows, key=lambda row: (row["flipped"], ARMS.index(row["arm"]), row["seed"]))
-    lines = ",\n".join(json.dumps(row) for row in rows).replace("NaN", "null")
-    write_aside(report.with_suffix(".json"), f'{{"rows": [\n{lines}\n]}}\n')
+    save_rows(report, rows)
     return rows
 
 
@@ -398,12 +397,12 @@ def save(options: Options, rows: Sequence[Row]) -> None:
 
 def read_rows(report: Path, settings: Row) -> list[Row]:
     """The rows of a report. Raises UserError where other ``settings`` gave them."""
-    path = report.with_suffix(".json")
-    text = path.read_text(encoding="utf-8") if path.exists() else '{"rows": []}'
-    rows: list[Row] = json.loads(text.replace("null", "NaN"))["rows"]
+    rows = saved_rows(report)
     for name, value in settings.items():
         if rows and rows[0][name] != value:
-            raise UserError(f"{path}: holds rows of --{name} {rows[0][name]}, not {value}: choose another --report")
+            raise UserError(
+                f"{report}.json: holds rows of --{name} {rows[0][name]}, not {value}: choose another --report"
+            )
     return rows
 
 

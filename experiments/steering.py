@@ -43,7 +43,7 @@ from gcrm_fast.inference.judging import Goals
 from gcrm_fast.inference.methods import Method
 from live import POOL, SIZES, UNSTEERED, Found, best_of, difference, interval, level
 from own_samples import own_pairs
-from summary import COVERAGE, machine, markdown, trained, write_aside
+from summary import COVERAGE, machine, markdown, save_rows, saved_rows, trained, write_aside
 
 HERE = Path(__file__).resolve().parent
 TERSE, LONG = STYLES = ("terse", "long")
@@ -339,17 +339,16 @@ many tokens of the policy.
 
 def read_rows(options: Options) -> list[Row]:
     """Rows so far. Raises UserError where they are of other problems."""
-    path = options.report.with_suffix(".json")
-    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    rows = saved_rows(options.report)
     if rows and len(rows[0]["problems"]["right"]) != options.problems:
+        path = options.report.with_suffix(".json")
         raise UserError(f"{path}: its rows are of another number of problems: choose another --report")
     return rows
 
 
 def save(options: Options, rows: Sequence[Row]) -> None:
     left = options.seeds * (1 + len(arms())) - len([row for row in rows if row["seed"] < options.seeds])
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    write_aside(options.report.with_suffix(".json"), f'{{"rows": [\n{lines}\n]}}\n')
+    save_rows(options.report, rows)
     write_aside(options.report.with_suffix(".md"), report(options, rows, left))
 
 

@@ -116,6 +116,20 @@ def write_aside(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def saved_rows(report: Path) -> list[dict[str, Any]]:
+    """The rows of a report so far; without its file none. Numbers that are missing are NaN."""
+    path = report.with_suffix(".json")
+    text = path.read_text(encoding="utf-8") if path.exists() else '{"rows": []}'
+    rows: list[dict[str, Any]] = json.loads(text.replace("null", "NaN"))["rows"]
+    return rows
+
+
+def save_rows(report: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row per line; NaN becomes null."""
+    lines = ",\n".join(json.dumps(row) for row in rows).replace("NaN", "null")
+    write_aside(report.with_suffix(".json"), f'{{"rows": [\n{lines}\n]}}\n')
+
+
 def to_json(value: Mapping[str, Any]) -> str:
     """Readable and diffable; NaN and infinity become null."""
 
