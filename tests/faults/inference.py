@@ -77,7 +77,7 @@ FAULTS = {
         "gcrm_fast/inference/candidates.py",
         "if bad.skip and (",
         "if not bad.skip and (",
-        "tests/inference/test_scoring.py -k skipped_where",
+        "tests/commands/test_score.py -k skipped_where",
     ),
     "scoring: a goal that is not finite": (
         "gcrm_fast/model/reward_model.py",
