@@ -57,7 +57,8 @@ class LowerLayers:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of the weights that the states depend on, and of all else but the tokens."""
-        digest = hashlib.sha256(f"{self.config} {self.dtype}".encode())
+        trunk = replace(self.config, head="linear", bottleneck_size=0, projection_size=0, compare="states")
+        digest = hashlib.sha256(f"{trunk} {self.dtype}".encode())
         for name, shape in sorted(parameter_shapes(self.config).items()):
             if name.startswith(("model.embed_tokens.", "model.layers.")):
                 add_tensor(digest.update, name, self.weights.whole(name, shape))

@@ -1,6 +1,12 @@
 """Faults planted in training/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "cached states depend on the head": (
+        "gcrm_fast/training/lower_states.py",
+        'f"{trunk} {self.dtype}"',
+        'f"{self.config} {self.dtype}"',
+        "tests/training/test_train_layers.py -k read_again",
+    ),
     "early stopping: an equal value is better": (
         "gcrm_fast/training/early_stopping.py",
         "value[0] > self.best",

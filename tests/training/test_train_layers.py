@@ -131,6 +131,10 @@ def test_states_are_read_again_and_damaged_files_computed_again(
         assert b.states is not None
         assert all(np.array_equal(x, y) for x, y in zip(a.states.sequences(), b.states.sequences(), strict=True))
     computed.clear()
+    layers = lower(model, 1)
+    config = replace(layers.config, head="bottleneck", bottleneck_size=3, projection_size=5, compare="latents")
+    pair_states(tmp_path, replace(layers, config=config), pairs)  # another head on the same layers
+    assert not computed
     pair_states(tmp_path, lower(small_model(small_config()), 1), pairs)  # other weights
     assert sum(computed) == len(pairs)
 
