@@ -229,15 +229,27 @@ def train_arm(options: Options, arm: str, seed: int, held_out: Path, other: Path
     rows = []
     for name, found in zip(wanted, measured(model, [f"{goals}:{name}" for name in wanted], held_out), strict=True):
         scalars = found["scalars"] | (last_evaluation(run) if name == arm else {})
-        known = {"arm": name, "seed": seed, "steps": options.steps, "machine": machine()}
+        known = {"arm": name, "seed": seed, "model": options.model, "steps": options.steps, "machine": machine()}
         rows.append(known | {"scalars": scalars, "problems": found["problems"]})
     shutil.rmtree(run)
     return rows
 
 
+def earlier(options: Options) -> list[Row]:
+    """Rows so far. Raises UserError where they are of other settings."""
+    rows = saved_rows(options.report)
+    for row in rows:
+        found = {"model": row.get("model", ""), "steps": row["steps"], "problems": len(row["problems"]["reward"])}
+        for name, value in found.items():
+            if value != getattr(options, name):
+                what = f"--{name} {value}, not {getattr(options, name)}"
+                raise UserError(f"{options.report.with_suffix('.json')}: holds rows of {what}: choose another --report")
+    return rows
+
+
 def missing(options: Options, rows: Sequence[Row]) -> list[tuple[int, str]]:
     """(seed, arm) still to be trained, all arms of a seed before the next seed."""
-    there = {(row["seed"], row["arm"]) for row in rows if row["steps"] == options.steps}
+    there = {(row["seed"], row["arm"]) for row in rows}
     arms = arms_of(options)
     wanted = [(seed, arm) for seed in range(options.seeds) for arm in arms if arm not in SWEEPS or seed < SWEEP_SEEDS]
     chosen = options.arms or arms
@@ -348,7 +360,7 @@ def run(options: Options) -> None:
     """Raises UserError."""
     if unknown := set(options.arms) - arms_of(options).keys():
         raise UserError(f"--arms {' '.join(sorted(unknown))}: must be of {', '.join(arms_of(options))}")
-    rows = saved_rows(options.report)
+    rows = earlier(options)
     options.runs.mkdir(parents=True, exist_ok=True)
     held_out, other = options.runs / "held_out.jsonl", options.runs / "train.jsonl"
     sizes = ("--problems", options.problems, "--samples", 16)

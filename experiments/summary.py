@@ -5,7 +5,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,28 +116,33 @@ def write_aside(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def leaves(item: Any, change: Callable[[Any], Any]) -> Any:
+    """The item with every value inside its lists and mappings changed."""
+    if isinstance(item, Mapping):
+        return {str(key): leaves(part, change) for key, part in item.items()}
+    if isinstance(item, (list, tuple)):
+        return [leaves(part, change) for part in item]
+    return change(item)
+
+
+def finite(value: Any) -> Any:
+    """What JSON can hold: NaN and infinity become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def saved_rows(report: Path) -> list[dict[str, Any]]:
     """The rows of a report so far; without its file none. Numbers that are missing are NaN."""
     path = report.with_suffix(".json")
-    text = path.read_text(encoding="utf-8") if path.exists() else '{"rows": []}'
-    rows: list[dict[str, Any]] = json.loads(text.replace("null", "NaN"))["rows"]
-    return rows
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    return [leaves(row, lambda value: math.nan if value is None else value) for row in rows]
 
 
 def save_rows(report: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One row per line; NaN becomes null."""
-    lines = ",\n".join(json.dumps(row) for row in rows).replace("NaN", "null")
+    """One row per line."""
+    lines = ",\n".join(json.dumps(leaves(row, finite)) for row in rows)
     write_aside(report.with_suffix(".json"), f'{{"rows": [\n{lines}\n]}}\n')
 
 
 def to_json(value: Mapping[str, Any]) -> str:
     """Readable and diffable; NaN and infinity become null."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, Mapping):
-            return {str(key): plain(part) for key, part in item.items()}
-        if isinstance(item, (list, tuple)):
-            return [plain(part) for part in item]
-        return None if isinstance(item, float) and not math.isfinite(item) else item
-
-    return json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(leaves(value, finite), indent=1, ensure_ascii=False) + "\n"

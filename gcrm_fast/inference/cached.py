@@ -124,11 +124,13 @@ def states_after_prompt(
     same: dict[bytes, list[Item]] = {}
     for item in items:
         same.setdefault(item.ids.tobytes(), []).append(item)
-    cached = CachedTrunk(trunk, backend, tokens=budget.tokens, limit=2 * budget.tokens)
+    forwards = list(forwards_after_prompt([twins[0] for twins in same.values()], budget))
+    most = max(sum(len(item.ids) - start for item in part) for part in forwards)
+    cached = CachedTrunk(trunk, backend, tokens=budget.tokens, limit=start + most)
     prompt = cached.open()
     prompt.reserve(start)
     cached.extend([Continuation(prompt, items[0].ids[:start].tolist(), every=False)])
-    for part in forwards_after_prompt([twins[0] for twins in same.values()], budget):
+    for part in forwards:
         sequences = [prompt.copy() for _ in part]
         for sequence, item in zip(sequences, part, strict=True):
             sequence.reserve(len(item.ids) - start)

@@ -7,6 +7,7 @@ batch at once, and the next one takes its place in the same forward that continu
 row depend only on (seed, prompt, number of the sample, position), not on what else is in the batch.
 """
 
+import copy
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -82,6 +83,7 @@ class Row:
     random: np.random.Generator
     sequence: CachedSequence
     decoder: DecodeStream
+    held: str  # end of the prompt's text that the decoder gives with the first of the row's own
     ids: list[int] = field(default_factory=list)
     log_p: float = 0.0
     text: str = ""
@@ -96,6 +98,8 @@ class Group:
     prompt_ids: list[int]
     numbers: deque[int]
     sequence: CachedSequence  # the prompt in the cache, while rows may still start from it
+    decoder: DecodeStream  # after the prompt
+    held: str  # of its text: an end that looks like a part of a character
     rows: list[Row] = field(default_factory=list)
     last_1H: Tensor = field(default_factory=lambda: torch.empty(0))  # state of its last token
 
@@ -267,7 +271,15 @@ class Writer:
                 f"some texts have more tokens than the {config.max_position_embeddings} the policy was trained for"
             )
         sequence = self.trunk.open()
-        group = Group(name=name, prompt_ids=prompt_ids, numbers=deque(range(samples)), sequence=sequence)
+        decoder, held = self._after(prompt_ids)
+        group = Group(
+            name=name,
+            prompt_ids=prompt_ids,
+            numbers=deque(range(samples)),
+            sequence=sequence,
+            decoder=decoder,
+            held=held,
+        )
         self.waiting.append(group)
         return group
 
@@ -312,7 +324,7 @@ class Writer:
         run yet."""
         twin = self._row(row.group, number)
         twin.sequence, twin.ids, twin.log_p, twin.text = row.sequence.copy(), list(row.ids), row.log_p, row.text
-        twin.decoder = DecodeStream(ids=[*row.group.prompt_ids, *row.ids], skip_special_tokens=False)
+        twin.decoder, twin.held = copy.deepcopy(row.decoder), row.held
         row.group.rows.append(twin)
         self.reserved += self.sampling.max_new_tokens
         return twin
@@ -352,8 +364,17 @@ class Writer:
             number=number,
             random=np.random.Generator(np.random.Philox(key=key, counter=counter)),
             sequence=self.trunk.open(),
-            decoder=DecodeStream(ids=list(group.prompt_ids), skip_special_tokens=False),
+            decoder=copy.deepcopy(group.decoder),
+            held=group.held,
         )
+
+    def _after(self, prompt_ids: Sequence[int]) -> tuple[DecodeStream, str]:
+        """A decoder that has seen the prompt, and what it still holds of its text."""
+        decoder, backend = DecodeStream(skip_special_tokens=False), self.policy.tokenizer.backend_tokenizer
+        if not self.with_text:
+            return decoder, ""
+        shown = sum(len(decoder.step(backend, token) or "") for token in prompt_ids)
+        return decoder, backend.decode(prompt_ids, skip_special_tokens=False)[shown:]
 
     @torch.inference_mode()
     def _chosen(self, hidden_RH: Tensor) -> tuple[list[int], list[float]]:
@@ -373,8 +394,10 @@ class Writer:
         sampling, before = self.sampling, len(row.text)
         row.ids.append(token)
         row.log_p += log_p
-        if self.with_text and token not in self.policy.stop_ids:
-            row.text += row.decoder.step(self.policy.tokenizer.backend_tokenizer, token) or ""
+        shown = self.with_text and token not in self.policy.stop_ids
+        if shown and (new := row.decoder.step(self.policy.tokenizer.backend_tokenizer, token)):
+            row.text += new.removeprefix(row.held)
+            row.held = ""
         if token in self.policy.stop_ids or any(
             stop in row.text[max(0, before - len(stop) + 1) :] for stop in sampling.stop
         ):
@@ -392,15 +415,31 @@ def next_tokens(logits_RV: Tensor, sampling: Sampling, uniform_R: Tensor) -> tup
     most_R, best_R = logits_RV.max(1)
     if not sampling.temperature:
         return best_R, most_R.isfinite()
-    p_RV, tokens_RV = (logits_RV / sampling.temperature).softmax(1), None
-    if sampling.top_k or sampling.top_p < 1:
-        whole_RV = p_RV
-        p_RV, tokens_RV = whole_RV.topk(min(sampling.top_k or SHORTLIST, whole_RV.shape[1]))
-        if not sampling.top_k and (p_RV.sum(1) < sampling.top_p).any():
-            p_RV, tokens_RV = whole_RV.sort(1, descending=True)
-        total_R1 = p_RV.sum(1, keepdim=True) if sampling.top_k else 1.0
-        p_RV = p_RV.masked_fill(p_RV.cumsum(1) - p_RV >= sampling.top_p * total_R1, 0)
+    p_RV = ((logits_RV - most_R[:, None]) / sampling.temperature).softmax(1)
+    uniform_R = uniform_R.to(p_RV.device)
+    if not sampling.top_k and sampling.top_p == 1:
+        return _drawn(p_RV, uniform_R), most_R.isfinite()
+    top_RK, tokens_RK = p_RV.topk(min(sampling.top_k or SHORTLIST, p_RV.shape[1]))
+    places_R = _drawn(_kept(top_RK, sampling), uniform_R)
+    chosen_R = tokens_RK.gather(1, places_R[:, None])[:, 0]
+    long_R = top_RK.sum(1) < sampling.top_p
+    if not sampling.top_k and long_R.any():  # these rows alone: ties are in another order than after topk
+        sorted_RV, tokens_RV = p_RV[long_R].sort(1, descending=True)
+        places_R = _drawn(_kept(sorted_RV, sampling), uniform_R[long_R])
+        chosen_R[long_R] = tokens_RV.gather(1, places_R[:, None])[:, 0]
+    return chosen_R, most_R.isfinite()
+
+
+def _kept(p_RV: Tensor, sampling: Sampling) -> Tensor:
+    """Descending probabilities with 0 for tokens that top-p drops, never for the first."""
+    total_R1 = p_RV.sum(1, keepdim=True) if sampling.top_k else 1.0
+    dropped_RV = p_RV.cumsum(1) - p_RV >= sampling.top_p * total_R1
+    dropped_RV[:, 0] = False
+    return p_RV.masked_fill(dropped_RV, 0)
+
+
+def _drawn(p_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """Where the uniform numbers fall in the cumulative probabilities, [R]."""
     cumulative_RV = p_RV.cumsum(1, dtype=torch.float64)
-    wanted_R1 = uniform_R.to(p_RV.device)[:, None] * cumulative_RV[:, -1:]
-    places_R1 = torch.searchsorted(cumulative_RV, wanted_R1, right=True).clamp_(max=p_RV.shape[1] - 1)
-    return (places_R1 if tokens_RV is None else tokens_RV.gather(1, places_R1))[:, 0], most_R.isfinite()
+    wanted_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
+    return torch.searchsorted(cumulative_RV, wanted_R1, right=True).clamp_(max=p_RV.shape[1] - 1)[:, 0]

@@ -124,9 +124,12 @@ class Judge:
         return self.model.texts(Completion(ids, own.live.start, CUT))
 
     def rewards(self, rows: Sequence[Row]) -> list[float]:
-        """Rewards of finished rows, as of completions of that text; those that a limit ended are cut."""
-        cuts = [row.ending == "length" for row in rows]
+        """Rewards of finished rows, as of completions of that text. Those that a limit ended are cut, unless there is
+        no text yet."""
         judged = [self.judged[id(row)] for row in rows]
+        cuts = [
+            row.ending == "length" and len(own.live.ids) > own.live.start for row, own in zip(rows, judged, strict=True)
+        ]
         if self.model.end.kind != "eos":  # read where another project's trainer read it, which only the text says
             texts = [own.prompt for own in judged], [row.text for row in rows]
             return [one.reward for one in self.model.judge(self.model.encode(*texts, cuts))]

@@ -60,7 +60,7 @@ def reencode(model: "RewardModel", row: LiveRow, prompt: str, text: str) -> tupl
     if shared < len(row.ids):
         shared = min(shared, len(ids) - 1)  # the state of the last token is needed again
         row.rewind(shared)
-        row.start = min(row.start, whole.start)  # a token may join the end of the prompt and the start of the text
+        row.start = whole.start  # a token may join the end of the prompt and the start of the text, or no longer
     return ids[shared:], shared - row.start
 
 

@@ -47,6 +47,7 @@ class KVCache:
         empty = torch.empty(shape, device=device, dtype=dtype)
         self.layers = [(empty, empty) for _ in range(config.num_hidden_layers)]
         self._free: list[tuple[int, int]] = []  # (start, size), ascending, none adjacent
+        self._extents: set[Extent] = set()  # those that are taken
 
     @property
     def bytes_per_slot(self) -> int:
@@ -59,6 +60,8 @@ class KVCache:
         if all(free < size for _, free in self._free):
             self._grow(size)
         if not self._free:
+            self._trim()
+        if not self._free:
             raise CacheFull(
                 f"the cache of keys and values is full: the maximum is {self.limit} tokens "
                 f"({self.bytes_per_slot} bytes each): raise it, or use fewer or shorter samples"
@@ -70,19 +73,33 @@ class KVCache:
         if free > size:
             self._free.insert(place, (start + size, free - size))
         self.taken += size
-        return Extent(start, size)
+        extent = Extent(start, size)
+        self._extents.add(extent)
+        return extent
 
     def drop(self, extent: Extent) -> None:
         """One holder less; without any its slots are free."""
         extent.holders -= 1
         if extent.holders:
             return
-        self.taken -= extent.size
+        self._extents.remove(extent)
+        self._give_back(extent.start, extent.size)
+
+    def _trim(self) -> None:
+        """Takes back the slots that hold no token: a reservation never keeps others from theirs."""
+        for extent in self._extents:
+            self._give_back(extent.start + extent.filled, extent.size - extent.filled)
+            extent.size = extent.filled
+
+    def _give_back(self, start: int, size: int) -> None:
+        if not size:
+            return
+        self.taken -= size
         merged: list[tuple[int, int]] = []
-        for start, size in sorted([*self._free, (extent.start, extent.size)]):
-            if merged and sum(merged[-1]) == start:
-                start, size = merged[-1][0], merged.pop()[1] + size
-            merged.append((start, size))
+        for place, free in sorted([*self._free, (start, size)]):
+            if merged and sum(merged[-1]) == place:
+                place, free = merged[-1][0], merged.pop()[1] + free
+            merged.append((place, free))
         self._free = merged
 
     def _grow(self, size: int) -> None:
@@ -143,8 +160,9 @@ class CachedSequence:
         slots = []
         while tokens:
             if not self.room():
-                # Grown by half, so that a long sequence is in few runs.
-                self.reserve(max(tokens, 64, self._length // 2))
+                # Grown by half of what it does not share, so that a long sequence is in few runs.
+                own = sum(length for extent, length in self._parts if extent.holders == 1)
+                self.reserve(max(tokens, 64, own // 2))
             extent, length = self._parts[-1]
             taken = min(tokens, self.room())
             slots.append(range(extent.start + length, extent.start + length + taken))

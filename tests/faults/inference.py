@@ -1,6 +1,42 @@
 """Faults planted in inference/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "generation: the end of a prompt is given with the text": (
+        "gcrm_fast/inference/generation.py",
+        "new.removeprefix(row.held)",
+        "new",
+        "tests/inference/test_generation.py -k text_is_that_of_its_tokens",
+    ),
+    "generation: a fork begins another text": (
+        "gcrm_fast/inference/generation.py",
+        "twin.decoder, twin.held = copy.deepcopy(row.decoder), row.held",
+        "twin.held = row.held",
+        "tests/inference/test_generation.py -k text_is_that_of_its_tokens",
+    ),
+    "generation: every row sorted for the sake of one": (
+        "gcrm_fast/inference/generation.py",
+        "long_R = top_RK.sum(1) < sampling.top_p",
+        "long_R = (top_RK.sum(1) < sampling.top_p).any().expand(len(top_RK))",
+        "tests/inference/test_generation.py -k top_p_of_a_row",
+    ),
+    "generation: top-p may drop the first token": (
+        "gcrm_fast/inference/generation.py",
+        "dropped_RV[:, 0] = False",
+        "dropped_RV[:, :0] = False",
+        "tests/inference/test_generation.py -k smallest",
+    ),
+    "judging: the place of a completion only moves down": (
+        "gcrm_fast/inference/streaming.py",
+        "row.start = whole.start  #",
+        "row.start = min(row.start, whole.start)  #",
+        "tests/inference/test_decoding.py -k no_longer_joins",
+    ),
+    "judging: a cut row without text ends all": (
+        "gcrm_fast/inference/judging.py",
+        " and len(own.live.ids) > own.live.start",
+        "",
+        "tests/inference/test_decoding.py -k cut_row_without_text",
+    ),
     "ensemble: the spread of the models ignored": (
         "gcrm_fast/inference/ensembles.py",
         'if how == "mean-std" else 0.0',

@@ -1,6 +1,12 @@
 """Faults planted in model/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "cache: reserved slots are never given back": (
+        "gcrm_fast/model/cache.py",
+        "self._trim()\n",
+        "pass\n",
+        "tests/model/test_cache.py -k without_tokens",
+    ),
     "bottleneck: KL of averages over dimensions, as released": (
         "gcrm_fast/model/heads.py",
         "kl_E = 0.5 * (mu_ED**2 + log_variance_ED.exp() - log_variance_ED - 1).sum(1)",

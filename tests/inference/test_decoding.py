@@ -294,6 +294,33 @@ def test_text_that_grows_is_encoded_again_where_tokens_merge(policy: Policy, oth
     assert judge.tokens > lengths[-1] + 3  # some were read again
 
 
+def test_a_token_that_no_longer_joins_prompt_and_text_is_the_prompts(policy: Policy, other_reward: RewardModel) -> None:
+    prompt, texts = "one tw", ("", "o", "one")
+    starts = [other_reward.encode([prompt], [text], [True])[0].start for text in texts]
+    assert starts[1] < starts[0] == starts[2]
+    writer = Writer(policy, SAMPLING, rows=1, with_text=True)
+    writer.add(policy.encode([prompt])[0], 1, "prompt 0")
+    [row] = writer.step()
+    judge = Judge(other_reward, goals_of(other_reward, {}), policy, limit=1000)
+    judge.open(prompt, [row], room=0, name="prompt 0")
+    for text in texts:
+        row.text = text
+        judge.look([row])
+        [q_n] = other_reward.q_values([prompt], [text])
+        np.testing.assert_allclose(judge.q_n(row), q_n[:-1], rtol=0, atol=1e-5)
+
+
+def test_a_cut_row_without_text_gets_the_reward_of_an_empty_one(policy: Policy, other_reward: RewardModel) -> None:
+    writer = Writer(policy, SAMPLING, rows=1, with_text=True)
+    writer.add(policy.encode(["one"])[0], 1, "prompt 0")
+    [row] = writer.step()
+    judge = Judge(other_reward, goals_of(other_reward, {}), policy, limit=1000)
+    judge.open("one", [row], room=0, name="prompt 0")
+    row.text, row.ending = "", "length"  # a part of a character, which has no text yet
+    judge.look([row])
+    assert judge.rewards([row]) == [pytest.approx(float(other_reward.score(["one"], [""])[0]), abs=1e-5)]
+
+
 def test_two_tokenizers_meet_in_the_text(policy: Policy, other_reward: RewardModel) -> None:
     reward = other_reward
     for method in (Method(samples=4, every=3), Method(kind="beams", beams=2, step_tokens=5, steps=4)):

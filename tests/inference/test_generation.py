@@ -156,6 +156,47 @@ def test_top_k_and_top_p_are_those_of_transformers() -> None:
         torch.testing.assert_close(counts, expected, rtol=0, atol=1.01 / 20000)
 
 
+def test_top_p_of_a_row_does_not_depend_on_the_others() -> None:
+    """Equal probabilities, as bfloat16 has many: one order for all rows, whether a flat row needs them all or not."""
+    random = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(60, 2000, generator=random)).to(torch.bfloat16).float()
+    uniform = torch.rand(60, dtype=torch.float64, generator=random)
+    sampling = Sampling(temperature=1.0, top_p=0.95)
+    flat = torch.zeros(1, 2000)
+    alone = torch.cat([next_tokens(logits[i : i + 1], sampling, uniform[i : i + 1])[0] for i in range(60)])
+    beside, _ = next_tokens(torch.cat([flat, logits]), sampling, torch.cat([uniform[:1], uniform]))
+    assert torch.equal(beside[1:], alone)
+
+
+def test_the_smallest_temperature_and_top_p_take_the_most_likely_token() -> None:
+    logits = 3 * torch.randn(20, 300)
+    uniform = torch.linspace(0.01, 0.99, 20, dtype=torch.float64)
+    for given in ({"temperature": 1e-39}, {"temperature": 1e-9}, {"temperature": 1.0, "top_p": 1e-50}):
+        tokens, finite = next_tokens(logits, Sampling(**given), uniform)
+        assert torch.equal(tokens, logits.argmax(1))
+        assert finite.all()
+
+
+def test_a_text_is_that_of_its_tokens_alone(policy: Policy) -> None:
+    """Also after a prompt that ends like a part of a character, and of rows that fork inside of one."""
+    for prompt in ("one two", "stop! one \ufffd", "\ufffd"):
+        writer = Writer(policy, Sampling(max_new_tokens=24, temperature=1.0, seed=3), rows=64, with_text=True)
+        [ids] = policy.encode([prompt])
+        group = writer.add(ids, 4, "prompt 0")
+        inside = 0
+        while written := writer.step():
+            for row in [one for one in written if not one.ending][:2]:
+                inside += policy.tokenizer.decode(row.ids).endswith("\ufffd")
+                if len(row.ids) % 5 == 1 and len(group.rows) < 40:
+                    writer.running.append(writer.fork(row, len(group.rows)))
+        assert inside > 3
+        for row in group.rows:
+            own = [token for token in row.ids if token not in policy.stop_ids]
+            whole = policy.tokenizer.decode([*ids, *own])[len(policy.tokenizer.decode(ids)) :]
+            assert whole.startswith(row.text)
+            assert not whole[len(row.text) :].strip("\ufffd")  # not finished at the end
+
+
 def test_a_finished_row_frees_its_place_at_once(policy: Policy) -> None:
     """Twelve rows of one prompt in a batch of four: no step has fewer rows than there are left."""
     writer = Writer(policy, Sampling(max_new_tokens=40, temperature=1.0, stop=("e", "1")), rows=4)
@@ -208,7 +249,8 @@ def test_prompts_that_cannot_be_continued(policy: Policy, folder: Path, tmp_path
     short = Policy.from_pretrained(folder, device="cpu", cache_tokens=100)
     with pytest.raises(UserError, match="prompt 0 has 90 tokens: with a text of 11 tokens more than the cache of 100"):
         short.generate_ids([[3] * 90], max_new_tokens=11)
-    assert len(short.generate_ids([[3] * 90] * 3, max_new_tokens=10)) == 3  # one after the other
+    texts = short.generate_ids([[token] * 90 for token in (3, 4, 5)], max_new_tokens=10)  # one after the other
+    assert len(texts) == 3
     for wrong, message in (
         ({"temperature": -1.0}, "temperature is -1.0: must be 0 or more"),
         ({"top_p": 0.0}, "top_p is 0.0: must be more than 0 and at most 1"),

@@ -171,7 +171,7 @@ def test_what_is_wrong_is_said_and_changes_nothing(model: RewardModel, small_for
     with pytest.raises(UserError, match=r"row 1 has a token that is not between 0 and 299"):
         stream.push([[3], [VOCAB]])
     with pytest.raises(UserError, match=r"the cache .* is full: the maximum is 300"):
-        stream.push([[3], ids(250, 2)])
+        stream.push([[3], ids(291, 2)])
     with pytest.raises(UserError, match="the prompt has a token"):
         model.stream([-1], 1, goals)
     [q, _] = stream.push([[7], []])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.model.cache import CachedSequence, KVCache, cached_axis
+from gcrm_fast.model.cache import CachedSequence, CacheFull, KVCache, cached_axis
 from gcrm_fast.model.cached_attention import blocks_of, cached_attention
 from gcrm_fast.model.segment_attention import segment_attention
 from support.small import small_config
@@ -141,13 +141,36 @@ def test_memory_is_what_it_says_and_bounded() -> None:
     assert kv.bytes_per_slot == 3 * 2 * 2 * 8 * 8  # layers, keys and values, key heads, head size, float64
     extent = kv.take(100)
     assert (kv.size, kv.taken) == (1024, 100)
-    kv.take(2000)
+    extents = [extent, kv.take(2000)]
     assert sum(x.numel() * x.element_size() for layer in kv.layers for x in layer) == kv.size * kv.bytes_per_slot
-    assert kv.take(1000).size == 900  # what is left
+    extents.append(kv.take(1000))
+    assert extents[-1].size == 900  # what is left
+    for one in extents:
+        one.filled = one.size
     with pytest.raises(UserError, match=r"full: the maximum is 3000 tokens \(768 bytes each\)"):
         kv.take(1)
     kv.drop(extent)
     assert kv.take(100).start == 0
+
+
+def test_slots_without_tokens_never_fill_a_cache() -> None:
+    kv = cache(limit=3000)
+    prompt = CachedSequence(kv)
+    prompt.append(2000)
+    rows = [prompt.copy() for _ in range(20)]
+    rows[0].reserve(900)
+    for row in rows:
+        row.append(1)
+    for row in rows:
+        row.append(49)
+    slots = [slot for row in rows for run in row.runs[1:] for slot in range(run.start, run.start + run.length)]
+    assert len({*slots}) == 1000
+    with pytest.raises(CacheFull):
+        rows[3].append(1)
+    for row in [prompt, *rows]:
+        row.free()
+    assert kv.taken == 0
+    assert kv.take(3000).size == 3000  # all in one piece
 
 
 def test_a_full_cache_changes_nothing() -> None:
