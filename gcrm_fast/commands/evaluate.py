@@ -44,7 +44,7 @@ def is_right(candidate: Candidate, label: str) -> bool:
     """Whether a completion is right, by its place in a pair or its label."""
     if candidate.name in PAIRED:
         return PAIRED[candidate.name]
-    return truth_of(candidate, label, "named by --label")
+    return truth_of(candidate, label, "which labels completions (--label)")
 
 
 def read_source(source: str, model: RewardModel, options: EvaluateOptions) -> Source:

@@ -16,6 +16,7 @@ OutputFile = Annotated[str, Argument(short="-o", metavar="FILE")]
 class ModelOptions(Options):
     """Options of every command that runs a model over records."""
 
+    ELSEWHERE: ClassVar[dict[str, tuple[str, ...]]] = {"tokens-per-batch": ("batch-size", "max-tokens")}
     model: Model
     """Reward model: a folder, or a name on the Hugging Face Hub."""
     data: Annotated[tuple[str, ...], Argument(positional=True, metavar="FILE")]

@@ -199,10 +199,15 @@ def _negative(text: str) -> bool:
 
 
 def _unknown(text: str, kind: type[Options]) -> str:
-    name = text.partition("=")[0]
+    name, kinds = text.partition("=")[0], kinds_of(kind)
+    places = {
+        flag(field.name): one.metavar for field in fields(kind) if (one := _argument(kinds[field.name])).positional
+    }
+    known = [flag(field.name) for field in fields(kind) if flag(field.name) not in places]
     if not name.startswith("-"):
-        return f"unexpected argument {text!r}"
-    known = [flag(field.name) for field in fields(kind)]
+        return f"unexpected argument {text!r}" + (f": did you mean --data {text}?" if "--data" in known else "")
+    if name in places:
+        return f"unknown option {name}: write {places[name]} without an option"
     same = [f"--{ours}" for ours, theirs in kind.ELSEWHERE.items() if name[2:] in theirs and f"--{ours}" in known]
     near = same or difflib.get_close_matches(name, known, n=1)
     return f"unknown option {name}" + (f": did you mean {near[0]}?" if near else "")

@@ -181,16 +181,23 @@ def format_of(values: Mapping[str, Any], raw: Mapping[str, Any], formats: Format
     if not any(field in values for field in nearest):
         nearest = formats.get("completion", ("prompt", *PAIRS["chosen and rejected"]))
         missing = nearest[1]
-    listed = ", ".join(f"'{field}'" for field in nearest)
     for needed in formats.values():
         if columns := suggested_columns(raw, needed):
-            raise FieldError(missing, f"is missing: a record needs {listed}: pass {columns}")
+            absent = next(field for field in needed if field not in values)
+            raise FieldError(absent, f"is missing: a record needs {_listed(needed)}: pass {columns}")
+    listed = _listed(nearest)
+    if missing in raw:
+        raise FieldError(missing, f"is null: a record needs {listed}")
     present = ", ".join(map(repr, list(raw)[:12])) or "no field"
     raise FieldError(
         missing,
         f"is missing: a record needs {listed}, or the fields of another format (docs/data.md); it has {present}: name "
         f"those to read, as in --columns {','.join(f'{field}=NAME' for field in nearest)}",
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def layout_of(values: Mapping[str, Any], format_: str) -> str:
@@ -243,8 +250,12 @@ def _split_dialogues(sides: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
         before, marker, completions[name] = checked.text(name, side).rpartition(ASSISTANT)
         prompts[name] = before + marker
         if not marker or HUMAN not in before:
-            what = f"is missing, and field '{name}' is not a dialogue of {HUMAN!r} and {ASSISTANT!r} turns"
-            raise FieldError("prompt", what)
+            columns = ",".join(["prompt=NAME", *(f"{side}={side}" for side in sides)])
+            raise FieldError(
+                "prompt",
+                f"is missing, and field '{name}' is not a dialogue of {HUMAN!r} and {ASSISTANT!r} turns: name the "
+                f"prompt's field, as in --columns {columns}",
+            )
         if HUMAN in completions[name]:
             raise FieldError(name, "ends with a human turn: the last turn must be the assistant's")
     first, *others = sides

@@ -139,7 +139,9 @@ def _json_rows(name: object, file: BinaryIO | gzip.GzipFile, bad: BadRecords) ->
             place = f"byte {error.start} of the line"
             bad.add(UserError(f"{where}: not UTF-8 text ({place}): save the file as UTF-8"))
         except (ValueError, RecursionError) as error:
-            bad.add(UserError(f"{where}: not valid JSON ({one_line(error)}): write one JSON object per line"))
+            column = f"{error.msg}: column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+            reason = column or one_line(error)
+            bad.add(UserError(f"{where}: not valid JSON ({reason}): write one JSON object per line"))
         except UserError as error:
             bad.add(error)
         else:

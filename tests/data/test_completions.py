@@ -80,7 +80,7 @@ def test_formats(tmp_path: Path, record: dict[str, Any], expected: list[tuple[st
         ({"question": "p"}, "field 'completion' is missing: a record needs 'question', 'completion', or"),
         ({"prompt": "p", "question": "p", "completion": "c"}, "has the fields of two formats"),
         ({"prompt": "p", "completion": 3}, "field 'completion' is int, not a string"),
-        ({"prompt": None, "completion": "c"}, "field 'prompt' is missing"),
+        ({"prompt": None, "completion": "c"}, "field 'prompt' is null"),
         ({"prompt": "p", "completion": "c", "completion_cut": 1}, "field 'completion_cut' is int, not true or false"),
         ({"prompt": "p", "completions": "c"}, "field 'completions' is str, not a list"),
         ({"prompt": "p", "completions": []}, "field 'completions' is an empty list: at least one"),

@@ -145,12 +145,16 @@ def test_lists_of_labels_go_with_lists_of_completions_and_whole_records(model: P
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        ({"is_correct": ...}, [], r"bad\.jsonl:3: field 'is_correct', named by --label, is missing"),
+        (
+            {"is_correct": ...},
+            [],
+            r"bad\.jsonl:3: field 'is_correct', which labels completions \(--label\), is missing",
+        ),
         ({"is_correct": "yes"}, [], r"bad\.jsonl:3: field 'is_correct' is 'yes', not true or false"),
         ({"is_correct": None}, [], r"bad\.jsonl:3: field 'is_correct' is 'None', not true or false"),
         ({"family": {}}, ["--by", "family"], r"bad\.jsonl:3: field 'family', named by --by, is dict, not a string"),
         ({}, ["--by", "size"], r"bad\.jsonl:1: field 'size', named by --by, is missing"),
-        ({}, ["--label", "right"], r"bad\.jsonl:1: field 'right', named by --label, is missing"),
+        ({}, ["--label", "right"], r"bad\.jsonl:1: field 'right', which labels completions \(--label\), is missing"),
         ({}, ["--limit", "1"], r"bad\.jsonl: all 1 completions are (right|wrong): AUROC needs both kinds"),
         ({}, ["--limit", "-1"], r"--limit -1: must be at least 0"),
         ({"completion": ""}, [], r"bad\.jsonl:3: field 'completion' is empty"),

@@ -296,7 +296,11 @@ def test_an_interval_over_seeds_and_questions_holds_both_variances(experiments: 
 
 
 def test_ablations_continue_from_their_rows(
-    experiments: SimpleNamespace, trainings: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiments: SimpleNamespace,
+    trainings: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     ablations = experiments.ablations
     little = (*SMALL, "--train-pairs", "300", "--eval-pairs", "20")
@@ -317,6 +321,10 @@ def test_ablations_continue_from_their_rows(
     assert len(trainings) == 4
     text = (tmp_path / "report.md").read_text()
     assert "Every run is finished" in text
+    capsys.readouterr()
+    for more in (["--problems", "5"], ["--steps", "2"], ["--model", "m"]):
+        assert ablations.main([*common, *more, "--seeds", "1"]) == 2
+        assert f"holds rows of {more[0]} " in capsys.readouterr().err
     found = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert found[: len(rows)] == rows
     own, base = (

@@ -252,7 +252,11 @@ CASES = [
         r"Parquet data is damaged",
     ),
     Case("Parquet with text that is none", not_text_in_parquet, r"pairs\.parquet:2: the row cannot be read"),
-    Case("Parquet with a null", table(GOOD, GOOD | {"chosen": None}), r"parquet:2: field 'chosen' is missing"),
+    Case(
+        "Parquet with a null",
+        table(GOOD, GOOD | {"chosen": None}),
+        r"parquet:2: field 'chosen' is null: a record needs 'prompt', 'chosen'",
+    ),
     Case("Parquet without rows", table(), r"pairs\.parquet: contains no records"),
     Case("saved splits, none named", no_split, r"saved: has several splits: .*saved:train"),
     Case("saved splits, another named", no_such_split, r"saved:test: has several splits: .*saved:train"),
@@ -273,7 +277,7 @@ CASES = [
     Case("dialogue among pairs", lines(GOOD, DIALOGUE), AT + "has the format 'dialogue', but"),
     # ---- a field's value
     Case("number for text", after(GOOD, prompt=1), AT + "field 'prompt' is int, not a string"),
-    Case("null for text", after(GOOD, rejected=None), AT + "field 'rejected' is missing"),
+    Case("null for text", after(GOOD, rejected=None), AT + "field 'rejected' is null"),
     Case("object for text", after(GOOD, chosen={"text": "yes"}), AT + "field 'chosen' is dict, not a string"),
     Case("empty completion", after(GOOD, chosen=""), AT + "field 'chosen' is empty"),
     Case("blank completion", after(GOOD, rejected=" \n\t"), AT + "field 'rejected' is empty"),
@@ -299,12 +303,12 @@ CASES = [
     Case("text for a margin", after(GOOD, margin="1"), AT + "field 'margin' is str, not a finite number"),
     Case("boolean for a margin", after(GOOD, margin=True), AT + "field 'margin' is bool, not a finite number"),
     Case("number for a cut", after(GOOD, chosen_cut=1), AT + "field 'chosen_cut' is int, not true or false"),
-    Case("question is null", after(QUESTION, question=None), AT + "field 'question' is missing"),
+    Case("question is null", after(QUESTION, question=None), AT + "field 'question' is null"),
     Case("incorrect is empty", after(QUESTION, incorrect=""), AT + "field 'incorrect' is empty"),
     Case("every chosen one cut", lines(GOOD | {"chosen_cut": True}), r"--data pairs\.jsonl: every chosen .* is cut"),
     # ---- completions with scores or ranks
     Case("completions no list", after(SCORED, completions="yes"), AT + "field 'completions' is str, not a list"),
-    Case("scores null", after(SCORED, scores=None), AT + "field 'scores' is missing"),
+    Case("scores null", after(SCORED, scores=None), AT + "field 'scores' is null"),
     Case("a score too few", after(SCORED, scores=[1]), AT + "field 'scores' has 1 entries for 2 completions"),
     Case(
         "one completion",
@@ -328,7 +332,8 @@ CASES = [
     Case(
         "no assistant turn",
         after(DIALOGUE, chosen="\n\nHuman: a"),
-        AT + "field 'prompt' is missing, and field 'chosen'",
+        AT + r"field 'prompt' is missing, and field 'chosen' is not a dialogue of .*: name the prompt's field, as in "
+        r"--columns prompt=NAME,chosen=chosen,rejected=rejected",
     ),
     Case("no answer", after(DIALOGUE, chosen=HEAD + " "), AT + "field 'chosen' is empty"),
     Case(
