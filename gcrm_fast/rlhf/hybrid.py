@@ -15,6 +15,7 @@ from gcrm_fast.data.messages import Messages
 from gcrm_fast.rlhf.verifiers import QUOTED, Verifiers, plain
 
 Text = str | Messages
+CONTEXT = ("tools", "system")  # columns that a reward depends on too
 
 
 class Judge(Protocol):
@@ -82,18 +83,19 @@ def scored(
             others.append(i)
     if not others:
         return Scored(scores, parts)
-    found = _references(others, prompts, references, choices, rewards)
+    # A reference's reward depends on the whole question, so equal ones count once only where all of it is equal.
+    context = [columns.get(name) or [None] * len(prompts) for name in CONTEXT]
+    asked = [repr(one) for one in zip(prompts, *context, strict=True)]
+    found = _references(others, prompts, asked, references, choices, rewards)
     if judge is not None:
         own = judge.scores([prompts[i] for i in others], [completions[i] for i in others], [found[i] for i in others])
         of_others = [{"judge": score} for score in own]
     elif rewards is not None:
-        distinct = {(repr(prompts[i]), repr(found[i])): i for i in others}
+        distinct = {(asked[i], repr(found[i])): i for i in others}
         texts = [completions[i] for i in others] + [found[i] for i in distinct.values()]
         both = rewards([*others, *distinct.values()], texts)
         of_reference = dict(zip(distinct, both[len(others) :], strict=True))
-        pairs = [
-            (reward, of_reference[repr(prompts[i]), repr(found[i])]) for i, reward in zip(others, both, strict=False)
-        ]
+        pairs = [(reward, of_reference[asked[i], repr(found[i])]) for i, reward in zip(others, both, strict=False)]
         own = [proxy(*pair) for pair in pairs]
         of_others = [
             {"proxy": score, "reward": reward, "reference_reward": reference}
@@ -110,23 +112,24 @@ def scored(
 def _references(
     others: Sequence[int],
     prompts: Sequence[Text],
+    asked: Sequence[str],
     references: Sequence[Text | None],
     choices: Sequence[Sequence[Text] | None],
     rewards: Rewards | None,
 ) -> dict[int, Text]:
-    """The response that each of ``others`` is compared with."""
+    """The response that each of ``others`` is compared with; ``asked``: the prompts with their context."""
     found: dict[int, Text] = {i: reference for i in others if (reference := references[i]) is not None}
-    asked: dict[str, list[int]] = {}
+    groups: dict[tuple[str, str], list[int]] = {}
     for i in others:
         if i in found:
             continue
         if not choices[i]:
             start = plain(prompts[i])[:QUOTED]
             raise UserError(f"the prompt {start!r} has no verifier of its task and no reference: add one to its record")
-        asked.setdefault(repr((prompts[i], choices[i])), []).append(i)
-    if asked and rewards is None:
+        groups.setdefault((asked[i], repr(choices[i])), []).append(i)
+    if groups and rewards is None:
         raise UserError("the best of reference_completions is not known without a reward model: pass one as otherwise=")
-    for same in asked.values():
+    for same in groups.values():
         own = list(choices[same[0]] or ())
         assert rewards is not None
         best = max(zip(rewards([same[0]] * len(own), own), range(len(own)), strict=True), key=lambda pair: pair[0])[1]

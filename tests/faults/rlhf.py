@@ -91,6 +91,12 @@ FAULTS = {
         "best = min(",
         "tests/rlhf/test_hybrid.py -k best_of_several",
     ),
+    "hybrid: another record's system message": (
+        "gcrm_fast/rlhf/hybrid.py",
+        "zip(prompts, *context, strict=True)]",
+        "zip(prompts, strict=True)]",
+        "tests/rlhf/test_hybrid.py -k two_system",
+    ),
     "hybrid: references are cut with their completions": (
         "gcrm_fast/rlhf/trl.py",
         "cuts[i] and text is completions[i] for",

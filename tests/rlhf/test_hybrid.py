@@ -14,6 +14,7 @@ from gcrm_fast import RewardModel
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.rlhf.hybrid import proxy
 from gcrm_fast.rlhf.trl import RewardFunction
+from support.chat import CHATML
 from support.models import save
 from support.policies import BRIEF_GRPO
 from support.policies import save as save_policy
@@ -62,6 +63,24 @@ def test_the_best_of_several_responses_is_the_reference(model: RewardModel) -> N
     [found] = reward(["two?"], [" seven"], reference=[None], reference_completions=[choices])
     best = max(model.score("two?", choices))
     assert found == pytest.approx(sigmoid(model.score("two?", " seven") - best), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "others", [{"reference": ["seven"] * 2}, {"reference_completions": [["seven", "one two", "three four"]] * 2}]
+)
+def test_one_question_with_two_system_messages_is_two(
+    others: dict[str, Any], model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.tokenizer, "chat_template", CHATML)
+    reward = RewardFunction(verifiers={}, otherwise=model)
+    asked, answers = [[{"role": "user", "content": "one?"}]] * 2, [[{"role": "assistant", "content": "three"}]] * 2
+    columns = others | {"system": ["one one one", "five, six; seven"]}
+    alone = [
+        reward(asked[:1], answers[:1], **{name: values[i : i + 1] for name, values in columns.items()})[0]
+        for i in range(2)
+    ]
+    assert reward(asked, answers, **columns) == pytest.approx(alone, rel=1e-5)
+    assert alone[0] != pytest.approx(alone[1], rel=1e-3)
 
 
 def test_a_cut_completion_is_scored_as_such_and_its_reference_is_not(model: RewardModel) -> None:
