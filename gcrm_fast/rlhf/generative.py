@@ -12,9 +12,11 @@ import math
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ Response B:
 Answer with A or B. The better response is """
 VERDICTS = ("A", "B")
 PLACE = re.compile(r"\{(prompt|first|second)\}")
+UNFIT = re.compile(r"[\x00-\x20\x7f]")  # in an address
 AT_ONCE = 8  # requests to an endpoint
 ATTEMPTS = 3  # of a request that the server could not answer
 PAUSE = 0.5  # seconds, doubled with every attempt
@@ -56,7 +59,7 @@ class GenerativeJudge:
     the user. ``model`` and ``api_key`` are an endpoint's; ``seconds`` is the maximum of one of its answers.
 
     Raises:
-        UserError: no such policy; a template without one of its places; a verdict that is not one token.
+        UserError: no such policy; no address; a template without one of its places; a verdict that is not one token.
     """
 
     def __init__(
@@ -128,6 +131,9 @@ class _LocalModel:
         policy, network = self.policy, self.policy.network
         found: list[float] = []
         encoded = [self._encoded(question) for question in questions]
+        longest, window = max((len(ids) for ids, _ in encoded), default=0), policy.config.sliding_window
+        if window and longest > window:
+            raise UserError(f"a question to the judge has {longest} tokens, more than its sliding window of {window}")
         start = 0
         while start < len(encoded):
             end, tokens = start, 0
@@ -141,6 +147,8 @@ class _LocalModel:
             states = trunk.extend([Continuation(trunk.open(), ids, False) for ids, _ in part])
             for hidden_1H, (_, verdicts) in zip(states, part, strict=True):
                 both = network.logits(hidden_1H)[0, verdicts]
+                if not both.max().isfinite():  # NaN if either is
+                    raise UserError("the judge's logits are not finite: fix its weights, or use float32")
                 found.append(float(both.softmax(0)[0]))
             start = end
         return found
@@ -150,6 +158,13 @@ class _Endpoint:
     """Verdicts from the log-probabilities that an OpenAI-compatible server answers."""
 
     def __init__(self, url: str, verdicts: tuple[str, str], model: str, api_key: str, seconds: float) -> None:
+        try:
+            address = urllib.parse.urlsplit(url)
+            fits = bool(address.hostname) and address.port != 0  # port raises if it is no number
+        except ValueError:
+            fits = False
+        if not fits or UNFIT.search(url):
+            raise UserError(f"{url!r} is not the address of a judge: it must be like http://localhost:8000/v1")
         self.url, self.verdicts, self.model = url.rstrip("/") + "/chat/completions", verdicts, model
         self.api_key, self.seconds = api_key, seconds
 
@@ -191,9 +206,10 @@ class _Endpoint:
             try:
                 with urllib.request.urlopen(request, timeout=self.seconds) as response:
                     return json.load(response)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, HTTPException) as error:
                 code = error.code if isinstance(error, urllib.error.HTTPError) else 500
                 if attempt == ATTEMPTS or (code < 500 and code != 429):
-                    raise UserError(f"{self.url}: the judge does not answer ({one_line(error)})") from None
+                    broken = "broken HTTP: " if isinstance(error, HTTPException) else ""
+                    raise UserError(f"{self.url}: the judge does not answer ({broken}{one_line(error)})") from None
             time.sleep(PAUSE * 2**attempt)
             attempt += 1

@@ -205,4 +205,28 @@ FAULTS = {
         "return probabilities[0]",
         "tests/rlhf/test_generative.py -k endpoint",
     ),
+    "judge: questions longer than the sliding window": (
+        "gcrm_fast/rlhf/generative.py",
+        "if window and longest > window:",
+        "if False:",
+        "tests/rlhf/test_generative.py -k sliding_window",
+    ),
+    "judge: NaN is a score": (
+        "gcrm_fast/rlhf/generative.py",
+        "if not both.max().isfinite():",
+        "if False:",
+        "tests/rlhf/test_generative.py -k not_finite",
+    ),
+    "judge: broken answers are not asked for again": (
+        "gcrm_fast/rlhf/generative.py",
+        "(OSError, ValueError, HTTPException)",
+        "(OSError, ValueError)",
+        "tests/rlhf/test_generative.py -k breaks_off",
+    ),
+    "judge: any address is taken": (
+        "gcrm_fast/rlhf/generative.py",
+        "if not fits or UNFIT.search(url):",
+        "if False:",
+        "tests/rlhf/test_generative.py -k no_address",
+    ),
 }

@@ -1,9 +1,11 @@
 """The generative judge: probabilities of verdict tokens, in both orders; local and over HTTP."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import math
+import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,6 +107,35 @@ def test_what_is_refused(folder: Path) -> None:
         GenerativeJudge(folder / "none")
 
 
+@pytest.mark.parametrize(
+    "url", ["http://localhost:port/v1", "http://localhost:8000/v 1", "http:///v1", "http://localhost:99999", "http://["]
+)
+def test_what_is_no_address_is_refused_at_once(url: str) -> None:
+    with pytest.raises(UserError, match=r"is not the address of a judge: it must be like http://localhost:8000/v1"):
+        GenerativeJudge(url)
+
+
+def test_a_question_longer_than_the_sliding_window(folder: Path) -> None:
+    policy = Policy.from_pretrained(folder)
+    judge = GenerativeJudge(policy, template=SHORT)
+    longest = max(len(ids) for ids in policy.encode([judge._question("one?", "four", "six")]))
+    for window in (longest, longest - 1):
+        policy.config = dataclasses.replace(policy.config, sliding_window=window)
+        if window == longest:
+            assert len(judge.scores(["one?"], ["four"], ["six"])) == 1
+            continue
+        with pytest.raises(UserError, match=rf"has {longest} tokens, more than its sliding window of {window}"):
+            judge.scores(["one?"], ["four"], ["six"])
+
+
+def test_logits_that_are_not_finite(folder: Path) -> None:
+    policy = Policy.from_pretrained(folder)
+    with torch.no_grad():
+        policy.network.model.norm.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="the judge's logits are not finite"):
+        GenerativeJudge(policy, template=SHORT).scores(["one?"], ["four"], ["six"])
+
+
 # ---------------------------------------------------------------------------------------------------------- endpoints
 
 
@@ -171,3 +202,27 @@ def test_an_endpoint_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     with endpoint(lambda *_: (200, listed(Well=1.0))) as url:
         assert GenerativeJudge(url).scores(["q"], ["a"], ["b"]) == [0.5]
         assert "an answer begins with neither A nor B: it counts as parity" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reply", [b"no HTTP\r\n\r\n", b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"choices":'])
+def test_an_endpoint_that_breaks_off(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generative, "PAUSE", 0.001)
+    asked: list[int] = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked.append(1)
+            self.request.recv(65536)
+            self.request.sendall(reply)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+            with pytest.raises(UserError, match=r"the judge does not answer \(broken HTTP: (no HTTP|IncompleteRead)"):
+                GenerativeJudge(url).preferences(["q"])
+        finally:
+            server.shutdown()
+            thread.join()
+    assert len(asked) == generative.ATTEMPTS
