@@ -253,6 +253,9 @@ def generate(options: GenerateOptions) -> None:
                 for i, result in results(replace(method, kind="best-of-n", samples=method.rows), todo, UNFILTERED):
                     record = partial.records[i]
                     partial.add(i, record | {UNFILTERED: unfiltered_record(result, record["policy_tokens"])})
+        if not options.compare:  # an interrupted run may have had it, and only some of its records the field
+            for record in partial.records.values():
+                record.pop(UNFILTERED, None)
         partial.finish(output)
     records = [partial.records[i] for i in sorted(partial.records)]
     if not any(sample["ending"] == "stop" for record in records for sample in record["samples"]):

@@ -218,6 +218,24 @@ def test_an_interrupted_run_keeps_what_is_finished_and_resumes(
     assert not (tmp_path / "out.jsonl.lock").exists()
 
 
+def test_resumed_without_compare_no_record_is_compared(
+    policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("generate", policy, asked, "-o", tmp_path / "out.jsonl", "--reward", reward, *SHORT)
+    add = command.Partial.add
+
+    def interrupted(self: command.Partial, prompt: int, record: dict[str, Any]) -> None:
+        add(self, prompt, record)
+        if command.UNFILTERED in record:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.Partial, "add", interrupted)
+    assert gcrm(*arguments, "--method", "filter", "--compare").returncode == 130
+    assert (tmp_path / "out.jsonl.partial").read_text().count('"unfiltered"') == 1
+    assert gcrm(*arguments, "--method", "filter").returncode == 0
+    assert {"unfiltered" in record for record in lines(tmp_path / "out.jsonl")} == {False}
+
+
 def test_another_option_starts_over(policy: Path, asked: Path, tmp_path: Path, gcrm: Gcrm) -> None:
     partial = tmp_path / "out.jsonl.partial"
     record = {"prompt": 0, "record": {"text": "stale"}}

@@ -157,6 +157,12 @@ FAULTS = {
         '        if False:\n            print(f"{printable(self.path)}: was made with',
         "tests/commands/test_generate.py -k starts_over",
     ),
+    "generate: some records are compared without --compare": (
+        "gcrm_fast/commands/generate.py",
+        "if not options.compare:",
+        "if False:",
+        "tests/commands/test_generate.py -k without_compare",
+    ),
     "generate: weights of goals are part of their names": (
         "gcrm_fast/commands/generate.py",
         "weighted.append((state, 1.0 if weight is None else weight))",
