@@ -54,14 +54,17 @@ def monitor(options: MonitorOptions) -> None:
     reference = Reference.of(latents_ND, parts_of(prompts), " ".join(["--reference", *options.reference]))
     if reference.warning:
         print(reference.warning, file=sys.stderr)
-    samples = {source: read_latents(model, [source], options)[0] for source in options.data}
-    findings = [reference.find(own_ND) for own_ND in samples.values()]
+    samples = {source: read_latents(model, [source], options)[0] for source in dict.fromkeys(options.data)}
+    # By file as named: one that comes twice is two steps.
+    findings = [reference.find(samples[source]) for source in options.data]
     stops = early_stop([finding.clusters.csi for finding in findings])
     rows = rows_of("reference", reference.null)
-    for source, finding, stop in zip(samples, findings, stops, strict=True):
+    for source, finding, stop in zip(options.data, findings, stops, strict=True):
         rows += [*rows_of(source, finding), Row(source, "all", "early_stop", stop)]
     about = {"model": options.model, "fingerprint": model.fingerprint, "reference": list(options.reference)}
-    projection = PCA(2).fit(latents_ND)
+    projection = PCA(2).fit(latents_ND) if latents_ND.shape[1] > 1 else None
+    if projection is None:
+        print("latents of width 1 have no second component: map.png is left out", file=sys.stderr)
     with written_aside(options.output) as folder:
         folder.mkdir(parents=True)
         write_rows(folder, rows, about)
@@ -73,15 +76,16 @@ def monitor(options: MonitorOptions) -> None:
                 "Mean Mahalanobis distance": ([f.distance for f in findings], null.distance),
                 "Early-stop indicator": (stops, STOP),
             },
-            list(samples),
+            options.data,
             folder / "monitor.png",
         )
-        plot_map(
-            {"reference": projection.transform(latents_ND)}
-            | {name: projection.transform(own_ND) for name, own_ND in samples.items()},
-            folder / "map.png",
-        )
-    print(table(["reference against itself", *samples], [null, *findings], [np.nan, *stops]))
-    jumps = [name for name, stop in zip(samples, stops, strict=True) if stop > STOP]
+        if projection is not None:
+            plot_map(
+                {"reference": projection.transform(latents_ND)}
+                | {name: projection.transform(own_ND) for name, own_ND in samples.items()},
+                folder / "map.png",
+            )
+    print(table(["reference against itself", *options.data], [null, *findings], [np.nan, *stops]))
+    jumps = [name for name, stop in zip(options.data, stops, strict=True) if stop > STOP]
     if jumps:
         print(f"\nCSI jumps at {jumps[0]}: stop before it (indicator above {STOP:g})")

@@ -134,3 +134,26 @@ def test_a_bottleneck_is_seen_by_its_latents(gcrm: Gcrm, rng: np.random.Generato
     result = gcrm("monitor", tmp_path / "m", step, "--reference", sft, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     assert "few for latents" not in result.stderr
+
+
+def test_a_file_that_is_named_twice_is_two_steps(
+    gcrm: Gcrm, folder: Path, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    sft = write(tmp_path / "sft.jsonl", samples(rng, 100, WORDS))
+    a, b = (write(tmp_path / f"{name}.jsonl", samples(rng, 20, WORDS)) for name in "ab")
+    result = gcrm("monitor", folder, a, b, a, "--reference", sft, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert [row["source"] for row in rows if row["measure"] == "early_stop"] == [str(a), str(b), str(a)]
+    csi = [row["value"] for row in rows if row["measure"] == "csi_per_sample"]
+    assert csi[1] == csi[3] != csi[2]
+    assert [row["value"] for row in rows if row["measure"] == "early_stop"][2] == pytest.approx(1.0), "back again"
+
+
+def test_latents_of_width_1_have_no_map(gcrm: Gcrm, rng: np.random.Generator, tmp_path: Path) -> None:
+    models.save(tmp_path / "m", head="bottleneck", bottleneck_size=1)
+    sft, step = (write(tmp_path / f"{name}.jsonl", samples(rng, 100, WORDS)) for name in ("sft", "step"))
+    result = gcrm("monitor", tmp_path / "m", step, "--reference", sft, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "latents of width 1 have no second component: map.png is left out" in result.stderr
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "results.csv", "monitor.png"}

@@ -163,6 +163,18 @@ FAULTS = {
         "if False:",
         "tests/commands/test_generate.py -k without_compare",
     ),
+    "monitor: a file that is named twice counts once": (
+        "gcrm_fast/commands/monitor.py",
+        "    # By file as named: one that comes twice is two steps.\n",
+        '    object.__setattr__(options, "data", tuple(samples))\n',
+        "tests/evaluation/test_detectors.py -k named_twice",
+    ),
+    "monitor: two components of latents of width 1": (
+        "gcrm_fast/commands/monitor.py",
+        "if latents_ND.shape[1] > 1 else None",
+        "",
+        "tests/evaluation/test_detectors.py -k width_1",
+    ),
     "generate: weights of goals are part of their names": (
         "gcrm_fast/commands/generate.py",
         "weighted.append((state, 1.0 if weight is None else weight))",
