@@ -1,6 +1,5 @@
 """``gcrm overoptimize``: gold against proxy over the number of samples that the proxy picks from."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ from gcrm_fast.commands.shared import questions_of
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import columns, number
+from gcrm_fast.data.fields import LARGEST
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, parse_columns, read_completions
 from gcrm_fast.evaluation.measures import COVERAGE, RESAMPLES, halves
 from gcrm_fast.evaluation.overoptimization import Fall, Point, curve, fall, fit, gains, sizes
@@ -19,9 +19,12 @@ from gcrm_fast.evaluation.results import Row, check_folder, write_rows
 
 def score_of(candidate: Candidate, name: str, option: str) -> float:
     """A field that holds a finite number, or true or false. Raises UserError."""
-    value = candidate.field(name, f"named by {option}")
-    if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
-        raise UserError(f"{candidate.where}: field '{name}', named by {option}, is {str(value)[:20]!r}, not a number")
+    value, what = candidate.field(name, f"named by {option}"), f"{candidate.where}: field '{name}', named by {option},"
+    if not isinstance(value, (bool, int, float)):
+        raise UserError(f"{what} is {str(value)[:20]!r}, not a number")
+    # Compared, not converted: JSON integers have no bound. NaN fails it too.
+    if not abs(value) <= LARGEST:
+        raise UserError(f"{what} is not a finite number between {-LARGEST:g} and {LARGEST:g}")
     return float(value)
 
 

@@ -123,6 +123,8 @@ def test_the_command_writes_the_curve(run: Any, rng: np.random.Generator, tmp_pa
     ("change", "said"),
     [
         ({"truth": None}, "field 'truth', named by --gold, is 'None', not a number"),
+        ({"truth": [10**400] * 16}, "field 'truth', named by --gold, is not a finite number between -1e+30 and 1e+30"),
+        ({"truth": [math.nan] * 16}, "field 'truth', named by --gold, is not a finite number between -1e+30 and 1e+30"),
         ({"reward": ["high"] * 16}, "field 'reward', named by --proxy, is 'high', not a number"),
         ({"completions": ["a"], "reward": [1], "truth": [1]}, "one sample of the question 'p7'"),
         ({"reward": [0.0] * 15}, "field 'reward' has 15 entries, none for completions[15]"),
