@@ -22,6 +22,11 @@ RIDGE = 1e-6  # added to the variances
 ONE_CLASS = "all"
 
 
+def _names(classes: Sequence[object] | None, count: int) -> list[str]:
+    """As texts, which a file keeps and a trainer's column gives; numbers are theirs."""
+    return [ONE_CLASS] * count if classes is None else [str(name) for name in classes]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentReference:
     """Latents of a reference policy in the reward model with this ``fingerprint``: a normal distribution for each class
@@ -32,18 +37,18 @@ class LatentReference:
 
     @staticmethod
     def of(
-        model: RewardModel, prompts: Sequence[str], completions: Sequence[str], classes: Sequence[str] | None = None
+        model: RewardModel, prompts: Sequence[str], completions: Sequence[str], classes: Sequence[object] | None = None
     ) -> "LatentReference":
         """From completions of the reference policy, usually the one before training.
 
         Args:
-            classes: of each prompt; one class for all by default.
+            classes: of each prompt, by its text; one class for all by default.
 
         Raises:
             UserError: fewer than FEWEST_PER_WIDTH completions of a class per dimension.
         """
         latents_ND = model.latents(model.encode(prompts, completions)).astype(np.float64)
-        class_N = np.array([ONE_CLASS] * len(prompts) if classes is None else classes)
+        class_N = np.array(_names(classes, len(prompts)))
         width, normals = latents_ND.shape[1], {}
         for name in np.unique(class_N).tolist():
             own_ND = latents_ND[class_N == name]
@@ -84,10 +89,10 @@ class LatentReference:
                 "the latent reference is of another model's weights: make it with LatentReference.of for this"
             )
 
-    def distances(self, latents_ND: np.ndarray, classes: Sequence[str] | None = None) -> np.ndarray:
+    def distances(self, latents_ND: np.ndarray, classes: Sequence[object] | None = None) -> np.ndarray:
         """Mahalanobis distances [N], not squared, each to the reference of its class. Raises UserError for a class
         without a reference."""
-        names = [ONE_CLASS] * len(latents_ND) if classes is None else list(classes)
+        names = _names(classes, len(latents_ND))
         if unknown := [name for name in names if name not in self.classes]:
             raise UserError(f"class {unknown[0]!r} has no latent reference: there is one for {', '.join(self.classes)}")
         distance_N = np.empty(len(names))

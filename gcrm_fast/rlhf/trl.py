@@ -138,7 +138,7 @@ class RewardFunction:
         rewards = [j.reward + (self.q_weight * float(j.q_Gn[0, -1]) if j.q_Gn is not None else 0.0) for j in judged]
         if self.reference is None or not judged:
             return rewards
-        classes = [str(name) for name in columns[self.class_column]] if self.class_column else None
+        classes = columns[self.class_column] if self.class_column else None
         latents_ND = np.stack([j.latent_D for j in judged if j.latent_D is not None])
         distance_N = self.reference.distances(latents_ND, classes)
         return [

@@ -19,6 +19,12 @@ FAULTS = {
         "own_ND = latents_ND",
         "tests/rlhf/test_latents.py -k each_class",
     ),
+    "latents: classes are not texts": (
+        "gcrm_fast/rlhf/latents.py",
+        "[str(name) for name in classes]",
+        "list(classes)",
+        "tests/rlhf/test_latents.py -k numbers",
+    ),
     "monitored: samples of evaluations count": (
         "gcrm_fast/rlhf/monitored.py",
         "        self.training = False\n        if not self.called:",

@@ -57,6 +57,21 @@ def test_each_class_of_prompts_has_its_reference(model: RewardModel) -> None:
         function(ASKED, ANSWERS, task=["code"] * 4)
 
 
+def test_classes_that_are_numbers_are_texts(model: RewardModel, tmp_path: Path) -> None:
+    numbers = [i % 2 for i in range(80)]
+    LatentReference.of(model, PROMPTS, COMPLETIONS, numbers).save(tmp_path / "r.safetensors")
+    latents_ND = model.latents(model.encode(ASKED, ANSWERS)).astype(np.float64)
+    for reference in (
+        LatentReference.of(model, PROMPTS, COMPLETIONS, numbers),
+        LatentReference.load(tmp_path / "r.safetensors"),
+    ):
+        assert list(reference.classes) == ["0", "1"]
+        same = [reference.distances(latents_ND, [1, 0, 1, 0]), reference.distances(latents_ND, ["1", "0", "1", "0"])]
+        np.testing.assert_array_equal(*same)
+        with pytest.raises(UserError, match="class '2' has no latent reference: there is one for 0, 1"):
+            reference.distances(latents_ND, [0, 1, 2, 0])
+
+
 def test_few_completions_are_refused_or_said(model: RewardModel, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"5 reference completions of class 'all' .* width 3: give at least 6"):
         LatentReference.of(model, PROMPTS[:5], COMPLETIONS[:5])
