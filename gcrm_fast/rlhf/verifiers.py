@@ -144,7 +144,9 @@ def _work(request: str, name: str, *arguments: Any) -> str:
         return json.dumps(verifier.read(*arguments))
     if request == "load":
         return ""
-    score = verifier.check(*arguments)
+    score: Any = verifier.check(*arguments)
+    if hasattr(score, "item"):  # of NumPy or torch
+        score = score.item()
     if score is not None and not (isinstance(score, (bool, int, float)) and 0 <= score <= 1):
         raise ValueError(f"gives {str(score)[:20]!r}: not true, false, a number from 0 to 1 or None")
     return json.dumps(None if score is None else float(score))

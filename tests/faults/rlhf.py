@@ -73,6 +73,12 @@ FAULTS = {
         "verdict = Verdict(1.0 if kind else answer or 0.0, kind",
         "tests/rlhf/test_verifiers.py -k one_that_fails",
     ),
+    "verifiers: numbers of NumPy fail": (
+        "gcrm_fast/rlhf/verifiers.py",
+        'if hasattr(score, "item"):',
+        "if False:",
+        "tests/rlhf/test_verifiers.py -k numpy",
+    ),
     "verifiers: the first match counts": (
         "gcrm_fast/rlhf/verifiers.py",
         "matches[-1][",

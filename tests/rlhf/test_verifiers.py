@@ -105,6 +105,19 @@ def test_one_that_fails_says_so_and_counts_as_wrong(
     assert verifiers.counts == {"failed": 1, "verified": 1}
 
 
+@pytest.mark.parametrize("kind", ["bool_", "int64", "float32", "float64"])
+def test_numbers_of_numpy_count_as_any(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    verifiers = Verifiers({"x": "support.checks:of_numpy"})
+    assert verifiers.check("x", "q", f"{kind} 1", None) == RIGHT
+    assert verifiers.check("x", "q", f"{kind} 0", None) == WRONG
+    if kind.startswith("float"):
+        assert verifiers.check("x", "q", f"{kind} 0.5", None) == (0.5, "verified")
+    assert capsys.readouterr().err == ""
+    if kind != "bool_":
+        assert verifiers.check("x", "q", f"{kind} 7", None) == (0.0, "failed")
+        assert "gives '7" in capsys.readouterr().err
+
+
 def test_many_failures_are_counted_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     verifiers = Verifiers({"x": "support.checks:misbehaves"})
     for _ in range(module.LINES + 5):

@@ -4,6 +4,8 @@ import os
 import time
 from typing import Any
 
+import numpy as np
+
 
 def contains(prompt: str, completion: str, reference: Any) -> float | None:
     """The share of the reference's words that a completion has; one without any letter cannot be read."""
@@ -22,3 +24,9 @@ def misbehaves(prompt: str, completion: str, reference: Any) -> Any:
     if completion == "sleep":
         time.sleep(60)
     return {"text": "yes", "many": 7}.get(completion, True)
+
+
+def of_numpy(prompt: str, completion: str, reference: Any) -> Any:
+    """The value that the completion names, as NumPy has it."""
+    kind, value = completion.split()
+    return getattr(np, kind)(float(value))
