@@ -25,7 +25,7 @@ from gcrm_fast.data.sources import STDIN, BadRecords, rows
 from gcrm_fast.evaluation.plots import plot_selection
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.rlhf.samples import against, rewards_of, task_of, verdicts
-from gcrm_fast.rlhf.selection import SMALL, curriculum, lowest, normalized, pooled, stages
+from gcrm_fast.rlhf.selection import SMALL, check_order, curriculum, lowest, normalized, pooled, stages
 from gcrm_fast.rlhf.verifiers import Verifiers, parse_verifiers, plain
 
 SHOWN = 5  # prompts without an answer that are printed
@@ -54,6 +54,12 @@ def domain_of(samples: Samples, field: str) -> str:
     if not isinstance(value, (str, int)) or value == "":
         raise UserError(f"{samples.where}: field '{field}', named by --domain, is missing or not a text")
     return str(value)
+
+
+def domain_of_merged(record: dict[str, Any], field: str) -> str:
+    """Of a record of --merge, which may have none."""
+    value = record.get(field)
+    return WHOLE if value is None else str(value)
 
 
 def read(options: SelectOptions) -> list[Samples]:
@@ -199,6 +205,9 @@ def select(options: SelectOptions) -> None:
         raise UserError("--output -: several files are written next to it: name a file")
     output = output_file(options.output, [name for name in (*options.data, *options.merge) if name != STDIN])
     samples, before = read(options), originals(options)
+    of_before = [domain_of_merged(one, options.domain) for one in before]
+    if options.order:
+        check_order(options.order, of_before + [domain_of(one, options.domain) for one in samples])
     verifiers = Verifiers(parse_verifiers(options.verifier))
     model = load(options) if options.model else None
     made_by = {
@@ -217,8 +226,8 @@ def select(options: SelectOptions) -> None:
         words, listed = suspects(samples, found, selection)
         after, counts = [*before, *kept], sum((Counter(row["verdicts"]) for row in found), Counter[str]())
         if options.order:
-            fields = [str(one.get(options.domain, WHOLE)) for one in after]
-            order = curriculum(stages(options.order, fields), options.steps * options.prompts_per_step, options.seed)
+            domains = of_before + [selection.domains[i] for i in np.flatnonzero(selection.kept_N).tolist()]
+            order = curriculum(stages(options.order, domains), options.steps * options.prompts_per_step, options.seed)
             write_lines(companion(output, ".curriculum.jsonl"), [{**after[i], "stage": stage} for i, stage in order])
         write_lines(
             companion(output, ".unanswerable.jsonl"),

@@ -6,6 +6,7 @@ comparable, so each is replaced by its place within its domain, and the lowest a
 Letters: N prompts.
 """
 
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -62,17 +63,26 @@ def lowest(places_N: np.ndarray, keep: float, prompts: Sequence[str], how: Norma
     return kept_N
 
 
+def check_order(order: str, domains: Sequence[str]) -> None:
+    """Raises UserError for a name in ``order`` (see ``stages``) that is no domain."""
+    known = set(domains) | {ALL}
+    unknown = sorted({name.strip() for name in re.split(r"[,+]", order)} - known)
+    if unknown:
+        listed = ", ".join([*sorted(known - {ALL}), ALL])
+        raise UserError(f"--order {order}: no prompt has the domain {unknown[0]!r}: the domains are {listed}")
+
+
 def stages(order: str, domains: Sequence[str]) -> list[tuple[str, list[int]]]:
     """The prompts of each stage of a curriculum by their numbers; ``order`` is a list of stages such as
-    ``math+code,all``. Raises UserError for a domain without prompts."""
+    ``math+code,all``, whose names are known. Raises UserError for a domain without prompts."""
     known = set(domains)
     found: list[tuple[str, list[int]]] = []
     for stage in order.split(","):
         names = {name.strip() for name in stage.split("+")}
-        unknown = sorted(names - known - {ALL})
-        if unknown:
-            listed = ", ".join([*sorted(known), ALL])
-            raise UserError(f"--order {order}: no prompt has the domain {unknown[0]!r}: the domains are {listed}")
+        if dropped := sorted(names - known - {ALL}):
+            raise UserError(
+                f"--order {order}: of the prompts of the domain {dropped[0]!r} none is kept: omit it, or raise --keep"
+            )
         own = [i for i, domain in enumerate(domains) if domain in names or ALL in names]
         found.append((stage.strip(), own))
     return found

@@ -156,8 +156,21 @@ def test_the_curriculum_is_the_order_that_a_trainer_reads(run: Any, model: Path,
     assert (tmp_path / "next.jsonl.curriculum.jsonl").read_text() == text
     assert run(*options, "--seed", "1").returncode == 0
     assert (tmp_path / "next.jsonl.curriculum.jsonl").read_text() != text
-    result = run("--model", model, "--order", "law", "--steps", "1")
-    assert "--order law: no prompt has the domain 'law'" in result.stderr
+
+
+def test_names_of_stages_are_checked_before_anything_is_scored(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged = write(tmp_path / "original.jsonl", [{"prompt": "new", "domain": None}, {"prompt": "other"}])
+    options = ["--score", "pass-rate", "--merge", merged, "--steps", "1", "--prompts-per-step", "1"]
+    found = [one | {"is_correct": [one["domain"] == "chat"] * 2} for one in records()]
+    write(tmp_path / "s.jsonl", found)
+    result = run(*options, "--order", "chat,math")
+    assert "--order chat,math: of the prompts of the domain 'math' none is kept" in result.stderr
+    assert run(*options, "--order", "chat,all").returncode == 0
+    monkeypatch.setattr(select, "score_window", None)
+    result = run(*options, "--order", "chat+law")
+    assert "--order chat+law: no prompt has the domain 'law': the domains are chat, math, all" in result.stderr
 
 
 def test_an_interrupted_run_resumes_and_writes_the_same(

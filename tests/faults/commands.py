@@ -181,6 +181,18 @@ FAULTS = {
         "if not float(abs(value)) <= LARGEST:",
         "tests/evaluation/test_overoptimization.py -k say_nothing",
     ),
+    "select: names of stages are checked after the scoring": (
+        "gcrm_fast/commands/select.py",
+        "    if options.order:\n        check_order",
+        "    if False:\n        check_order",
+        "tests/commands/test_select.py -k names_of_stages",
+    ),
+    "select: a null domain is a domain": (
+        "gcrm_fast/commands/select.py",
+        "return WHOLE if value is None else str(value)",
+        "return str(value)",
+        "tests/commands/test_select.py -k names_of_stages",
+    ),
     "generate: weights of goals are part of their names": (
         "gcrm_fast/commands/generate.py",
         "weighted.append((state, 1.0 if weight is None else weight))",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.rlhf.selection import SMALL, curriculum, lowest, normalized, pooled, stages
+from gcrm_fast.rlhf.selection import SMALL, check_order, curriculum, lowest, normalized, pooled, stages
 
 
 def test_places_are_within_the_group_and_equal_scores_do_not_follow_the_file() -> None:
@@ -49,8 +49,11 @@ def test_stages_and_their_order() -> None:
     domains = ["math", "code", "chat", "math"]
     of_stages = stages("math, code+chat,all", domains)
     assert of_stages == [("math", [0, 3]), ("code+chat", [1, 2]), ("all", [0, 1, 2, 3])]
+    check_order("math, code+chat,all", domains)
     with pytest.raises(UserError, match="no prompt has the domain 'law': the domains are chat, code, math, all"):
-        stages("math,law", domains)
+        check_order("math,code+law", [*domains, "all"])
+    with pytest.raises(UserError, match="of the prompts of the domain 'code' none is kept"):
+        stages("math,code", ["math", "chat"])
     order = list(curriculum(of_stages, 10, 7))
     assert [stage for _, stage in order] == ["math"] * 3 + ["code+chat"] * 3 + ["all"] * 4
     assert sorted(i for i, _ in order[:2]) == [0, 3], "every prompt of a stage once before any comes again"
