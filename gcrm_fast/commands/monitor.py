@@ -64,7 +64,7 @@ def monitor(options: MonitorOptions) -> None:
     about = {"model": options.model, "fingerprint": model.fingerprint, "reference": list(options.reference)}
     projection = PCA(2).fit(latents_ND) if latents_ND.shape[1] > 1 else None
     if projection is None:
-        print("latents of width 1 have no second component: map.png is left out", file=sys.stderr)
+        print("latents of width 1 have no second component: map.png is not written", file=sys.stderr)
     with written_aside(options.output) as folder:
         folder.mkdir(parents=True)
         write_rows(folder, rows, about)

@@ -155,5 +155,5 @@ def test_latents_of_width_1_have_no_map(gcrm: Gcrm, rng: np.random.Generator, tm
     sft, step = (write(tmp_path / f"{name}.jsonl", samples(rng, 100, WORDS)) for name in ("sft", "step"))
     result = gcrm("monitor", tmp_path / "m", step, "--reference", sft, "-o", tmp_path / "out")
     assert result.returncode == 0, result.stderr
-    assert "latents of width 1 have no second component: map.png is left out" in result.stderr
+    assert "latents of width 1 have no second component: map.png is not written" in result.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"results.json", "results.csv", "monitor.png"}
