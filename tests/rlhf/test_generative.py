@@ -5,7 +5,6 @@ import dataclasses
 import http.server
 import json
 import math
-import socketserver
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,6 +145,9 @@ def endpoint(answer: Callable[[dict[str, Any], Any], tuple[int, Any]]) -> Iterat
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             assert self.path == "/v1/chat/completions"
             status, reply = answer(body, self.headers)
+            if isinstance(reply, bytes):  # the whole answer
+                self.wfile.write(reply)
+                return
             text = json.dumps(reply).encode()
             self.send_response(status)
             self.send_header("content-length", str(len(text)))
@@ -207,22 +209,9 @@ def test_an_endpoint_that_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 @pytest.mark.parametrize("reply", [b"no HTTP\r\n\r\n", b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"choices":'])
 def test_an_endpoint_that_breaks_off(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generative, "PAUSE", 0.001)
-    asked: list[int] = []
-
-    class Handler(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            asked.append(1)
-            self.request.recv(65536)
-            self.request.sendall(reply)
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-            with pytest.raises(UserError, match=r"the judge does not answer \(broken HTTP: (no HTTP|IncompleteRead)"):
-                GenerativeJudge(url).preferences(["q"])
-        finally:
-            server.shutdown()
-            thread.join()
-    assert len(asked) == generative.ATTEMPTS
+    replies: list[tuple[int, Any]] = [(0, reply)] * generative.ATTEMPTS
+    with endpoint(lambda *_: replies.pop() if replies else (200, listed(A=0.9, B=0.1))) as url:
+        judge = GenerativeJudge(url)
+        with pytest.raises(UserError, match=r"the judge does not answer \(broken HTTP: (no HTTP|IncompleteRead)"):
+            judge.preferences(["q"])
+        assert judge.preferences(["q"]) == [pytest.approx(0.9)], "after as many attempts as there are"
