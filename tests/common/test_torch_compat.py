@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import subprocess
+import sys
 from logging import Logger
 from pathlib import Path
 
@@ -104,6 +105,14 @@ def test_fake_tensors_take_no_memory() -> None:
 
 def test_leaves_of_nested_state() -> None:
     assert torch_compat.tree_leaves({"a": [1, (2, 3)], "b": 4}) == [1, 2, 3, 4]
+
+
+def test_the_import_of_torchao_is_quiet() -> None:
+    """In a process of its own, where nothing has imported torchao yet."""
+    pytest.importorskip("torchao")
+    program = "from gcrm_fast.common.torch_compat import quiet_torchao; quiet_torchao(); import torchao.optim"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout + result.stderr == ""
 
 
 def test_the_logger_of_pytrees() -> None:

@@ -605,6 +605,10 @@ def test_differences_by_seed_and_what_they_would_have_shown(experiments: SimpleN
     assert difference({0: 0.7}, {0: 0.6, 1: 0.6}) == "-"
 
 
+def test_the_pretrained_model_ends_with_the_command_of_the_readme(experiments: SimpleNamespace) -> None:
+    assert experiments.smollm2.NEXT in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.skipif(not (ROOT / "runs" / "smollm2").is_dir(), reason="needs the model of make real-model")
 def test_the_pretrained_model_is_read_and_has_no_trace_of_its_quantization() -> None:
     folder = ROOT / "runs" / "smollm2"
