@@ -5,13 +5,20 @@
 
 The policy first imitates solutions of which half are wrong, so that it knows the form but not the answers. Its gain is
 judged by doing the sums, which it never sees. With a weak reward model (a held-out AUROC of 0.61 was tried) the reward
-rises while the sums get worse. Needs pip install 'gcrm-fast[trl,datasets]'; a minute on a CPU.
+rises while the sums get worse. Needs pip install 'gcrm-fast[trl,datasets]'; two minutes on a CPU.
 """
 
 import random
 import sys
 import tempfile
+import warnings
 from typing import Any, NamedTuple
+
+from gcrm_fast.common.torch_compat import quiet_torchao
+
+quiet_torchao()
+# TRL sets gradient checkpointing by its old name, which it shares with transformers 4.
+warnings.filterwarnings("ignore", r".*gradient_checkpointing", FutureWarning)
 
 import datasets
 import torch
