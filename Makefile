@@ -54,6 +54,7 @@ $(WITH_DOCS): $(INSTALLED)
 
 docs: $(WITH_DOCS)  ## build the documentation in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
+	@echo "wrote build/site/index.html: open it in a browser"
 
 loop: $(WITH_BENCH)  ## reward model, GRPO, the policy's samples, and again: does the loop help?
 	$(BIN)/python experiments/rlhf_loop.py $(ARGS)

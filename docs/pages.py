@@ -13,7 +13,7 @@ from gcrm_fast.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ("experiments/arithmetic.md", "experiments/objectives.md", "bench/LOG.md")
 EXAMPLES = tuple(f"examples/{path.name}" for path in (ROOT / "examples").iterdir() if path.is_file())
-WIDTH = "88"  # columns of the help
+WIDTH = "72"  # columns of the help, which fit next to the navigation
 
 
 def on_files(files: Files, config: Any) -> Files:
