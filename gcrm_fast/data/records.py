@@ -181,13 +181,13 @@ def format_of(values: Mapping[str, Any], raw: Mapping[str, Any], formats: Format
     if not any(field in values for field in nearest):
         nearest = formats.get("completion", ("prompt", *PAIRS["chosen and rejected"]))
         missing = nearest[1]
+    listed = _listed(nearest)
+    if missing in raw:
+        raise FieldError(missing, f"is null: a record needs {listed}")
     for needed in formats.values():
         if columns := suggested_columns(raw, needed):
             absent = next(field for field in needed if field not in values)
             raise FieldError(absent, f"is missing: a record needs {_listed(needed)}: pass {columns}")
-    listed = _listed(nearest)
-    if missing in raw:
-        raise FieldError(missing, f"is null: a record needs {listed}")
     present = ", ".join(map(repr, list(raw)[:12])) or "no field"
     raise FieldError(
         missing,

@@ -187,7 +187,7 @@ class Endpoints:
             job = self._judge(request, [prompts[i] for i in own], texts, [contexts[i] for i in own], own_cuts)
             return [j.reward for j in asyncio.run_coroutine_threadsafe(job, loop).result().judged]
 
-        columns = {"task": body.task, "reference": body.reference}
+        columns = {"task": body.task, "reference": body.reference, "tools": body.tools, "system": body.system}
         work = asyncio.to_thread(self.hybrid, prompts, completions, columns, rewards=rewards)
         try:
             scores, parts = await asyncio.wait_for(work, self.timeout)

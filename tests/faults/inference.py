@@ -1,6 +1,12 @@
 """Faults planted in inference/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "server: a reference under another system message": (
+        "gcrm_fast/inference/server.py",
+        ', "tools": body.tools, "system": body.system}',
+        "}",
+        "tests/inference/test_serve.py -k hybrid_reward",
+    ),
     "generation: the end of a prompt is given with the text": (
         "gcrm_fast/inference/generation.py",
         "new.removeprefix(row.held)",

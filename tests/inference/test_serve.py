@@ -164,6 +164,18 @@ def test_tasks_and_references_ask_for_the_hybrid_reward(model: RewardModel) -> N
         assert answer.body["parts"][0] == {"verifier_sums": 1.0, "unreadable": 0.0, "failed": 0.0}
         assert answer.body["parts"][3] == {"verifier_sums": 0.0, "unreadable": 1.0, "failed": 0.0}
         assert answer.body["parts"][1].keys() == {"proxy", "reward", "reference_reward"}
+        both = {
+            "prompts": [[{"role": "user", "content": "one?"}]] * 2,
+            "completions": [[{"role": "assistant", "content": "three"}]] * 2,
+            "reference": ["seven"] * 2,
+            "system": ["one one one", "five, six; seven"],
+        }
+        alone = [
+            server.ask("/score", {name: values[i : i + 1] for name, values in both.items()}).body["rewards"][0]
+            for i in range(2)
+        ]
+        assert server.ask("/score", both).body["rewards"] == pytest.approx(alone, rel=1e-5)
+        assert alone[0] != pytest.approx(alone[1], rel=1e-4)
         for change, message in (
             ({"reference": None}, "the prompt 'hello?' has no verifier of its task and no reference"),
             ({"task": ["sums"]}, "field 'task' has 1 entries, but 'completions' has 4"),
