@@ -66,7 +66,7 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
         chance = highest_by_chance(int(last["eval/pairs"]))
         blind = [percent for percent in percents if last[f"eval/auroc_q_at/{percent}"] <= chance]
         for i, percent in enumerate(blind):
-            label = f"AUROC of Q up to {chance:.2f}: no better than chance" if i == 0 else None
+            label = f"gray: AUROC of Q within chance (up to {chance:.2f})" if i == 0 else None
             grid[1, 2].axvspan(percent - 5, percent + 5, color="0.9", zorder=0, linewidth=0, label=label)
     if pairs:
         grid[1, 2].set(title="Mean Q-value at the last evaluation", xlabel="% of the held-out completion")

@@ -1,7 +1,7 @@
 """Runs in words: what became of the records, what --dry-run shows, the held-out results."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ from gcrm_fast.training.prepare import Prepared, lora_of, steps_of, trained_laye
 
 MANY_DROPPED = 0.1  # of the training pairs
 FEW_STEPS, FEW_PAIRS = 20, 30
+LEARNED = 0.98  # of the first evaluation's ranking loss
 COLLAPSED = 0.95  # mean cosine between states of one completion
 SHOWN = 200  # characters at both ends of a long text
 HELD_OUT = {
@@ -124,6 +125,14 @@ def on_policy_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, s
         ("  pairs of samples", f"{per_epoch}, about {passes:.2g} times in this run"),
         ("  sample ends", samples.report.ending_summary()),
     ]
+
+
+def unlearned_rows(ranking: Sequence[float], peak_lr: float) -> list[tuple[str, str]]:
+    """A warning where no evaluation has a ranking loss much below that of the first."""
+    if min(ranking) < LEARNED * ranking[0]:
+        return []
+    fall = f"the held-out ranking loss did not fall ({ranking[0]:.3f} -> {ranking[-1]:.3f})"
+    return [("warning", f"{fall}: raise --lr (here {peak_lr:g}) or --epochs")]
 
 
 def q_verdict(evaluation: Mapping[str, float]) -> str:

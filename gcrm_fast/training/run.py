@@ -23,7 +23,7 @@ from gcrm_fast.training.accounting import Meter, peak_flops, peak_memory
 from gcrm_fast.training.agreement import check_agreement
 from gcrm_fast.training.config import TrainConfig, to_toml
 from gcrm_fast.training.curves import plot_curves
-from gcrm_fast.training.describe import data_rows, held_out_rows, q_verdict
+from gcrm_fast.training.describe import data_rows, held_out_rows, q_verdict, unlearned_rows
 from gcrm_fast.training.early_stopping import EarlyStopping
 from gcrm_fast.training.held_out import (
     NOT_FINITE_REMEDY,
@@ -326,7 +326,8 @@ def finish(run: Run, step: int) -> dict[str, float]:
     prepared, log, output = run.prepared, run.log, run.prepared.output
     last = run.full_model()
     evaluation = run.evaluate(step, last.goal)
-    rows = [("optimizer steps", f"{step} of {run.config.global_batch_pairs} {run.config.unit}")]
+    peak, size = run.state.updater.peak, f"{run.config.global_batch_pairs} {run.config.unit}"
+    rows = [("optimizer steps", f"{step} of {size}, peak learning rate {peak:g}")]
     if run.stopping.is_over:
         rows.append(("stopped early", stopped_early(run, step)))
     if log:
@@ -349,6 +350,7 @@ def finish(run: Run, step: int) -> dict[str, float]:
         run.checkpoints.remove_all()
         if evaluation and run.config.loss == "ranking":
             rows.append(("Q-values", q_verdict(evaluation)))
+            rows += unlearned_rows(log.series("eval/loss/ranking"), peak)
         rows.append(("peak memory", f"{peak_memory(run.device) / 2**30:.2f} GiB per process"))
         files = {"model": "model", "model card": "model/README.md", "curves": "curves.png"}
         if run.scores and run.config.loss == "ranking":

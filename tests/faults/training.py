@@ -1,6 +1,12 @@
 """Faults planted in training/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "a ranking loss that rose again counts as never fallen": (
+        "gcrm_fast/training/describe.py",
+        "if min(ranking) < LEARNED",
+        "if ranking[-1] < LEARNED",
+        "tests/training/test_train.py -k ranking_loss_that_does_not_fall",
+    ),
     "cached states depend on the head": (
         "gcrm_fast/training/lower_states.py",
         'f"{trunk} {self.dtype}"',

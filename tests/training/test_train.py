@@ -24,7 +24,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.model import heads
 from gcrm_fast.train import locked, main
 from gcrm_fast.training.config import check_output, parse, to_toml
-from gcrm_fast.training.describe import q_verdict
+from gcrm_fast.training.describe import q_verdict, unlearned_rows
 from support.training_runs import ROOT, TIMES, TINY, Gcrm, arguments, rows, torchrun
 
 
@@ -76,6 +76,13 @@ def test_evaluations_say_whether_q_is_more_than_the_end_token(pair_file: Path, t
     page = (tmp_path / "inspect.html").read_text()
     assert re.search(verdict, page)
     assert ">too few" not in page  # a sentence there
+
+
+def test_a_ranking_loss_that_does_not_fall_is_a_warning() -> None:
+    [(name, text)] = unlearned_rows([0.693, 0.688, 0.69], 9e-6)
+    assert name == "warning"
+    assert text == "the held-out ranking loss did not fall (0.693 -> 0.690): raise --lr (here 9e-06) or --epochs"
+    assert unlearned_rows([0.693, 0.5, 0.72], 9e-6) == []  # learned, and then too much
 
 
 def test_training_from_python(pair_file: Path, tmp_path: Path) -> None:
