@@ -264,9 +264,14 @@ def values_of(rows: Sequence[Row], arm: str, name: str) -> dict[int, np.ndarray]
     return {row["seed"]: np.array(row["problems"][name], dtype=float) for row in rows if row["arm"] == arm}
 
 
-def difference(rows: Sequence[Row], arm: str, name: str) -> str:
-    """The arm less BASE, paired by seed and problem."""
-    return "-" if arm == BASE else paired_difference(values_of(rows, arm, name), values_of(rows, BASE, name))
+def differences(rows: Sequence[Row], arms: Sequence[str], base: str) -> str:
+    """A table of the arms less ``base``, paired by seed and problem."""
+    lines = []
+    for arm in arms:
+        pairs = [(values_of(rows, arm, name), values_of(rows, base, name)) for name in BY_PROBLEM.values()]
+        shared = str(len(pairs[0][0].keys() & pairs[0][1].keys()))
+        lines.append([arm, shared, *("-" if arm == base else paired_difference(*both) for both in pairs)])
+    return markdown(["", "seeds", *BY_PROBLEM], lines)
 
 
 def verdict(rows: Sequence[Row], arm: str, other: str, name: str, sign: int) -> str:
@@ -290,29 +295,32 @@ def against_the_paper(rows: Sequence[Row]) -> str:
 def tables(rows: Sequence[Row]) -> str:
     known_arms = dict.fromkeys((*ARMS, RANDOM_GOAL, SINGLE_GOAL, *SWEEPS, *PRETRAINED_ARMS))
     arms = [arm for arm in known_arms if any(row["arm"] == arm for row in rows)]
-    levels, effects, scalars = [], [], []
+    levels, scalars = [], []
     names = sorted({name for row in rows for name in row["scalars"]})
     for arm in arms:
         own = [row for row in rows if row["arm"] == arm]
         by_name = {name: list(values_of(rows, arm, name).values()) for name in BY_PROBLEM.values()}
-        seeds = str(len(own))
-        levels.append([arm, seeds, *(cell([float(np.nanmean(v)) for v in by_name[n]]) for n in BY_PROBLEM.values())])
-        effects.append([arm, seeds, *(difference(rows, arm, name) for name in BY_PROBLEM.values())])
+        levels.append(
+            [arm, str(len(own)), *(cell([float(np.nanmean(v)) for v in by_name[n]]) for n in BY_PROBLEM.values())]
+        )
         known = {name: [row["scalars"][name] for row in own if name in row["scalars"]] for name in names}
         scalars.append([arm, *(cell(values) if values else "-" for values in known.values())])
-    head = ["", "seeds", *BY_PROBLEM]
     return f"""## Levels
 
 Means over seeds with 95% t-intervals over seeds.
 
-{markdown(head, levels)}
+{markdown(["", "seeds", *BY_PROBLEM], levels)}
 
 ## Differences from {BASE}
 
 Paired by seed and problem; 95% intervals from the variance over seeds and over problems.
 * where the interval excludes 0.
 
-{markdown(head, effects)}
+{differences(rows, arms, BASE)}
+
+## Differences from the ranking loss alone
+
+{differences(rows, arms, "ranking")}
 
 ## Compared with the paper
 
