@@ -160,6 +160,13 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, completion: Completion) -> l
     return pieces[completion.start :]
 
 
+def prompt_text(tokenizer: PreTrainedTokenizerBase, pair: TokenizedPair) -> str:
+    """The prompt as its tokens read, special ones included, without a start token that the tokenizer adds."""
+    ids, bos = pair.chosen_ids[: pair.chosen_start].tolist(), tokenizer.bos_token_id
+    added = ids[:1] == [bos] and bos in tokenizer("")["input_ids"]
+    return str(tokenizer.decode(ids[int(added) :], clean_up_tokenization_spaces=False))
+
+
 def encode_completions(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],

@@ -3,6 +3,7 @@
 One HTML file without scripts or requests. The template escapes all text. Letters: n tokens of a completion.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,6 +27,7 @@ MIN_STEPS = 4
 DIFFERENCE = "first difference"
 KEPT = 12  # shared tokens that stay visible in front of the first difference; more are folded
 PREVIEWED = 70  # characters of a prompt next to the title of its record
+MARK = re.compile(r"<\|[^<>|]*\|>")  # a special token of a chat template
 FOLDED_PROMPT = 400  # characters from which the prompt is folded
 
 
@@ -79,9 +81,9 @@ class Record:
 
     @property
     def preview(self) -> str:
-        """The end of the prompt in one line: chats often begin with the same system message."""
-        text = " ".join(self.prompt.split())
-        return text if len(text) <= PREVIEWED else "…" + text[-PREVIEWED:]
+        """The end of the prompt in one line, from a whole word on: chats often begin with the same system message."""
+        text = " ".join(MARK.sub(" ", self.prompt).split())
+        return text if len(text) <= PREVIEWED else "… " + text[-PREVIEWED:].partition(" ")[2]
 
     @property
     def folded(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.data.encoding import TokenizedPair
+from gcrm_fast.data.encoding import TokenizedPair, prompt_text
 from gcrm_fast.model import heads
 from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, to_toml, unused_options
 
@@ -65,16 +65,11 @@ def example_of(pairs: Sequence[TokenizedPair], tokenizer: PreTrainedTokenizerBas
     """The first of the chosen completions, uncut ones, of up to EXAMPLE_CHARACTERS, or else the shortest, as its tokens
     read."""
 
-    adds_bos = tokenizer.bos_token_id in tokenizer("")["input_ids"]
-
-    def text(ids: Any) -> str:
-        return str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
-
     def example(pair: TokenizedPair) -> Example:
         ended = int(pair.chosen_ids[-1]) != tokenizer.eos_token_id
-        prompt, completion = pair.chosen_ids[: pair.chosen_start], pair.chosen_ids[pair.chosen_start :]
-        prompt = prompt[int(adds_bos and prompt[0] == tokenizer.bos_token_id) :]
-        return Example(text(prompt), text(completion if ended else completion[:-1]), ended)
+        ids = pair.chosen_ids[pair.chosen_start : None if ended else -1].tolist()
+        completion = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        return Example(prompt_text(tokenizer, pair), completion, ended)
 
     near = pairs[:EXAMPLES]
     examples = (example(pair) for pair in near)

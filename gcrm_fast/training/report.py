@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from gcrm_fast.data.encoding import OWN_END, Completion, TokenizedPair, token_texts
+from gcrm_fast.data.encoding import OWN_END, Completion, TokenizedPair, prompt_text, token_texts
 from gcrm_fast.evaluation.page import Column, Record, marks_of, page, selected
 from gcrm_fast.training.describe import q_verdict
 from gcrm_fast.training.held_out import Scores, TokenScores, metrics
@@ -31,9 +31,8 @@ def _record(pair: TokenizedPair, values: TokenScores, tokenizer: PreTrainedToken
         Column(title=title, text_n=text_n, reward_n=reward_n, q_n=q_n, right=title == "chosen", marks=marks_n)
         for title, text_n, (reward_n, q_n), marks_n in zip(("chosen", "rejected"), texts, values, marks, strict=True)
     ]
-    prompt = tokenizer.decode(pair.chosen_ids[: pair.chosen_start].tolist(), skip_special_tokens=True)
     title = f"Pair {pair.pair_id}" + (f" ({Path(pair.where).name})" if pair.where else "")
-    return Record(title=title, prompt=str(prompt), columns=columns)
+    return Record(title=title, prompt=prompt_text(tokenizer, pair), columns=columns)
 
 
 def write_report(

@@ -92,6 +92,9 @@ def test_the_title_of_a_record_shows_the_end_of_its_prompt() -> None:
     """Chats with the same system message differ there."""
     assert Record(title="Pair 1", prompt="1+1\n= ", columns=[]).preview == "1+1 ="
     assert Record(title="Pair 1", prompt="system " * 20 + "\nWho?", columns=[]).preview.endswith("system Who?")
+    chat = "<|im_start|>system\n" + "helpful " * 9 + "<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n"
+    preview = Record(title="Pair 1", prompt=chat, columns=[]).preview
+    assert preview == "… " + "helpful " * 7 + "user Who?"
 
 
 def test_one_completion_stands_alone_and_lists_stand_together(model: Path, tmp_path: Path) -> None:
