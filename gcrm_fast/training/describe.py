@@ -81,7 +81,8 @@ def data_rows(prepared: Prepared, config: TrainConfig) -> list[tuple[str, str]]:
         )
     if prepared.steps < FEW_STEPS:
         hint = "raise --steps" if config.steps else "raise --epochs or lower --global-batch-pairs"
-        rows.append(("warning", f"{prepared.steps} optimizer steps hardly change a model: {hint}"))
+        steps = _counted(prepared.steps, "optimizer step")
+        rows.append(("warning", f"a run of {steps} hardly changes a model: {hint}"))
     if 0 < len(prepared.held_out) < FEW_PAIRS:
         more = "raise --eval-split" if config.eval_split else "give more --eval-data"
         few = f"{len(prepared.held_out)} held-out {config.unit}"

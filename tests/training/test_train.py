@@ -126,7 +126,7 @@ def test_dropped_pairs_and_short_completions_are_warned_of(tmp_path: Path, gcrm:
     stdout = gcrm("--data", data, "--vocab-size", "259", "--max-length", "32", "--dry-run", "--cache", "none").stdout
     assert "20% of the training pairs are dropped: raise --max-length" in stdout
     assert "100% of the chosen completions are one token and its end token" in stdout
-    assert "1 optimizer steps hardly change a model: raise --epochs or lower --global-batch-pairs" in stdout
+    assert "a run of 1 optimizer step hardly changes a model: raise --epochs or lower --global-batch-pairs" in stdout
 
 
 def test_a_run_of_few_pairs_names_its_files_and_seconds_per_step(tmp_path: Path, capsys: Any) -> None:
@@ -138,7 +138,7 @@ def test_a_run_of_few_pairs_names_its_files_and_seconds_per_step(tmp_path: Path,
     assert main(options) == 0
     seconds = time.perf_counter() - start
     stdout, stderr = capsys.readouterr()
-    assert "2 optimizer steps hardly change a model: raise --steps" in stdout
+    assert "a run of 2 optimizer steps hardly changes a model: raise --steps" in stdout
     assert "1 held-out pairs cannot tell a good model from a bad one" in stdout
     assert all(float(shown) < seconds for shown in re.findall(r"s/step=([\d.e+]+)", stderr))
     assert "s/step=" in stderr
