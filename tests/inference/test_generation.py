@@ -164,8 +164,8 @@ def test_top_p_of_a_row_does_not_depend_on_the_others() -> None:
     sampling = Sampling(temperature=1.0, top_p=0.95)
     flat = torch.zeros(1, 2000)
     alone = torch.cat([next_tokens(logits[i : i + 1], sampling, uniform[i : i + 1])[0] for i in range(60)])
-    beside, _ = next_tokens(torch.cat([flat, logits]), sampling, torch.cat([uniform[:1], uniform]))
-    assert torch.equal(beside[1:], alone)
+    together, _ = next_tokens(torch.cat([flat, logits]), sampling, torch.cat([uniform[:1], uniform]))
+    assert torch.equal(together[1:], alone)
 
 
 def test_the_smallest_temperature_and_top_p_take_the_most_likely_token() -> None:
