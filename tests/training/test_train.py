@@ -271,7 +271,8 @@ def test_one_to_four_processes_give_the_same_losses_and_model(pair_file: Path, t
         for a, b in zip(logs[0], logs[other], strict=True):
             assert a.keys() == b.keys()
             for name in a.keys() - TIMES:
-                assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-4), (other, a["step"], name)
+                absolute = 1.5 / 21**2 if "auroc" in name else 2e-4  # of 21 x 21 couples one may be a near tie
+                assert a[name] == pytest.approx(b[name], rel=2e-3, abs=absolute), (other, a["step"], name)
         for name, tensor in models[0].items():
             torch.testing.assert_close(models[other][name], tensor, rtol=2e-3, atol=2e-4)
 
