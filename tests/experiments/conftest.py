@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 
+from gcrm_fast import train
 from support.training_runs import ROOT
 
 FOLDER = ROOT / "experiments"
@@ -19,3 +20,17 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleTy
     yield importlib.import_module
     for path in FOLDER.glob("*.py"):
         sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Arguments of every training run that a script starts."""
+    started: list[list[str]] = []
+    real = train.main
+
+    def main(arguments: list[str]) -> int:
+        started.append(arguments)
+        return real(arguments)
+
+    monkeypatch.setattr(train, "main", main)
+    return started

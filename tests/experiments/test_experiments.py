@@ -144,20 +144,6 @@ def test_a_pair_stays_or_goes_as_a_whole(objectives: ModuleType) -> None:
 # -------------------------------------------------------------------------------------------------------- the scripts
 
 
-@pytest.fixture
-def trainings(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Arguments of every training run that a script starts."""
-    started: list[list[str]] = []
-    real = train.main
-
-    def main(arguments: list[str]) -> int:
-        started.append(arguments)
-        return real(arguments)
-
-    monkeypatch.setattr(train, "main", main)
-    return started
-
-
 @pytest.mark.slow
 def test_the_chain_from_nothing_and_again(
     chain: ModuleType, trainings: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -282,7 +268,7 @@ def test_objectives_without_data_say_so_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
-# --------------------------------------------------------------------------------------------------------- ablations
+# --------------------------------------------------------------------------------------------------------- intervals
 
 
 def test_an_interval_over_seeds_and_questions_holds_both_variances(experiments: SimpleNamespace) -> None:
@@ -293,88 +279,6 @@ def test_an_interval_over_seeds_and_questions_holds_both_variances(experiments: 
     mean, half = experiments.summary.two_way_interval(questions_SQ)
     assert mean == 0.5
     assert half == pytest.approx(4.3027 * math.sqrt((1 / 3) / 4), rel=1e-4)  # t with 2 degrees of freedom
-
-
-def test_ablations_continue_from_their_rows(
-    experiments: SimpleNamespace,
-    trainings: list[list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    ablations = experiments.ablations
-    little = (*SMALL, "--train-pairs", "300", "--eval-pairs", "20")
-    monkeypatch.setattr(ablations, "ARMS", {"random": little, "rs": (*little, "--sampling", "rs")})
-    monkeypatch.setattr(ablations, "SWEEPS", {})
-    common = ["--runs", str(tmp_path / "runs"), "--steps", "1", "--problems", "6", "-o", str(tmp_path / "report")]
-    assert ablations.main([*common, "--seeds", "2", "--arms", "random"]) == 0
-    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert [(row["seed"], row["arm"]) for row in rows[::3]] == [(0, "random"), (1, "random")]
-    assert {row["arm"] for row in rows} == {"random", ablations.RANDOM_GOAL, ablations.SINGLE_GOAL}
-    assert all(len(values) == 6 for row in rows for values in row["problems"].values())
-    assert rows[0]["scalars"].keys() > {"auroc", "similarity/within", "correlation at 20%"}
-    assert rows[0]["problems"]["reward"] == rows[1]["problems"]["reward"]
-    assert rows[0]["problems"]["q"] != rows[1]["problems"]["q"]
-    assert "2 runs are still missing" in (tmp_path / "report.md").read_text()
-    assert not any((tmp_path / "runs").glob("random-*"))
-    assert ablations.main([*common, "--seeds", "2"]) == 0
-    assert len(trainings) == 4
-    text = (tmp_path / "report.md").read_text()
-    assert "Every run is finished" in text
-    capsys.readouterr()
-    for more in (["--problems", "5"], ["--steps", "2"], ["--model", "m"]):
-        assert ablations.main([*common, *more, "--seeds", "1"]) == 2
-        assert f"holds rows of {more[0]} " in capsys.readouterr().err
-    found = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert found[: len(rows)] == rows
-    own, base = (
-        np.array([row["problems"]["majority"] for row in found if row["arm"] == arm]) for arm in ("rs", "random")
-    )
-    mean, half = experiments.summary.two_way_interval(own - base)
-    assert f"{mean:+.3f} ± {half:.3f}" in text
-
-
-def test_ablations_of_a_pretrained_model(
-    experiments: SimpleNamespace,
-    trainings: list[list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Its own options and arms; the option of an arm comes after the common one and replaces it."""
-    ablations = experiments.ablations
-    save(tmp_path / "model")
-    little = {"--train-layers": "1", "--train-pairs": "40", "--eval-pairs": "20", "--contrastive-weight": "0.5"}
-    monkeypatch.setattr(ablations, "PRETRAINED", little)
-    given = ["--model", str(tmp_path / "model"), "--runs", str(tmp_path / "runs"), "-o", str(tmp_path / "report")]
-    given += ["--steps", "1", "--problems", "4", "--seeds", "1"]
-    assert ablations.main([*given, "--arms", "random", "weight 2.0"]) == 0
-    assert [Path(argv[argv.index("--output") + 1]).name for argv in trainings] == ["random-0", "weight-2.0-0"]
-    for argv, weight in zip(trainings, ("0.5", "2"), strict=True):
-        assert argv.count("--contrastive-weight") == 1
-        assert argv[argv.index("--contrastive-weight") + 1] == weight
-        assert argv[argv.index("--model") + 1] == str(tmp_path / "model")
-        assert "--cache-states" in argv
-    text = (tmp_path / "report.md").read_text()
-    assert "6 runs are still missing" in text
-    assert "late goal" not in text  # no row of an arm that was not trained
-    capsys.readouterr()
-    assert ablations.main([*given, "--arms", "rs"]) == 2
-    assert "--arms rs: must be of random, ranking, " in capsys.readouterr().err
-
-
-def test_signs_and_those_of_the_paper(experiments: SimpleNamespace) -> None:
-    """Three seeds of three problems; an interval that includes 0 says nothing."""
-    values = {"random": 0.5, "rs": 0.3, "avg": 0.7, "ranking": 0.301}
-    rows = [
-        {"arm": arm, "seed": seed, "problems": {"reward": [value + 0.01 * seed * (arm == "ranking")] * 3}}
-        for arm, value in values.items()
-        for seed in range(3)
-    ]
-    assert experiments.ablations.verdict(rows, "rs", "random", "reward", -1).endswith("-0.200 ± 0.000 *: same sign")
-    assert experiments.ablations.verdict(rows, "avg", "random", "reward", -1).endswith("*: other sign")
-    assert experiments.ablations.verdict(rows, "rs", "ranking", "reward", -1).endswith(": no difference shown")
-    assert experiments.ablations.verdict(rows, "late goal", "random", "reward", -1) == "-"
 
 
 # ---------------------------------------------------------------------------------------------------------- policies

@@ -221,12 +221,12 @@ FAULTS = {
         "experiments/ablations.py",
         "both = {name: common | own for",
         "both = {name: common | {} for",
-        "tests/experiments/test_experiments.py -k ablations_of_a_pretrained",
+        "tests/experiments/test_ablations.py -k ablations_of_a_pretrained",
     ),
     "ablations: every sign is the paper's": (
         "experiments/ablations.py",
         "(text[0] == '-') == (sign < 0)",
         "sign < 0",
-        "tests/experiments/test_experiments.py -k signs_and_those",
+        "tests/experiments/test_ablations.py -k signs_and_those",
     ),
 }

@@ -14,7 +14,7 @@ from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.encoding import CUT, OWN_END, Completion
 from gcrm_fast.inference.decoding import Result, Text, Update, decode
-from gcrm_fast.inference.generation import Sampling, Writer
+from gcrm_fast.inference.generation import Row, Sampling, Writer
 from gcrm_fast.inference.judging import Goals, Judge, goals_of
 from gcrm_fast.inference.methods import UNJUDGED, Method
 from support import models, policies
@@ -277,12 +277,18 @@ def other_reward(tmp_path_factory: pytest.TempPathFactory) -> RewardModel:
     return RewardModel.from_pretrained(path, device="cpu")
 
 
-def test_text_that_grows_is_encoded_again_where_tokens_merge(policy: Policy, other_reward: RewardModel) -> None:
+def judged_row(policy: Policy, reward: RewardModel, prompt: str) -> tuple[Row, Judge]:
+    """A row of the prompt, whose text a test may set, and the judge that reads it."""
     writer = Writer(policy, SAMPLING, rows=1, with_text=True)
-    writer.add(policy.encode(["one"])[0], 1, "prompt 0")
+    writer.add(policy.encode([prompt])[0], 1, "prompt 0")
     [row] = writer.step()
-    judge = Judge(other_reward, goals_of(other_reward, {}), policy, limit=1000)
-    judge.open("one", [row], room=0, name="prompt 0")
+    judge = Judge(reward, goals_of(reward, {}), policy, limit=1000)
+    judge.open(prompt, [row], room=0, name="prompt 0")
+    return row, judge
+
+
+def test_text_that_grows_is_encoded_again_where_tokens_merge(policy: Policy, other_reward: RewardModel) -> None:
+    row, judge = judged_row(policy, other_reward, "one")
     lengths = []
     for text in ("", "; se", "; sev", "; seven s", "; seven six", "; seven six f", "; seven six four"):
         row.text = text
@@ -298,11 +304,7 @@ def test_a_token_that_no_longer_joins_prompt_and_text_is_the_prompts(policy: Pol
     prompt, texts = "one tw", ("", "o", "one")
     starts = [other_reward.encode([prompt], [text], [True])[0].start for text in texts]
     assert starts[1] < starts[0] == starts[2]
-    writer = Writer(policy, SAMPLING, rows=1, with_text=True)
-    writer.add(policy.encode([prompt])[0], 1, "prompt 0")
-    [row] = writer.step()
-    judge = Judge(other_reward, goals_of(other_reward, {}), policy, limit=1000)
-    judge.open(prompt, [row], room=0, name="prompt 0")
+    row, judge = judged_row(policy, other_reward, prompt)
     for text in texts:
         row.text = text
         judge.look([row])
@@ -311,11 +313,7 @@ def test_a_token_that_no_longer_joins_prompt_and_text_is_the_prompts(policy: Pol
 
 
 def test_a_cut_row_without_text_gets_the_reward_of_an_empty_one(policy: Policy, other_reward: RewardModel) -> None:
-    writer = Writer(policy, SAMPLING, rows=1, with_text=True)
-    writer.add(policy.encode(["one"])[0], 1, "prompt 0")
-    [row] = writer.step()
-    judge = Judge(other_reward, goals_of(other_reward, {}), policy, limit=1000)
-    judge.open("one", [row], room=0, name="prompt 0")
+    row, judge = judged_row(policy, other_reward, "one")
     row.text, row.ending = "", "length"  # a part of a character, which has no text yet
     judge.look([row])
     assert judge.rewards([row]) == [pytest.approx(float(other_reward.score(["one"], [""])[0]), abs=1e-5)]
