@@ -33,7 +33,7 @@ from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import parallel
-from gcrm_fast.training.config import TrainConfig, check_unfinished, default_output, parse
+from gcrm_fast.training.config import ARITHMETIC, TrainConfig, check_unfinished, default_output, parse
 from gcrm_fast.training.describe import describe
 from gcrm_fast.training.hub import create_repository, upload
 from gcrm_fast.training.interrupts import Interrupts, Request, end_with_parent
@@ -44,6 +44,8 @@ from gcrm_fast.training.prepare import Prepared, prepare
 from gcrm_fast.training.resume import with_template_date
 from gcrm_fast.training.run import finish, resume_hint, set_up
 
+# Without tqdm's own seconds per step, which have evaluations and checkpoints in them: log_row's have not.
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 LOCK_WAIT = 10.0  # seconds: longer than the processes of a killed torchrun take to notice
 LONE_ERROR_WAIT = 20.0  # seconds in which torchrun ends this process where its machine's first one has failed alike
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset|refused)|[Tt]imed out|[Bb]roken pipe|Socket closed")  # gloo
@@ -65,7 +67,7 @@ def train(config: TrainConfig, prepared: Prepared, mesh: DeviceMesh, device: tor
     interrupts = Interrupts(parallel.cpu_group(config.timeout))
     step, end = start, start if run.stopping.is_over else prepared.steps
     numbers = range(start + 1, end + 1)
-    bar = progress_bar(numbers, initial=start, total=prepared.steps, shown=run.log is not None, unit="step")
+    bar = progress_bar(numbers, initial=start, total=prepared.steps, shown=run.log is not None, bar_format=BAR)
     with contextlib.closing(run.checkpoints):
         with load(run.steps, start, prepared.steps, workers, device) as steps, interrupts.handled():
             run.state.model.train()
@@ -195,6 +197,9 @@ def train_reward_model(config: TrainConfig) -> TrainResult | None:
         config = replace(config, resume="auto")
     config = with_template_date(config)
     folder = Path(config.output or default_output(config))
+    if processes.rank() == 0 and not config.dry_run:
+        sources = "generated sums (your own: --data)" if config.data == (ARITHMETIC,) else " ".join(config.data)
+        print(f"{folder}: trains {config.model or 'a model from scratch'} on {sources}", flush=True)
 
     def kept() -> str:
         return resume_hint(folder, config)

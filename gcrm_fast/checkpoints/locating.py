@@ -43,8 +43,11 @@ def locate(name: str, flag: str, files: list[str]) -> Path:
     if os.path.isdir(name):
         if not os.access(name, os.R_OK | os.X_OK):
             raise UserError(f"{flag} {name}: permission denied: make the folder readable")
-        if not os.path.exists(os.path.join(name, "config.json")) and os.path.isdir(os.path.join(name, "model")):
-            raise UserError(f"{flag} {name}: is the folder of a run: name its model, {os.path.join(name, 'model')}")
+        if not any(os.path.exists(os.path.join(name, file)) for file in ("config.json", ADAPTER)):
+            if os.path.isdir(model := os.path.join(name, "model")):
+                raise UserError(f"{flag} {name}: is the folder of a run: name its model, {model}")
+            if files is MODEL_FILES:  # a tokenizer needs none
+                raise UserError(f"{flag} {name}: holds no config.json: name the folder of a Hugging Face model")
         return Path(name)
     if os.path.exists(name):
         raise UserError(f"{flag} {name}: is a file: name the folder of a Hugging Face model")

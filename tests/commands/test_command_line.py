@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
+from gcrm_fast.checkpoints.locating import MODEL_FILES, TOKENIZER_FILES, locate
 from gcrm_fast.commands.score import json_line
 from gcrm_fast.common.command_line import exit_code
 from gcrm_fast.common.errors import UserError
@@ -74,3 +74,9 @@ def test_the_folder_of_a_run_names_its_model(tmp_path: Path) -> None:
         locate(str(tmp_path), "MODEL", MODEL_FILES)
     (tmp_path / "config.json").touch()
     assert locate(str(tmp_path), "MODEL", MODEL_FILES) == tmp_path
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--model {tmp_path}: holds no config.json"):
+        locate(str(tmp_path), "--model", MODEL_FILES)
+    assert locate(str(tmp_path), "--tokenizer", TOKENIZER_FILES) == tmp_path
