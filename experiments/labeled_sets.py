@@ -32,10 +32,12 @@ COMPLETIONS = {
     "MATH": "math_completions.jsonl.gz",
 }
 VOTES = "gsm8k_vote_samples.jsonl.gz"
-PAIRS = {"HH": "hh_pairs_test.jsonl.gz"}
+PAIRS = {  # file, and the field of its subsets
+    "HH": ("hh_pairs_test.jsonl.gz", "subset"),
+    "PRMBench": ("math_pairs_injected_test.jsonl.gz", "error_type"),
+}
 PER_QUESTION = 12  # completions of a question at most
 BY_QUESTION = ("reward", "Q at the end", "Q one token before")  # the scores that are kept question by question
-STEP = "\n\n"  # between the steps that first_error_step counts
 
 Values = list[float | None]  # per question; None where it has none
 
@@ -57,10 +59,13 @@ def drawn(source: Path, path: Path, questions: int, most: int) -> Path:
 
 
 def files(data: Path, folder: Path, questions: int, trained_on: str) -> dict[str, Path]:
-    """The files by the names of their sets, drawn into ``folder``: preferences for a model trained on preferences, or
-    else solutions."""
+    """The files by the names of their sets, drawn into ``folder``: pairs of the set itself for a model trained on one
+    of PAIRS (one per question; HH, without questions, all), or else solutions."""
     if trained_on in PAIRS:
-        return {trained_on: data / PAIRS[trained_on]}
+        source = data / PAIRS[trained_on][0]
+        if trained_on != "HH":
+            source = drawn(source, folder / f"{trained_on}-{questions}.jsonl", questions, 1)
+        return {trained_on: source}
     count = {name: 10 * questions if name == "MATH" else questions for name in COMPLETIONS}  # few solutions of each
     found = {
         name: drawn(data / file, folder / f"{name}-{questions}.jsonl", count[name], PER_QUESTION)
@@ -116,10 +121,11 @@ def on_completions(candidates: Sequence[Candidate], labeled: Labeled) -> dict[st
     return found
 
 
-def on_pairs(candidates: Sequence[Candidate], labeled: Labeled) -> dict[str, Any]:
-    """Of each pair whether the chosen completion is above, a tie counting one half, and the mean over each subset."""
+def on_pairs(candidates: Sequence[Candidate], labeled: Labeled, subset: str) -> dict[str, Any]:
+    """Of each pair whether the chosen completion is above, a tie counting one half, and the mean over each value of
+    the field ``subset``."""
     right_N = labeled.right_N
-    subset_N = np.array([c.fields["subset"] for c, right in zip(candidates, right_N, strict=True) if right])
+    subset_N = np.array([c.fields[subset] for c, right in zip(candidates, right_N, strict=True) if right])
     found: dict[str, Any] = {"pairs": len(subset_N)}
     for name, score_N in scores_of(labeled).items():
         above_N = (np.sign(score_N[right_N] - score_N[~right_N]) + 1) / 2
@@ -130,14 +136,24 @@ def on_pairs(candidates: Sequence[Candidate], labeled: Labeled) -> dict[str, Any
     return found
 
 
+def steps_before_error(candidate: Candidate, right: bool) -> tuple[str, int] | None:
+    """What separates the steps, and how many come before the first wrong one, -1 in a right solution; None where it is
+    not known. Pairs list the steps with errors of their rejected side, counted from 1."""
+    if "error_steps" in candidate.fields:
+        steps = candidate.fields["error_steps"]
+        return ("\n", -1 if right else min(steps) - 1) if right or steps else None
+    step = candidate.fields.get("first_error_step")
+    return None if step is None else ("\n\n", step)
+
+
 def at_first_error(model: RewardModel, candidates: Sequence[Candidate], labeled: Labeled) -> dict[str, Values]:
     """Of each wrong solution whose first wrong step is known: the chance that Q before it is above Q from there on.
 
     Two controls: the same at the same part of a right solution, and with a goal of permuted components.
     """
-    steps = [c.fields.get("first_error_step") for c in candidates]
-    right = [q for q, step in zip(labeled.q_N, steps, strict=True) if step == -1]
-    wrong = [i for i, step in enumerate(steps) if step is not None and step > 0]
+    steps = [steps_before_error(c, bool(right)) for c, right in zip(candidates, labeled.right_N, strict=True)]
+    right = [q for q, step in zip(labeled.q_N, steps, strict=True) if step and step[1] == -1]
+    wrong = {i: step for i, step in enumerate(steps) if step and step[1] > 0}
     random, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     goal_D = model.goal(None)
     other_D = goal_D[torch.randperm(len(goal_D), generator=generator)]
@@ -145,7 +161,8 @@ def at_first_error(model: RewardModel, candidates: Sequence[Candidate], labeled:
     shuffled = judge(model, chosen, other_D)
     found: dict[str, list[float]] = {"first error": [], "same place of a right solution": [], "shuffled goal": []}
     for i, tokens, other in zip(wrong, encoded(chosen, model), shuffled, strict=True):
-        before = STEP.join(candidates[i].completion.split(STEP)[: steps[i]]) + STEP
+        separator, count = wrong[i]
+        before = separator.join(candidates[i].completion.split(separator)[:count]) + separator
         error, q = error_token(model.texts(tokens), len(before)), labeled.q_N[i]
         control = right[random.integers(len(right))]
         same = max(1, error * len(control) // len(q))
@@ -203,12 +220,12 @@ def measured(folder: Path, sets: Mapping[str, Path]) -> dict[str, Any]:
         )
         labeled = evaluate.score(model, source, model.goal(None))
         if name in PAIRS:
-            found[name] = on_pairs(candidates, labeled)
+            found[name] = on_pairs(candidates, labeled, PAIRS[name][1])
         elif name == "votes":
             found[name] = votes(candidates, labeled)
         else:
             found[name] = on_completions(candidates, labeled)
-        if name == "MATH":
+        if name in ("MATH", "PRMBench"):
             found["first error"] = at_first_error(model, candidates, labeled)
     return found
 
@@ -266,9 +283,11 @@ def report(rows: Rows, base: str) -> str:
     if "first error" in found:
         kinds = list(found["first error"])
         lines = [[arm, *(level(rows, arm, "first error", kind) for kind in kinds)] for arm in arms]
+        effects = [[arm, *(difference(rows, arm, base, "first error", kind) for kind in kinds)] for arm in arms]
         text += (
-            "### Q at the first wrong step (MATH)\n\nThe chance that a token before it has a higher Q than one from "
-            f"there on:\n\n{markdown(['', *kinds], lines)}\n\n"
+            "### Q at the first wrong step\n\nThe chance that a token before it has a higher Q than one from there "
+            f"on:\n\n{markdown(['', *kinds], lines)}\n\nDifference from {base}, solution by solution:\n\n"
+            f"{markdown(['', *kinds], effects)}\n\n"
         )
     if "votes" in found:
         kinds = list(found["votes"])

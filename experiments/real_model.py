@@ -44,6 +44,7 @@ CUT = {"ranking, first 15 layers": 15}  # of the model's layers, all of which ar
 SETS = {
     "GSM8K": ("gsm8k_pairs.jsonl.gz", "gsm8k_pairs_test.jsonl.gz"),
     "HH": ("hh_pairs_train.jsonl.gz", "hh_pairs_test.jsonl.gz"),
+    "PRMBench": ("math_pairs_injected_train.jsonl.gz", "math_pairs_injected_test.jsonl.gz"),  # MATH, errors put in
 }
 MEASURES = {  # of the log: their names in the tables
     "eval/accuracy": "pair accuracy",

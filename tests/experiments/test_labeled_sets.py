@@ -71,7 +71,7 @@ def test_completions_are_compared_over_all_within_questions_and_within_authors(s
 def test_pairs_by_subset(sets: ModuleType) -> None:
     candidates = [candidate(subset=name) for name in ("x", "x", "y", "y", "y", "y")]
     found = sets.on_pairs(
-        candidates, labeled([True, False] * 3, [0, 0, 1, 1, 2, 2], [2, 1, 1, 2, 1, 1], [[0.1, 0.2]] * 6)
+        candidates, labeled([True, False] * 3, [0, 0, 1, 1, 2, 2], [2, 1, 1, 2, 1, 1], [[0.1, 0.2]] * 6), "subset"
     )
     assert found["pairs"] == 3
     assert found["reward"] == {"all": 0.5, "x": 1.0, "y": 0.25, "questions": [1.0, 0.0, 0.5]}
@@ -90,6 +90,14 @@ def test_q_before_and_after_the_first_wrong_step(sets: ModuleType, monkeypatch: 
         model, [wrong, *others], labeled([False, True, True, False], [0, 1, 2, 3], [0.0] * 4, values)
     )
     assert found == {"first error": [1.0], "same place of a right solution": [0.5], "shuffled goal": [0.0]}
+
+
+def test_a_pairs_first_wrong_step_is_that_of_its_rejected_side(sets: ModuleType) -> None:
+    """Counted from 1, in any order, one step per line."""
+    pair = candidate(error_steps=[4, 3, 6])
+    assert sets.steps_before_error(pair, False) == ("\n", 2)
+    assert sets.steps_before_error(pair, True) == ("\n", -1)
+    assert sets.steps_before_error(candidate(error_steps=[]), False) is None
 
 
 def test_votes_of_the_half_that_the_threshold_was_not_chosen_on(sets: ModuleType) -> None:
@@ -156,7 +164,19 @@ def test_a_model_is_measured_on_every_kind_of_set(sets: ModuleType, tmp_path: Pa
     for file in (*sets.COMPLETIONS.values(), sets.VOTES):
         write(tmp_path / file, solutions)
     pairs = [{"prompt": "p", "chosen": f"yes {i}", "rejected": "no", "subset": f"s{i % 2}"} for i in range(4)]
-    write(tmp_path / sets.PAIRS["HH"], pairs)
+    write(tmp_path / sets.PAIRS["HH"][0], pairs)
+    injected = [
+        {
+            "prompt": f"p{q}",
+            "chosen": f"a\n{q}",
+            "rejected": f"a\nwrong{q}",
+            "error_steps": [2],
+            "error_type": "t",
+            "qid": q,
+        }
+        for q in range(12)
+    ]
+    write(tmp_path / sets.PAIRS["PRMBench"][0], injected)
     found = sets.measured(model, sets.files(tmp_path, tmp_path / "drawn", 10, "GSM8K"))
     assert list(found) == ["GSM8K", "SVAMP", "ASDiv", "MAWPS", "MATH", "first error", "votes"]
     assert [len(found[name]["reward"]["questions"]) for name in ("GSM8K", "MATH")] == [10, 12]
@@ -165,3 +185,7 @@ def test_a_model_is_measured_on_every_kind_of_set(sets: ModuleType, tmp_path: Pa
     assert list(found) == ["HH"]
     assert len(found["HH"]["reward"]["questions"]) == 4
     assert {"s0", "s1"} <= found["HH"]["reward"].keys()
+    found = sets.measured(model, sets.files(tmp_path, tmp_path / "drawn", 10, "PRMBench"))
+    assert list(found) == ["PRMBench", "first error"]
+    assert len(found["PRMBench"]["reward"]["questions"]) == 10
+    assert [len(own) for own in found["first error"].values()] == [10, 10, 10]

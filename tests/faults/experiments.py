@@ -165,9 +165,15 @@ FAULTS = {
     ),
     "labeled sets: the first wrong step one early": (
         "experiments/labeled_sets.py",
-        "[: steps[i]]",
-        "[: steps[i] - 1]",
+        "split(separator)[:count]",
+        "split(separator)[: count - 1]",
         "tests/experiments/test_labeled_sets.py -k first_wrong_step",
+    ),
+    "labeled sets: steps with errors counted from 0": (
+        "experiments/labeled_sets.py",
+        "min(steps) - 1",
+        "min(steps)",
+        "tests/experiments/test_labeled_sets.py -k its_rejected_side",
     ),
     "labeled sets: votes on the half of the threshold": (
         "experiments/labeled_sets.py",
