@@ -1,6 +1,6 @@
 """Writing text: ours against transformers' generate, in one process.
 
-    python bench/generate.py [--policy tiny|1b|8b|FOLDER] [--dtype float32|bfloat16] [--quick]
+    python bench/generate.py [--policy tiny|135m|1b|8b|FOLDER] [--dtype float32|bfloat16] [--quick]
 
 transformers    generate with its cache, left-padded, at the batch size that is fastest here
 ours            Policy: each prompt once, attention on the cache itself, a finished text leaves the batch at once

@@ -41,6 +41,16 @@ MODELS = {
         num_key_value_heads=4,
         head_dim=32,
     ),
+    "135m": ModelConfig(  # SmolLM2-135M
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        rope_theta=100_000.0,
+    ),
     "1b": ModelConfig(
         vocab_size=128_256,
         hidden_size=2048,

@@ -1,6 +1,6 @@
 """Scoring completions: ours against transformers' padded AutoModelForSequenceClassification, in one process.
 
-    python bench/scoring.py [--model tiny|1b|8b] [--dtype float32|bfloat16] [--quick]
+    python bench/scoring.py [--model tiny|135m|1b|8b] [--dtype float32|bfloat16] [--quick]
 
 padded          batches in the order of the records, at the batch size that is fastest here
 padded, sorted  all completions sorted by length first, longest batch first, at its best batch size

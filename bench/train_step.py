@@ -1,6 +1,6 @@
 """The whole training step against what people run, in one process: how fast is it, and why?
 
-    python bench/train_step.py [--model tiny|1b|8b] [--dtype float32|bfloat16] [--quick] [--scaling] [--profile]
+    python bench/train_step.py [--model tiny|135m|1b|8b] [--dtype float32|bfloat16] [--quick] [--scaling] [--profile]
 
 naive    transformers' LlamaForSequenceClassification on padded batches, two sequences per pair, ranking loss and a
          naive contrastive loss; 8 pairs per micro-batch with gradient checkpointing off and on, and sorted by length
