@@ -148,7 +148,7 @@ def chart(bars: Mapping[str, Mapping[str, Any]], target: Path, title: str) -> No
 def origin(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     calls = [row for row in rows if row["what"] == "begin"]
     device, torch, triton, date, commits, kernels = (
-        " and ".join(dict.fromkeys(call[name] for call in calls))
+        ", ".join(dict.fromkeys(call[name] for call in calls))
         for name in ("device", "torch", "triton", "date", "commit", "kernels")
     )
     return (
@@ -159,7 +159,8 @@ def origin(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def full(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     shown = [row for row in with_prediction(current(rows)) if row["what"] != "kernel"]
-    body = [f"| {row['part']} | {row['what']} | {result(row)} |" for row in shown]
+    rows_of_docs = [{name: value for name, value in row.items() if name != "failing"} for row in shown]  # long names
+    body = [f"| {row['part']} | {row['what']} | {result(row)} |" for row in rows_of_docs]
     return "\n".join([origin(path, rows), "", "| part | what | result |", "|---|---|---|", *body])
 
 

@@ -13,6 +13,7 @@ from gcrm_fast.data.ends import Choice, End, Kind
 from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import load_tokenizer
 
+Q_VALUES = "q_values"  # of gcrm.json
 # gcrm.json's and a goal file's 'end_policy'
 POLICIES: dict[Kind, str] = {
     "eos": "completion ends with the tokenizer's eos token, which is scored",
@@ -57,6 +58,12 @@ def where_read(folder: Path, choice: Choice) -> tuple[End, str]:
     if kind != "eos" and before_eos:
         where, why = f"{where}, which is the one before eos", f"{why} with pad_token_id = eos_token_id"
     return End(kind, None if kind == "eos" else pad), f"{folder}: rewards are read {where}: {why} (see --end)"
+
+
+def q_verdict_of(folder: Path) -> str:
+    """Whether the model's Q-values can be trusted, as its training run found; "" where gcrm.json does not say."""
+    saved = read_json(folder / HEAD_FILE, "save the model again") if (folder / HEAD_FILE).exists() else {}
+    return str(saved.get(Q_VALUES, ""))
 
 
 def read_as_trained(

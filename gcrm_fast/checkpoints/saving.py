@@ -4,7 +4,8 @@ A saved model is a folder of transformers' sequence classifier of its family, e.
 with one label, plus
 
     gcrm.json            which head, projection size, end-token policy, how special tokens are read, whether prompts
-                         were messages or text (with a chat template), weights fingerprint
+                         were messages or text (with a chat template), whether Q-values can be trusted (of a run),
+                         weights fingerprint
     gcrm.safetensors     projection and heads of several layers: what the transformers class cannot hold
     goal.safetensors     the default goal state (see goals.py)
     README.md            the model card, of a run (see model_card.py)
@@ -61,9 +62,11 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     goal: Tensor,
     goal_count: int,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the whole model folder. ``goal`` [D or H] is the mean of z over ``goal_count`` preferred end states."""
-    weights = write_model(folder, state, config, tokenizer)
+    """Writes the whole model folder. ``goal`` [D or H] is the mean of z over ``goal_count`` preferred end states;
+    ``about``, further fields of gcrm.json."""
+    weights = write_model(folder, state, config, tokenizer, about=about)
     write_goals(folder / GOAL_FILE, {DEFAULT: goal}, {DEFAULT: goal_count}, weights)
 
 

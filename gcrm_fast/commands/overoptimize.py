@@ -1,20 +1,38 @@
 """``gcrm overoptimize``: gold against proxy over the number of samples that the proxy picks from."""
 
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.commands.options import OveroptimizeOptions
 from gcrm_fast.commands.shared import questions_of
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.tables import columns, number
+from gcrm_fast.data.chat import Form, trained_on
 from gcrm_fast.data.fields import LARGEST
 from gcrm_fast.data.records import COMPLETION_FORMATS, Candidate, parse_columns, read_completions
+from gcrm_fast.data.tokenization import train_tokenizer
 from gcrm_fast.evaluation.measures import COVERAGE, RESAMPLES, halves
 from gcrm_fast.evaluation.overoptimization import Fall, Point, curve, fall, fit, gains, sizes
 from gcrm_fast.evaluation.plots import plot_overoptimization
 from gcrm_fast.evaluation.results import Row, check_folder, write_rows
+
+# No model reads the messages: their text only says which samples have the same prompt.
+TURNS = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def reader() -> PreTrainedTokenizerBase:
+    """Turns messages into text, as the tokenizer of a model would."""
+    tokenizer = train_tokenizer([TURNS], 259)
+    tokenizer.chat_template = TURNS
+    trained_on(tokenizer, get_args(Form))
+    return tokenizer
 
 
 def score_of(candidate: Candidate, name: str, option: str) -> float:
@@ -30,7 +48,8 @@ def score_of(candidate: Candidate, name: str, option: str) -> float:
 
 def read_scores(options: OveroptimizeOptions) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
     """Questions, and the proxies and golds of the samples of each. Raises UserError, also for one sample."""
-    found = read_completions([options.data], fields=("*",), columns=parse_columns(options.columns, COMPLETION_FORMATS))
+    names = parse_columns(options.columns, COMPLETION_FORMATS)
+    found = read_completions([options.data], fields=("*",), columns=names, tokenizer=reader())
     scores: dict[str, list[tuple[float, float]]] = {}
     for candidate, question in zip(found, questions_of(found, options.question), strict=True):
         pair = score_of(candidate, options.proxy, "--proxy"), score_of(candidate, options.gold, "--gold")

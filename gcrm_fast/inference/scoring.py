@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from gcrm_fast.checkpoints.adapters import tokenizer_folder
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals
 from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
-from gcrm_fast.checkpoints.reading import read_as_trained, where_read
+from gcrm_fast.checkpoints.reading import q_verdict_of, read_as_trained, where_read
 from gcrm_fast.checkpoints.saving import add_tensor
 from gcrm_fast.checkpoints.weights import open_reward_model
 from gcrm_fast.common.devices import compute_dtype, default_device
@@ -66,7 +66,8 @@ class RewardModel:
     with the answer need no separate prompt. A single completion gives a single result instead of a list.
 
     ``config``, ``tokenizer``, ``network``, ``device``; ``fingerprint`` of the weights; ``goals``, the goal states of
-    the model's folder by name, [D] float32, "default" first; ``end``, where rewards are read.
+    the model's folder by name, [D] float32, "default" first; ``end``, where rewards are read; ``q_verdict``, what its
+    training run found of its Q-values, in words, "" where that is not known.
     """
 
     def __init__(
@@ -78,9 +79,10 @@ class RewardModel:
         goals: dict[str, Tensor],
         tokens_per_batch: int,
         end: End,
+        q_verdict: str = "",
     ) -> None:
         self.network, self.config, self.tokenizer, self.device = network, network.config, tokenizer, device
-        self.fingerprint, self.goals, self.end = fingerprint, goals, end
+        self.fingerprint, self.goals, self.end, self.q_verdict = fingerprint, goals, end, q_verdict
         self.budget = Budget(tokens_per_batch, network.config.hidden_size)
 
     def __repr__(self) -> str:
@@ -151,7 +153,7 @@ class RewardModel:
         load(network.eval().requires_grad_(False), place, value)
         goal_file, fingerprint = folder / GOAL_FILE, digest.hexdigest()
         goals = read_goals(goal_file, fingerprint, config.state_size)[0] if goal_file.exists() else {}
-        return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch, where)
+        return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch, where, q_verdict_of(folder))
 
     # ------------------------------------------------------------------------------------------------------- texts
 
@@ -275,7 +277,8 @@ class RewardModel:
                 title = f"completion {i}"
                 columns.append(Column(title=title, text_n=text_n, reward_n=reward_n, q_n=q_Gn[0], marks=marks_n))
             records.append(Record(title=f"Prompt {len(records)}", prompt=prompt, columns=columns))
-        return page(title=f"{len(texts)} completions, token by token", about=[], groups={"": records})
+        about = [f"Its training run: {self.q_verdict}"] if self.q_verdict else []
+        return page(title=f"{len(texts)} completions, token by token", about=about, groups={"": records})
 
     def stream(
         self,

@@ -132,7 +132,7 @@ def unlearned_rows(ranking: Sequence[float], peak_lr: float) -> list[tuple[str, 
     """A warning where no evaluation has a ranking loss much below that of the first."""
     if min(ranking) < LEARNED * ranking[0]:
         return []
-    fall = f"the held-out ranking loss did not fall ({ranking[0]:.3f} -> {ranking[-1]:.3f})"
+    fall = f"the held-out ranking loss hardly fell ({ranking[0]:.3f} -> {ranking[-1]:.3f})"
     return [("warning", f"{fall}: raise --lr (here {peak_lr:g}) or --epochs")]
 
 
@@ -153,6 +153,15 @@ def q_verdict(evaluation: Mapping[str, float]) -> str:
         f"Q says nothing before the end token (AUROC {before:.3f} one token before it, where chance gives up to "
         f"{chance:.3f}): do not use Q-values inside completions"
     )
+
+
+def beaten_rows(evaluation: Mapping[str, float], baselines: Mapping[str, float]) -> list[tuple[str, str]]:
+    """A warning where a shortcut orders the held-out pairs at least as well as the model."""
+    own = evaluation["eval/auroc"]
+    names = {"baseline/auroc_length": "their length", "baseline/auroc_bag_of_tokens": "their bag of tokens"}
+    better = [f"{name} ({baselines[key]:.3f})" for key, name in names.items() if baselines[key] >= own]
+    text = f"{' or '.join(better)} alone orders the held-out completions as well as this model (AUROC {own:.3f})"
+    return [("warning", text)] if better else []
 
 
 def first_pair_rows(prepared: Prepared) -> list[tuple[str, str]]:

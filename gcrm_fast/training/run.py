@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from gcrm_fast.checkpoints.reading import Q_VALUES
 from gcrm_fast.checkpoints.saving import save_model, write_adapter
 from gcrm_fast.checkpoints.weights import parameter_shapes
 from gcrm_fast.common.devices import compute_dtype
@@ -23,7 +24,7 @@ from gcrm_fast.training.accounting import Meter, peak_flops, peak_memory
 from gcrm_fast.training.agreement import check_agreement
 from gcrm_fast.training.config import TrainConfig, to_toml
 from gcrm_fast.training.curves import plot_curves
-from gcrm_fast.training.describe import data_rows, held_out_rows, q_verdict, unlearned_rows
+from gcrm_fast.training.describe import beaten_rows, data_rows, held_out_rows, q_verdict, unlearned_rows
 from gcrm_fast.training.early_stopping import EarlyStopping
 from gcrm_fast.training.held_out import (
     NOT_FINITE_REMEDY,
@@ -201,6 +202,10 @@ class Run:
         if self.log:
             write_report(prepared.output / "inspect.html", prepared.output.name, scores, values, prepared.tokenizer)
 
+    def q_rows(self, evaluation: Mapping[str, float]) -> list[tuple[str, str]]:
+        """Whether Q-values can be trusted, as a line of a table; none without held-out pairs."""
+        return [("Q-values", q_verdict(evaluation))] if evaluation and self.config.loss == "ranking" else []
+
     def write_model(self, name: str, model: FullModel, rows: Rows, evaluation: Mapping[str, float]) -> None:
         """Saves a model, with its card, to the output folder; on rank 0."""
         prepared = self.prepared
@@ -219,9 +224,16 @@ class Run:
                 write_adapter(
                     partial, settings, model.adapters, model.weights, prepared.model_config, prepared.tokenizer
                 )
+        about = {Q_VALUES: q_verdict(evaluation)} if self.q_rows(evaluation) else {}
         with written_aside(prepared.output / name) as partial:
             save_model(
-                partial, model.weights, prepared.model_config, prepared.tokenizer, model.goal.cpu(), model.goal_count
+                partial,
+                model.weights,
+                prepared.model_config,
+                prepared.tokenizer,
+                model.goal.cpu(),
+                model.goal_count,
+                about=about,
             )
             (partial / "README.md").write_text(card, encoding="utf-8")
 
@@ -328,12 +340,14 @@ def finish(run: Run, step: int) -> dict[str, float]:
     evaluation = run.evaluate(step, last.goal)
     peak, size = run.state.updater.peak, f"{run.config.global_batch_pairs} {run.config.unit}"
     rows = [("optimizer steps", f"{step} of {size}, peak learning rate {peak:g}")]
+    warnings: list[tuple[str, str]] = []
     if run.stopping.is_over:
         rows.append(("stopped early", stopped_early(run, step)))
     if log:
         if evaluation and run.config.loss != "mse":
             baselines = shortcuts(prepared.train, prepared.held_out, prepared.model_config.vocab_size)
             log.write(step, baselines)
+            warnings += beaten_rows(evaluation, baselines)
             rows += [
                 ("shortcut: length only", f"{baselines['baseline/auroc_length']:.3f}"),
                 ("shortcut: bag of tokens", f"{baselines['baseline/auroc_bag_of_tokens']:.3f}"),
@@ -344,13 +358,12 @@ def finish(run: Run, step: int) -> dict[str, float]:
     if run.config.keep_best:
         rows.append(write_best(run, step, last, evaluation, rows))
     if log:
-        rows += held_out_rows(log, evaluation)
+        if evaluation and run.config.loss == "ranking":
+            warnings += unlearned_rows(log.series("eval/loss/ranking"), peak)
+        rows += [*held_out_rows(log, evaluation), *run.q_rows(evaluation), *warnings]
         run.write_model("model", last, rows, evaluation)
         log.close(evaluation)
         run.checkpoints.remove_all()
-        if evaluation and run.config.loss == "ranking":
-            rows.append(("Q-values", q_verdict(evaluation)))
-            rows += unlearned_rows(log.series("eval/loss/ranking"), peak)
         rows.append(("peak memory", f"{peak_memory(run.device) / 2**30:.2f} GiB per process"))
         files = {"model": "model", "model card": "model/README.md", "curves": "curves.png"}
         if run.scores and run.config.loss == "ranking":
@@ -381,5 +394,6 @@ def write_best(run: Run, step: int, last: FullModel, evaluation: dict[str, float
     row = (f"best {metric}", f"{of_best[metric]:.3f} at step {step}, saved {folder}")
     if run.log:
         print(*notes, sep="\n", end="\n" if notes else "", flush=True)
-        run.write_model(folder.name, model, [*rows, row, *held_out_rows(run.log, of_best)], of_best)
+        results = [*rows, row, *held_out_rows(run.log, of_best), *run.q_rows(of_best)]
+        run.write_model(folder.name, model, results, of_best)
     return row

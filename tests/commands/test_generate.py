@@ -84,6 +84,19 @@ def test_output_has_answers_samples_and_costs(
     assert done.stdout.endswith(f"\nwrote {output}\n")
 
 
+def test_methods_that_act_on_q_say_whether_it_can_be_trusted(
+    policy: Path, asked: Path, tmp_path: Path, gcrm: Gcrm
+) -> None:
+    reward = tmp_path / "reward"
+    models.save(reward)
+    about = json.loads((reward / "gcrm.json").read_text())
+    (reward / "gcrm.json").write_text(json.dumps(about | {"q_values": "Q says nothing"}))
+    given = ("generate", policy, asked, "-o", tmp_path / "o.jsonl", "--reward", reward, *SHORT)
+    said = f"{reward}, by its training run: Q says nothing\n"
+    assert said in gcrm(*given, "--method", "filter").stdout
+    assert said not in gcrm(*given, "--method", "best-of-n").stdout
+
+
 @pytest.mark.parametrize("method", ["sample", "filter", "beams"])
 def test_progress_moves_while_a_prompt_is_written(
     method: str, policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, monkeypatch: pytest.MonkeyPatch

@@ -119,6 +119,23 @@ def test_the_command_writes_the_curve(run: Any, rng: np.random.Generator, tmp_pa
     assert run(tmp_path / "s.jsonl", "--gold", "truth", "--overwrite").returncode == 0
 
 
+def test_prompts_may_be_messages(run: Any, rng: np.random.Generator, tmp_path: Path) -> None:
+    """Those of one conversation are one question, as the same samples with text for a prompt are."""
+    records = lists(rng, 0.8)
+
+    def found(name: str, prompts: list[Any]) -> list[Any]:
+        given = [record | {"prompt": prompt} for record, prompt in zip(records, prompts, strict=True)]
+        result = run(write(tmp_path / f"{name}.jsonl", given), "--gold", "truth", "--overwrite")
+        assert result.returncode == 0, result.stderr
+        rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+        return [(row["measure"], row["value"]) for row in rows if row["measure"] not in ("peak", "fall")]
+
+    turns = [[{"role": "user", "content": record["prompt"]}] for record in records]
+    assert found("turns", turns) == found("text", [record["prompt"] for record in records])
+    same = dict(found("same", [turns[0], turns[0], *turns[2:]]))
+    assert same["questions"] == 39
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

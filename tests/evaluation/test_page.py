@@ -342,6 +342,14 @@ def test_a_model_inspects_completions_in_a_notebook(model: Path) -> None:
         scored.inspect("one", [])
 
 
+def test_lines_of_completions_without_labels_are_distinct_and_in_the_legend(model: Path) -> None:
+    html = RewardModel.from_pretrained(model).inspect("one", ["two", "three", "four"]).html
+    for kind in ("dash0", "dash1", "dash2"):
+        assert html.count(f'<polyline class="{kind}" ') == 3  # of Q, of the reward, and next to its title
+    assert "dash" not in Reader(html).sections
+    assert 'class="sample"' not in RewardModel.from_pretrained(model).inspect("one", "two").html
+
+
 @pytest.mark.parametrize("length", [1, 2, 5, 13, 19, 20, 99, 1400])
 def test_the_axis_names_the_first_and_the_last_token_and_few_others(length: int) -> None:
     ticks = page.token_ticks(length)

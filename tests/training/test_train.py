@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.model import heads
 from gcrm_fast.train import locked, main
 from gcrm_fast.training.config import check_output, parse, to_toml
-from gcrm_fast.training.describe import q_verdict, unlearned_rows
+from gcrm_fast.training.describe import beaten_rows, q_verdict, unlearned_rows
 from support.training_runs import ROOT, TIMES, TINY, Gcrm, arguments, rows, torchrun
 
 
@@ -59,7 +60,7 @@ def test_default_run_learns_what_shortcuts_cannot(finished: Path) -> None:
 
 def test_evaluations_say_whether_q_is_more_than_the_end_token(pair_file: Path, tmp_path: Path, gcrm: Gcrm) -> None:
     """In every evaluation, and in words at the end of the run."""
-    result = gcrm(*arguments(pair_file, tmp_path))
+    result = gcrm(*arguments(pair_file, tmp_path, "--keep-best", "eval/auroc"))
     for evaluation in (row for row in rows(tmp_path) if "eval/auroc" in row):
         assert {"eval/auroc_q_at/50", "eval/auroc_q_at/90", "eval/auroc_q_at/before_end"} <= evaluation.keys()
         assert -1 <= evaluation["eval/similarity/within"] <= 1
@@ -76,13 +77,29 @@ def test_evaluations_say_whether_q_is_more_than_the_end_token(pair_file: Path, t
     page = (tmp_path / "inspect.html").read_text()
     assert re.search(verdict, page)
     assert ">too few" not in page  # a sentence there
+    for name in ("model", "model_best"):  # whoever uses the model later reads it, too
+        assert re.search(rf"\| Q-values \| {verdict}", (tmp_path / name / "README.md").read_text())
+        model = RewardModel.from_pretrained(tmp_path / name)
+        assert re.match(verdict, model.q_verdict)
+        assert f"Its training run: {model.q_verdict}" in html.unescape(model.inspect("one", "two").html)
 
 
 def test_a_ranking_loss_that_does_not_fall_is_a_warning() -> None:
     [(name, text)] = unlearned_rows([0.693, 0.688, 0.69], 9e-6)
     assert name == "warning"
-    assert text == "the held-out ranking loss did not fall (0.693 -> 0.690): raise --lr (here 9e-06) or --epochs"
+    assert text == "the held-out ranking loss hardly fell (0.693 -> 0.690): raise --lr (here 9e-06) or --epochs"
     assert unlearned_rows([0.693, 0.5, 0.72], 9e-6) == []  # learned, and then too much
+
+
+def test_a_shortcut_that_is_as_good_as_the_model_is_a_warning() -> None:
+    shortcuts = {"baseline/auroc_length": 0.6, "baseline/auroc_bag_of_tokens": 0.7}
+    assert beaten_rows({"eval/auroc": 0.71}, shortcuts) == []
+    alone = "alone orders the held-out completions as well as this model"
+    assert beaten_rows({"eval/auroc": 0.65}, shortcuts) == [
+        ("warning", f"their bag of tokens (0.700) {alone} (AUROC 0.650)")
+    ]
+    [(_, text)] = beaten_rows({"eval/auroc": 0.6}, shortcuts)
+    assert text.startswith(f"their length (0.600) or their bag of tokens (0.700) {alone}")
 
 
 def test_training_from_python(pair_file: Path, tmp_path: Path) -> None:
