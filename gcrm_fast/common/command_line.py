@@ -21,6 +21,7 @@ from gcrm_fast.common.errors import RankError, UserError, printable
 from gcrm_fast.common.options import Argument, Options, Range, flag, kinds_of
 
 T = TypeVar("T", bound=Options)
+LIKENESS = 0.8  # of a name to the option that it misspells: unrelated options share up to 0.78 with their two dashes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -208,6 +209,9 @@ def _unknown(text: str, kind: type[Options]) -> str:
         return f"unexpected argument {text!r}" + (f": did you mean --data {text}?" if "--data" in known else "")
     if name in places:
         return f"unknown option {name}: write {places[name]} without an option"
-    same = [f"--{ours}" for ours, theirs in kind.ELSEWHERE.items() if name[2:] in theirs and f"--{ours}" in known]
-    near = same or difflib.get_close_matches(name, known, n=1)
-    return f"unknown option {name}" + (f": did you mean {near[0]}?" if near else "")
+    meant = {one: f"--{ours}" for ours, theirs in kind.ELSEWHERE.items() for one in theirs if f"--{ours}" in known}
+    answers = {f"--{one}": words for words, theirs in kind.NOT_HERE.items() for one in theirs}
+    answers |= {f"--{one}": f"did you mean {ours}?" for one, ours in meant.items()}
+    answers |= {one: f"did you mean {one}?" for one in known}
+    near = difflib.get_close_matches(name, answers, n=1, cutoff=LIKENESS)
+    return f"unknown option {name}" + (f": {answers[near[0]]}" if near else "")

@@ -59,6 +59,9 @@ class Options:
     ELSEWHERE: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Names of options in other programs that stand for one here: a wrong option is answered with it."""
 
+    NOT_HERE: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Names of options in other programs that have none here, under the words that answer them."""
+
     def __post_init__(self) -> None:
         for name, kind in kinds_of(type(self)).items():
             check_value(name, getattr(self, name), kind)

@@ -20,6 +20,7 @@ from gcrm_fast.common.command_line import parse_options
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import read_text
 from gcrm_fast.common.options import (
+    Argument,
     AtLeastOne,
     Options,
     Range,
@@ -77,9 +78,12 @@ class TrainConfig(Options):
         "data": ("dataset", "dataset-name", "train-file", "train-data", "data-path"),
         "data-weights": ("interleave-probs", "dataset-probs", "dataset-weights"),
         "eval-data": ("eval-dataset", "eval-file", "validation-file", "test-data"),
+        "columns": ("prompt-key", "chosen-key", "rejected-key", "input-key", "output-key", "label-key"),
         "eval-split": ("test-size", "val-size", "validation-split", "eval-split-ratio"),
         "model": ("model-name", "model-name-or-path", "pretrain", "base-model"),
         "tokenizer": ("tokenizer-name", "tokenizer-name-or-path"),
+        "train-layers": ("freeze-layers",),
+        "lora-rank": ("use-peft", "use-lora", "lora-r"),
         "max-length": ("max-len", "max-seq-len", "max-seq-length", "model-max-length"),
         "lr": ("learning-rate",),
         "global-batch-pairs": ("batch-size", "train-batch-size", "per-device-train-batch-size"),
@@ -96,7 +100,7 @@ class TrainConfig(Options):
         "recompute": ("gradient-checkpointing",),
         "compile": ("torch-compile",),
         "workers": ("dataloader-num-workers",),
-        "output": ("output-dir", "output-path", "save-path"),
+        "output": ("output-dir", "output-path", "save-path", "run-name"),
         "overwrite": ("overwrite-output-dir",),
         "report-to": ("use-wandb", "use-tensorboard", "log-with"),
         "push-to-hub": ("hub-model-id",),
@@ -107,6 +111,14 @@ class TrainConfig(Options):
         "keep-best": ("load-best-model-at-end", "metric-for-best-model"),
         "early-stopping": ("early-stopping-patience",),
         "resume": ("resume-from-checkpoint", "load-checkpoint"),
+    }
+    NOT_HERE: ClassVar[dict[str, tuple[str, ...]]] = {
+        "FSDP2 shards the model by itself (docs/clusters.md)": ("deepspeed", "zero-stage", "fsdp", "fsdp-config"),
+        "CUDA_VISIBLE_DEVICES chooses the GPUs; empty, it chooses the CPU": ("device", "gpus", "num-gpus"),
+        "pairs are always packed": ("packing", "packing-samples"),
+        "--warmup and a cosine decay are the only schedule": ("lr-scheduler", "lr-scheduler-type"),
+        "messages always go through the tokenizer's chat template": ("apply-chat-template",),
+        "the field 'margin' of a record is always read": ("margin",),
     }
 
     # ---- data
@@ -313,7 +325,7 @@ class TrainConfig(Options):
     """Seconds that a process waits for the others before it gives up."""
 
     # ---- output
-    output: str = ""
+    output: Annotated[str, Argument(short="-o", metavar="FOLDER")] = ""
     """Folder of the run, shared by all processes. The default is a folder in runs/, named after the configuration."""
     overwrite: bool = False
     """Replace a finished model in the output folder, or write into one that holds other files."""

@@ -21,6 +21,7 @@ from gcrm_fast.training.config import PRESETS, TrainConfig, parse, read_toml
 from support.training_runs import Gcrm
 
 OPTIONS: dict[str, type[Options]] = {name: cli.imported(command.options) for name, command in cli.COMMANDS.items()}
+SHARDED = "FSDP2 shards the model by itself (docs/clusters.md)"
 RANGES = {
     name: one for name, kind in kinds_of(TrainConfig).items() for one in get_args(kind)[1:] if isinstance(one, Range)
 }
@@ -78,7 +79,8 @@ def test_every_group_starts_with_a_field() -> None:
     for kind in OPTIONS.values():
         assert set(kind.GROUPS.values()) <= kinds_of(kind).keys()
         assert {flag(name)[2:] for name in kinds_of(kind)} >= kind.ELSEWHERE.keys()
-    named = [theirs for names in TrainConfig.ELSEWHERE.values() for theirs in names]
+    tables = TrainConfig.ELSEWHERE, TrainConfig.NOT_HERE
+    named = [theirs for table in tables for names in table.values() for theirs in names]
     assert len(named) == len(set(named))
     assert not {flag(name)[2:] for name in kinds_of(TrainConfig)} & set(named)
 
@@ -129,7 +131,33 @@ finally:
         (["train", "--output_dir", "x"], "unknown option --output-dir: did you mean --output?"),
         (["train", "--num_train_epochs", "1"], "unknown option --num-train-epochs: did you mean --epochs?"),
         (["train", "--leyers", "3"], "unknown option --leyers: did you mean --layers?"),
-        (["train", "--zzzzzz", "3"], "unknown option --zzzzzz"),
+        *(
+            (["train", typed, "3"], f"unknown option {typed.replace('_', '-')}: did you mean {meant}?")
+            for typed, meant in {
+                "--learning-rte": "--lr",
+                "--eval-dta": "--eval-data",
+                "--globl-batch-pairs": "--global-batch-pairs",
+                "--train-layer": "--train-layers",
+                "--use_peft": "--lora-rank",
+                "--run_name": "--output",
+                "--prompt_key": "--columns",
+                "--chosen_key": "--columns",
+                "--rejected_key": "--columns",
+                "--freeze-layers": "--train-layers",
+            }.items()
+        ),
+        *(
+            (["train", name, "3"], f"unknown option {name}")
+            for name in ("--load-in-4bit", "--num-labels", "--streaming", "--zzzzzz")
+        ),
+        (["train", "--zero_stage", "3"], f"unknown option --zero-stage: {SHARDED}"),
+        (["train", "--deepspeed", "x"], f"unknown option --deepspeed: {SHARDED}"),
+        (
+            ["train", "--device", "cpu"],
+            "unknown option --device: CUDA_VISIBLE_DEVICES chooses the GPUs; empty, it chooses the CPU",
+        ),
+        (["train", "--packing_samples"], "unknown option --packing-samples: pairs are always packed"),
+        (["train", "--margin"], "unknown option --margin: the field 'margin' of a record is always read"),
         (["train", "pairs.jsonl"], "unexpected argument 'pairs.jsonl': did you mean --data pairs.jsonl?"),
         (["score", "--model", "m", "f"], "unknown option --model: write MODEL without an option"),
         (["evaluate", "m", "--data", "f"], "unknown option --data: write FILE without an option"),
@@ -148,6 +176,10 @@ finally:
 def test_a_wrong_call_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err == f"gcrm {arguments[0]}: {message} (see gcrm {arguments[0]} --help)\n"
+
+
+def test_the_output_has_the_same_short_form_everywhere() -> None:
+    assert parse(["-o", "runs/x"]).output == parse(["--output", "runs/x"]).output == "runs/x"
 
 
 def test_a_wrong_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
