@@ -527,8 +527,8 @@ def default_output(config: TrainConfig) -> str:
 
 
 def check_unfinished(output: Path, config: TrainConfig) -> None:
-    """Raises UserError where a finished run would be overwritten without --overwrite."""
-    if (output / "model").exists() and not config.overwrite:
+    """Raises UserError where a finished run would be overwritten without --overwrite; --dry-run writes nothing."""
+    if (output / "model").exists() and not config.overwrite and not config.dry_run:
         raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
 
 

@@ -203,6 +203,8 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
         lm_head=config.sft_weight > 0,
         views=prepared.on_policy is not None,
     )
+    finished = (prepared.output / "model").exists() and not config.overwrite
+    refused = f"{prepared.output}: holds a finished model: a run needs another --output or --overwrite"
     parameters = f"{whole / 1e6:.2f} M" + (f", of which {trained / 1e6:.2f} M are trained" if trained < whole else "")
     return table(
         [
@@ -216,6 +218,7 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
             ("padded / packed", f"{sum(w.padded_tokens for w in done) / tokens:.2f} times the tokens if padded"),
             ("parameters", parameters),
             ("predicted memory", str(memory_plan(prepared, config, world_size, device, memory_limit(device)))),
+            *([("warning", refused)] if finished else []),
         ]
     )
 

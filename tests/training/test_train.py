@@ -102,7 +102,7 @@ def test_a_shortcut_that_is_as_good_as_the_model_is_a_warning() -> None:
     assert text.startswith(f"their length (0.600) or their bag of tokens (0.700) {alone}")
 
 
-def test_training_from_python(pair_file: Path, tmp_path: Path) -> None:
+def test_training_from_python(pair_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = parse(arguments(pair_file, tmp_path / "run", "--keep-best", "eval/auroc"))
     result = train_reward_model(config)
     assert result is not None
@@ -112,6 +112,9 @@ def test_training_from_python(pair_file: Path, tmp_path: Path) -> None:
     assert RewardModel.from_pretrained(result.model)
     with pytest.raises(UserError, match="holds a finished model"):
         train_reward_model(config)
+    dry = parse(arguments(pair_file, result.folder, "--dry-run"))
+    assert train_reward_model(dry) is None
+    assert f"{result.folder}: holds a finished model: a run needs another --output" in capsys.readouterr().out
     with pytest.raises(UserError, match="--keep-best"):
         train_reward_model(TrainConfig(data=("x.jsonl",), keep_best="eval/auroc"))
     assert train_reward_model(dataclasses.replace(config, output=str(tmp_path / "dry"), dry_run=True)) is None
