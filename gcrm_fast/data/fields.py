@@ -1,9 +1,12 @@
 """Values of a record's fields, checked. What is wrong is a FieldError; records.py adds the record's place."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from gcrm_fast.common.errors import UserError
 
+LIKENESS = 0.8  # of a field's name to its misspelling: a letter wrong, missing, too many or exchanged
 LARGEST = 1e30  # margin or score: float32 holds it and sums of it
 
 
@@ -18,6 +21,14 @@ class FieldError(UserError):
 def kind(value: Any) -> str:
     """The type of a value, as errors name it."""
     return "null" if value is None else type(value).__name__
+
+
+def misspelled(name: str, present: Iterable[str]) -> str:
+    """The question whether one of the fields that are ``present`` is meant as ``name``; empty where none is like it.
+    prompt_id and completion2 are names of their own."""
+    likely = [key for key in present if abs(len(key) - len(name)) < 2 and not key[-1:].isdigit()]
+    near = difflib.get_close_matches(name, likely, n=1, cutoff=LIKENESS)
+    return f"did you misspell it as {near[0]!r}?" if near else ""
 
 
 def text(name: str, value: Any) -> str:

@@ -73,8 +73,12 @@ def _message(name: str, value: Any) -> dict[str, Any]:
     if "role" not in message and "from" in message:
         speaker = fields.text(f"{name}.from", message.pop("from"))
         message = {"role": SPEAKERS.get(speaker, speaker), "content": message.pop("value", None), **message}
-    fields.text(f"{name}.role", message.get("role"))
     calls = message.get("tool_calls")
+    for key in ("role",) if calls else ("role", "content"):
+        if key not in message and key not in value:
+            words = fields.misspelled(key, value) or "a message has 'role' and 'content'"
+            raise FieldError(f"{name}.{key}", f"is missing: {words}")
+    fields.text(f"{name}.role", message.get("role"))
     message["content"] = _content(f"{name}.content", message.get("content"), optional=bool(calls))
     message.pop("tool_calls", None)  # also an empty list, which some templates take for a call
     if calls:

@@ -175,6 +175,8 @@ def format_of(values: Mapping[str, Any], raw: Mapping[str, Any], formats: Format
         bare = layout_of(values, complete[0]) == "dialogue" and ASSISTANT not in str(values["chosen"])
         if bare and (columns := suggested_columns(raw, ("prompt", *formats[complete[0]]))):
             raise FieldError("prompt", f"is missing: pass {columns}")
+        if bare and (error := _misspelled(values, raw, ("prompt",), formats)):
+            raise error
         return complete[0]
     nearest = max(formats.values(), key=lambda needed: sum(field in values for field in needed) / len(needed))
     missing = next(field for field in nearest if field not in values)
@@ -188,12 +190,28 @@ def format_of(values: Mapping[str, Any], raw: Mapping[str, Any], formats: Format
         if columns := suggested_columns(raw, needed):
             absent = next(field for field in needed if field not in values)
             raise FieldError(absent, f"is missing: a record needs {_listed(needed)}: pass {columns}")
+    for needed in formats.values():
+        if error := _misspelled(values, raw, needed, formats):
+            raise error
     present = ", ".join(map(repr, list(raw)[:12])) or "no field"
     raise FieldError(
         missing,
         f"is missing: a record needs {listed}, or the fields of another format (docs/data.md); it has {present}: name "
         f"those to read, as in --columns {','.join(f'{field}=NAME' for field in nearest)}",
     )
+
+
+def _misspelled(
+    values: Mapping[str, Any], raw: Mapping[str, Any], needed: Sequence[str], formats: Formats
+) -> FieldError | None:
+    """The error of the first field that is missing, where every one of them is in the record under a similar name."""
+    known = known_fields(formats)
+    others = [name for name, value in raw.items() if value is not None and name not in known]
+    questions = {name: checked.misspelled(name, others) for name in needed if name not in values}
+    if not all(questions.values()):
+        return None
+    name, question = next(iter(questions.items()))
+    return FieldError(name, f"is missing: {question}")
 
 
 def _listed(names: Sequence[str]) -> str:

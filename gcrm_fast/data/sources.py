@@ -261,7 +261,9 @@ def _saved_rows(source: str, folder: str, split: str) -> Iterator[tuple[str, Any
     try:
         dataset = datasets.load_from_disk(folder)
     except Exception as error:  # whatever its JSON, Arrow and file system libraries raise
-        raise UserError(f"{source}: not a folder that datasets can load ({one_line(error)}): pass a file") from None
+        files = sorted(Path(folder).glob("*.jsonl*"))
+        pass_file = f"pass a file, such as {files[0]}" if files else "pass a file"
+        raise UserError(f"{source}: not a folder that datasets can load ({one_line(error)}): {pass_file}") from None
     if isinstance(dataset, datasets.DatasetDict):
         if split not in dataset:
             known = ", ".join(f"{folder}:{name}" for name in dataset)

@@ -169,7 +169,7 @@ CASES = [
         raw(LINE + b'{"prompt": "p", "chosen": "a", "chosen": "b", "rejected": "c"}\n'),
         AT + r"not valid JSON \(field 'chosen' occurs twice",
     ),
-    Case("folder of files", folder_of_files, r"data: not a folder that datasets can load"),
+    Case("folder of files", folder_of_files, r"data: not a folder .*: pass a file, such as data/pairs\.jsonl$"),
     Case("link to itself", looped_link, r"pairs\.jsonl: cannot be read \(Too many levels"),
     Case("name too long", lambda _: ["--data", "x" * 300], r"xx: cannot be read \(File name too long"),
     Case("empty name", lambda _: ["--data", ""], r"--data: must be at least one source"),
@@ -271,6 +271,26 @@ CASES = [
     Case("prompt missing", lines({"chosen": "a", "rejected": "b"}), r"jsonl:1: field 'prompt' is missing"),
     Case("rejected missing", after(GOOD, rejected=...), AT + "field 'rejected' is missing"),
     Case("incorrect missing", after(QUESTION, incorrect=...), AT + "field 'incorrect' is missing"),
+    Case(
+        "misspelled chosen",
+        lines(GOOD, {"prompt": "p", "chosne": "yes", "rejected": "no"}),
+        AT + "field 'chosen' is missing: did you misspell it as 'chosne'\\?$",
+    ),
+    Case(
+        "misspelled prompt",
+        lines(GOOD, {"promt": "p", "chosen": "yes", "rejected": "no"}),
+        AT + "field 'prompt' is missing: did you misspell it as 'promt'\\?$",
+    ),
+    Case(
+        "misspelled completions",
+        lines(SCORED, {"prompt": "p", "completons": ["yes", "no"], "score": [1, 0]}),
+        AT + "field 'completions' is missing: did you misspell it as 'completons'\\?$",
+    ),
+    Case(
+        "other names than a misspelled one",
+        lines(GOOD, {"prompt": "p", "chosen_id": 1, "chosen2": "yes", "rejected": "no"}),
+        AT + "field 'chosen' is missing: a record needs .* it has 'prompt', 'chosen_id', 'chosen2', 'rejected': name",
+    ),
     Case("scores missing", after(SCORED, scores=...), AT + "field 'scores' is missing"),
     Case("fields of two formats", after(SCORED, ranks=[1, 2]), AT + "has the fields of two formats, scores and ranks"),
     Case("mixed formats", lines(GOOD, QUESTION), AT + "has the format 'question', but .*jsonl:1 'prompt, chosen"),
@@ -393,7 +413,22 @@ CASES = [
     Case(
         "no role",
         chat(CHATML, CHAT, {**CHAT, "prompt": [{"content": "q"}]}),
-        AT + r"field 'prompt\[0\].role' is null",
+        AT + r"field 'prompt\[0\].role' is missing: a message has 'role' and 'content'",
+    ),
+    Case(
+        "null role",
+        chat(CHATML, CHAT, {**CHAT, "prompt": [{**USER, "role": None}]}),
+        AT + r"field 'prompt\[0\].role' is null, not a string",
+    ),
+    Case(
+        "misspelled role",
+        chat(CHATML, CHAT, {**CHAT, "prompt": [{"rol": "user", "content": "q"}]}),
+        AT + r"field 'prompt\[0\].role' is missing: did you misspell it as 'rol'\?",
+    ),
+    Case(
+        "no content",
+        chat(CHATML, CHAT, {**CHAT, "prompt": [{"role": "user", "text": "q"}]}),
+        AT + r"field 'prompt\[0\].content' is missing: a message has 'role' and 'content'",
     ),
     Case("no messages", chat(CHATML, CHAT, {**CHAT, "chosen": []}), AT + "field 'chosen' is an empty list"),
     Case(
