@@ -16,6 +16,7 @@ from gcrm_fast.model.families import FAMILIES, Family
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # of a tokenizer that is trained here
 # Texts on which a converted sentencepiece model must agree with sentencepiece: what its normalizer can change.
 PROBES = (" a", "Hello  world 12", "a\n\nb", "naïve ﬁ 漢字", "tab\tand trailing ")
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")  # one is in every tokenizer
 # Of tokenizer_config.json: what both transformers 4 and 5 read. All else is in tokenizer.json.
 PORTABLE = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template", "model_max_length")
 # Without the second, some versions of transformers return token_type_ids, which these models do not take.
@@ -44,14 +45,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
-        if "custom code" in str(error):
-            raise UserError(
-                f"{folder / 'tokenizer_config.json'}: field 'auto_map': this tokenizer is code in the folder, which "
-                f"never runs here: choose another with --tokenizer"
-            ) from None
-        raise UserError(
-            f"{folder}: no tokenizer that transformers can load ({one_line(error)}): choose another with --tokenizer"
-        ) from None
+        raise UserError(f"{_unloadable(folder, error)}: choose another with --tokenizer") from None
     if not tokenizer.is_fast:
         raise UserError(
             f"{folder}: the tokenizer gives no character offsets: convert it to a fast one (tokenizer.json)"
@@ -60,6 +54,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder}: the tokenizer has no eos token, where the reward is read: add one")
     end_tokens(tokenizer)  # a chat template that never ends is an error at once
     return tokenizer
+
+
+def _unloadable(folder: Path, error: Exception) -> str:
+    """Why transformers loads no tokenizer from the folder."""
+    if "custom code" in str(error):
+        settings = folder / "tokenizer_config.json"
+        return f"{settings}: field 'auto_map': this tokenizer is code in the folder, which never runs here"
+    if not any(True for pattern in VOCABULARIES for _ in folder.glob(pattern)):
+        return f"{folder}: holds no tokenizer.json or tokenizer.model"
+    return f"{folder}: no tokenizer that transformers can load ({one_line(error)})"
 
 
 def _settings(folder: Path) -> dict[str, Any]:

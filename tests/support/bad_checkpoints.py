@@ -453,7 +453,7 @@ CASES = [
         "8",
     ),
     # ---- tokenizers
-    damaged("tokenizer: none", r"m: no tokenizer that transformers can load", without_tokenizer),
+    damaged("tokenizer: none", r"m: holds no tokenizer\.json or tokenizer\.model: .*--tokenizer", without_tokenizer),
     damaged(
         "tokenizer: damaged",
         r"m: no tokenizer that transformers can load",
