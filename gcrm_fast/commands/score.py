@@ -38,6 +38,12 @@ from gcrm_fast.inference.scoring import Judged, RewardModel
 
 T = TypeVar("T")
 Window = list[list[Candidate]]  # the completions of each record
+# How many records there are is known at the end only: a bar would never move. unit_scale shortens the rate.
+COUNT: dict[str, Any] = {
+    "bar_format": "{desc}: {n} records [{elapsed}, {rate_noinv_fmt}]",
+    "unit": "",
+    "unit_scale": True,
+}
 WINDOW_RECORDS, WINDOW_CHARACTERS = 1024, 2**21  # a window ends with the record that reaches either
 
 
@@ -290,7 +296,7 @@ def score_files(
         return window
 
     source = map(hashed, windows(read(options.data, model, options, bad)))
-    with progress_bar(desc="scoring", unit="record", shown=rank == 0) as bar:
+    with progress_bar(desc="scoring", shown=rank == 0, **COUNT) as bar:
         bar.update(sum(map(len, itertools.islice(source, done.windows))))
         if digest.hexdigest() != (done.records or hashlib.sha256().hexdigest()):
             return False

@@ -65,7 +65,9 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_format_gets_its_rewards_beside_its_own_fields(gcrm: Gcrm, model: RewardModel, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    assert gcrm(write(tmp_path / "a", many(9)), "-o", out).returncode == 0
+    result = gcrm(write(tmp_path / "a", many(9)), "-o", out)
+    assert result.returncode == 0
+    assert re.search(r"^scoring: 9 records \[00:\d\d, [\d.]+k?/s\]$", result.stderr, re.MULTILINE)
     rewards = model.score([r["prompt"] for r in many(9)], [r["completion"] for r in many(9)])
     assert [{**r, "reward": None} for r in read(out)] == [{**r, "reward": None} for r in many(9)]
     np.testing.assert_allclose([r["reward"] for r in read(out)], rewards, rtol=0, atol=1e-6)
