@@ -14,6 +14,10 @@ import tempfile
 import warnings
 from typing import Any, NamedTuple
 
+if __name__ == "__main__" and len(sys.argv) != 2:  # before the imports that take seconds
+    print("usage: python examples/grpo_with_trl.py MODEL", file=sys.stderr)
+    sys.exit(2)
+
 from gcrm_fast.common.torch_compat import quiet_torchao
 
 quiet_torchao()
@@ -26,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 from gcrm_fast import RewardModel
+from gcrm_fast.common.command_line import exit_code
 from gcrm_fast.data.arithmetic import generate, is_correct
 from gcrm_fast.data.records import Pair
 from gcrm_fast.rlhf.trl import RewardFunction
@@ -122,7 +127,11 @@ def run(folder: str, steps: int = 30) -> Gain:
     return Gain(before, share_right(policy, tokenizer, prompts), rewards[0], rewards[-1])
 
 
-if __name__ == "__main__":
+def main() -> None:
     gain = run(sys.argv[1])
     print(f"right samples: {gain.right_before:.2f} before, {gain.right_after:.2f} after")
     print(f"mean reward: {gain.first_reward:.2f} at first, {gain.last_reward:.2f} at last")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("grpo_with_trl.py", main))

@@ -24,4 +24,7 @@ def reward(model: str, prompt: str, completion: str, url: str = URL) -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        print("usage: python examples/vllm_classify.py MODEL PROMPT COMPLETION", file=sys.stderr)
+        sys.exit(2)
     print(reward(*sys.argv[1:4]))

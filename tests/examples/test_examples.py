@@ -4,6 +4,8 @@ import asyncio
 import importlib.util
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -163,6 +165,26 @@ def test_rewardbench_is_given_the_local_file(tmp_path: Path) -> None:
     subprocess.run([script, "model", "pairs.jsonl"], env=environment, check=True)
     said = (tmp_path / "said").read_text()
     assert said.startswith("--model model --dataset pairs.jsonl --load_json --not_quantized --torch_dtype float32")
+
+
+@pytest.mark.parametrize("name", ["grpo_with_trl.py", "openrlhf_remote.sh", "rewardbench_local.sh", "vllm_classify.py"])
+def test_an_example_without_arguments_says_what_it_needs(name: str) -> None:
+    path = ROOT / "examples" / name
+    program = [sys.executable] if path.suffix == ".py" else []
+    done = subprocess.run([*program, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"usage: (python )?examples/{re.escape(name)} MODEL\b.*\n", done.stderr)
+
+
+def test_grpo_without_a_model_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed: pip install 'gcrm-fast[trl]'")
+    pytest.importorskip("datasets")
+    path = ROOT / "examples" / "grpo_with_trl.py"
+    monkeypatch.setattr(sys, "argv", [str(path), "/no/such/model"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    assert end.value.code == 2
+    assert re.fullmatch(r"grpo_with_trl\.py: .*/no/such/model: no such folder.*\n", capsys.readouterr().err)
 
 
 @pytest.mark.slow
