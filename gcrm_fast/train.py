@@ -197,9 +197,6 @@ def train_reward_model(config: TrainConfig) -> TrainResult | None:
         config = replace(config, resume="auto")
     config = with_template_date(config)
     folder = Path(config.output or default_output(config))
-    if processes.rank() == 0 and not config.dry_run:
-        sources = "generated sums (your own: --data)" if config.data == (ARITHMETIC,) else " ".join(config.data)
-        print(f"{folder}: trains {config.model or 'a model from scratch'} on {sources}", flush=True)
 
     def kept() -> str:
         return resume_hint(folder, config)
@@ -218,6 +215,9 @@ def train_reward_model(config: TrainConfig) -> TrainResult | None:
             print(describe(prepared, config, world_size))
     if config.dry_run:
         return None
+    if processes.rank() == 0:
+        sources = "generated sums (your own: --data)" if config.data == (ARITHMETIC,) else " ".join(config.data)
+        print(f"{folder}: trains {config.model or 'a model from scratch'} on {sources}", flush=True)
     keep_freed_memory()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts

@@ -185,7 +185,7 @@ CASES = [
     Case("--model: a file", _file_as_model, r"--model weights: is a file"),
     Case("--tokenizer: no such folder", _bad_tokenizer_name, r"--tokenizer no/such/tokenizer: no such folder"),
     # ---- config.json
-    damaged("config: missing", r"m/config\.json: cannot be read \(No such", lambda m: (m / "config.json").unlink()),
+    damaged("config: missing", r"--model .*m: holds no config\.json", lambda m: (m / "config.json").unlink()),
     damaged("config: a folder", r"m/config\.json: is not a file", lambda m: move(m, "config.json")),
     damaged("config: not JSON", r"m/config\.json: not valid JSON", lambda m: (m / "config.json").write_text("{")),
     damaged(

@@ -77,7 +77,7 @@ def test_evaluations_say_whether_q_is_more_than_the_end_token(pair_file: Path, t
     page = (tmp_path / "inspect.html").read_text()
     assert re.search(verdict, page)
     assert ">too few" not in page  # a sentence there
-    for name in ("model", "model_best"):  # whoever uses the model later reads it, too
+    for name in ("model", "model_best"):  # for those who use the model later
         assert re.search(rf"\| Q-values \| {verdict}", (tmp_path / name / "README.md").read_text())
         model = RewardModel.from_pretrained(tmp_path / name)
         assert re.match(verdict, model.q_verdict)
