@@ -264,12 +264,15 @@ def set_tables(rows: Rows, arms: Sequence[str], base: str, name: str) -> str:
     first = at(rows[0], name)
     parts = [part for part in first["reward"] if part != "questions"]
     scores = [score for score, value in first.items() if isinstance(value, Mapping)]
-    head = ["", *(f"{score}, {part}" for score in scores for part in parts)]
-    levels = [[arm, *(level(rows, arm, name, score, part) for score in scores for part in parts)] for arm in arms]
+    levels = [
+        [f"{score}, {part}", *(level(rows, arm, name, score, part) for arm in arms)]
+        for score in scores
+        for part in parts
+    ]
     effects = [[arm, *(difference(rows, arm, base, name, s, "questions") for s in BY_QUESTION)] for arm in arms]
     alone = ", ".join(f"{shortcut} {first[shortcut]:.3f}" for shortcut in ("length", "author") if shortcut in first)
     return (
-        f"### {name}\n\n{markdown(head, levels)}\n\n"
+        f"### {name}\n\n{markdown(['', *arms], levels)}\n\n"
         + (f"AUROC of a shortcut alone: {alone}.\n\n" if alone else "")
         + f"Difference from {base}, question by question:\n\n{markdown(['', *BY_QUESTION], effects)}\n\n"
     )

@@ -233,7 +233,7 @@ class Run:
                 prepared.tokenizer,
                 model.goal.cpu(),
                 model.goal_count,
-                about=about,
+                about,
             )
             (partial / "README.md").write_text(card, encoding="utf-8")
 

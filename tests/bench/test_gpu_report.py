@@ -132,7 +132,7 @@ def test_of_several_calls_the_latest_numbers_count(
     ]
     readme, docs = written(h100_2026_01_02=first + second)
     assert "120 pairs/s" in readme
-    assert "commit abc1234 and def5678" in readme
+    assert "commit abc1234, def5678" in readme
     body = [[cell.strip() for cell in line.strip("|").split("|")] for line in docs.splitlines()[6:-2]]
     assert [(part, what, numbers.split(",")[0]) for part, what, numbers in body] == [
         ("step", "step", "pairs/s 120"),

@@ -137,8 +137,9 @@ def rows(arm: str, seeds: int, shift: float) -> list[dict[str, Any]]:
 def test_models_are_compared_question_by_question(sets: ModuleType) -> None:
     text = sets.report([*rows("ranking", 3, 0.0), *rows("paper", 3, 0.2)], "ranking")
     assert "AUROC of a shortcut alone: length 0.610, author 0.790." in text
-    [levels, effects] = [line for line in text.splitlines() if line.startswith("| paper |")]
-    assert levels.startswith("| paper | 0.700 ± 0.000 | 0.600 ± 0.000 |")
+    assert "| reward, all | 0.500 ± 0.000 | 0.700 ± 0.000 |" in text
+    assert "| Q at the end, within questions | 0.600 ± 0.000 | 0.600 ± 0.000 |" in text
+    [effects] = [line for line in text.splitlines() if line.startswith("| paper |")]
     assert effects == "| paper | +0.200 ± 0.000 * | +0.200 ± 0.000 * | +0.200 ± 0.000 * |"
     assert text.count("| ranking | - | - | - |") == 1
 

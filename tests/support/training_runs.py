@@ -104,7 +104,9 @@ def alive(pid: int) -> bool:
 
 
 def rows(output: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    """The log's whole lines: a run may be writing the next one."""
+    *whole, _ = (output / "metrics.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in whole]
 
 
 def arguments(pair_file: Path, output: Path, *more: str) -> list[str]:
