@@ -32,10 +32,11 @@ COMPLETIONS = {
     "MATH": "math_completions.jsonl.gz",
 }
 VOTES = "gsm8k_vote_samples.jsonl.gz"
-PAIRS = {  # file, and the field of its subsets
-    "HH": ("hh_pairs_test.jsonl.gz", "subset"),
-    "PRMBench": ("math_pairs_injected_test.jsonl.gz", "error_type"),
+PAIRS = {  # file, the field of its subsets, and whether pairs name their question
+    "HH": ("hh_pairs_test.jsonl.gz", "subset", False),
+    "PRMBench": ("math_pairs_injected_test.jsonl.gz", "error_type", True),
 }
+FIRST_ERROR = ("MATH", "PRMBench")  # name the first wrong step
 PER_QUESTION = 12  # completions of a question at most
 BY_QUESTION = ("reward", "Q at the end", "Q one token before")  # the scores that are kept question by question
 
@@ -60,12 +61,11 @@ def drawn(source: Path, path: Path, questions: int, most: int) -> Path:
 
 def files(data: Path, folder: Path, questions: int, trained_on: str) -> dict[str, Path]:
     """The files by the names of their sets, drawn into ``folder``: pairs of the set itself for a model trained on one
-    of PAIRS (one per question; HH, without questions, all), or else solutions."""
+    of PAIRS (one per question, or all where no question is named), or else solutions."""
     if trained_on in PAIRS:
-        source = data / PAIRS[trained_on][0]
-        if trained_on != "HH":
-            source = drawn(source, folder / f"{trained_on}-{questions}.jsonl", questions, 1)
-        return {trained_on: source}
+        file, _, named = PAIRS[trained_on]
+        path = folder / f"{trained_on}-{questions}.jsonl"
+        return {trained_on: drawn(data / file, path, questions, 1) if named else data / file}
     count = {name: 10 * questions if name == "MATH" else questions for name in COMPLETIONS}  # few solutions of each
     found = {
         name: drawn(data / file, folder / f"{name}-{questions}.jsonl", count[name], PER_QUESTION)
@@ -225,7 +225,7 @@ def measured(folder: Path, sets: Mapping[str, Path]) -> dict[str, Any]:
             found[name] = votes(candidates, labeled)
         else:
             found[name] = on_completions(candidates, labeled)
-        if name in ("MATH", "PRMBench"):
+        if name in FIRST_ERROR:
             found["first error"] = at_first_error(model, candidates, labeled)
     return found
 

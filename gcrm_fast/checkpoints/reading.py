@@ -1,7 +1,7 @@
 """How a model reads text, and where its rewards are read: what its folder says, or what its config.json implies."""
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -45,25 +45,29 @@ def where_read(folder: Path, choice: Choice) -> tuple[End, str]:
     if choice != "auto":
         kind, why = choice, f"--end {choice}"
     elif (folder / HEAD_FILE).exists():
-        policy = read_json(folder / HEAD_FILE, "save the model again").get("end_policy")
+        policy = stated(folder).get("end_policy")
         kind = next((kind for kind in get_args(Kind) if POLICIES[kind] == policy), "eos")
         if kind == "eos":
             return End(), ""
         why = f"{HEAD_FILE} says so"
     else:
         kind = "transformers" if classifier else "eos"
-        stated = ADAPTER if adapter and adapter.classifies else "config.json"
-        why = f"there is no {HEAD_FILE}, and {stated} names {'a' if classifier else 'no'} sequence classifier"
+        source = ADAPTER if adapter and adapter.classifies else "config.json"
+        why = f"there is no {HEAD_FILE}, and {source} names {'a' if classifier else 'no'} sequence classifier"
     where = WHERE[kind]
     if kind != "eos" and before_eos:
         where, why = f"{where}, which is the one before eos", f"{why} with pad_token_id = eos_token_id"
     return End(kind, None if kind == "eos" else pad), f"{folder}: rewards are read {where}: {why} (see --end)"
 
 
+def stated(folder: Path) -> dict[str, Any]:
+    """What gcrm.json says; empty where there is none. Raises UserError where it cannot be read."""
+    return read_json(folder / HEAD_FILE, "save the model again") if (folder / HEAD_FILE).exists() else {}
+
+
 def q_verdict_of(folder: Path) -> str:
     """Whether the model's Q-values can be trusted, as its training run found; "" where gcrm.json does not say."""
-    saved = read_json(folder / HEAD_FILE, "save the model again") if (folder / HEAD_FILE).exists() else {}
-    return str(saved.get(Q_VALUES, ""))
+    return str(stated(folder).get(Q_VALUES, ""))
 
 
 def read_as_trained(
@@ -72,7 +76,7 @@ def read_as_trained(
     """Makes the tokenizer read special tokens in prompts and completions as chosen; ``auto`` is what gcrm.json says, or
     else what the tokenizer does. Prompts in another form than those of the training data will be warned of. Raises
     UserError for a gcrm.json that cannot be read."""
-    saved = read_json(folder / HEAD_FILE, "save the model again") if (folder / HEAD_FILE).exists() else {}
+    saved = stated(folder)
     chosen = saved.get("special_tokens") if choice == "auto" else choice
     if chosen is not None:
         tokenizer.split_special_tokens = chosen == "text"

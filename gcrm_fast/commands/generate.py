@@ -30,12 +30,11 @@ from gcrm_fast.data.sources import STDIN, BadRecords
 from gcrm_fast.inference.decoding import Result, Text, decode
 from gcrm_fast.inference.generation import Policy, Sampling
 from gcrm_fast.inference.judging import Goals
-from gcrm_fast.inference.methods import Method
+from gcrm_fast.inference.methods import BY_Q, Method
 from gcrm_fast.inference.scoring import RewardModel
 
 ADDED = ("text", "reward", "chosen_sample", "samples", "policy_tokens", "reward_tokens", "saved_tokens", "seconds")
 UNFILTERED = "unfiltered"
-BY_Q = ("filter", "reject", "beams")  # methods that act on Q-values
 Record = TypeVar("Record", Method, Sampling)
 
 
@@ -219,8 +218,8 @@ def generate(options: GenerateOptions) -> None:
             options.reward, dtype=options.dtype, tokens_per_batch=options.tokens_per_batch
         )
         goals = goals_of(options, reward)
-        if options.method in BY_Q and reward.q_verdict:
-            print(f"{options.reward}, by its training run: {reward.q_verdict}", flush=True)
+        for note in reward.q_notes if options.method in BY_Q else ():
+            print(note, flush=True)
     ignored = {"output", "compare", "rows", "cache_tokens", "tokens_per_batch", "data", "limit", "on_bad_record"}
     made_by = {name: value for name, value in asdict(options).items() if name not in ignored}
     made_by["reward"] = reward.fingerprint if reward is not None else ""

@@ -150,8 +150,7 @@ def judged_page(options: InspectOptions) -> Page:
     """The page of records that the model judges. Raises UserError."""
     model, goal_D = open_model(options)
     about = [f"Model {options.model}" + (f", goal {options.goal}" if options.goal else "")]
-    if model.q_verdict:
-        about.append(f"Its training run: {model.q_verdict}")
+    about += model.q_notes
     if options.row:
         groups = {"": read_rows(options, model)}
     else:

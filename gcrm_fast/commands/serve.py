@@ -91,6 +91,8 @@ def serve(options: ServeOptions) -> None:
                 with written_aside(ready) as partial:
                     partial.write_text(f"{address}\n")
             print(f"gcrm serve: {address}, goals: {', '.join(scorer.goals) or 'none'}", flush=True)
+            for note in scorer.q_notes:
+                print(note, flush=True)
 
         server = Server(app, timeout=options.timeout, limit=limit, on_ready=announce)
         # uvicorn raises the signal again when it ends; by default that would look like a crash.

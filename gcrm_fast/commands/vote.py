@@ -210,4 +210,7 @@ def vote(options: VoteOptions) -> None:
             "the filter): exact McNemar test, two-sided",
         }
         write_rows(folder, [row for election in elections for row in rows_of(", ".join(options.data), election)], about)
-    print(f"{table(elections, auto=options.threshold == 'auto')}\n\nwrote {options.output}")
+    print(f"{table(elections, auto=options.threshold == 'auto')}\n")
+    for note in model.q_notes:
+        print(note)
+    print(f"wrote {options.output}")

@@ -14,6 +14,7 @@ from gcrm_fast.inference.generation import Group, Row, Writer
 from gcrm_fast.inference.judging import Judge
 
 Kind = Literal["sample", "best-of-n", "filter", "reject", "beams"]
+BY_Q: tuple[Kind, ...] = ("filter", "reject", "beams")  # act on Q-values
 UNJUDGED = 5  # tokens at the start that the filter does not judge
 
 

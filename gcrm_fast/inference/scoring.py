@@ -155,6 +155,11 @@ class RewardModel:
         goals = read_goals(goal_file, fingerprint, config.state_size)[0] if goal_file.exists() else {}
         return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch, where, q_verdict_of(folder))
 
+    @property
+    def q_notes(self) -> list[str]:
+        """``q_verdict`` as a line to show, or none."""
+        return [f"Found by the model's training run: {self.q_verdict}"] if self.q_verdict else []
+
     # ------------------------------------------------------------------------------------------------------- texts
 
     def encode(
@@ -277,8 +282,7 @@ class RewardModel:
                 title = f"completion {i}"
                 columns.append(Column(title=title, text_n=text_n, reward_n=reward_n, q_n=q_Gn[0], marks=marks_n))
             records.append(Record(title=f"Prompt {len(records)}", prompt=prompt, columns=columns))
-        about = [f"Its training run: {self.q_verdict}"] if self.q_verdict else []
-        return page(title=f"{len(texts)} completions, token by token", about=about, groups={"": records})
+        return page(title=f"{len(texts)} completions, token by token", about=self.q_notes, groups={"": records})
 
     def stream(
         self,

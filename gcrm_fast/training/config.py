@@ -526,10 +526,17 @@ def default_output(config: TrainConfig) -> str:
     return f"runs/{name}-{objective}-seed{config.seed}"
 
 
+def finished(output: Path, config: TrainConfig) -> str:
+    """Why a run may not write to ``output``, "" where it may: a finished run is overwritten only with --overwrite."""
+    if not (output / "model").exists() or config.overwrite:
+        return ""
+    return f"{output}: holds a finished model: choose another --output or pass --overwrite"
+
+
 def check_unfinished(output: Path, config: TrainConfig) -> None:
-    """Raises UserError where a finished run would be overwritten without --overwrite; --dry-run writes nothing."""
-    if (output / "model").exists() and not config.overwrite and not config.dry_run:
-        raise UserError(f"{output}: holds a finished model: choose another --output or pass --overwrite")
+    """Raises UserError where a finished run would be overwritten; --dry-run writes nothing."""
+    if not config.dry_run and (refused := finished(output, config)):
+        raise UserError(refused)
 
 
 def check_output(config: TrainConfig) -> Path:

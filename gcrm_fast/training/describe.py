@@ -10,7 +10,7 @@ from gcrm_fast.common.statistics import highest_by_chance
 from gcrm_fast.common.tables import table
 from gcrm_fast.data.encoding import CUT, Completion, TokenizedPair, TokenReport, token_texts
 from gcrm_fast.training.accounting import work
-from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.config import TrainConfig, finished
 from gcrm_fast.training.memory import memory_limit, memory_plan, parameter_counts
 from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.prepare import Prepared, lora_of, steps_of, trained_layers
@@ -203,8 +203,7 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
         lm_head=config.sft_weight > 0,
         views=prepared.on_policy is not None,
     )
-    finished = (prepared.output / "model").exists() and not config.overwrite
-    refused = f"{prepared.output}: holds a finished model: a run needs another --output or --overwrite"
+    refused = finished(prepared.output, config)
     parameters = f"{whole / 1e6:.2f} M" + (f", of which {trained / 1e6:.2f} M are trained" if trained < whole else "")
     return table(
         [
@@ -218,7 +217,7 @@ def describe(prepared: Prepared, config: TrainConfig, world_size: int) -> str:
             ("padded / packed", f"{sum(w.padded_tokens for w in done) / tokens:.2f} times the tokens if padded"),
             ("parameters", parameters),
             ("predicted memory", str(memory_plan(prepared, config, world_size, device, memory_limit(device)))),
-            *([("warning", refused)] if finished else []),
+            *([("warning", refused)] if refused else []),
         ]
     )
 

@@ -202,9 +202,9 @@ class Run:
         if self.log:
             write_report(prepared.output / "inspect.html", prepared.output.name, scores, values, prepared.tokenizer)
 
-    def q_rows(self, evaluation: Mapping[str, float]) -> list[tuple[str, str]]:
-        """Whether Q-values can be trusted, as a line of a table; none without held-out pairs."""
-        return [("Q-values", q_verdict(evaluation))] if evaluation and self.config.loss == "ranking" else []
+    def about_q(self, evaluation: Mapping[str, float], name: str) -> dict[str, str]:
+        """Whether Q-values can be trusted, under a name; empty without held-out pairs."""
+        return {name: q_verdict(evaluation)} if evaluation and self.config.loss == "ranking" else {}
 
     def write_model(self, name: str, model: FullModel, rows: Rows, evaluation: Mapping[str, float]) -> None:
         """Saves a model, with its card, to the output folder; on rank 0."""
@@ -224,7 +224,6 @@ class Run:
                 write_adapter(
                     partial, settings, model.adapters, model.weights, prepared.model_config, prepared.tokenizer
                 )
-        about = {Q_VALUES: q_verdict(evaluation)} if self.q_rows(evaluation) else {}
         with written_aside(prepared.output / name) as partial:
             save_model(
                 partial,
@@ -233,7 +232,7 @@ class Run:
                 prepared.tokenizer,
                 model.goal.cpu(),
                 model.goal_count,
-                about,
+                self.about_q(evaluation, Q_VALUES),
             )
             (partial / "README.md").write_text(card, encoding="utf-8")
 
@@ -360,7 +359,7 @@ def finish(run: Run, step: int) -> dict[str, float]:
     if log:
         if evaluation and run.config.loss == "ranking":
             warnings += unlearned_rows(log.series("eval/loss/ranking"), peak)
-        rows += [*held_out_rows(log, evaluation), *run.q_rows(evaluation), *warnings]
+        rows += [*held_out_rows(log, evaluation), *run.about_q(evaluation, "Q-values").items(), *warnings]
         run.write_model("model", last, rows, evaluation)
         log.close(evaluation)
         run.checkpoints.remove_all()
@@ -394,6 +393,6 @@ def write_best(run: Run, step: int, last: FullModel, evaluation: dict[str, float
     row = (f"best {metric}", f"{of_best[metric]:.3f} at step {step}, saved {folder}")
     if run.log:
         print(*notes, sep="\n", end="\n" if notes else "", flush=True)
-        results = [*rows, row, *held_out_rows(run.log, of_best), *run.q_rows(of_best)]
+        results = [*rows, row, *held_out_rows(run.log, of_best), *run.about_q(of_best, "Q-values").items()]
         run.write_model(folder.name, model, results, of_best)
     return row

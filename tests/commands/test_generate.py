@@ -88,11 +88,9 @@ def test_methods_that_act_on_q_say_whether_it_can_be_trusted(
     policy: Path, asked: Path, tmp_path: Path, gcrm: Gcrm
 ) -> None:
     reward = tmp_path / "reward"
-    models.save(reward)
-    about = json.loads((reward / "gcrm.json").read_text())
-    (reward / "gcrm.json").write_text(json.dumps(about | {"q_values": "Q says nothing"}))
+    models.save(reward, verdict=models.VERDICT)
     given = ("generate", policy, asked, "-o", tmp_path / "o.jsonl", "--reward", reward, *SHORT)
-    said = f"{reward}, by its training run: Q says nothing\n"
+    said = f"Found by the model's training run: {models.VERDICT}\n"
     assert said in gcrm(*given, "--method", "filter").stdout
     assert said not in gcrm(*given, "--method", "best-of-n").stdout
 

@@ -145,7 +145,7 @@ def test_every_way_to_vote_is_reported() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vote") / "model"
-    models.save(folder)
+    models.save(folder, verdict=models.VERDICT)
     return folder
 
 
@@ -180,6 +180,7 @@ def test_vote_reports_what_the_votes_give(model: Path, tmp_path: Path, capsys: p
     stdout = capsys.readouterr().out
     assert "all: Q-filtered majority" in stdout
     assert "more than one sample" not in stdout
+    assert f"Found by the model's training run: {models.VERDICT}\n" in stdout
 
 
 def test_a_field_with_one_value_is_no_group(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,18 @@
 """Faults planted in commands/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "vote: does not say whether Q can be trusted": (
+        "gcrm_fast/commands/vote.py",
+        "for note in model.q_notes:",
+        "for note in ():",
+        "tests/evaluation/test_vote.py -k reports_what",
+    ),
+    "serve: does not say whether Q can be trusted": (
+        "gcrm_fast/commands/serve.py",
+        "for note in scorer.q_notes:",
+        "for note in ():",
+        "tests/inference/test_serve.py -k warns_serves",
+    ),
     "families: a token classifier of another family": (
         "gcrm_fast/commands/export.py",
         '[config.family.class_name("ForTokenClassification")]',

@@ -471,8 +471,8 @@ FAULTS = {
     ),
     "run: the best model's card has the last one's numbers": (
         "gcrm_fast/training/run.py",
-        "*held_out_rows(run.log, of_best), *run.q_rows(of_best)]",
-        "*held_out_rows(run.log, evaluation), *run.q_rows(evaluation)]",
+        "*held_out_rows(run.log, of_best), *run.about_q(of_best,",
+        "*held_out_rows(run.log, evaluation), *run.about_q(evaluation,",
         "tests/training/test_resume.py -k stay",
     ),
     "model card: a command without what differs from its preset": (

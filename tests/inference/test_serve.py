@@ -30,6 +30,7 @@ from gcrm_fast.inference.protocols import RewardRequest
 from gcrm_fast.inference.server import Endpoints
 from gcrm_fast.rlhf.trl import RewardFunction
 from support.chat import TOOLS
+from support.models import VERDICT
 from support.serving import HEAD, Answer, Server, ask, eventually, running
 from support.training_runs import ROOT
 
@@ -495,6 +496,7 @@ def test_the_program_warns_serves_and_ends_in_order(folder: Path) -> None:
         line = process.stdout.readline()
         port = int(line.partition(",")[0].rpartition(":")[2])
         assert "goals: default, short" in line
+        assert process.stdout.readline() == f"Found by the model's training run: {VERDICT}\n"
         waiting = socket.create_connection(("127.0.0.1", port), timeout=20)
         body = b'{"query": ["a"]}'
         waiting.sendall(

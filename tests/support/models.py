@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gcrm_fast.checkpoints.reading import Q_VALUES
 from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.data.tokenization import choose_pad
 from gcrm_fast.model.reward_model import LlamaRewardModel
@@ -15,14 +16,17 @@ from support.small import small_config, small_model
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", ", ", "; ", " 1", "2")
 
 
-def save(folder: Path, **changes: Any) -> LlamaRewardModel:
-    """A random model whose default goal is all ones, as training saves it."""
+VERDICT = "Q says nothing before the end token"
+
+
+def save(folder: Path, *, verdict: str = "", **changes: Any) -> LlamaRewardModel:
+    """A random model whose default goal is all ones, as training saves it. ``verdict``: what it found of Q-values."""
     config = small_config(vocab_size=VOCAB, num_hidden_layers=2, **changes)
     model = small_model(config, torch.float32)
     state: dict[str, Tensor] = {name: p.detach().clone() for name, p in model.named_parameters()}
     choose_pad(tokenizer(), config.vocab_size, "test")
     goal = torch.ones(config.state_size)
-    save_model(folder, state, config, tokenizer(), goal, 3)
+    save_model(folder, state, config, tokenizer(), goal, 3, {Q_VALUES: verdict} if verdict else {})
     return model
 
 

@@ -16,6 +16,7 @@ import torch
 
 from gcrm_fast import RewardModel
 from gcrm_fast.checkpoints.goals import GOAL_FILE, write_goals
+from gcrm_fast.checkpoints.reading import Q_VALUES
 from gcrm_fast.checkpoints.saving import write_model
 from gcrm_fast.data.tokenization import choose_pad
 from gcrm_fast.inference.batcher import Batcher
@@ -25,6 +26,7 @@ from gcrm_fast.inference.sessions import Sessions
 from gcrm_fast.rlhf.hybrid import scored
 from gcrm_fast.rlhf.verifiers import Verifiers
 from support.chat import CHATML, chat_tokenizer
+from support.models import VERDICT
 from support.small import small_config, small_model
 
 HEAD = b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"  # of a request
@@ -36,7 +38,7 @@ def write_served_model(path: Path, template: str = CHATML) -> Path:
     config = small_config(vocab_size=len(tokenizer), num_hidden_layers=1)
     choose_pad(tokenizer, config.vocab_size, "test")
     state = {name: p.detach() for name, p in small_model(config, torch.float32).named_parameters()}
-    weights = write_model(path, state, config, tokenizer)
+    weights = write_model(path, state, config, tokenizer, about={Q_VALUES: VERDICT})
     goals = {"default": torch.ones(32), "short": torch.arange(32.0)}
     write_goals(path / GOAL_FILE, goals, dict.fromkeys(goals, 1), weights)
     return path

@@ -81,7 +81,8 @@ def test_evaluations_say_whether_q_is_more_than_the_end_token(pair_file: Path, t
         assert re.search(rf"\| Q-values \| {verdict}", (tmp_path / name / "README.md").read_text())
         model = RewardModel.from_pretrained(tmp_path / name)
         assert re.match(verdict, model.q_verdict)
-        assert f"Its training run: {model.q_verdict}" in html.unescape(model.inspect("one", "two").html)
+        about = html.unescape(model.inspect("one", "two").html)
+        assert f"Found by the model's training run: {model.q_verdict}" in about
 
 
 def test_a_ranking_loss_that_does_not_fall_is_a_warning() -> None:
@@ -114,7 +115,7 @@ def test_training_from_python(pair_file: Path, tmp_path: Path, capsys: pytest.Ca
         train_reward_model(config)
     dry = parse(arguments(pair_file, result.folder, "--dry-run"))
     assert train_reward_model(dry) is None
-    assert f"{result.folder}: holds a finished model: a run needs another --output" in capsys.readouterr().out
+    assert f"{result.folder}: holds a finished model: choose another --output" in capsys.readouterr().out
     with pytest.raises(UserError, match="--keep-best"):
         train_reward_model(TrainConfig(data=("x.jsonl",), keep_best="eval/auroc"))
     assert train_reward_model(dataclasses.replace(config, output=str(tmp_path / "dry"), dry_run=True)) is None
