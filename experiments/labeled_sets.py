@@ -6,7 +6,7 @@ in gcrm_fast/evaluation/measures.py: N completions, C questions.
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -31,47 +31,60 @@ COMPLETIONS = {
     "MAWPS": "mawps_completions.jsonl.gz",
     "MATH": "math_completions.jsonl.gz",
 }
-VOTES = "gsm8k_vote_samples.jsonl.gz"
-PAIRS = {  # file, the field of its subsets, and whether pairs name their question
-    "HH": ("hh_pairs_test.jsonl.gz", "subset", False),
-    "PRMBench": ("math_pairs_injected_test.jsonl.gz", "error_type", True),
+PAIRS = {  # file, and the field of its subsets
+    "HH": ("hh_pairs_test.jsonl.gz", "subset"),
+    "PRMBench": ("math_pairs_injected_test.jsonl.gz", "error_type"),
 }
-FIRST_ERROR = ("MATH", "PRMBench")  # name the first wrong step
+VOTES = "votes"
+FILES = {name: file for name, (file, _) in PAIRS.items()} | COMPLETIONS | {VOTES: "gsm8k_vote_samples.jsonl.gz"}
+UNNAMED = ("HH",)  # records name no question
+FIRST_ERROR = {name: f"{name}: first error" for name in ("MATH", "PRMBench")}  # sets that name the first wrong step
 PER_QUESTION = 12  # completions of a question at most
 BY_QUESTION = ("reward", "Q at the end", "Q one token before")  # the scores that are kept question by question
 
 Values = list[float | None]  # per question; None where it has none
 
 
-def drawn(source: Path, path: Path, questions: int, most: int) -> Path:
-    """A file of the records of ``questions`` random questions, at most ``most`` of each, always the same ones."""
+def read_lines(source: Path) -> list[str]:
+    with gzip.open(source, "rt", encoding="utf-8") as file:
+        return file.readlines()
+
+
+def drawn(source: Path, path: Path, questions: int, most: int, trained: Set[str] = frozenset()) -> Path:
+    """A file of the records of ``questions`` random questions that are not ``trained`` on, at most ``most`` of each,
+    always the same ones."""
     if path.exists():
         return path
-    with gzip.open(source, "rt", encoding="utf-8") as file:
-        lines = file.readlines()
+    lines = read_lines(source)
     random = np.random.default_rng(0)
     of_question: dict[str, list[str]] = {}
     for i in random.permutation(len(lines)):
-        of_question.setdefault(json.loads(lines[i])["qid"], []).append(lines[i])
+        question = json.loads(lines[i])["qid"]
+        if question not in trained:
+            of_question.setdefault(question, []).append(lines[i])
     chosen = random.permutation(sorted(of_question))[:questions]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, "".join(line for name in chosen for line in of_question[name][:most]))
     return path
 
 
-def files(data: Path, folder: Path, questions: int, trained_on: str) -> dict[str, Path]:
-    """The files by the names of their sets, drawn into ``folder``: pairs of the set itself for a model trained on one
-    of PAIRS (one per question, or all where no question is named), or else solutions."""
-    if trained_on in PAIRS:
-        file, _, named = PAIRS[trained_on]
-        path = folder / f"{trained_on}-{questions}.jsonl"
-        return {trained_on: drawn(data / file, path, questions, 1) if named else data / file}
-    count = {name: 10 * questions if name == "MATH" else questions for name in COMPLETIONS}  # few solutions of each
-    found = {
-        name: drawn(data / file, folder / f"{name}-{questions}.jsonl", count[name], PER_QUESTION)
-        for name, file in COMPLETIONS.items()
-    }
-    return found | {"votes": drawn(data / VOTES, folder / f"votes-{questions}.jsonl", questions, 10**6)}
+def defaults(trained_on: str) -> tuple[str, ...]:
+    """The sets for a model trained on one of PAIRS, that one, or else on solutions, all of these."""
+    return (trained_on,) if trained_on in PAIRS else (*COMPLETIONS, VOTES)
+
+
+def files(
+    data: Path, folder: Path, questions: int, names: Sequence[str], trained: Set[str] = frozenset()
+) -> dict[str, Path]:
+    """The files of the sets ``names``, drawn into ``folder``: pairs, one per question, or all where no question is
+    named; or solutions. Questions that the model was ``trained`` on are omitted."""
+    found: dict[str, Path] = {}
+    for name in names:
+        source, path = data / FILES[name], folder / f"{name}-{questions}.jsonl"
+        count = 10 * questions if name == "MATH" else questions  # few solutions of each
+        most = 1 if name in PAIRS else 10**6 if name == VOTES else PER_QUESTION
+        found[name] = source if name in UNNAMED else drawn(source, path, count, most, trained)
+    return found
 
 
 def rounded(values: np.ndarray) -> Values:
@@ -221,12 +234,12 @@ def measured(folder: Path, sets: Mapping[str, Path]) -> dict[str, Any]:
         labeled = evaluate.score(model, source, model.goal(None))
         if name in PAIRS:
             found[name] = on_pairs(candidates, labeled, PAIRS[name][1])
-        elif name == "votes":
+        elif name == VOTES:
             found[name] = votes(candidates, labeled)
         else:
             found[name] = on_completions(candidates, labeled)
         if name in FIRST_ERROR:
-            found["first error"] = at_first_error(model, candidates, labeled)
+            found[FIRST_ERROR[name]] = at_first_error(model, candidates, labeled)
     return found
 
 
@@ -283,17 +296,18 @@ def report(rows: Rows, base: str) -> str:
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     found = at(rows[0])
     text = "".join(set_tables(rows, arms, base, name) for name in found if "reward" in found[name])
-    if "first error" in found:
-        kinds = list(found["first error"])
-        lines = [[arm, *(level(rows, arm, "first error", kind) for kind in kinds)] for arm in arms]
-        effects = [[arm, *(difference(rows, arm, base, "first error", kind) for kind in kinds)] for arm in arms]
+    for name, key in ((name, key) for name, key in FIRST_ERROR.items() if key in found):
+        kinds = list(found[key])
+        lines = [[arm, *(level(rows, arm, key, kind) for kind in kinds)] for arm in arms]
+        effects = [[arm, *(difference(rows, arm, base, key, kind) for kind in kinds)] for arm in arms]
         text += (
-            "### Q at the first wrong step\n\nThe chance that a token before it has a higher Q than one from there "
-            f"on:\n\n{markdown(['', *kinds], lines)}\n\nDifference from {base}, solution by solution:\n\n"
+            f"### {name}: Q at the first wrong step\n\n"
+            "The chance that a token before it has a higher Q than one from there on:\n\n"
+            f"{markdown(['', *kinds], lines)}\n\nDifference from {base}, solution by solution:\n\n"
             f"{markdown(['', *kinds], effects)}\n\n"
         )
-    if "votes" in found:
-        kinds = list(found["votes"])
+    if VOTES in found:
+        kinds = list(found[VOTES])
         lines = [[arm, *(level(rows, arm, "votes", kind) for kind in kinds)] for arm in arms]
         effects = [
             [arm, *(difference(rows, arm, base, "votes", kind) for kind in kinds if kind != "tokens saved")]

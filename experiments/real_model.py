@@ -9,7 +9,6 @@ Models are kept under --runs; each finished arm is a row in real_model.json at o
 the arms that are missing. Writes experiments/real_model.md (tables) and real_model.json (every number).
 """
 
-import gzip
 import json
 import sys
 from dataclasses import dataclass
@@ -85,6 +84,8 @@ class Options(CommandOptions):
     """Number of passes over the training pairs."""
     questions: ZeroOrMore = 100
     """Number of questions of each labeled set; 0 measures held-out pairs alone."""
+    labeled: tuple[str, ...] = ()
+    """Names of the labeled sets; default: those that suit the training set."""
     lr: float = 5e-5
     """Peak learning rate."""
     dtype: str = "auto"
@@ -102,8 +103,7 @@ class Options(CommandOptions):
 
 def chosen_pairs(source: Path, count: int, path: Path) -> Path:
     """A file of ``count`` records of ``source``, the same random ones at every call: neighbors share their question."""
-    with gzip.open(source, "rt", encoding="utf-8") as file:
-        lines = file.readlines()
+    lines = labeled_sets.read_lines(source)
     order = np.random.default_rng(0).permutation(len(lines))[:count]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_aside(path, "".join(lines[i] for i in order))
@@ -164,7 +164,7 @@ def evaluations(folder: Path) -> dict[str, Any]:
 def budget(options: Options) -> dict[str, Any]:
     """What all rows of a report have in common."""
     names = ("model", "train_layers", "pairs", "held_out", "goal_pairs", "questions", "epochs", "lr", "dtype")
-    return {name: getattr(options, name) for name in names}
+    return {name: getattr(options, name) for name in names} | {"labeled": list(options.labeled)}
 
 
 def earlier(options: Options) -> dict[str, Any]:
@@ -269,15 +269,18 @@ def row_of(options: Options, name: str, arm: str, seed: int) -> dict[str, Any]:
     model = trained(folder, arguments(options, arm, name, seed))
     row = {"set": name, "arm": arm, "seed": seed, **evaluations(folder)}
     if options.questions:
-        sets = labeled_sets.files(data_folder(options.data), options.runs / "sets", options.questions, name)
+        data, names = data_folder(options.data), options.labeled or labeled_sets.defaults(name)
+        trained_on = {json.loads(line).get("qid") for line in labeled_sets.read_lines(data / SETS[name][0])}
+        sets = labeled_sets.files(data, options.runs / "sets" / name, options.questions, names, trained_on)
         row["labeled"] = labeled_sets.measured(model, sets)
     return row
 
 
 def run(options: Options) -> None:
     """Trains what is missing, seed by seed, and writes the report after each. Raises UserError."""
-    for option, given, known in (("--only", options.only, ARMS), ("--sets", options.sets, SETS)):
-        if unknown := set(given) - known.keys():
+    choices = (("--only", options.only, ARMS), ("--sets", options.sets, SETS))
+    for option, given, known in (*choices, ("--labeled", options.labeled, labeled_sets.FILES)):
+        if unknown := set(given) - set(known):
             raise UserError(f"{option} {' '.join(sorted(unknown))}: must be of {', '.join(known)}")
     report = earlier(options)
     rows: list[dict[str, Any]] = report["rows"]

@@ -53,6 +53,13 @@ def test_the_same_questions_are_drawn_each_time_with_their_share_of_records(sets
     assert [record["i"] for record in drawn] != sorted(record["i"] for record in drawn)
 
 
+def test_questions_that_the_model_was_trained_on_are_omitted(sets: ModuleType, tmp_path: Path) -> None:
+    source = write(tmp_path / sets.COMPLETIONS["MATH"], [{"qid": f"q{i % 9}", "i": i} for i in range(90)])
+    found = sets.files(source.parent, tmp_path / "drawn", 1, ["MATH"], {"q0", "q1", "q2"})
+    records = [json.loads(line) for line in found["MATH"].read_text().splitlines()]
+    assert {record["qid"] for record in records} == {f"q{i}" for i in range(3, 9)}
+
+
 def test_completions_are_compared_over_all_within_questions_and_within_authors(sets: ModuleType) -> None:
     """Two of all four couples are in order, and one of the two within a question."""
     found = sets.on_completions(
@@ -162,7 +169,7 @@ def test_a_model_is_measured_on_every_kind_of_set(sets: ModuleType, tmp_path: Pa
         for q in range(12)
         for i in range(2)
     ]
-    for file in (*sets.COMPLETIONS.values(), sets.VOTES):
+    for file in (*sets.COMPLETIONS.values(), sets.FILES[sets.VOTES]):
         write(tmp_path / file, solutions)
     pairs = [{"prompt": "p", "chosen": f"yes {i}", "rejected": "no", "subset": f"s{i % 2}"} for i in range(4)]
     write(tmp_path / sets.PAIRS["HH"][0], pairs)
@@ -178,15 +185,15 @@ def test_a_model_is_measured_on_every_kind_of_set(sets: ModuleType, tmp_path: Pa
         for q in range(12)
     ]
     write(tmp_path / sets.PAIRS["PRMBench"][0], injected)
-    found = sets.measured(model, sets.files(tmp_path, tmp_path / "drawn", 10, "GSM8K"))
-    assert list(found) == ["GSM8K", "SVAMP", "ASDiv", "MAWPS", "MATH", "first error", "votes"]
+    found = sets.measured(model, sets.files(tmp_path, tmp_path / "drawn", 10, sets.defaults("GSM8K")))
+    assert list(found) == ["GSM8K", "SVAMP", "ASDiv", "MAWPS", "MATH", "MATH: first error", "votes"]
     assert [len(found[name]["reward"]["questions"]) for name in ("GSM8K", "MATH")] == [10, 12]
-    assert [len(own) for own in found["first error"].values()] == [12, 12, 12]
-    found = sets.measured(model, sets.files(tmp_path, tmp_path / "drawn", 10, "HH"))
+    assert [len(own) for own in found["MATH: first error"].values()] == [12, 12, 12]
+    found = sets.measured(model, sets.files(tmp_path, tmp_path / "drawn", 10, sets.defaults("HH")))
     assert list(found) == ["HH"]
     assert len(found["HH"]["reward"]["questions"]) == 4
     assert {"s0", "s1"} <= found["HH"]["reward"].keys()
-    found = sets.measured(model, sets.files(tmp_path, tmp_path / "drawn", 10, "PRMBench"))
-    assert list(found) == ["PRMBench", "first error"]
+    found = sets.measured(model, sets.files(tmp_path, tmp_path / "drawn", 10, sets.defaults("PRMBench")))
+    assert list(found) == ["PRMBench", "PRMBench: first error"]
     assert len(found["PRMBench"]["reward"]["questions"]) == 10
-    assert [len(own) for own in found["first error"].values()] == [10, 10, 10]
+    assert [len(own) for own in found["PRMBench: first error"].values()] == [10, 10, 10]

@@ -145,6 +145,12 @@ FAULTS = {
         'verdict = "shown" if mean > 0',
         "tests/experiments/test_rlhf_loop.py -k needs_three_seeds",
     ),
+    "labeled sets: questions of the training set are measured": (
+        "experiments/labeled_sets.py",
+        "if question not in trained:",
+        "if question:",
+        "tests/experiments/test_labeled_sets.py -k omitted",
+    ),
     "labeled sets: other questions at each call": (
         "experiments/labeled_sets.py",
         "random = np.random.default_rng(0)\n    of_question",
