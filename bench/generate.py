@@ -11,14 +11,16 @@ timed. Prefill is the time to the first token of every text, decode the rest. Co
 new tokens, and is that of the median time, with its 10th and 90th percentile.
 
 Then the first case again with a reward model of the same size: without it; with rewards at the end alone; with live
-Q-values; with a live filter that drops about half of the samples. "reward model s" is one forward of all texts.
+Q-values; with a live filter that drops about half of the samples. And 8 prompts of 16 samples with half as many tokens,
+32 samples at a time: those that wait take the place of dropped ones. "reward model s" is one forward of all texts of
+the first.
 """
 
 import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ BATCHES = (16, 8, 4, 1)  # transformers takes the fastest
 COLUMNS = ("case", "method", "batch", "new tokens", "tokens/s", "p10", "p90", "x", "prefill s", "decode tokens/s")
 LIVE_COLUMNS = ("method", "seconds", "p10", "p90", "policy tokens", "reward tokens", "saved tokens", "reward model s")
 SEED = 0
+ROWS, WAITING = 32, 8  # samples written at a time; prompts of 16 samples that wait for room
 
 Case = list[tuple[list[int], int]]  # prompts, and how many new tokens each gets
 
@@ -192,36 +195,53 @@ def race(model: Any, policy: Policy, name: str, case: Case, seconds: float) -> l
     ]
 
 
-def live(policy: Policy, case: Case, seconds: float) -> list[dict[str, Any]]:
-    """What live Q-values cost, and what a filter saves."""
-    reward, (ids, limit) = reward_model(policy), case[0]
-    prompt = str(policy.tokenizer.decode(ids))
+def written(
+    policy: Policy, prompts: Sequence[str], limit: int, method: Method, model: RewardModel | None
+) -> list[Result]:
+    """Sampled texts of the prompts, ROWS at a time."""
     sampling = Sampling(max_new_tokens=limit, temperature=1.0, seed=SEED)
+    found = decode(policy, prompts, reward=model, method=method, sampling=sampling, rows=ROWS)
+    return [one for one in found if isinstance(one, Result)]
 
-    def run(method: Method, model: RewardModel | None) -> Result:
-        found = list(decode(policy, [prompt], reward=model, method=method, sampling=sampling))
-        assert isinstance(found[-1], Result)
-        return found[-1]
 
-    plain, at_end = Method(kind="sample"), Method(every=0)
-    texts = run(Method(), reward).texts
-    threshold = float(np.median([min(text.q_n[5:], default=1.0) for text in texts]))
-    dropping = replace(at_end, kind="filter", every=16, threshold=threshold)
-    functions = {
-        "no reward model": partial(run, plain, None),
-        "rewards at the end": partial(run, at_end, reward),
+def half_dropped(results: Sequence[Result]) -> Method:
+    """A live filter at the median of what the samples' Q-values fall to."""
+    lowest = [min(text.q_n[5:], default=1.0) for result in results for text in result.texts]
+    return Method(kind="filter", every=16, threshold=float(np.median(lowest)))
+
+
+def live(policy: Policy, everything: dict[str, Case], seconds: float) -> list[dict[str, Any]]:
+    """What live Q-values cost, and what a filter saves: with one prompt, and with several that wait for room."""
+    reward, (ids, limit) = reward_model(policy), everything["16 samples"][0]
+    one, *several = (str(policy.tokenizer.decode(own)) for own in (ids, *(p for p, _ in everything["16 prompts"])))
+    several = several[:WAITING]
+    run = partial(written, policy, [one], limit)
+    functions: dict[str, Callable[[], list[Result]]] = {
+        "no reward model": partial(run, Method(kind="sample"), None),
+        "rewards at the end": partial(run, Method(every=0), reward),
         "live Q every 16 tokens": partial(run, Method(), reward),
-        "live filter": partial(run, dropping, reward),
+        "live filter": partial(run, half_dropped(run(Method(), reward)), reward),
     }
-    start = policy.encode([prompt])[0]
+    run = partial(written, policy, several, limit // 2)
+    queue = {
+        "live Q every 16 tokens": partial(run, Method(), reward),
+        "live filter": partial(run, half_dropped(run(Method(), reward)), reward),
+    }
+    functions |= {f"{WAITING} prompts, {name}": function for name, function in queue.items()}
+    start = policy.encode([one])[0]
+    texts = functions["live Q every 16 tokens"]()[0].texts
     scored = [Completion(np.array([*start, *text.ids], dtype=np.int32), len(start), CUT) for text in texts]
     taken = measure.times({**functions, "forward": lambda: reward.judge(scored)}, policy.device, seconds)
     rows = []
     for name, function in functions.items():
-        result, (median, low, high) = function(), taken[name]
+        results, (median, low, high) = function(), taken[name]
         row = {"method": name, "seconds": median / 1000, "p10": low / 1000, "p90": high / 1000}
-        costs = {"policy tokens": result.policy_tokens, "reward tokens": result.reward_tokens}
-        rows.append(row | costs | {"saved tokens": result.saved_tokens, "reward model s": taken["forward"][0] / 1000})
+        costs = {
+            "policy tokens": sum(result.policy_tokens for result in results),
+            "reward tokens": sum(result.reward_tokens for result in results),
+            "saved tokens": sum(result.saved_tokens for result in results),
+        }
+        rows.append(row | costs | {"reward model s": taken["forward"][0] / 1000})
     return rows
 
 
@@ -265,7 +285,7 @@ def main() -> None:
     for name, case in everything.items():
         rows += race(model, policy, name, case, options.seconds)
         print(measure.table(rows[-2:], COLUMNS), flush=True)
-    costs = live(policy, everything["16 samples"], options.seconds)
+    costs = live(policy, everything, options.seconds)
     print(measure.table(costs, LIVE_COLUMNS), flush=True)
     name = f"generate-{about['policy']}-{options.dtype}"
     stem = measure.record(name, [{**row, **about} for row in (*rows, *costs)], where)
