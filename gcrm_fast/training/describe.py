@@ -18,6 +18,7 @@ from gcrm_fast.training.prepare import Prepared, lora_of, steps_of, trained_laye
 MANY_DROPPED = 0.1  # of the training pairs
 FEW_STEPS, FEW_PAIRS = 20, 30
 LEARNED = 0.98  # of the first evaluation's ranking loss
+BLIND = "Q says nothing before the end token"
 COLLAPSED = 0.95  # mean cosine between states of one completion
 SHOWN = 200  # characters at both ends of a long text
 HELD_OUT = {
@@ -150,9 +151,18 @@ def q_verdict(evaluation: Mapping[str, float]) -> str:
     if evaluation["eval/pairs"] < FEW_PAIRS:
         return f"too few held-out pairs ({evaluation['eval/pairs']:.0f}) to tell whether Q-values can be trusted"
     return (
-        f"Q says nothing before the end token (AUROC {before:.3f} one token before it, where chance gives up to "
-        f"{chance:.3f}): do not use Q-values inside completions"
+        f"{BLIND} (AUROC {before:.3f} one token before it, where chance gives up to {chance:.3f}): do not use Q-values "
+        "inside completions"
     )
+
+
+def blind_rows(of_q: Mapping[str, str], config: TrainConfig) -> list[tuple[str, str]]:
+    """A warning where ``q_verdict``, by its name, found Q blind before the end token and goals at the end may change
+    that (docs/results.md)."""
+    blind = any(verdict.startswith(BLIND) for verdict in of_q.values())
+    if not blind or config.objective != "gcrm" or config.sampling != "random":
+        return []
+    return [("warning", "for Q-values inside completions try --sampling end_mix: pretrained models needed it")]
 
 
 def beaten_rows(evaluation: Mapping[str, float], baselines: Mapping[str, float]) -> list[tuple[str, str]]:

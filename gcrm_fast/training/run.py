@@ -24,7 +24,7 @@ from gcrm_fast.training.accounting import Meter, peak_flops, peak_memory
 from gcrm_fast.training.agreement import check_agreement
 from gcrm_fast.training.config import TrainConfig, to_toml
 from gcrm_fast.training.curves import plot_curves
-from gcrm_fast.training.describe import beaten_rows, data_rows, held_out_rows, q_verdict, unlearned_rows
+from gcrm_fast.training.describe import beaten_rows, blind_rows, data_rows, held_out_rows, q_verdict, unlearned_rows
 from gcrm_fast.training.early_stopping import EarlyStopping
 from gcrm_fast.training.held_out import (
     NOT_FINITE_REMEDY,
@@ -359,7 +359,9 @@ def finish(run: Run, step: int) -> dict[str, float]:
     if log:
         if evaluation and run.config.loss == "ranking":
             warnings += unlearned_rows(log.series("eval/loss/ranking"), peak)
-        rows += [*held_out_rows(log, evaluation), *run.about_q(evaluation, "Q-values").items(), *warnings]
+        of_q = run.about_q(evaluation, "Q-values")
+        warnings += blind_rows(of_q, run.config)
+        rows += [*held_out_rows(log, evaluation), *of_q.items(), *warnings]
         run.write_model("model", last, rows, evaluation)
         log.close(evaluation)
         run.checkpoints.remove_all()

@@ -469,6 +469,12 @@ FAULTS = {
         "pass",
         "tests/training/test_resume.py -k another_configuration",
     ),
+    "run: goals at the end are recommended to runs that had them": (
+        "gcrm_fast/training/describe.py",
+        'or config.sampling != "random":',
+        'or config.sampling == "repo":',
+        "tests/training/test_train.py -k goals_at_the_end",
+    ),
     "run: the best model's card has the last one's numbers": (
         "gcrm_fast/training/run.py",
         "*held_out_rows(run.log, of_best), *run.about_q(of_best,",
