@@ -49,6 +49,7 @@ SEED = 0
 ROWS, WAITING = 32, 8  # samples written at a time; prompts of 16 samples that wait for room
 
 Case = list[tuple[list[int], int]]  # prompts, and how many new tokens each gets
+Run = Callable[[Method, RewardModel | None], list[Result]]
 
 
 # --------------------------------------------------------------------------------------------------------- contestants
@@ -204,10 +205,11 @@ def written(
     return [one for one in found if isinstance(one, Result)]
 
 
-def half_dropped(results: Sequence[Result]) -> Method:
-    """A live filter at the median of what the samples' Q-values fall to."""
-    lowest = [min(text.q_n[5:], default=1.0) for result in results for text in result.texts]
-    return Method(kind="filter", every=16, threshold=float(np.median(lowest)))
+def judged(run: Run, unfiltered: Sequence[Result], reward: RewardModel) -> dict[str, Callable[[], list[Result]]]:
+    """With live Q-values, as ``unfiltered`` was, and with a filter at the median of what the samples' fall to."""
+    lowest = [min(text.q_n[5:], default=1.0) for result in unfiltered for text in result.texts]
+    dropping = Method(kind="filter", every=16, threshold=float(np.median(lowest)))
+    return {"live Q every 16 tokens": partial(run, Method(), reward), "live filter": partial(run, dropping, reward)}
 
 
 def live(policy: Policy, everything: dict[str, Case], seconds: float) -> list[dict[str, Any]]:
@@ -215,22 +217,17 @@ def live(policy: Policy, everything: dict[str, Case], seconds: float) -> list[di
     reward, (ids, limit) = reward_model(policy), everything["16 samples"][0]
     one, *several = (str(policy.tokenizer.decode(own)) for own in (ids, *(p for p, _ in everything["16 prompts"])))
     several = several[:WAITING]
-    run = partial(written, policy, [one], limit)
+    alone, queue = partial(written, policy, [one], limit), partial(written, policy, several, limit // 2)
+    [unfiltered] = alone(Method(), reward)
+    waiting = judged(queue, queue(Method(), reward), reward)
     functions: dict[str, Callable[[], list[Result]]] = {
-        "no reward model": partial(run, Method(kind="sample"), None),
-        "rewards at the end": partial(run, Method(every=0), reward),
-        "live Q every 16 tokens": partial(run, Method(), reward),
-        "live filter": partial(run, half_dropped(run(Method(), reward)), reward),
+        "no reward model": partial(alone, Method(kind="sample"), None),
+        "rewards at the end": partial(alone, Method(every=0), reward),
+        **judged(alone, [unfiltered], reward),
+        **{f"{WAITING} prompts, {name}": function for name, function in waiting.items()},
     }
-    run = partial(written, policy, several, limit // 2)
-    queue = {
-        "live Q every 16 tokens": partial(run, Method(), reward),
-        "live filter": partial(run, half_dropped(run(Method(), reward)), reward),
-    }
-    functions |= {f"{WAITING} prompts, {name}": function for name, function in queue.items()}
     start = policy.encode([one])[0]
-    texts = functions["live Q every 16 tokens"]()[0].texts
-    scored = [Completion(np.array([*start, *text.ids], dtype=np.int32), len(start), CUT) for text in texts]
+    scored = [Completion(np.array([*start, *text.ids], dtype=np.int32), len(start), CUT) for text in unfiltered.texts]
     taken = measure.times({**functions, "forward": lambda: reward.judge(scored)}, policy.device, seconds)
     rows = []
     for name, function in functions.items():

@@ -156,11 +156,10 @@ def q_verdict(evaluation: Mapping[str, float]) -> str:
     )
 
 
-def blind_rows(of_q: Mapping[str, str], config: TrainConfig) -> list[tuple[str, str]]:
-    """A warning where ``q_verdict``, by its name, found Q blind before the end token and goals at the end may change
-    that (docs/results.md)."""
-    blind = any(verdict.startswith(BLIND) for verdict in of_q.values())
-    if not blind or config.objective != "gcrm" or config.sampling != "random":
+def blind_rows(verdict: str, config: TrainConfig) -> list[tuple[str, str]]:
+    """A warning where ``q_verdict`` found Q blind before the end token and goals at the end may change that
+    (docs/results.md)."""
+    if not verdict.startswith(BLIND) or config.objective != "gcrm" or config.sampling != "random":
         return []
     return [("warning", "for Q-values inside completions try --sampling end_mix: pretrained models needed it")]
 

@@ -359,9 +359,8 @@ def finish(run: Run, step: int) -> dict[str, float]:
     if log:
         if evaluation and run.config.loss == "ranking":
             warnings += unlearned_rows(log.series("eval/loss/ranking"), peak)
-        of_q = run.about_q(evaluation, "Q-values")
-        warnings += blind_rows(of_q, run.config)
-        rows += [*held_out_rows(log, evaluation), *of_q.items(), *warnings]
+            warnings += blind_rows(q_verdict(evaluation), run.config)
+        rows += [*held_out_rows(log, evaluation), *run.about_q(evaluation, "Q-values").items(), *warnings]
         run.write_model("model", last, rows, evaluation)
         log.close(evaluation)
         run.checkpoints.remove_all()

@@ -471,8 +471,8 @@ FAULTS = {
     ),
     "run: goals at the end are recommended to runs that had them": (
         "gcrm_fast/training/describe.py",
-        'or config.sampling != "random":',
-        'or config.sampling == "repo":',
+        ' or config.sampling != "random":',
+        ":",
         "tests/training/test_train.py -k goals_at_the_end",
     ),
     "run: the best model's card has the last one's numbers": (

@@ -14,8 +14,6 @@ from support.folders import VOCAB, tokenizer
 from support.small import small_config, small_model
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", ", ", "; ", " 1", "2")
-
-
 VERDICT = "Q says nothing before the end token"
 
 

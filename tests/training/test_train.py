@@ -87,15 +87,13 @@ def test_evaluations_say_whether_q_is_more_than_the_end_token(pair_file: Path, t
 
 def test_where_q_is_blind_goals_at_the_end_are_to_be_tried() -> None:
     """Unless they were, or no contrastive loss was asked for, or nothing is known of Q."""
-    blind = {
-        "Q-values": q_verdict({"eval/auroc_q_at/before_end": 0.5, "eval/similarity/within": 0.1, "eval/pairs": 99})
-    }
+    blind = q_verdict({"eval/auroc_q_at/before_end": 0.5, "eval/similarity/within": 0.1, "eval/pairs": 99})
     [(name, text)] = blind_rows(blind, TrainConfig())
     assert (name, "--sampling end_mix" in text) == ("warning", True)
     assert not blind_rows(blind, TrainConfig(sampling="end_mix"))
     assert not blind_rows(blind, TrainConfig(objective="ranking"))
-    assert not blind_rows({"Q-values": "Q tells chosen from rejected before the end token too"}, TrainConfig())
-    assert not blind_rows({}, TrainConfig())
+    assert not blind_rows("Q tells chosen from rejected before the end token too", TrainConfig())
+    assert not blind_rows("", TrainConfig())
 
 
 def test_a_ranking_loss_that_does_not_fall_is_a_warning() -> None:
