@@ -7,6 +7,7 @@ A policy imitates right solutions until it solves a quarter of the held-out prob
 TRL's GRPO trains the policy on prompts of its own. The arms differ in the reward, or in the prompts:
 
     plain        the reward model
+    gcrm         a reward model that also has the contrastive loss; the reward is its score plus the Q of the end token
     hybrid       the verifier on half of the prompts, elsewhere the reward model against the best of 4 samples of the
                  imitating policy
     rlp-spg      plain, then gcrm synthesize on its samples, a reward model of all pairs, and GRPO again from the start
@@ -27,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import datasets
 import numpy as np
@@ -49,7 +50,7 @@ from policies import train as train_policies
 from summary import cell, machine, markdown, to_json, trained, write_aside
 
 ARMS = ("plain", "hybrid", "rlp-spg", "rlp-uml")
-MORE_ARMS = ("lowest-10", "lowest-50", "random-10", "curriculum")
+MORE_ARMS = ("gcrm", "lowest-10", "lowest-50", "random-10", "curriculum")
 STEPS = 2  # of a problem
 LENGTH = 6 * STEPS + 2  # maximum tokens of a solution, one per character
 SHAPE = (
@@ -100,9 +101,9 @@ class World:
     reward_model: Path
     ends: list[int]
 
-    def reward(self, model: Path) -> RewardFunction:
-        """Of a reward model alone."""
-        return RewardFunction(model, ends=self.ends)
+    def reward(self, model: Path, q_weight: float = 0.0) -> RewardFunction:
+        """Of a reward model alone; its Q-value too where ``q_weight`` is above 0."""
+        return RewardFunction(model, ends=self.ends, q_weight=q_weight)
 
 
 def lines(path: Path, records: Sequence[dict[str, Any]]) -> Path:
@@ -117,11 +118,17 @@ def command(name: str, *arguments: object) -> None:
 
 
 def reward_model(
-    folder: Path, name: str, sources: Sequence[Path], seed: int, options: LoopOptions, on_policy: Path | None = None
+    folder: Path,
+    name: str,
+    sources: Sequence[Path],
+    seed: int,
+    options: LoopOptions,
+    on_policy: Path | None = None,
+    objective: Literal["gcrm", "ranking"] = "ranking",
 ) -> Path:
-    """Trained by ranking on the pairs of all sources, with the shape and learning rate of the arithmetic preset."""
+    """Trained on the pairs of all sources, with the shape and learning rate of the arithmetic preset."""
     preset = {key: value for key, value in PRESETS["arithmetic"].items() if key in SHAPE}
-    chosen = {**preset, "steps": options.rm_steps, "seed": seed, "eval_split": 0.02, "objective": "ranking"}
+    chosen = {**preset, "steps": options.rm_steps, "seed": seed, "eval_split": 0.02, "objective": objective}
     flags = [text for key, value in chosen.items() for text in (flag(key), str(value))]
     flags += ["--on-policy", str(on_policy)] if on_policy else []
     return trained(folder / name, ["--data", *map(str, sources), "--dtype", "float32", *flags])
@@ -239,6 +246,12 @@ def plain(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, A
     return policy, world.reward_model, rows, {}
 
 
+def gcrm(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+    own = reward_model(world.folder, "reward-model-gcrm", [world.pairs], world.seed, world.options, objective="gcrm")
+    policy, rows = grpo(world, "gcrm", world.reward(own, q_weight=1.0), [{"prompt": p} for p in world.prompts])
+    return policy, own, rows, {}
+
+
 def hybrid(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
     checked = world.prompts[::2]
     others = samples_of(world.policy, world.prompts[1::2], REFERENCES, world.seed)
@@ -309,6 +322,7 @@ def early_hard(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[s
 Arm = Callable[[World], tuple[Path, Path, list[dict[str, float]], dict[str, Any]]]
 RUN: dict[str, Arm] = {
     "plain": plain,
+    "gcrm": gcrm,
     "hybrid": hybrid,
     "rlp-spg": rlp_spg,
     "rlp-uml": rlp_uml,

@@ -54,7 +54,7 @@ def test_finished_rows_are_kept_and_other_settings_refused(
     assert "- hybrid beats plain: no claim from 1 seed (gold +0.100)." in text
     assert loop.main([*options, "--prompts", "20"]) == 2
     assert loop.main([*options, "--full"]) == 0
-    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 3 * 8
+    assert len(json.loads((tmp_path / "x.json").read_text())["rows"]) == 3 * 9
 
 
 @pytest.mark.parametrize(
