@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gcrm_fast.data.chat import is_empty
+
 
 class Outcome(NamedTuple):
     """What the samples of a record give: ``kind`` is pair, or why there is none. ``chosen`` and ``rejected`` number the
@@ -25,7 +27,7 @@ class Outcome(NamedTuple):
     rejected: int = -1
 
 
-PAIR, AGREED, UNSURE, TIE, SAME = "pair", "one answer", "below the threshold", "tie", "same text"
+PAIR, AGREED, UNSURE, TIE, SAME = "pair", "one answer", "below the threshold", "tie", "same or no text"
 
 
 def by_answer(answers: Sequence[str | None]) -> list[int]:
@@ -53,7 +55,8 @@ def synthesized(
     threshold: float,
     rng: np.random.Generator,
 ) -> Outcome:
-    """The pair of a record, if it gives one; each of its n samples counts, also where texts are equal."""
+    """The pair of a record, if it gives one. Each of its n samples counts in its cluster, also where texts are equal;
+    one without text is neither chosen nor rejected, since no pair of training may be empty."""
     (largest, size), *others = Counter(clusters).most_common()
     confidence = size / len(clusters)
     if not others:
@@ -62,9 +65,10 @@ def synthesized(
         return Outcome(UNSURE, confidence, len(others) + 1)
     if others[0][1] == size:
         return Outcome(TIE, confidence, len(others) + 1)
-    chosen = max((i for i, cluster in enumerate(clusters) if cluster == largest), key=lambda i: rewards[i])
-    worse = [i for i, cluster in enumerate(clusters) if cluster != largest and texts[i] != texts[chosen]]
-    if not worse:
+    written = [i for i, text in enumerate(texts) if not is_empty(text)]
+    chosen = max((i for i in written if clusters[i] == largest), key=lambda i: rewards[i], default=-1)
+    worse = [i for i in written if clusters[i] != largest and texts[i] != texts[chosen]]
+    if chosen < 0 or not worse:
         return Outcome(SAME, confidence, len(others) + 1)
     return Outcome(PAIR, confidence, len(others) + 1, chosen, worse[rng.integers(len(worse))])
 

@@ -169,6 +169,12 @@ FAULTS = {
         "chosen = min(",
         "tests/rlhf/test_synthesis.py -k best_of_the_largest",
     ),
+    "synthesize: a sample without text is in a pair": (
+        "gcrm_fast/rlhf/synthesis.py",
+        "if not is_empty(text)]",
+        "]",
+        "tests/rlhf/test_synthesis.py -k without_text",
+    ),
     "synthesize: ties give pairs": (
         "gcrm_fast/rlhf/synthesis.py",
         "if others[0][1] == size:",

@@ -72,6 +72,15 @@ def test_equal_texts_are_no_pair() -> None:
     assert (others.chosen, others.rejected) == (0, 3)
 
 
+def test_samples_without_text_count_but_are_in_no_pair() -> None:
+    texts, rng = ["", "a", " b", [{"role": "assistant", "content": ""}], "c"], np.random.default_rng(0)
+    rewards = [9.0, 1.0, 2.0, 0.0, 0.0]
+    found = synthesized([0, 0, 0, 1, 2], rewards, texts, 0.5, rng)
+    assert (found.kind, found.confidence, found.chosen, found.rejected) == (PAIR, 0.6, 2, 4)
+    assert synthesized([0, 0, 0, 1, 2], rewards, [*texts[:4], ""], 0.5, rng).kind == SAME
+    assert synthesized([0, 0, 0, 1, 2], rewards, ["", "", "", "d", "c"], 0.5, rng).kind == SAME
+
+
 def test_accuracy_counts_pairs_that_differ() -> None:
     found = accuracy([(1.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
     assert found == (2, 1, 1)
