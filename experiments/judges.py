@@ -36,7 +36,7 @@ from gcrm_fast.rlhf.generative import GenerativeJudge
 from gcrm_fast.rlhf.trl import RewardFunction
 from own_samples import own_pairs
 from policies import fine_tune
-from summary import cell, machine, markdown, paired_difference, save_rows, write_aside
+from summary import cell, machine, markdown, paired_difference, read_rows, save_rows, write_aside
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE, VERDICTS = "{prompt}{first}?{second}?", ("a", "b")  # within the tokens and positions of the policies
@@ -258,7 +258,7 @@ def run(options: JudgeOptions) -> None:
     datasets.disable_progress_bars()
     options.runs.mkdir(parents=True, exist_ok=True)
     problems = Problems.of(options)
-    rows = laboratory.read_rows(options.report, settings(options))
+    rows = read_rows(options.report, settings(options))
     jobs = missing(options, rows)
     for kind, width, seed in jobs:
         named = {"reward": name_of(kind, width), "seed": seed, **settings(options), "machine": machine()}

@@ -39,7 +39,7 @@ from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.rlhf.latents import LatentReference
 from gcrm_fast.rlhf.trl import RewardFunction
 from own_samples import own_pairs
-from summary import cell, machine, markdown, paired_difference, save_rows, saved_rows, trained, write_aside
+from summary import cell, machine, markdown, paired_difference, read_rows, save_rows, trained, write_aside
 
 HERE = Path(__file__).resolve().parent
 DATA_SEED = 0  # of the problems, which all rows share
@@ -393,17 +393,6 @@ def save(options: Options, rows: Sequence[Row]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- the rows
-
-
-def read_rows(report: Path, settings: Row) -> list[Row]:
-    """The rows of a report. Raises UserError where other ``settings`` gave them."""
-    rows = saved_rows(report)
-    for name, value in settings.items():
-        if rows and rows[0][name] != value:
-            raise UserError(
-                f"{report}.json: holds rows of --{name} {rows[0][name]}, not {value}: choose another --report"
-            )
-    return rows
 
 
 def settings(options: Options) -> Row:

@@ -51,12 +51,11 @@ from overoptimization import (
     name_of,
     past_peak,
     proxy_of,
-    read_rows,
     samples_of,
     write_rows,
 )
 from overoptimization import Options as LaboratoryOptions
-from summary import machine, markdown, mean_interval, paired_difference, write_aside
+from summary import machine, markdown, mean_interval, paired_difference, read_rows, write_aside
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 24  # maximum tokens of a sample; a solution of three steps has 19

@@ -37,7 +37,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from gcrm_fast import Policy, RewardModel, cli
 from gcrm_fast.common.command_line import exit_code, parse_options
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import AtLeastOne, Options, Range, flag
+from gcrm_fast.common.options import Argument, AtLeastOne, Options, Range, flag
 from gcrm_fast.common.statistics import auroc
 from gcrm_fast.data.arithmetic import generate, is_correct
 from gcrm_fast.data.records import Pair
@@ -45,12 +45,36 @@ from gcrm_fast.rlhf.trl import RewardFunction
 from gcrm_fast.training.config import PRESETS
 from grpo import grpo as train_policy
 from policies import Options as PolicyOptions
-from policies import share_right
+from policies import chances, share_right
 from policies import train as train_policies
-from summary import cell, machine, markdown, to_json, trained, write_aside
+from summary import (
+    cell,
+    machine,
+    markdown,
+    mean_interval,
+    paired_difference,
+    read_rows,
+    save_rows,
+    trained,
+    write_aside,
+)
 
-ARMS = ("plain", "hybrid", "rlp-spg", "rlp-uml")
-MORE_ARMS = ("gcrm", "lowest-10", "lowest-50", "random-10", "curriculum")
+HERE = Path(__file__).resolve().parent
+PLAIN = "plain"
+ARMS = (PLAIN, "hybrid", "rlp-spg", "rlp-uml")  # of make loop
+RETRAINED = ("rlp-spg", "rlp-uml")
+CLAIMS = (  # paper, the arm that it says is better, and than which
+    ("GCRM", "gcrm", PLAIN),
+    ("RLP", "rlp-spg", PLAIN),
+    ("RLP", "rlp-uml", PLAIN),
+    ("RLP", "rlp-spg", "rlp-uml"),
+    ("Data scaling", "hybrid", PLAIN),
+    ("Data scaling", "lowest-10", PLAIN),
+    ("Data scaling", "lowest-10", "lowest-50"),
+    ("Data scaling", "lowest-10", "random-10"),
+    ("Data scaling", "curriculum", PLAIN),
+)
+SETTINGS = ("grpo_steps", "prompts", "train_pairs", "rm_steps", "right", "held_out")
 STEPS = 2  # of a problem
 LENGTH = 6 * STEPS + 2  # maximum tokens of a solution, one per character
 SHAPE = (
@@ -58,9 +82,12 @@ SHAPE = (
     *("lr", "warmup", "weight_decay"),
 )  # what the reward model takes from the arithmetic preset
 UNLABELED = 3  # one problem in this many, by a hash of its text, is in no pair: a prompt of GRPO
-OUTPUT = Path(__file__).with_suffix(".json")
 SAMPLES = 10  # per prompt, as in RLP
 REFERENCES = 4
+
+
+Row = dict[str, Any]
+Outcome = tuple[Path, Path, list[dict[str, float]], Row]  # policy, reward model, gold and reward by step, more of a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +98,8 @@ class LoopOptions(Options):
     """Three seeds and all arms, instead of one seed of four arms."""
     runs: Path = Path("runs/rlhf-loop")
     """Folder of models and samples."""
-    output: Path = OUTPUT
-    """File of the finished rows; the report is written next to it."""
+    report: Annotated[Path, Argument(short="-o", metavar="PATH")] = HERE / "rlhf_loop"
+    """Path of the report, without the suffixes .md and .json."""
     grpo_steps: AtLeastOne = 100
     """Optimizer steps of GRPO, of 8 prompts with 8 samples each."""
     prompts: Annotated[int, Range(least=20)] = 400
@@ -241,18 +268,18 @@ def samples_of(policy: Path, prompts: Sequence[str], each: int, seed: int) -> li
 # --------------------------------------------------------------------------------------------------------------- arms
 
 
-def plain(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+def plain(world: World) -> Outcome:
     policy, rows = grpo(world, "plain", world.reward(world.reward_model), [{"prompt": p} for p in world.prompts])
     return policy, world.reward_model, rows, {}
 
 
-def gcrm(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+def gcrm(world: World) -> Outcome:
     own = reward_model(world.folder, "reward-model-gcrm", [world.pairs], world.seed, world.options, objective="gcrm")
     policy, rows = grpo(world, "gcrm", world.reward(own, q_weight=1.0), [{"prompt": p} for p in world.prompts])
     return policy, own, rows, {}
 
 
-def hybrid(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+def hybrid(world: World) -> Outcome:
     checked = world.prompts[::2]
     others = samples_of(world.policy, world.prompts[1::2], REFERENCES, world.seed)
     records: list[dict[str, Any]] = [{"prompt": p, "task": "sums", "reference_completions": None} for p in checked]
@@ -262,7 +289,7 @@ def hybrid(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, 
     return policy, world.reward_model, rows, {}
 
 
-def rlp_spg(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+def rlp_spg(world: World) -> Outcome:
     first, *_ = plain(world)
     sampled = lines(world.folder / "spg-samples.jsonl", samples_of(first, world.prompts, SAMPLES, world.seed))
     pairs = world.folder / "spg-pairs.jsonl"
@@ -271,15 +298,15 @@ def rlp_spg(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str,
     policy, rows = grpo(world, "rlp-spg", world.reward(retrained), [{"prompt": p} for p in world.prompts])
     about = json.loads(pairs.with_name(pairs.name + ".json").read_text())
     shown = {name: about[name] for name in ("coverage", "outcomes", "accuracy", "tokens")}
-    return policy, retrained, rows, {"spg": shown | before_and_after(world, first, retrained)}
+    return policy, retrained, rows, {"spg": shown, "retrained": before_and_after(world, first, retrained)}
 
 
-def rlp_uml(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+def rlp_uml(world: World) -> Outcome:
     first, *_ = plain(world)
     sampled = lines(world.folder / "uml-samples.jsonl", samples_of(first, world.prompts, SAMPLES, world.seed))
     retrained = reward_model(world.folder, "reward-model-uml", [world.pairs], world.seed, world.options, sampled)
     policy, rows = grpo(world, "rlp-uml", world.reward(retrained), [{"prompt": p} for p in world.prompts])
-    return policy, retrained, rows, {"uml": before_and_after(world, first, retrained)}
+    return policy, retrained, rows, {"retrained": before_and_after(world, first, retrained)}
 
 
 def before_and_after(world: World, first: Path, retrained: Path) -> dict[str, float]:
@@ -288,7 +315,7 @@ def before_and_after(world: World, first: Path, retrained: Path) -> dict[str, fl
     return {"auroc_before": auroc_on(world.reward_model, records), "auroc_after": auroc_on(retrained, records)}
 
 
-def selected(world: World, keep: float) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+def selected(world: World, keep: float) -> Outcome:
     own = samples_of(world.policy, world.prompts, SAMPLES, world.seed)
     others = samples_of(world.policy, world.prompts, REFERENCES, world.seed + 1)
     records = [{**one, "reference_completions": other["completions"]} for one, other in zip(own, others, strict=True)]
@@ -301,14 +328,14 @@ def selected(world: World, keep: float) -> tuple[Path, Path, list[dict[str, floa
     return policy, world.reward_model, rows, {"prompts": len(kept)}
 
 
-def random_tenth(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+def random_tenth(world: World) -> Outcome:
     drawn = np.random.default_rng(world.seed).permutation(len(world.prompts))[: len(world.prompts) // 10]
     records = [{"prompt": world.prompts[i]} for i in drawn.tolist()]
     policy, rows = grpo(world, "random-10", world.reward(world.reward_model), records)
     return policy, world.reward_model, rows, {"prompts": len(records)}
 
 
-def early_hard(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[str, Any]]:
+def early_hard(world: World) -> Outcome:
     hard = [p for p in world.prompts if p.count("+") == STEPS]
     rng = np.random.default_rng(world.seed)
     half = 8 * world.options.grpo_steps // 2
@@ -319,7 +346,7 @@ def early_hard(world: World) -> tuple[Path, Path, list[dict[str, float]], dict[s
     return policy, world.reward_model, rows, {}
 
 
-Arm = Callable[[World], tuple[Path, Path, list[dict[str, float]], dict[str, Any]]]
+Arm = Callable[[World], Outcome]
 RUN: dict[str, Arm] = {
     "plain": plain,
     "gcrm": gcrm,
@@ -344,7 +371,14 @@ def auroc_on(model: Path, records: Sequence[dict[str, Any]]) -> float:
     return auroc(right_N, RewardModel.from_pretrained(model, device="cpu").score(prompts, texts))
 
 
-def row_of(world: World, arm: str) -> dict[str, Any]:
+def gold_of(policy: Path, held_out: Sequence[Pair]) -> np.ndarray:
+    """The exact probability of each held-out problem's right solution."""
+    return chances(
+        LlamaForCausalLM.from_pretrained(policy), Policy.from_pretrained(policy, device="cpu").tokenizer, held_out
+    )
+
+
+def row_of(world: World, arm: str) -> Row:
     policy, model, trajectory, more = RUN[arm](world)
     records = samples_of(policy, [pair.prompt for pair in world.held_out], 8, world.seed + 7)
     entropies = []
@@ -352,109 +386,171 @@ def row_of(world: World, arm: str) -> dict[str, Any]:
         shares = np.array(list(Counter(one["completions"]).values())) / len(one["completions"])
         entropies.append(float(-(shares * np.log2(shares)).sum()))
     return {
-        "seed": world.seed,
         "arm": arm,
-        "gold_before": trajectory[0]["gold"],
-        "gold": trajectory[-1]["gold"],
+        "seed": world.seed,
+        **settings(world.options),
+        "machine": machine(),
         "trajectory": trajectory,
         "distinct": float(np.mean([len(set(one["completions"])) for one in records])),
-        "entropy_bits": float(np.mean(entropies)),
+        "entropy": float(np.mean(entropies)),
         "auroc_on_own_samples": auroc_on(model, records),
         **more,
+        "gold": np.round(gold_of(policy, world.held_out), 4).tolist(),
     }
 
 
-def report(found: dict[str, Any]) -> str:
-    rows = found["rows"]
-    arms = [arm for arm in RUN if any(row["arm"] == arm for row in rows)]
-    of = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
-    table = [
-        [
-            arm,
-            str(len(own)),
-            cell([row["gold_before"] for row in own]),
-            cell([row["gold"] for row in own]),
-            cell([row["distinct"] for row in own]),
-            cell([row["entropy_bits"] for row in own]),
-            cell([math.nan if row["auroc_on_own_samples"] is None else row["auroc_on_own_samples"] for row in own]),
-        ]
-        for arm, own in of.items()
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def difference(rows: Sequence[Row], arm: str, base: str) -> str:
+    """Of gold after GRPO, paired by seed and problem."""
+    own, other = ({row["seed"]: np.array(row["gold"]) for row in rows if row["arm"] == one} for one in (arm, base))
+    return paired_difference(own, other)
+
+
+def compared(rows: Sequence[Row]) -> str:
+    lines = []
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+        lines.append([arm, str(len(own)), cell([row["trajectory"][0]["gold"] for row in own])])
+        lines[-1] += [cell([float(np.mean(row["gold"])) for row in own])]
+        lines[-1] += ["" if arm == PLAIN else difference(rows, arm, PLAIN)]
+        lines[-1] += [cell([row[name] for row in own]) for name in ("distinct", "entropy", "auroc_on_own_samples")]
+    head = ["", "seeds", "gold before", "gold after", "less plain", "distinct of 8", "entropy, bits"]
+    return markdown([*head, "AUROC on its samples"], lines)
+
+
+def over_steps(rows: Sequence[Row]) -> str:
+    """Reward and gold of each row, at about six steps."""
+    points = [row["trajectory"][:: max(1, len(row["trajectory"]) // 5)] for row in rows]
+    head = ["", "seed", *(f"step {point['step']}" for point in points[0])]
+    lines = [
+        [row["arm"], str(row["seed"]), *(f"{point['reward']:.2f} / {point['gold']:.3f}" for point in own)]
+        for row, own in zip(rows, points, strict=True)
     ]
-    head = ["arm", "seeds", "gold before", "gold after", "distinct of 8", "entropy, bits", "AUROC on its samples"]
-    text = ["# The loop on arithmetic", "", markdown(head, table), ""]
-    for row in of.get("rlp-spg", []):
-        spg = row["spg"]
-        share = spg["accuracy"]["pairs"]["share"]
-        text += [
-            f"Seed {row['seed']}, synthetic pairs: coverage {spg['coverage']:.0%}, accuracy "
-            f"{number(share)}. {retraining(spg)}",
-            "",
-        ]
-    for row in of.get("rlp-uml", []):
-        text += [f"Seed {row['seed']}, multi-view loss. {retraining(row['uml'])}", ""]
-    text += ["Reward and gold over the steps of GRPO:", ""]
-    lines_ = [
-        [
-            row["arm"],
-            str(row["seed"]),
-            *(f"{point['reward']:.2f} / {point['gold']:.3f}" for point in row["trajectory"][::5]),
-        ]
-        for row in rows
+    return markdown(head, lines)
+
+
+def learned(rows: Sequence[Row]) -> str:
+    """What retraining on the policy's samples did to the reward model."""
+    lines = []
+    for row in rows:
+        if row["arm"] in RETRAINED:
+            about, spg = row["retrained"], row.get("spg")
+            lines.append([row["arm"], str(row["seed"])])
+            lines[-1] += [f"{about[name]:.3f}" for name in ("auroc_before", "auroc_after")]
+            lines[-1] += ["", "", ""] if spg is None else synthetic(spg)
+    head = [
+        "",
+        "seed",
+        "AUROC before",
+        "AUROC after",
+        "coverage",
+        "pairs that are right",
+        "tokens, chosen and rejected",
     ]
-    width = max(len(line) for line in lines_)
-    steps = [str(point["step"]) for point in rows[0]["trajectory"][::5]]
-    text += [markdown(["arm", "seed", *steps], [line for line in lines_ if len(line) == width]), ""]
-    text += [claims(of), "", f"`{found['command']}`, {found['machine']}.", ""]
-    return "\n".join(text)
+    return markdown(head, lines)
 
 
-def retraining(values: dict[str, Any]) -> str:
-    before, after = (number(values[f"auroc_{when}"]) for when in ("before", "after"))
-    return f"AUROC on samples of the plain arm's policy, of held-out problems: {before} before, {after} after."
+def synthetic(about: dict[str, Any]) -> list[str]:
+    """Coverage, accuracy and lengths of synthetic pairs, as gcrm synthesize wrote them."""
+    tokens = about["tokens"]
+    return [
+        f"{about['coverage']:.0%}",
+        f"{about['accuracy']['pairs']['share']:.0%}",
+        f"{tokens['chosen']:.1f}, {tokens['rejected']:.1f}",
+    ]
 
 
-def number(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+def verdict(change: str) -> str:
+    """Of a claim that the change, with its interval, is above 0."""
+    if change == "-":
+        return "no claim from fewer than two seeds"
+    told = "neither shown nor refuted" if change[-1] != "*" else "shown" if change[0] == "+" else "refuted"
+    return f"{told}, {change}"
 
 
-def claims(of: dict[str, list[dict[str, Any]]]) -> str:
-    """Of each compared arm against plain, by the seeds that both have."""
+def claims(rows: Sequence[Row]) -> str:
     said = []
-    for arm, own in of.items():
-        base = {row["seed"]: row["gold"] for row in of.get("plain", [])}
-        gains = [row["gold"] - base[row["seed"]] for row in own if arm != "plain" and row["seed"] in base]
-        if not gains:
-            continue
-        mean = float(np.mean(gains))
-        if len(gains) < 3:
-            verdict = f"no claim from {len(gains)} seed{'s' * (len(gains) > 1)}"
-        else:
-            half = float(cell(gains).split("±")[1])
-            verdict = "shown" if mean > half else "refuted" if -mean > half else "not shown, nor refuted"
-        said.append(f"- {arm} beats plain: {verdict} (gold {cell(gains, '+')}).")
+    for paper, arm, base in CLAIMS:
+        if {arm, base} <= {row["arm"] for row in rows}:
+            said.append(
+                f"- {paper}: gold after {arm} is higher than after {base}: {verdict(difference(rows, arm, base))}."
+            )
+    for arm in RETRAINED:
+        about = {row["seed"]: row["retrained"] for row in rows if row["arm"] == arm}
+        gains = [one["auroc_after"] - one["auroc_before"] for one in about.values()]
+        mean, half = mean_interval(gains) if gains else (math.nan, math.nan)
+        change = "-" if math.isnan(half) else f"{mean:+.3f} ± {half:.3f}{' *' if abs(mean) > half else ''}"
+        said.append(
+            f"- RLP: {arm} separates right from wrong samples of the new policy better, AUROC: {verdict(change)}."
+        )
     return "\n".join(said)
+
+
+def report(options: LoopOptions, rows: Sequence[Row]) -> str:
+    wanted = [(seed, arm) for seed in range(3) for arm in RUN]
+    left = len(set(wanted) - {(row["seed"], row["arm"]) for row in rows})
+    still = f"{left} rows of three seeds and all arms are missing: `make loop ARGS=--full` adds them." if left else ""
+    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
+    return f"""# The loop on arithmetic
+
+Written by `make loop`. {still} Machines: {machines}.
+
+A policy that imitates solutions until {options.right}% of its samples are right; a reward model that learned from
+{options.train_pairs} pairs in {options.rm_steps} steps; {options.grpo_steps} steps of GRPO, 8 samples of each of 8
+prompts, on {options.prompts} prompts without labels. The arms are those of the
+[script](rlhf_loop.py). Gold is the exact probability of the right solution, over {options.held_out} held-out problems.
+
+## Arms
+
+Means over seeds with 95% t-intervals. The difference from plain is paired by seed and problem, with * where its
+interval over both excludes 0. AUROC: right from wrong samples of the policy after GRPO, by the arm's reward model.
+
+{compared(rows)}
+
+## Reward and gold over the steps
+
+The mean reward of the samples around the step, and gold.
+
+{over_steps(rows)}
+
+## Learning on policy
+
+AUROC on samples of the plain arm's policy, of held-out problems, before and after the reward model learned from its
+samples.
+
+{learned(rows)}
+
+## Claims
+
+Of the papers, each by the difference in the reward model or in gold after GRPO.
+
+{claims(rows)}
+"""
+
+
+# --------------------------------------------------------------------------------------------------------------- rows
+
+
+def settings(options: LoopOptions) -> Row:
+    """What rows of one report share."""
+    return {name: getattr(options, name) for name in SETTINGS}
 
 
 def run(options: LoopOptions) -> None:
     datasets.disable_progress_bars()
-    settings = {
-        name: getattr(options, name)
-        for name in ("grpo_steps", "prompts", "train_pairs", "rm_steps", "right", "held_out")
-    }
-    found: dict[str, Any] = {"settings": settings, "rows": []}
-    if options.output.exists():
-        found = json.loads(options.output.read_text())
-    if found["settings"] != settings:
-        raise UserError(f"{options.output}: has rows of other settings: name another --output, or move it")
+    path = options.report
+    rows = read_rows(path, settings(options))
     for seed in range(3 if options.full else 1):
-        for arm in (*ARMS, *MORE_ARMS) if options.full else ARMS:
-            if any((row["seed"], row["arm"]) == (seed, arm) for row in found["rows"]):
+        for arm in RUN if options.full else ARMS:
+            if any((row["seed"], row["arm"]) == (seed, arm) for row in rows):
                 continue
-            found["rows"].append(row_of(prepare(seed, options), arm))
-            found |= {"command": "make loop" + (" ARGS=--full" if options.full else ""), "machine": machine()}
-            write_aside(options.output, to_json(found))
-            write_aside(options.output.with_suffix(".md"), report(json.loads(to_json(found))))
-            print(f"seed {seed}, {arm}: gold {found['rows'][-1]['gold']:.3f}", flush=True)
+            rows.append(row_of(prepare(seed, options), arm))
+            rows.sort(key=lambda row: (list(RUN).index(row["arm"]), row["seed"]))
+            save_rows(path, rows)
+            write_aside(path.with_suffix(".md"), report(options, rows))
+            print(f"seed {seed}, {arm}: gold {np.mean(rows[-1]['gold']):.3f}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

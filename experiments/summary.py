@@ -137,6 +137,16 @@ def saved_rows(report: Path) -> list[dict[str, Any]]:
     return [leaves(row, lambda value: math.nan if value is None else value) for row in rows]
 
 
+def read_rows(report: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """``saved_rows``. Raises UserError where other ``settings``, which each row holds, gave them."""
+    rows = saved_rows(report)
+    for name, value in settings.items():
+        if rows and rows[0][name] != value:
+            path, option = report.with_suffix(".json"), name.replace("_", "-")
+            raise UserError(f"{path}: holds rows of --{option} {rows[0][name]}, not {value}: choose another --report")
+    return rows
+
+
 def save_rows(report: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One row per line."""
     lines = ",\n".join(json.dumps(leaves(row, finite)) for row in rows)

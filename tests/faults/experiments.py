@@ -135,15 +135,21 @@ FAULTS = {
     ),
     "loop: finished rows are computed a second time": (
         "experiments/rlhf_loop.py",
-        'if any((row["seed"], row["arm"]) == (seed, arm) for row in found["rows"]):',
+        'if any((row["seed"], row["arm"]) == (seed, arm) for row in rows):',
         "if False:",
         "tests/experiments/test_rlhf_loop.py -k finished_rows",
     ),
-    "loop: one seed is enough for a claim": (
+    "loop: a claim needs no interval": (
         "experiments/rlhf_loop.py",
-        'verdict = "shown" if mean > half',
-        'verdict = "shown" if mean > 0',
-        "tests/experiments/test_rlhf_loop.py -k needs_three_seeds",
+        'if change[-1] != "*" else',
+        "if False else",
+        "tests/experiments/test_rlhf_loop.py -k needs_an_interval",
+    ),
+    "loop: the change of AUROC is that before less after": (
+        "experiments/rlhf_loop.py",
+        'one["auroc_after"] - one["auroc_before"]',
+        'one["auroc_before"] - one["auroc_after"]',
+        "tests/experiments/test_rlhf_loop.py -k finished_rows",
     ),
     "labeled sets: questions of the training set are measured": (
         "experiments/labeled_sets.py",
