@@ -141,9 +141,11 @@ def read_rows(report: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]
     """``saved_rows``. Raises UserError where other ``settings``, which each row holds, gave them."""
     rows = saved_rows(report)
     for name, value in settings.items():
-        if rows and rows[0][name] != value:
+        if rows and rows[0].get(name) != value:
             path, option = report.with_suffix(".json"), name.replace("_", "-")
-            raise UserError(f"{path}: holds rows of --{option} {rows[0][name]}, not {value}: choose another --report")
+            raise UserError(
+                f"{path}: holds rows of --{option} {rows[0].get(name)}, not {value}: choose another --report"
+            )
     return rows
 
 
