@@ -133,6 +133,24 @@ FAULTS = {
         "sum(t <= 9 for t in late)",
         "tests/experiments/test_overoptimization_grpo.py -k in_time",
     ),
+    "live text: the judge learns from the questions of the steering models": (
+        "experiments/live_text.py",
+        "half=1, count=options.judge_pairs",
+        "half=0, count=options.judge_pairs",
+        "tests/experiments/test_live_text.py -k tiny_model",
+    ),
+    "live text: best-of-n of as many questions, not tokens": (
+        "experiments/live_text.py",
+        'np.interp(tokens / samples["length"], SIZES, best)',
+        "np.interp(tokens, SIZES, best)",
+        "tests/experiments/test_live_text.py -k as_many_tokens",
+    ),
+    "live text: an answer without words is judged by the next one": (
+        "experiments/live_text.py",
+        "values.get(i, min(rewards))",
+        "rewards[i]",
+        "tests/experiments/test_live_text.py -k without_words",
+    ),
     "loop: finished rows are computed a second time": (
         "experiments/rlhf_loop.py",
         'if any((row["seed"], row["arm"]) == (seed, arm) for row in rows):',
