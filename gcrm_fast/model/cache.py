@@ -137,9 +137,11 @@ class CachedSequence:
 
     @property
     def runs(self) -> tuple[Run, ...]:
+        """Where its tokens are. An extent without any, which the cache may have taken back, is no run."""
         runs, position = [], 0
         for extent, length in self._parts:
-            runs.append(Run(extent.start, length, position))
+            if length:
+                runs.append(Run(extent.start, length, position))
             position += length
         return tuple(runs)
 

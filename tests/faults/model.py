@@ -175,6 +175,12 @@ FAULTS = {
         "x_SGD.index_copy_(0, axis.slots_T.flip(0), new_TGD)",
         "tests/inference/test_streaming.py",
     ),
+    "cache: an extent that was taken back is a run": (
+        "gcrm_fast/model/cache.py",
+        "            if length:\n                runs.append",
+        "            if True:\n                runs.append",
+        "tests/model/test_cache.py -k taken_back",
+    ),
     "cache: positions count from the new tokens": (
         "gcrm_fast/model/cache.py",
         "for p in range(s, s + n)",

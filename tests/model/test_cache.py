@@ -124,6 +124,7 @@ class Holders(RuleBasedStateMachine):
             slots = [slot for run in sequence.runs for slot in range(run.start, run.start + run.length)]
             assert [self.contents[slot] for slot in slots] == expected
             assert len(sequence) == len(expected)
+            assert all(run.length for run in sequence.runs)
 
     def teardown(self) -> None:
         for sequence, _ in self.held:
@@ -171,6 +172,18 @@ def test_slots_without_tokens_never_fill_a_cache() -> None:
         row.free()
     assert kv.taken == 0
     assert kv.take(3000).size == 3000  # all in one piece
+
+
+def test_an_extent_that_was_taken_back_is_no_run() -> None:
+    """PyTorch's attention kernel on a CPU divides by the length of a run."""
+    kv = cache(limit=1024)
+    waiting, other = CachedSequence(kv), CachedSequence(kv)
+    waiting.append(10)
+    waiting.reserve(900)
+    other.append(200)  # more than is free: takes what is reserved
+    waiting.append(5)
+    assert [run.length for run in waiting.runs] == [10, 5]
+    assert [run.position for run in waiting.runs] == [0, 10]
 
 
 def test_a_full_cache_changes_nothing() -> None:
