@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.messages import Messages
 from gcrm_fast.inference.generation import ROWS, Group, Policy, Row, Sampling, Writer
-from gcrm_fast.inference.judging import Goals, Judge, goals_of
+from gcrm_fast.inference.judging import Goals, Judge, Judged, goals_of
 from gcrm_fast.inference.methods import RIVALS, Method, Rivals
 from gcrm_fast.inference.scoring import RewardModel
 
@@ -81,6 +81,7 @@ class _State:
     prompt: str | Messages
     group: Group
     rivals: Rivals
+    opened: Judged | None = None  # the prompt, as the reward model read it
     started: float = 0.0
     policy_tokens: int = 0
     reward_tokens: int = 0
@@ -103,7 +104,8 @@ def decode(
         method: best-of-n of 16 by default.
         sampling: by default at temperature 1, up to 128 tokens.
         goals: by default the reward model's first.
-        rows: maximum number of samples written at a time; those of a prompt are written together, even if more.
+        rows: maximum number of samples written at a time. Those of a prompt that reject or beams compare are written
+            together, even if more.
 
     Raises:
         UserError: a method without the reward model that it needs, a prompt that policy or reward model cannot read, or
@@ -128,7 +130,11 @@ class _Decoder:
         sampling = replace(sampling, max_new_tokens=method.longest(sampling.max_new_tokens))
         self.policy, self.method = policy, method
         self.room = 0 if method.kind == "beams" else sampling.max_new_tokens + 1  # forks share what is written
-        self.writer = Writer(policy, sampling, rows=rows, together=True, with_text=True, with_log_p=True)
+        together = RIVALS[method.kind].in_step or not method.every
+        every = method.every if reward is not None and not together else 1
+        self.writer = Writer(
+            policy, sampling, rows=rows, together=together, every=every, with_text=True, with_log_p=True
+        )
         self.judge: Judge | None = None
         if reward is not None:
             self.judge = Judge(reward, goals or goals_of(reward, {}), policy, limit=policy.cache_tokens)
@@ -144,12 +150,12 @@ class _Decoder:
                 state = self.states[id(row.group)]
                 state.policy_tokens += 1
                 state.started = state.started or time.monotonic()
-            active = [self.states[key] for key in dict.fromkeys(id(row.group) for row in written)]
-            due = [state for state in active if state.rivals.due()]
+            due = [state for state in self.states.values() if state.group.rows and state.rivals.due()]
             self._look(due)
             for state in due:
                 if self.judge is not None:
                     state.rivals.decide()
+                    self._settle(state)
                 yield from self._updates(state)
                 if state.rivals.finished:
                     yield self._result(state)
@@ -159,12 +165,22 @@ class _Decoder:
         if self.judge is None:
             return
         for state in states:
-            if not state.reward_tokens:
-                rows, name = state.group.rows, state.group.name
-                state.reward_tokens += self.judge.open(state.prompt, rows, room=self.room, name=name)
+            if state.opened is None:
+                state.opened = self.judge.open(state.prompt, name=state.group.name)
+                state.reward_tokens += len(state.opened.live.ids)
+            self.judge.add(state.group.rows, state.opened, room=self.room)
+            if not state.group.numbers:
+                self.judge.scorer.drop([state.opened.live])  # its rows hold what they need of it
         rows = [row for state in states for row in state.rivals.kept if not self.judge.closed(row)]
         for row, read in zip(rows, self.judge.look(rows), strict=True):
             self.states[id(row.group)].reward_tokens += read
+
+    def _settle(self, state: _State) -> None:
+        """Makes room for the rows that start next."""
+        assert self.judge is not None
+        before = self.judge.tokens
+        self.judge.settle([row for row in state.rivals.kept if row.ending])
+        state.reward_tokens += self.judge.tokens - before
 
     def _updates(self, state: _State) -> Iterator[Update]:
         for row in state.group.rows:

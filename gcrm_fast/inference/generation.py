@@ -223,8 +223,10 @@ def _stated_stops(folder: Path) -> frozenset[int]:
 class Writer:
     """Writes rows of prompts, up to ``rows`` at a time, a token each per ``step``.
 
-    ``together``: the rows of a prompt start in the same step. ``with_text``: rows have their text, as they do with stop
-    texts. ``with_log_p``: and their log-probability.
+    ``together``: the rows of a prompt start in the same step. Else they start as soon as there is room, in a step the
+    number of which, counted since no row ran, is a multiple of ``every``: each row then has a multiple of ``every``
+    tokens in the same steps as all others. ``with_text``: rows have their text, as they do with stop texts.
+    ``with_log_p``: and their log-probability.
     """
 
     def __init__(
@@ -234,10 +236,12 @@ class Writer:
         *,
         rows: int,
         together: bool = False,
+        every: int = 1,
         with_text: bool = False,
         with_log_p: bool = False,
     ) -> None:
-        self.policy, self.sampling, self.most_rows, self.together = policy, sampling, rows, together
+        self.policy, self.sampling, self.most_rows = policy, sampling, rows
+        self.together, self.every = together, every
         self.with_text, self.with_log_p = with_text or bool(sampling.stop), with_log_p
         network = policy.network
         self.trunk = CachedTrunk(
@@ -245,6 +249,7 @@ class Writer:
         )
         self.waiting: deque[Group] = deque()
         self.running: list[Row] = []
+        self.steps = 0  # since no row ran
         self.reserved = 0  # tokens of the cache that rows and prompts may still take
         if rows < 1:
             raise UserError(f"rows is {rows}: must be at least 1")
@@ -256,7 +261,7 @@ class Writer:
             raise UserError(f"{name} is empty, and the tokenizer adds no start token: there is nothing to continue")
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < config.vocab_size:
             raise UserError(f"{name} has a token that is not between 0 and {config.vocab_size - 1}")
-        at_once = samples if self.together else 1
+        at_once = samples if self.together else min(samples, 2)  # one may wait
         length, what = len(prompt_ids) + new, f"{name} has {len(prompt_ids)} tokens"
         if len(prompt_ids) + at_once * new > self.policy.cache_tokens:
             texts = f"{at_once} texts" if at_once > 1 else "a text"
@@ -291,7 +296,10 @@ class Writer:
             UserError: logits that are not finite.
         """
         old = self.running
-        fresh, prompts = self._start()
+        if not old:
+            self.steps = 0
+        fresh, prompts = self._start() if self.together or self.steps % self.every == 0 else ([], [])
+        self.steps += 1
         work = [Continuation(row.sequence, row.ids[-1:], False) for row in old]
         work += [Continuation(group.sequence, group.prompt_ids, False) for group in prompts]
         states = self.trunk.extend(work)
@@ -317,7 +325,14 @@ class Writer:
         self.reserved -= self.sampling.max_new_tokens
         if not row.group.numbers and all(one.ending for one in row.group.rows):
             self.reserved -= len(row.group.prompt_ids)
+        self.pause(row)
+
+    def pause(self, row: Row) -> None:
+        """Lets a row wait, which keeps its place in the cache, until ``resume``."""
         self.running = [one for one in self.running if one is not row]
+
+    def resume(self, rows: Sequence[Row]) -> None:
+        self.running = [*self.running, *rows]
 
     def fork(self, row: Row, number: int) -> Row:
         """Another row with the same tokens, which continues with the random numbers of sample ``number``. It does not

@@ -74,18 +74,25 @@ class Judge:
         """How many tokens the reward model has computed."""
         return self.scorer.trunk.computed
 
-    def open(self, prompt: str | Messages, rows: Sequence[Row], *, room: int, name: str) -> int:
-        """Opens rows of a prompt, which is computed once. Returns its tokens. Raises UserError where the model cannot
-        read it."""
+    def open(self, prompt: str | Messages, *, name: str) -> Judged:
+        """Computes a prompt, of which ``add`` copies what its rows share. Raises UserError where the model cannot read
+        it."""
         text = as_text(self.model.tokenizer, prompt, "")[0]
         ids = self.model.encode([text], [""], [True])[0].ids.tolist() if text else []
         unknown = self.model.tokenizer.unk_token_id
         if not self.one_tokenizer and text.strip() and set(ids) <= {unknown, self.model.tokenizer.bos_token_id}:
             raise UserError(f"{name}: the tokenizer of the reward model knows none of its text: use another model")
-        [opened] = self.scorer.open([ids], [len(rows)], room=room)
-        for row, live in zip(rows, opened, strict=True):
-            self.judged[id(row)] = Judged(live=live, prompt=text)
-        return len(ids)
+        [[live]] = self.scorer.open([ids], [1])
+        return Judged(live=live, prompt=text)
+
+    def add(self, rows: Iterable[Row], opened: Judged, *, room: int) -> None:
+        """Follows the rows of a prompt, those that are new. ``room``: tokens of a row to keep together, which is
+        faster."""
+        for row in rows:
+            if id(row) not in self.judged:
+                live = opened.live.copy()
+                live.sequence.reserve(room)
+                self.judged[id(row)] = Judged(live=live, prompt=opened.prompt)
 
     def closed(self, row: Row) -> bool:
         """Whether a row that is finished has been judged to its end."""
@@ -134,6 +141,12 @@ class Judge:
             texts = [own.prompt for own in judged], [row.text for row in rows]
             return [one.reward for one in self.model.judge(self.model.encode(*texts, cuts))]
         return self.scorer.close([own.live for own in judged], cuts)
+
+    def settle(self, rows: Sequence[Row]) -> None:
+        """Frees the places of finished rows in the cache, after their rewards where those are read there."""
+        if self.model.end.kind == "eos":
+            self.rewards(rows)
+        self.drop(rows)
 
     def fork(self, row: Row, twin: Row) -> None:
         """Opens ``twin`` as a copy of ``row``."""

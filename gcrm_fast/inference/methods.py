@@ -4,7 +4,7 @@ A method says when the Q-values are needed, and then drops, forks or resumes row
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,7 +52,12 @@ class Method:
 
 
 class Rivals:
-    """The rows of one prompt. This method never interferes."""
+    """The rows of one prompt. This method never interferes.
+
+    ``in_step``: the method compares rows at the same number of tokens, so that they have to start together.
+    """
+
+    in_step = False
 
     def __init__(self, method: Method, group: Group, writer: Writer, judge: Judge | None) -> None:
         self.method, self.group, self.writer, self.judge = method, group, writer, judge
@@ -69,12 +74,15 @@ class Rivals:
 
     @property
     def finished(self) -> bool:
-        return bool(self.group.rows) and all(row.ending for row in self.group.rows)
+        return not self.group.numbers and all(row.ending for row in self.group.rows)
 
     def due(self) -> bool:
         """Whether it is time for a look at the Q-values."""
-        running = self.running
-        return not running or bool(self.method.every and len(running[0].ids) % self.method.every == 0)
+        running, every = self.running, self.method.every
+        if not running and (not self.group.numbers or not self.writer.running):
+            return True
+        clock = len(running[0].ids) if self.writer.together else self.writer.steps
+        return bool(every) and clock % every == 0
 
     def decide(self) -> None:
         """Acts on the Q-values, which are up to date."""
@@ -101,26 +109,51 @@ class Rivals:
         return float(q_n[-1]) if len(q_n) else -math.inf
 
 
-def fallen(rows_q: Sequence[Sequence[float] | np.ndarray], threshold: float) -> list[int]:
-    """Which rows the filter drops, given the Q-values of their tokens: those with one below the threshold after the
-    first UNJUDGED, except for the row whose lowest is greatest."""
-    lowest = [min(q_n[UNJUDGED:], default=math.inf) for q_n in rows_q]
-    best = lowest.index(max(lowest))
-    return [i for i, low in enumerate(lowest) if low < threshold and i != best]
+def lowest(q_n: Sequence[float] | np.ndarray) -> float:
+    """What the filter compares to its threshold: the lowest Q-value after the first UNJUDGED; inf without one."""
+    return float(min(q_n[UNJUDGED:], default=math.inf))
 
 
 class Filter(Rivals):
-    """Drops a row whose Q falls below the threshold, but never the last."""
+    """Drops a row whose Q falls below the threshold. The best of these, by its lowest Q, waits instead of being
+    dropped: it continues if no other row reaches its end. So texts do not depend on how many rows run at the same time.
+    """
+
+    def __init__(self, method: Method, group: Group, writer: Writer, judge: Judge | None) -> None:
+        super().__init__(method, group, writer, judge)
+        self.last: Row | None = None
 
     def decide(self) -> None:
+        for row in self.kept:
+            if row is not self.last and self._lowest(row) < self.method.threshold:
+                self._fall(row)
+        others = [row for row in self.kept if row is not self.last]
+        if self.last is None:
+            return
+        if any(row.ending for row in others):
+            self.drop(self.last)
+            self.last = None
+        elif not others and not self.group.numbers and not self.last.ending and self.last not in self.running:
+            self.writer.resume([self.last])
+
+    def _lowest(self, row: Row) -> float:
         assert self.judge is not None
-        kept = self.kept
-        for i in fallen([self.judge.q_n(row) for row in kept], self.method.threshold):
-            self.drop(kept[i])
+        return lowest(self.judge.q_n(row))
+
+    def _fall(self, row: Row) -> None:
+        self.writer.pause(row)
+        if self.last is None:
+            self.last = row
+            return
+        better, worse = sorted((self.last, row), key=lambda one: (-self._lowest(one), one.number))
+        self.last = better
+        self.drop(worse)
 
 
 class Halving(Rivals):
     """At each checkpoint, keeps the share of the rows that have the greatest Q at their last token."""
+
+    in_step = True
 
     def due(self) -> bool:
         return super().due() or self._checkpoint()
@@ -139,6 +172,8 @@ class Halving(Rivals):
 class Beams(Rivals):
     """After each step, the best beams continue in several samples each; finished ones compete as they are."""
 
+    in_step = True
+
     def __init__(self, method: Method, group: Group, writer: Writer, judge: Judge | None) -> None:
         super().__init__(method, group, writer, judge)
         self.step, self.next_number = 0, method.rows
@@ -151,7 +186,7 @@ class Beams(Rivals):
             tokens, characters, _ = self.starts.get(row.number, (0, 0, 0))
             line_feed = "\n" in row.text[characters:].lstrip("\n")
             if line_feed or len(row.ids) - tokens >= self.method.step_tokens:
-                self.writer.running = [one for one in self.writer.running if one is not row]
+                self.writer.pause(row)
         return not self.running
 
     def decide(self) -> None:
@@ -198,10 +233,10 @@ class Beams(Rivals):
             rows.append(twin)
         for one in rows:
             self.starts[one.number] = len(one.ids), len(one.text), len(self.judge.q_n(one))
-        self.writer.running += rows
+        self.writer.resume(rows)
 
 
-RIVALS: dict[Kind, Callable[[Method, Group, Writer, Judge | None], Rivals]] = {
+RIVALS: dict[Kind, type[Rivals]] = {
     "sample": Rivals,
     "best-of-n": Rivals,
     "filter": Filter,

@@ -13,7 +13,7 @@ import torch
 from starlette.exceptions import HTTPException
 
 from gcrm_fast.data.chat import as_text
-from gcrm_fast.inference.methods import fallen
+from gcrm_fast.inference.methods import lowest
 from gcrm_fast.inference.protocols import Chunk, OpenRequest, PushRequest
 from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.inference.streaming import LiveRow, LiveScorer, reencode
@@ -187,14 +187,17 @@ class Sessions:
         return {chunk.row: reward for chunk, reward in zip(chunks, rewards, strict=True)}
 
     def _fallen(self, session: Session) -> list[int]:
-        """Drops the rows that the filter drops; returns their numbers."""
+        """Drops the rows with a Q-value below the threshold, except the one whose lowest is greatest; returns their
+        numbers."""
         kept = session.numbers("running", "ended")
         if session.threshold is None or not kept:
             return []
-        gone = fallen([session.rows[i].q_n for i in kept], session.threshold)
+        low = {i: lowest(session.rows[i].q_n) for i in kept}
+        best = max(kept, key=low.__getitem__)
+        gone = [i for i in kept if low[i] < session.threshold and i != best]
         for i in gone:
-            self._drop(session.rows[kept[i]])
-        return [kept[i] for i in gone]
+            self._drop(session.rows[i])
+        return gone
 
     def _drop(self, row: SessionRow) -> None:
         row.state = "dropped"

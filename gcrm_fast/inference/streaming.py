@@ -73,8 +73,8 @@ class LiveScorer:
         self.trunk = CachedTrunk(network.model, network.attention_backend, tokens=model.budget.tokens, limit=limit)
         self.ends = end_tokens(model.tokenizer)
 
-    def open(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], *, room: int = 0) -> list[list[LiveRow]]:
-        """New rows of each prompt, which is given as ids. ``room``: tokens of a row to keep together, which is faster.
+    def open(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[list[LiveRow]]:
+        """New rows of each prompt, which is given as ids.
 
         Raises:
             UserError: a prompt that is too long for the model, or tokens that it does not have, or a full cache.
@@ -90,8 +90,6 @@ class LiveScorer:
             for sequence, ids, state, n in zip(sequences, prompts, states, rows, strict=True):
                 read_H = state[-1].clone() if len(ids) else None
                 opened.append([LiveRow(sequence.copy(), ids, read_H) for _ in range(n)])
-                for row in opened[-1]:
-                    row.sequence.reserve(room)
         except BaseException:
             self.drop(row for own in opened for row in own)
             raise

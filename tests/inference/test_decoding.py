@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,15 +245,60 @@ def test_a_step_ends_at_a_line_feed(policy: Policy, reward: RewardModel) -> None
         assert "\n" in policy.tokenizer.decode(text.ids[: text.parent[1]][-1:])
 
 
-@pytest.mark.parametrize("kind", ["best-of-n", "filter", "reject", "beams"])
-def test_texts_do_not_depend_on_the_batch(policy: Policy, reward: RewardModel, goals: Goals, kind: str) -> None:
-    method = Method(kind=kind, samples=4, beams=2, step_tokens=5, steps=5, checkpoints=(8, 16), every=4)
+KINDS = [("best-of-n", 0.0), ("filter", -0.2), ("filter", 0.0), ("filter", 1.0), ("reject", 0.0), ("beams", 0.0)]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("kind", "threshold"), KINDS)
+def test_texts_do_not_depend_on_the_batch(
+    policy: Policy, reward: RewardModel, goals: Goals, kind: Any, threshold: float, rows: int
+) -> None:
+    steps = {"beams": 2, "step_tokens": 5, "steps": 5, "checkpoints": (8, 16), "every": 4}
+    method = Method(kind=kind, samples=4, threshold=threshold, **steps)
     together = results(policy, reward, method, goals=goals)
-    alone = results(policy, reward, method, goals=goals, rows=1)
-    for a, b in zip(together, alone, strict=True):
+    few = results(policy, reward, method, goals=goals, rows=rows)
+    for a, b in zip(together, few, strict=True):
         assert [text.ids for text in a.texts] == [text.ids for text in b.texts]
         assert [text.ending for text in a.texts] == [text.ending for text in b.texts]
         assert (a.chosen, a.policy_tokens, a.reward_tokens) == (b.chosen, b.policy_tokens, b.reward_tokens)
+
+
+@pytest.mark.parametrize(("kind", "threshold"), KINDS[:4])
+def test_a_cache_of_three_rows_is_enough(
+    policy: Policy, reward: RewardModel, goals: Goals, monkeypatch: pytest.MonkeyPatch, kind: Any, threshold: float
+) -> None:
+    method = Method(kind=kind, samples=10, threshold=threshold, every=4)
+    expected = results(policy, reward, method, goals=goals)
+    monkeypatch.setattr(policy, "cache_tokens", 3 * SAMPLING.max_new_tokens + 20)
+    found = results(policy, reward, method, goals=goals)
+    for a, b in zip(found, expected, strict=True):
+        assert [(text.ids, text.ending) for text in a.texts] == [(text.ids, text.ending) for text in b.texts]
+    monkeypatch.setattr(policy, "cache_tokens", 60)
+    with pytest.raises(UserError, match="with 2 texts of 40 tokens more than the cache of 60 tokens"):
+        results(policy, reward, method, goals=goals)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("filter", 0.0), ("best-of-n", 0.0), ("reject", 0.5)])
+def test_places_of_dropped_samples_are_taken_by_those_that_wait(
+    policy: Policy, reward: RewardModel, goals: Goals, monkeypatch: pytest.MonkeyPatch, kind: Any, most: float
+) -> None:
+    """In how many steps in which rows may start, while samples still wait, are places free all the same?"""
+    running: list[int] = []
+    waiting: list[bool] = []
+    step = Writer.step
+
+    def noted(writer: Writer) -> list[Row]:
+        written = step(writer)
+        if (writer.steps - 1) % 4 == 0:
+            running.append(len(written))
+            waiting.append(bool(writer.waiting))
+        return written
+
+    monkeypatch.setattr(Writer, "step", noted)
+    results(policy, reward, Method(kind=kind, samples=4, every=4, checkpoints=(8,)), goals=goals, rows=6)
+    short = [count < 6 for count, more in zip(running, waiting, strict=True) if more]
+    assert len(short) > 3
+    assert (np.mean(short) > most) == (kind == "reject")
 
 
 def test_updates_tell_the_whole_story(policy: Policy, reward: RewardModel, goals: Goals) -> None:
@@ -283,7 +329,7 @@ def judged_row(policy: Policy, reward: RewardModel, prompt: str) -> tuple[Row, J
     writer.add(policy.encode([prompt])[0], 1, "prompt 0")
     [row] = writer.step()
     judge = Judge(reward, goals_of(reward, {}), policy, limit=1000)
-    judge.open(prompt, [row], room=0, name="prompt 0")
+    judge.add([row], judge.open(prompt, name="prompt 0"), room=0)
     return row, judge
 
 
@@ -368,4 +414,4 @@ def test_errors_name_the_prompt(policy: Policy, reward: RewardModel) -> None:
     with pytest.raises(UserError, match="the method filter needs a reward model"):
         results(policy, None, Method(kind="filter"))
     with pytest.raises(UserError, match=r"prompt 0 has \d+ tokens: with 9999 texts of 40 tokens more than the cache"):
-        results(policy, reward, Method(samples=9999))
+        results(policy, reward, Method(kind="reject", samples=9999))
