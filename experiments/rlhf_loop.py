@@ -546,11 +546,12 @@ def run(options: LoopOptions) -> None:
         for arm in RUN if options.full else ARMS:
             if any((row["seed"], row["arm"]) == (seed, arm) for row in rows):
                 continue
-            rows.append(row_of(prepare(seed, options), arm))
+            row = row_of(prepare(seed, options), arm)
+            rows.append(row)
             rows.sort(key=lambda row: (list(RUN).index(row["arm"]), row["seed"]))
             save_rows(path, rows)
             write_aside(path.with_suffix(".md"), report(options, rows))
-            print(f"seed {seed}, {arm}: gold {np.mean(rows[-1]['gold']):.3f}", flush=True)
+            print(f"seed {seed}, {arm}: gold {np.mean(row['gold']):.3f}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from gcrm_fast.common.torch_compat import cpu_flash_attention
 from gcrm_fast.model.inputs import CachedAxis, Run
 from gcrm_fast.model.segment_attention import ALONE, for_heads
 
-SLACK = 16  # runs share a product if the longest is at most a quarter and this much longer than the shortest
+SLACK = 64  # runs share a product if the longest is at most a quarter and this much longer than the shortest
 
 
 class _Part(NamedTuple):
