@@ -491,16 +491,16 @@ def claims(rows: Sequence[Row]) -> str:
 def report(options: LoopOptions, rows: Sequence[Row]) -> str:
     wanted = [(seed, arm) for seed in range(3) for arm in RUN]
     left = len(set(wanted) - {(row["seed"], row["arm"]) for row in rows})
-    still = f"{left} rows of three seeds and all arms are missing: `make loop ARGS=--full` adds them." if left else ""
+    still = f"{left} rows of three seeds and all arms are missing: the same with `ARGS=--full` adds them."
     machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
     return f"""# The loop on arithmetic
 
-Written by `make loop`. {still} Machines: {machines}.
+Written by `make loop`. {still if left else "Every row is finished."} Machines: {machines}.
 
 A policy that imitates solutions until {options.right}% of its samples are right; a reward model that learned from
 {options.train_pairs} pairs in {options.rm_steps} steps; {options.grpo_steps} steps of GRPO, 8 samples of each of 8
-prompts, on {options.prompts} prompts without labels. The arms are those of the
-[script](rlhf_loop.py). Gold is the exact probability of the right solution, over {options.held_out} held-out problems.
+prompts, on {options.prompts} prompts without labels. The [script](rlhf_loop.py) explains the arms. Gold is the exact
+probability of the right solution, over {options.held_out} held-out problems.
 
 ## Arms
 
@@ -552,6 +552,7 @@ def run(options: LoopOptions) -> None:
             save_rows(path, rows)
             write_aside(path.with_suffix(".md"), report(options, rows))
             print(f"seed {seed}, {arm}: gold {np.mean(row['gold']):.3f}", flush=True)
+    write_aside(path.with_suffix(".md"), report(options, rows))
 
 
 def main(argv: list[str] | None = None) -> int:
