@@ -88,7 +88,7 @@ class Options(CommandOptions):
     """Pairs of the judge."""
     lr: Annotated[float, Range(above=0)] = 2e-4
     """Peak learning rate of the reward models."""
-    questions: Annotated[int, Range(least=2)] = 40
+    questions: Annotated[int, Range(least=2)] = 24
     """Number of held-out questions to answer."""
     new_tokens: Annotated[int, Range(least=3 * STEP)] = 64
     """Maximum tokens of an answer."""
