@@ -197,7 +197,7 @@ def scores_of(model: RewardModel, questions: Sequence[Dialogue], texts: Sequence
     kept = [i for i, text in enumerate(texts) if text.strip()]
     rewards = model.score([questions[i] for i in kept], [answer_of(texts[i]) for i in kept]).tolist()
     values = dict(zip(kept, rewards, strict=True))
-    return [round(values.get(i, min(rewards)), 4) for i in range(len(texts))]
+    return [round(values.get(i, min(rewards, default=0.0)), 4) for i in range(len(texts))]
 
 
 def of_samples(steering: RewardModel, judge: RewardModel, questions: Sequence[Dialogue], pool: list[list[Text]]) -> Row:
@@ -275,7 +275,8 @@ def best_of_n(rows: Sequence[Row]) -> str:
 
 def report(options: Options, rows: Sequence[Row]) -> str:
     samples = [row for row in rows if row["arm"] == UNSTEERED]
-    left = options.seeds * (1 + len(WANTED)) - len(rows)
+    wanted = {(arm, seed) for arm in (UNSTEERED, *WANTED) for seed in range(options.seeds)}
+    left = len(wanted - {(row["arm"], row["seed"]) for row in rows})
     still = f"{left} rows are still missing; call it again to compute them." if left else "Every row is finished."
     machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
     held_out = cell([row["accuracy"] for row in samples])
@@ -292,7 +293,9 @@ its rewards of {SAMPLES} samples have a correlation of {cell([row["agreement"] f
 steering model.
 
 Differences of the judge's reward, in units of its standard deviation over samples; the 95% interval is over seeds and
-questions, * where it excludes 0. A longer answer may please the judge: mean lengths are given.
+questions, * where it excludes 0. A longer answer may please the judge: a sample has
+{np.mean([row["length"] for row in samples]):.0f} tokens on average, the one of {SAMPLES} with the greatest reward
+{np.mean([row["answer_tokens"] for row in samples]):.0f}.
 
 ## Best of n
 

@@ -421,8 +421,10 @@ def compared(rows: Sequence[Row]) -> str:
 
 
 def over_steps(rows: Sequence[Row]) -> str:
-    """Reward and gold of each row, at about six steps."""
-    points = [row["trajectory"][:: max(1, len(row["trajectory"]) // 5)] for row in rows]
+    """Reward and gold of each row, at up to six steps."""
+    last = len(rows[0]["trajectory"]) - 1
+    shown = sorted({round(i * last / 5) for i in range(6)})
+    points = [[row["trajectory"][i] for i in shown] for row in rows]
     head = ["", "seed", *(f"step {point['step']}" for point in points[0])]
     lines = [
         [row["arm"], str(row["seed"]), *(f"{point['reward']:.2f} / {point['gold']:.3f}" for point in own)]
@@ -511,7 +513,7 @@ interval over both excludes 0. AUROC: right from wrong samples of the policy aft
 
 ## Reward and gold over the steps
 
-The mean reward of the samples around the step, and gold.
+Mean reward of the samples of the steps before (at 0 of the first step) / gold after the step.
 
 {over_steps(rows)}
 
@@ -524,7 +526,7 @@ samples.
 
 ## Claims
 
-Of the papers, each by the difference in the reward model or in gold after GRPO.
+Of the papers, each by a difference with its 95% interval; of so many, one may be marked by chance.
 
 {claims(rows)}
 """

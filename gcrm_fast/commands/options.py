@@ -360,8 +360,9 @@ class GenerateOptions(Options):
     """Texts that end a sample, in addition to the policy's end tokens."""
     method: Literal["sample", "best-of-n", "filter", "reject", "beams"] = "sample"
     """How the answer is chosen. best-of-n: the greatest reward; filter: samples whose Q-value falls below --threshold
-    are dropped, but never the last; reject: at each of --checkpoints the samples with the lower Q-values are dropped;
-    beams: after each step those with the best log p / tokens + alpha Q continue. sample needs no reward model."""
+    are dropped, except for the best of them if all fall; reject: at each of --checkpoints the samples with the lower
+    Q-values are dropped; beams: after each step those with the best log p / tokens + alpha Q continue. sample needs no
+    reward model."""
     reward: str = ""
     """Reward model: a folder, or a name on the Hugging Face Hub. Its tokenizer may differ from the policy's."""
     goal: tuple[str, ...] = ()
@@ -374,7 +375,8 @@ class GenerateOptions(Options):
     threshold: float = 0.0
     """Q-value below which filter drops a sample. The first 5 tokens are not judged."""
     every: ZeroOrMore = 16
-    """Tokens between two looks at the Q-values; 0 looks only where the method must."""
+    """Tokens between two looks at the Q-values, in which waiting samples may start; 0 looks only where the method must,
+    and starts the samples of a prompt together."""
     keep: Annotated[float, Range(above=0, greatest=1)] = 0.5
     """Share of the samples that each checkpoint of reject keeps."""
     checkpoints: tuple[AtLeastOne, ...] = (32, 64, 128, 256, 512, 1024)
@@ -394,7 +396,8 @@ class GenerateOptions(Options):
     step_q: Literal["last", "mean"] = "last"
     """Q of a step: that of its last token, or the mean."""
     rows: AtLeastOne = 64
-    """Maximum number of samples that are written at a time; those of one prompt are written together."""
+    """Maximum number of samples that are written at a time. With reject, beams or --every 0, those of a prompt are
+    written together, even if more."""
     cache_tokens: AtLeastOne = 65536
     """Maximum number of tokens whose keys and values are kept, of the policy and of the reward model each."""
     tokens_per_batch: AtLeastOne = 16384

@@ -2,8 +2,8 @@
 
     sample      n samples; with a reward model also their rewards and Q-values
     best-of-n   the sample with the greatest reward
-    filter      a sample is dropped once a Q-value falls below the threshold, the first 5 tokens aside, but never the
-                last one that is left (GCRM, section 4.2)
+    filter      a sample is dropped once a Q-value falls below the threshold, the first 5 tokens aside; if all fall, the
+                one with the best lowest Q continues (GCRM, section 4.2)
     reject      at each checkpoint the half with the lower Q is dropped (Speculative Rejection, arXiv 2410.20290)
     beams       after each step the beams with the best log p / tokens + alpha Q continue (GCRM, section 4.3)
 
@@ -104,8 +104,8 @@ def decode(
         method: best-of-n of 16 by default.
         sampling: by default at temperature 1, up to 128 tokens.
         goals: by default the reward model's first.
-        rows: maximum number of samples written at a time. Those of a prompt that reject or beams compare are written
-            together, even if more.
+        rows: maximum number of samples written at a time. With reject, beams, or ``every`` 0, those of a prompt are
+            written together, even if more.
 
     Raises:
         UserError: a method without the reward model that it needs, a prompt that policy or reward model cannot read, or
@@ -142,8 +142,9 @@ class _Decoder:
 
     def run(self, prompts: Sequence[str | Messages]) -> Iterator[Update | Result]:
         for i, (prompt, ids) in enumerate(zip(prompts, self.policy.encode(prompts), strict=True)):
-            group = self.writer.add(ids, self.method.rows, f"prompt {i}")
-            rivals = RIVALS[self.method.kind](self.method, group, self.writer, self.judge)
+            rivals_of = RIVALS[self.method.kind]
+            group = self.writer.add(ids, self.method.rows, f"prompt {i}", at_once=rivals_of.at_once)
+            rivals = rivals_of(self.method, group, self.writer, self.judge)
             self.states[id(group)] = _State(index=i, prompt=prompt, group=group, rivals=rivals)
         while written := self.writer.step():
             for row in written:
@@ -155,7 +156,8 @@ class _Decoder:
             for state in due:
                 if self.judge is not None:
                     state.rivals.decide()
-                    self._settle(state)
+                    if not self.writer.together:
+                        self._settle(state)
                 yield from self._updates(state)
                 if state.rivals.finished:
                     yield self._result(state)
@@ -179,7 +181,7 @@ class _Decoder:
         """Makes room for the rows that start next."""
         assert self.judge is not None
         before = self.judge.tokens
-        self.judge.settle([row for row in state.rivals.kept if row.ending])
+        self.judge.settle(state.rivals.certain)
         state.reward_tokens += self.judge.tokens - before
 
     def _updates(self, state: _State) -> Iterator[Update]:

@@ -224,9 +224,9 @@ class Writer:
     """Writes rows of prompts, up to ``rows`` at a time, a token each per ``step``.
 
     ``together``: the rows of a prompt start in the same step. Else they start as soon as there is room, in a step the
-    number of which, counted since no row ran, is a multiple of ``every``: each row then has a multiple of ``every``
-    tokens in the same steps as all others. ``with_text``: rows have their text, as they do with stop texts.
-    ``with_log_p``: and their log-probability.
+    number of which, counted since no row ran, is a multiple of ``every``: unless it was paused, a row then has a
+    multiple of ``every`` tokens in the same steps as all others. ``with_text``: rows have their text, as they do with
+    stop texts. ``with_log_p``: and their log-probability.
     """
 
     def __init__(
@@ -254,14 +254,15 @@ class Writer:
         if rows < 1:
             raise UserError(f"rows is {rows}: must be at least 1")
 
-    def add(self, prompt_ids: list[int], samples: int, name: str) -> Group:
-        """A prompt to be continued. Raises UserError where that is impossible."""
+    def add(self, prompt_ids: list[int], samples: int, name: str, *, at_once: int = 1) -> Group:
+        """A prompt to be continued. Raises UserError where that is impossible, also where the cache has no room for
+        ``at_once`` of its rows."""
         config, new = self.policy.config, self.sampling.max_new_tokens
         if not prompt_ids:
             raise UserError(f"{name} is empty, and the tokenizer adds no start token: there is nothing to continue")
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < config.vocab_size:
             raise UserError(f"{name} has a token that is not between 0 and {config.vocab_size - 1}")
-        at_once = samples if self.together else min(samples, 2)  # one may wait
+        at_once = samples if self.together else min(samples, at_once)
         length, what = len(prompt_ids) + new, f"{name} has {len(prompt_ids)} tokens"
         if len(prompt_ids) + at_once * new > self.policy.cache_tokens:
             texts = f"{at_once} texts" if at_once > 1 else "a text"

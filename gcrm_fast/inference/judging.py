@@ -134,12 +134,13 @@ class Judge:
         """Rewards of finished rows, as of completions of that text. Those that a limit ended are cut, unless there is
         no text yet."""
         judged = [self.judged[id(row)] for row in rows]
+        if self.model.end.kind != "eos":  # read where another project's trainer read it, which only the text says
+            texts = [own.prompt for own in judged], [row.text for row in rows]
+            cuts = [row.ending == "length" and bool(row.text) for row in rows]
+            return [one.reward for one in self.model.judge(self.model.encode(*texts, cuts))]
         cuts = [
             row.ending == "length" and len(own.live.ids) > own.live.start for row, own in zip(rows, judged, strict=True)
         ]
-        if self.model.end.kind != "eos":  # read where another project's trainer read it, which only the text says
-            texts = [own.prompt for own in judged], [row.text for row in rows]
-            return [one.reward for one in self.model.judge(self.model.encode(*texts, cuts))]
         return self.scorer.close([own.live for own in judged], cuts)
 
     def settle(self, rows: Sequence[Row]) -> None:

@@ -54,10 +54,12 @@ class Method:
 class Rivals:
     """The rows of one prompt. This method never interferes.
 
-    ``in_step``: the method compares rows at the same number of tokens, so that they have to start together.
+    ``in_step``: the method compares rows at the same number of tokens, so that they have to start together. Else
+    ``at_once`` of them must have places in the cache at the same time.
     """
 
     in_step = False
+    at_once = 1
 
     def __init__(self, method: Method, group: Group, writer: Writer, judge: Judge | None) -> None:
         self.method, self.group, self.writer, self.judge = method, group, writer, judge
@@ -83,6 +85,11 @@ class Rivals:
             return True
         clock = len(running[0].ids) if self.writer.together else self.writer.steps
         return bool(every) and clock % every == 0
+
+    @property
+    def certain(self) -> list[Row]:
+        """Finished rows that will not be dropped."""
+        return [row for row in self.kept if row.ending]
 
     def decide(self) -> None:
         """Acts on the Q-values, which are up to date."""
@@ -119,9 +126,15 @@ class Filter(Rivals):
     dropped: it continues if no other row reaches its end. So texts do not depend on how many rows run at the same time.
     """
 
+    at_once = 2  # one may wait
+
     def __init__(self, method: Method, group: Group, writer: Writer, judge: Judge | None) -> None:
         super().__init__(method, group, writer, judge)
         self.last: Row | None = None
+
+    @property
+    def certain(self) -> list[Row]:
+        return [row for row in super().certain if row is not self.last]
 
     def decide(self) -> None:
         for row in self.kept:

@@ -84,6 +84,10 @@ class LiveScorer:
         sequences = [self.trunk.open() for _ in prompts]
         opened: list[list[LiveRow]] = []
         try:
+            for sequence, ids in zip(sequences, prompts, strict=True):
+                sequence.reserve(
+                    len(ids)
+                )  # no more: a row would continue there, and its slots be free with the prompt's
             states = self.trunk.extend(
                 [Continuation(*one, every=False) for one in zip(sequences, prompts, strict=True)]
             )

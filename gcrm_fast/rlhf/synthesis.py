@@ -67,8 +67,8 @@ def synthesized(
         return Outcome(TIE, confidence, len(others) + 1)
     written = [i for i, text in enumerate(texts) if not is_empty(text)]
     chosen = max((i for i in written if clusters[i] == largest), key=lambda i: rewards[i], default=-1)
-    worse = [i for i in written if clusters[i] != largest and texts[i] != texts[chosen]]
-    if chosen < 0 or not worse:
+    worse = [i for i in written if chosen >= 0 and clusters[i] != largest and texts[i] != texts[chosen]]
+    if not worse:
         return Outcome(SAME, confidence, len(others) + 1)
     return Outcome(PAIR, confidence, len(others) + 1, chosen, worse[rng.integers(len(worse))])
 

@@ -266,7 +266,7 @@ def test_another_option_starts_over(policy: Path, asked: Path, tmp_path: Path, g
         (("--top-p", 0), "--top-p 0.0: must be"),
         (("--reward", "MODEL", "--goal", "nothing:1"), "nothing"),
         (("--reward", "MODEL", "--goal", "default:0"), "the weights of the goals are 0"),
-        (("--cache-tokens", 30), "prompt 0 has 3 tokens: with 2 texts of 20 tokens more than the cache of 30"),
+        (("--cache-tokens", 20), "prompt 0 has 3 tokens: with a text of 20 tokens more than the cache of 20"),
         (("--prompt-field", "answer"), "prompts.jsonl:1: field 'answer' is missing: a record needs a prompt"),
     ],
 )

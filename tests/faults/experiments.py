@@ -147,7 +147,7 @@ FAULTS = {
     ),
     "live text: an answer without words is judged by the next one": (
         "experiments/live_text.py",
-        "values.get(i, min(rewards))",
+        "values.get(i, min(rewards, default=0.0))",
         "rewards[i]",
         "tests/experiments/test_live_text.py -k without_words",
     ),

@@ -433,7 +433,25 @@ FAULTS = {
         "gcrm_fast/inference/judging.py",
         "            self.rewards(rows)\n        self.drop(rows)",
         "            pass",
-        "tests/inference/test_decoding.py -k cache_of_three",
+        "tests/inference/test_decoding.py -k cache_of_two",
+    ),
+    "decoding: a row takes the slots behind its prompt": (
+        "gcrm_fast/inference/streaming.py",
+        "sequence.reserve(len(ids))",
+        "sequence.reserve(0)",
+        "tests/inference/test_decoding.py -k cache_of_two",
+    ),
+    "decoding: a row of a filter may find no room next to one that waits": (
+        "gcrm_fast/inference/methods.py",
+        "at_once = 2  # one may wait",
+        "at_once = 1",
+        "tests/inference/test_decoding.py -k cache_of_two",
+    ),
+    "decoding: a row with tokens but no text is cut": (
+        "gcrm_fast/inference/judging.py",
+        'row.ending == "length" and bool(row.text)',
+        'row.ending == "length"',
+        "tests/inference/test_decoding.py -k without_text",
     ),
     "decoding: halving ranks by the end token": (
         "gcrm_fast/inference/judging.py",
