@@ -85,9 +85,7 @@ class LiveScorer:
         opened: list[list[LiveRow]] = []
         try:
             for sequence, ids in zip(sequences, prompts, strict=True):
-                sequence.reserve(
-                    len(ids)
-                )  # no more: a row would continue there, and its slots be free with the prompt's
+                sequence.reserve(len(ids))  # with more, a row would continue there, free only with its prompt
             states = self.trunk.extend(
                 [Continuation(*one, every=False) for one in zip(sequences, prompts, strict=True)]
             )
