@@ -6,7 +6,7 @@ A session is one prompt and its rows, numbered from 0. All of this runs on the b
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,9 @@ class SessionRow:
     text: str = ""
     q_n: list[float] = field(default_factory=list)
     state: Literal["running", "ended", "dropped"] = "running"
+
+    def copy(self) -> "SessionRow":
+        return replace(self, live=self.live.copy(), q_n=list(self.q_n))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -97,28 +100,40 @@ class Sessions:
         self._check(session, request)
         for number in request.drop:
             self._drop(session.rows[number])
+        before = {chunk.row: session.rows[chunk.row].copy() for chunk in request.chunks}
+        try:
+            answers = self._judged(session, request.chunks)
+        except BaseException:
+            for number, row in before.items():
+                self.scorer.drop([session.rows[number].live])
+                session.rows[number] = row
+            raise
+        self.scorer.drop(row.live for row in before.values())
+        dropped = self._fallen(session)
+        session.used = self.clock()
+        return {"rows": answers, "drop": dropped, "running": session.numbers("running")}
+
+    def _judged(self, session: Session, chunks: Sequence[Chunk]) -> list[dict[str, Any]]:
+        """The answer to each chunk, after its tokens were read and its row ended. Raises HTTPException, UserError."""
         new_ids: list[list[int]] = [[] for _ in session.rows]
         places = [len(row.q_n) for row in session.rows]
-        for chunk in request.chunks:
+        for chunk in chunks:
             new_ids[chunk.row], places[chunk.row] = self._new_ids(session, chunk)
         q_Gm = self.scorer.push([row.live for row in session.rows], new_ids)
-        for chunk in request.chunks:
+        for chunk in chunks:
             row, place = session.rows[chunk.row], places[chunk.row]
             row.kind, row.text = "text" if chunk.ids is None else "ids", row.text + (chunk.text or "")
             row.q_n[max(0, place) :] = q_Gm[chunk.row][session.goal, max(0, -place) :].tolist()
-        rewards = self._end(session, [chunk for chunk in request.chunks if chunk.end])
-        dropped = self._fallen(session)
-        session.used = self.clock()
-        answers = [
+        rewards = self._end(session, [chunk for chunk in chunks if chunk.end])
+        return [
             {
                 "row": chunk.row,
                 "first": max(0, places[chunk.row]),
                 "q_values": session.rows[chunk.row].q_n[max(0, places[chunk.row]) :],
                 "reward": rewards.get(chunk.row),
             }
-            for chunk in request.chunks
+            for chunk in chunks
         ]
-        return {"rows": answers, "drop": dropped, "running": session.numbers("running")}
 
     def close(self, key: str) -> dict[str, Any]:
         """Frees the session. Raises HTTPException."""

@@ -501,6 +501,12 @@ FAULTS = {
         "q_Gm.mean(0)[max(0, -place) :]",
         "tests/inference/test_decoding.py -k several_goals",
     ),
+    "sessions: a refused end keeps the tokens": (
+        "gcrm_fast/inference/sessions.py",
+        "                session.rows[number] = row\n",
+        "",
+        "tests/inference/test_sessions.py -k finds_no_room",
+    ),
     "sessions: Q-values of another goal": (
         "gcrm_fast/inference/sessions.py",
         "q_Gm[chunk.row][session.goal, max(0, -place) :]",

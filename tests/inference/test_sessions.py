@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from gcrm_fast import RewardModel
+from gcrm_fast.inference.protocols import Chunk, OpenRequest, PushRequest
 from gcrm_fast.inference.sessions import Sessions
+from gcrm_fast.model.cache import CacheFull
 from support.serving import Answer, Server, running
 
 PROMPT = "hello?"
@@ -179,6 +181,35 @@ def test_a_full_cache_leaves_the_rows_as_they_were(streams: Server, opened: str,
     assert again.body["running"] == [1, 2, 3]
     assert again.body["rows"][0]["first"] == len(first.body["rows"][0]["q_values"])
     assert again.body["rows"][0]["reward"] == pytest.approx(float(model.score([PROMPT], [TEXTS[0]])[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ids", "text"])
+def test_an_end_that_finds_no_room_leaves_the_row_as_it_was(
+    model: RewardModel, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    sessions = Sessions(model, limit=2, tokens=400, idle=60)
+    [whole] = model.encode([PROMPT], [TEXTS[1]], [True])
+    prompt = {"prompt": PROMPT} if kind == "text" else {"prompt_ids": whole.ids[: whole.start].tolist()}
+    key = sessions.open(OpenRequest(rows=2, **prompt))["id"]
+    cut = 6 if kind == "text" else 3
+    written: Any = TEXTS[1] if kind == "text" else whole.ids[whole.start :].tolist()
+    sessions.push(key, PushRequest(chunks=[Chunk(row=1, **{kind: written[:cut]})]))
+    taken = sessions.tokens
+    last = PushRequest(chunks=[Chunk(row=1, end="stop", **{kind: written[cut:]})])
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions.scorer, "close", full)
+        with pytest.raises(CacheFull):
+            sessions.push(key, last)
+    assert sessions.tokens == taken
+    [answer] = sessions.push(key, last)["rows"]
+    assert answer["first"] <= cut
+    assert answer["reward"] == pytest.approx(float(model.score([PROMPT], [TEXTS[1]])[0]), rel=1e-4)
+    sessions.close(key)
+    assert sessions.tokens == 0
+
+
+def full(*_: Any) -> list[float]:
+    raise CacheFull("full")
 
 
 def test_an_idle_stream_is_closed(streams: Server, clock: Clock) -> None:
