@@ -36,6 +36,7 @@ from gcrm_fast.data.special_tokens import Reading
 from gcrm_fast.data.tokenization import save_tokenizer
 from gcrm_fast.model import heads
 from gcrm_fast.model.llama import ModelConfig
+from gcrm_fast.model.reward_model import RowReader
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -45,6 +46,17 @@ def add_tensor(update: Callable[[Any], None], name: str, tensor: Tensor) -> None
     """Adds name, shape, dtype and bytes of a tensor on the CPU to a fingerprint, whose ``update`` is given."""
     update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
     update(tensor.contiguous().view(torch.uint8).numpy().data)
+
+
+def hashed(read: RowReader, update: Callable[[Any], None]) -> RowReader:
+    """``read``, which adds to a fingerprint what it reads."""
+
+    def value(name: str, shape: torch.Size, rows: slice) -> Tensor:
+        stored = read(name, shape, rows)
+        add_tensor(update, name, stored)
+        return stored
+
+    return value
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

@@ -35,6 +35,7 @@ from gcrm_fast.inference.scoring import RewardModel
 
 ADDED = ("text", "reward", "chosen_sample", "samples", "policy_tokens", "reward_tokens", "saved_tokens", "seconds")
 UNFILTERED = "unfiltered"
+OF_SAME = ("reward", "reward_at_same_tokens")  # fields of UNFILTERED
 Record = TypeVar("Record", Method, Sampling)
 
 
@@ -141,15 +142,21 @@ def unfiltered_record(result: Result, policy_tokens: int) -> dict[str, Any]:
     }
 
 
-def summary(records: Sequence[dict[str, Any]], options: GenerateOptions, seconds: dict[str, float]) -> list[str]:
-    """Lines about all prompts; seconds are those of this run."""
+def ended(record: dict[str, Any]) -> bool:
+    """Whether the answer ended by itself, as well as one of the samples that the policy writes with as many tokens."""
+    answer = record["samples"][record["chosen_sample"]]
+    return answer["ending"] == "stop" and record[UNFILTERED]["reward_at_same_tokens"] is not None
+
+
+def summary(records: Sequence[dict[str, Any]], options: GenerateOptions, seconds: dict[str, str]) -> list[str]:
+    """Lines about all prompts; ``seconds`` are those of this run."""
     tokens = {name: sum(record[name] for record in records) for name in ADDED[4:7]}
     written, saved = tokens["policy_tokens"], tokens["saved_tokens"]
     lines = [
         f"{len(records)} prompts, {options.method}: {written} tokens by the policy, {tokens['reward_tokens']} by the "
-        f"reward model, {seconds['']:.1f} s",
+        f"reward model, {seconds['']}",
     ]
-    if options.method in ("filter", "reject", "beams"):
+    if options.method in ("filter", "reject"):
         lines.append(f"saved about {saved} tokens, {saved / max(1, saved + written):.0%}: if the dropped samples had")
         lines[-1] += " become as long as the others"
     rewards = [record["reward"] for record in records if record["reward"] is not None]
@@ -157,18 +164,21 @@ def summary(records: Sequence[dict[str, Any]], options: GenerateOptions, seconds
         lines.append(f"mean reward of the answers {np.mean(rewards):.4f}")
     if options.compare:
         others = [record[UNFILTERED] for record in records]
-        mean = {name: _mean([other[name] for other in others]) for name in ("reward", "reward_at_same_tokens")}
         lines.append(
             f"without dropping any: {sum(other['policy_tokens'] for other in others)} tokens by the policy, "
-            f"{sum(other['reward_tokens'] for other in others)} by the reward model, {seconds[UNFILTERED]:.1f} s; mean "
-            f"reward {mean['reward']:.4f}, with as many tokens of the policy {mean['reward_at_same_tokens']:.4f}"
+            f"{sum(other['reward_tokens'] for other in others)} by the reward model, {seconds[UNFILTERED]}"
         )
+        both = [record for record in records if ended(record)]
+        if both:
+            means = [np.mean([record["reward"] for record in both])]
+            means += [np.mean([record[UNFILTERED][name] for record in both]) for name in OF_SAME]
+            lines.append(
+                f"mean reward of the {len(both)} prompts whose answers ended: {options.method} {means[0]:.4f}, without "
+                f"dropping any {means[1]:.4f}, with as many tokens of the policy {means[2]:.4f}"
+            )
+        else:
+            lines.append("rewards are not compared: no prompt has answers that ended in both")
     return lines
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else float("nan")
 
 
 def read(options: GenerateOptions) -> list[Prompt]:
@@ -222,7 +232,8 @@ def generate(options: GenerateOptions) -> None:
             print(note, flush=True)
     ignored = {"output", "compare", "rows", "cache_tokens", "tokens_per_batch", "data", "limit", "on_bad_record"}
     made_by = {name: value for name, value in asdict(options).items() if name not in ignored}
-    made_by["reward"] = reward.fingerprint if reward is not None else ""
+    made_by |= {"policy": policy.fingerprint, "reward": reward.fingerprint if reward is not None else ""}
+    made_by["goal"] = goals.fingerprint if goals is not None else ""
     made_by["prompts"] = hashlib.sha256(b"".join(json_line(prompt.fields) for prompt in prompts)).hexdigest()
     with Output(output).held():
         partial = Partial(output, json.loads(json_line(made_by)))
@@ -244,7 +255,9 @@ def generate(options: GenerateOptions) -> None:
                     bar.set_postfix_str(f"{finished} of {len(todo)} prompts", refresh=False)
                     bar.update(one.policy_tokens - written[one.prompt])
                     written[one.prompt] = one.policy_tokens
-            seconds[name] = time.monotonic() - started
+            seconds[name] = f"{time.monotonic() - started:.1f} s"
+            if len(todo) < len(prompts):  # others were finished by an interrupted run
+                seconds[name] += f" for {len(todo)} of them"
 
         with said_what_is_kept(partial, len(prompts)):
             todo = [i for i in range(len(prompts)) if i not in partial.records]

@@ -97,7 +97,7 @@ def _listed(raw: Any) -> Any:
         return raw
     texts = [sample for sample in raw["samples"] if isinstance(sample, dict) and sample.get("ending") != "dropped"]
     prompt = next((raw[name] for name in NAMES if raw.get(name) is not None), None)
-    kept = {name: raw[name] for name in READ if name in raw}
+    kept = {name: raw[name] for name in (*READ, "reference_completions") if name in raw}
     listed = [sample.get("text") for sample in texts], [sample.get("ending") == "length" for sample in texts]
     return {**kept, "prompt": prompt, **dict(zip(("completions", "completions_cut"), listed, strict=True))}
 

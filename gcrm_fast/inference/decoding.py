@@ -58,7 +58,7 @@ class Update:
 class Result:
     """A finished prompt: its samples, and which is the answer. Tokens that the policy wrote and that the reward model
     read, prompts included; an estimate of those saved, if the dropped samples had become as long as the others on
-    average; seconds from the prompt's start."""
+    average (0 of beams, which fork into the places of those that they drop); seconds from the prompt's start."""
 
     prompt: int
     chosen: int
@@ -218,7 +218,7 @@ class _Decoder:
             texts=tuple(self._text(row, rivals, rewards) for row in ordered),
             policy_tokens=state.policy_tokens,
             reward_tokens=state.reward_tokens,
-            saved_tokens=round(sum(max(0.0, usual - len(row.ids)) for row in dropped)),
+            saved_tokens=0 if rivals.parents else round(sum(max(0.0, usual - len(row.ids)) for row in dropped)),
             seconds=time.monotonic() - state.started,
         )
         if self.judge is not None:

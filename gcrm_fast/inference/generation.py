@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from gcrm_fast.checkpoints.adapters import base_folder, tokenizer_folder
 from gcrm_fast.checkpoints.config_json import read_json
 from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
+from gcrm_fast.checkpoints.saving import hashed
 from gcrm_fast.checkpoints.weights import open_language_model
 from gcrm_fast.common.devices import compute_dtype, default_device
 from gcrm_fast.common.errors import UserError
@@ -114,6 +115,7 @@ class Policy:
     """A language model and its tokenizer, on one device, without gradients.
 
     ``stop_ids``: tokens that end a text: those of the tokenizer, its chat template and generation_config.json.
+    ``fingerprint``: of the weights.
     """
 
     def __init__(
@@ -123,11 +125,12 @@ class Policy:
         stop_ids: Iterable[int],
         tokens_per_batch: int,
         cache_tokens: int,
+        fingerprint: str,
     ) -> None:
         self.network, self.config, self.tokenizer = network, network.config, tokenizer
         self.device = network.model.embed_tokens.weight.device
         self.stop_ids = frozenset(stop_ids)
-        self.tokens_per_batch, self.cache_tokens = tokens_per_batch, cache_tokens
+        self.tokens_per_batch, self.cache_tokens, self.fingerprint = tokens_per_batch, cache_tokens, fingerprint
 
     @classmethod
     def from_pretrained(
@@ -161,9 +164,10 @@ class Policy:
             network = LlamaLanguageModel(config, tied=tied, attention_backend=attention)
         for parameter in network.parameters():  # RoPE's frequencies stay float32
             parameter.data = parameter.data.to(compute_dtype(dtype, place))
-        load(network.eval().requires_grad_(False), place, weights.rows)
+        digest = hashlib.sha256()
+        load(network.eval().requires_grad_(False), place, hashed(weights.rows, digest.update))
         stop_ids = end_tokens(tokenizer) | _stated_stops(base_folder(folder))
-        return cls(network, tokenizer, stop_ids, tokens_per_batch, cache_tokens)
+        return cls(network, tokenizer, stop_ids, tokens_per_batch, cache_tokens, digest.hexdigest())
 
     def encode(self, prompts: Sequence[str | Messages]) -> list[list[int]]:
         """The tokens of prompts: text, or messages through the chat template up to the start of the answer.

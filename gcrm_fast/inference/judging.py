@@ -4,6 +4,7 @@ With one tokenizer, ids pass from policy to reward model as they are. With two, 
 look; the cache goes back to the tokens that both encodings share. Letters: G goals, n tokens of a completion.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,13 @@ class Goals:
             states_GD=torch.stack([state.float() for state, _ in weighted]),
             weights_G=weights_G / np.abs(weights_G).sum(),
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of states and weights."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.states_GD.cpu().numpy()).tobytes())
+        digest.update(self.weights_G.tobytes())
+        return digest.hexdigest()
 
     def shuffled(self, seed: int) -> "Goals":
         """A control: the coordinates of the states in another order. Norms, and angles between goals, stay."""

@@ -18,7 +18,7 @@ from gcrm_fast.checkpoints.adapters import tokenizer_folder
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals
 from gcrm_fast.checkpoints.locating import MODEL_FILES, locate
 from gcrm_fast.checkpoints.reading import q_verdict_of, read_as_trained, where_read
-from gcrm_fast.checkpoints.saving import add_tensor
+from gcrm_fast.checkpoints.saving import hashed
 from gcrm_fast.checkpoints.weights import open_reward_model
 from gcrm_fast.common.devices import compute_dtype, default_device
 from gcrm_fast.common.errors import UserError
@@ -144,13 +144,7 @@ class RewardModel:
         with torch.device("meta"):
             network = LlamaRewardModel(config, attention).cast(computed)
         digest = hashlib.sha256()
-
-        def value(name: str, shape: torch.Size, rows: slice) -> Tensor:
-            stored = weights.rows(name, shape, rows)
-            add_tensor(digest.update, name, stored)
-            return stored
-
-        load(network.eval().requires_grad_(False), place, value)
+        load(network.eval().requires_grad_(False), place, hashed(weights.rows, digest.update))
         goal_file, fingerprint = folder / GOAL_FILE, digest.hexdigest()
         goals = read_goals(goal_file, fingerprint, config.state_size)[0] if goal_file.exists() else {}
         return cls(network, tokenizer, place, fingerprint, goals, tokens_per_batch, where, q_verdict_of(folder))

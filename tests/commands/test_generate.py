@@ -80,7 +80,8 @@ def test_output_has_answers_samples_and_costs(
                     assert sample["reward"] == pytest.approx(score.reward, abs=1e-5)
     written = sum(record["policy_tokens"] for record in records)
     assert f"5 prompts, {method}: {written} tokens by the policy" in done.stdout
-    assert ("saved about" in done.stdout) == (method != "best-of-n")
+    assert ("saved about" in done.stdout) == (method in ("filter", "reject"))
+    assert any(record["saved_tokens"] for record in records) == (method in ("filter", "reject"))
     assert done.stdout.endswith(f"\nwrote {output}\n")
 
 
@@ -140,8 +141,8 @@ def test_sampling_without_a_reward_model(policy: Path, asked: Path, tmp_path: Pa
 def test_compare_writes_the_same_samples_without_dropping_any(
     policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm
 ) -> None:
-    arguments = ("--reward", reward, *SHORT)
-    filtered = ("--method", "filter", "--threshold", 0.1, "--compare")
+    arguments = ("--reward", reward, "--max-new-tokens", 80, *SHORT[2:])
+    filtered = ("--method", "filter", "--threshold", -0.2, "--compare")
     done = gcrm("generate", policy, asked, "-o", tmp_path / "a.jsonl", *arguments, *filtered)
     assert done.returncode == 0, done.stderr
     assert (
@@ -153,9 +154,23 @@ def test_compare_writes_the_same_samples_without_dropping_any(
         assert {name: unfiltered[name] for name in ("text", "reward")} == {n: other[n] for n in ("text", "reward")}
         assert unfiltered["policy_tokens"] == other["policy_tokens"] >= one["policy_tokens"]
     total = sum(one["policy_tokens"] for one in whole)
-    rewards = [one["reward"] for one in whole]
     assert f"without dropping any: {total} tokens by the policy" in done.stdout
-    assert f"mean reward {np.mean(rewards):.4f}, with as many tokens" in done.stdout
+    endings = [one["samples"][one["chosen_sample"]]["ending"] for one in ours]
+    same = [one["unfiltered"]["reward_at_same_tokens"] for one in ours]
+    ended = [ending == "stop" and reward is not None for ending, reward in zip(endings, same, strict=True)]
+    assert 0 < sum(ended) < 5  # the means are of the same prompts
+    means = [np.mean([one["reward"] for one, own in zip(side, ended, strict=True) if own]) for side in (ours, whole)]
+    said = f"{sum(ended)} prompts whose answers ended: filter {means[0]:.4f}, without dropping any {means[1]:.4f}"
+    assert said in done.stdout
+
+
+def test_a_comparison_of_answers_that_never_end(
+    policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm
+) -> None:
+    short = ("--max-new-tokens", 2, "--samples", 2, "--method", "filter", "--compare")
+    done = gcrm("generate", policy, asked, "-o", tmp_path / "a.jsonl", "--reward", reward, *short)
+    assert "rewards are not compared: no prompt has answers that ended in both" in done.stdout
+    assert "nan" not in done.stdout
 
 
 def test_goals_with_weights_and_controls(policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm) -> None:
@@ -214,8 +229,10 @@ def test_an_interrupted_run_keeps_what_is_finished_and_resumes(
     monkeypatch.setattr(
         command.Partial, "add", lambda self, prompt, record: (added.append(prompt), add(self, prompt, record))[1]
     )
-    assert gcrm("generate", *arguments).returncode == 0
+    done = gcrm("generate", *arguments)
+    assert done.returncode == 0
     assert len(added) == 3
+    assert re.search(r"by the reward model, [0-9.]+ s for 3 of them\n", done.stdout)
 
     def untimed(path: Path) -> list[dict[str, Any]]:
         return [record | {"seconds": 0, "samples": [round_q(s) for s in record["samples"]]} for record in lines(path)]
@@ -245,6 +262,35 @@ def test_resumed_without_compare_no_record_is_compared(
     assert (tmp_path / "out.jsonl.partial").read_text().count('"unfiltered"') == 1
     assert gcrm(*arguments, "--method", "filter").returncode == 0
     assert {"unfiltered" in record for record in lines(tmp_path / "out.jsonl")} == {False}
+
+
+def test_other_weights_or_goals_of_the_same_name_start_over(
+    reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, goal = tmp_path / "policy", tmp_path / "goal.safetensors"
+    policies.save(policy, ends=0.7)
+    model = RewardModel.from_pretrained(reward, device="cpu")
+    state = model.goal()
+
+    def write_goal(sign: float) -> None:
+        write_goals(goal, {"default": sign * state}, {"default": 3}, model.fingerprint)
+
+    def interrupted(self: command.Partial, prompt: int, record: dict[str, Any]) -> None:
+        add(self, prompt, record)
+        raise KeyboardInterrupt
+
+    write_goal(1.0)
+    add = command.Partial.add
+    more = ("--goal", goal, "--method", "filter", *SHORT)
+    arguments = ("generate", policy, asked, "-o", tmp_path / "out.jsonl", "--reward", reward, *more)
+    for change, name in ((lambda: policies.save(policy, ends=0.5), "policy"), (lambda: write_goal(-1.0), "goal")):
+        with monkeypatch.context() as patch:
+            patch.setattr(command.Partial, "add", interrupted)
+            assert gcrm(*arguments).returncode == 130
+        change()
+        done = gcrm(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert f"was made with another {name}: starting over" in done.stderr
 
 
 def test_another_option_starts_over(policy: Path, asked: Path, tmp_path: Path, gcrm: Gcrm) -> None:

@@ -453,6 +453,36 @@ FAULTS = {
         'row.ending == "length"',
         "tests/inference/test_decoding.py -k without_text",
     ),
+    "generate: other weights of the policy resume": (
+        "gcrm_fast/commands/generate.py",
+        'made_by |= {"policy": policy.fingerprint, "reward"',
+        'made_by |= {"reward"',
+        "tests/commands/test_generate.py -k other_weights",
+    ),
+    "generate: another goal of the same name resumes": (
+        "gcrm_fast/commands/generate.py",
+        'made_by["goal"] = goals.fingerprint if goals is not None else ""',
+        "pass",
+        "tests/commands/test_generate.py -k other_weights",
+    ),
+    "generate: cut answers count in the comparison": (
+        "gcrm_fast/commands/generate.py",
+        'answer["ending"] == "stop" and record',
+        "record",
+        "tests/commands/test_generate.py -k same_samples",
+    ),
+    "generate: a resumed run has the seconds of all prompts": (
+        "gcrm_fast/commands/generate.py",
+        "if len(todo) < len(prompts):",
+        "if False:",
+        "tests/commands/test_generate.py -k interrupted_run",
+    ),
+    "decoding: beams save what their forks share": (
+        "gcrm_fast/inference/decoding.py",
+        "saved_tokens=0 if rivals.parents else ",
+        "saved_tokens=",
+        "tests/commands/test_generate.py -k answers_samples_and_costs",
+    ),
     "decoding: halving ranks by the end token": (
         "gcrm_fast/inference/judging.py",
         "own.q_n[:-1] if ended else own.q_n",

@@ -40,8 +40,10 @@ def test_the_output_of_generate(tmp_path: Path) -> None:
         {"text": " three", "ending": "length"},
     ]
     record = {"question": "one?", "id": 7, "text": " two", "chosen_sample": 0, "samples": samples, "seconds": 0.1}
+    record["reference_completions"] = [" five", " six"]
     [one] = read_samples([str(write(tmp_path / "s.jsonl", [record]))])
     assert (one.prompt, one.completions, one.cuts) == ("one?", [" two", " three"], [False, True])
+    assert one.references == [" five", " six"]
     assert one.rest == {"prompt": "one?", "id": 7}
 
 
