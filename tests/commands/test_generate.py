@@ -164,6 +164,15 @@ def test_compare_writes_the_same_samples_without_dropping_any(
     assert said in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("ending", "other", "counts"), [("stop", 0.5, True), ("length", 0.5, False), ("stop", None, False)]
+)
+def test_rewards_of_cut_answers_are_not_compared(ending: str, other: float | None, counts: bool) -> None:
+    samples = [{"ending": "dropped"}, {"ending": ending}]
+    record = {"samples": samples, "chosen_sample": 1, "unfiltered": {"reward_at_same_tokens": other}}
+    assert command.ended(record) == counts
+
+
 def test_a_comparison_of_answers_that_never_end(
     policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm
 ) -> None:

@@ -469,7 +469,7 @@ FAULTS = {
         "gcrm_fast/commands/generate.py",
         'answer["ending"] == "stop" and record',
         "record",
-        "tests/commands/test_generate.py -k same_samples",
+        "tests/commands/test_generate.py -k cut_answers",
     ),
     "generate: a resumed run has the seconds of all prompts": (
         "gcrm_fast/commands/generate.py",
