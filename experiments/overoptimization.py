@@ -12,10 +12,12 @@ finished; a second call computes what is missing. Writes overoptimization.md and
 solution is right in every step; the proxy is the arm's reward; the detectors see the samples that it picks.
 """
 
+import itertools
 import json
+import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,7 +41,17 @@ from gcrm_fast.inference.scoring import RewardModel
 from gcrm_fast.rlhf.latents import LatentReference
 from gcrm_fast.rlhf.trl import RewardFunction
 from own_samples import own_pairs
-from summary import cell, machine, markdown, paired_difference, read_rows, save_rows, trained, write_aside
+from summary import (
+    cell,
+    machine,
+    markdown,
+    mean_interval,
+    paired_difference,
+    read_rows,
+    save_rows,
+    trained,
+    write_aside,
+)
 
 HERE = Path(__file__).resolve().parent
 DATA_SEED = 0  # of the problems, which all rows share
@@ -60,6 +72,11 @@ DISTANCE_WEIGHT = 0.3
 FLIPPED = "{arm}, {flipped}% flipped"
 DETECTORS = ("CSI per sample", "outliers", "Mahalanobis distance", "early stop")
 COMPARED = ("held-out pairs in order", "best gold", "gold at the largest n", "change past the peak")
+CLAIMS = {
+    "best gold": "generalizes better",
+    "gold at the largest n": "ends better",
+    "change past the peak": "loses less to over-optimization",
+}
 
 Row = dict[str, Any]
 
@@ -260,7 +277,11 @@ def past_peak(rows: Sequence[Row], detector: int) -> list[float]:
 
 
 def mean_auroc(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.2f} ({len(values)} rows)" if values else "-"
+    """Of rows, with a 95% interval over them."""
+    if not values:
+        return "-"
+    mean, half = mean_interval(values)
+    return f"{mean:.2f}" + ("" if math.isnan(half) else f" ± {half:.2f}") + f" ({len(values)} rows)"
 
 
 def values_of(row: Row) -> dict[str, np.ndarray]:
@@ -289,6 +310,28 @@ def compared(rows: Sequence[Row], values_of: Callable[[Row], dict[str, np.ndarra
     return markdown(["", "seeds", *names], lines)
 
 
+def claims(rows: Sequence[Row], values_of: Callable[[Row], dict[str, np.ndarray]], names: Mapping[str, str]) -> str:
+    """The InfoRM paper's, by share of flipped labels and arm with an information bottleneck. ``names``: what is claimed
+    of a value that is higher than that of the ranking loss alone."""
+    said, of = [], {(row["arm"], row["flipped"], row["seed"]): row for row in rows}
+    arms = [INFORM, PENALTY, *(arm for arm in COMPARED_WITH if any(row["arm"] == arm for row in rows))]
+    for flipped, name, arm in itertools.product(sorted({row["flipped"] for row in rows}), names, arms):
+        plain = COMPARED_WITH.get(arm, PLAIN)
+        own, base = (
+            {seed: values_of(row)[name] for (a, f, seed), row in of.items() if (a, f) == (one, flipped)}
+            for one in (arm, plain)
+        )
+        difference = paired_difference(own, base)
+        told = "neither shown nor refuted" if difference[-1] != "*" else "shown" if difference[0] == "+" else "refuted"
+        words = "no claim from fewer than two seeds" if difference == "-" else f"{told}, {name} {difference}"
+        said.append(f"- {FLIPPED.format(arm=arm, flipped=flipped)}, {names[name]} than plain: {words}.")
+    aurocs = past_peak([row for row in rows if row["arm"] in arms], 0)
+    mean, half = mean_interval(aurocs) if aurocs else (math.nan, math.nan)
+    told = "shown" if mean - half > 0.5 else "refuted" if mean + half < 0.5 else "neither shown nor refuted"
+    words = "no claim from fewer than two falls" if math.isnan(half) else f"{told}, AUROC {mean:.2f} ± {half:.2f}"
+    return "\n".join([*said, f"- The arms of {INFORM}, CSI is higher past the peak than before: {words}."])
+
+
 def tables(rows: Sequence[Row]) -> str:
     curves, alarms = [], []
     for row in rows:
@@ -307,8 +350,12 @@ def tables(rows: Sequence[Row]) -> str:
                 f"{row['fit'][0]:.2f}, {row['fit'][1]:.2f}",
             ]
         )
-        first, end = row["detectors"][0], row["detectors"][-1]
-        shown = [f"{a:.3g} -> {b:.3g} ({c:.3g})" for a, b, c in zip(first, end, row["reference"], strict=False)]
+        turn = next((k for k, point in enumerate(row["points"]) if point[0] > row["fall"][0]), -1)
+        seen = [row["detectors"][k] for k in (0, turn, -1)]
+        shown = [
+            f"{' -> '.join(f'{value:.3g}' for value in values)} ({null:.3g})"
+            for *values, null in zip(*seen, row["reference"], strict=False)
+        ]
         stops = [row["points"][k][0] for k, one in enumerate(row["detectors"]) if one[3] > STOP]
         alarms.append([name_of(row), *shown, f"n = {stops[0]}" if stops else "never"])
     head = [
@@ -340,8 +387,8 @@ over problems. alpha and beta are those of gold = d (alpha - beta d), d = sqrt(K
 
 ## Detectors
 
-At n = 1 and at the largest n; in brackets the reference against itself. The last column is the first n at which the
-early-stop indicator exceeds {STOP:g}.
+At n = 1, at the first n past the peak of gold and at the largest n; in brackets the reference against itself. The last
+column is the first n at which the early-stop indicator exceeds {STOP:g}.
 
 {markdown(["", *DETECTORS], alarms)}
 
@@ -350,6 +397,12 @@ AUROC of each detector for "gold is past its peak at this n", over the rows wher
 {markdown(["", "AUROC"], warned)}
 
 ![detectors over n](overoptimization_detectors.png)
+
+## Claims of the InfoRM paper
+
+Against plain with the same labels and width, by 95% intervals over seeds and problems.
+
+{claims(rows, values_of, CLAIMS)}
 """
 
 
@@ -362,7 +415,8 @@ Written by `python experiments/overoptimization.py`. {still} Machines: {machines
 
 The policy `{options.policy.name}` writes {options.samples} samples of each of {options.problems} held-out problems.
 For n = 1, 2, 4, ... each reward model picks the best of n (the unbiased estimate over all choices of n). Reward models
-start from the policy and take {options.steps} steps of 80 pairs, right and wrong samples of training problems.
+start from the policy and take {options.steps} steps of 80 pairs, right and wrong samples of training problems; {INFORM}
+has 32 latents and a KL weight of {KL_WEIGHT[1]}, and IBL takes off {DISTANCE_WEIGHT:g} times the distance of latents.
 
 {tables(rows)}"""
 

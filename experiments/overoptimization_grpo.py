@@ -9,7 +9,6 @@ is a row of overoptimization_grpo.json, written when it is finished; a second ca
 overoptimization_grpo.md and a plot next to it. Needs pip install 'gcrm-fast[trl,datasets]'.
 """
 
-import itertools
 import math
 import sys
 import tempfile
@@ -37,13 +36,11 @@ from overoptimization import (
     DATA_SEED,
     DETECTORS,
     ENSEMBLE,
-    FLIPPED,
-    INFORM,
     PENALTY,
-    PLAIN,
     TRAINED,
     Proxy,
     Row,
+    claims,
     compared,
     detected,
     mean_auroc,
@@ -55,7 +52,7 @@ from overoptimization import (
     write_rows,
 )
 from overoptimization import Options as LaboratoryOptions
-from summary import machine, markdown, mean_interval, paired_difference, read_rows, write_aside
+from summary import machine, markdown, read_rows, write_aside
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 24  # maximum tokens of a sample; a solution of three steps has 19
@@ -194,25 +191,6 @@ def warned(rows: Sequence[Row]) -> str:
     return markdown(["", "AUROC", "warns in time", "warns later", "never warns", "warns without a fall"], lines)
 
 
-def claims(rows: Sequence[Row]) -> str:
-    """The InfoRM paper's, in the rows with each share of flipped labels."""
-    said = []
-    for flipped, name, arm in itertools.product(sorted({row["flipped"] for row in rows}), CLAIMS, (INFORM, PENALTY)):
-        own, base = (
-            {row["seed"]: values_of(row)[name] for row in rows if (row["arm"], row["flipped"]) == (one, flipped)}
-            for one in (arm, PLAIN)
-        )
-        difference = paired_difference(own, base)
-        told = "neither shown nor refuted" if difference[-1] != "*" else "shown" if difference[0] == "+" else "refuted"
-        words = "no claim from fewer than two seeds" if difference == "-" else f"{told}, {name} {difference}"
-        said.append(f"- {FLIPPED.format(arm=arm, flipped=flipped)}, {CLAIMS[name]} than plain: {words}.")
-    aurocs = past_peak([row for row in rows if row["arm"] in (INFORM, PENALTY)], 0)
-    mean, half = mean_interval(aurocs) if aurocs else (math.nan, math.nan)
-    told = "shown" if mean - half > 0.5 else "refuted" if mean + half < 0.5 else "neither shown nor refuted"
-    words = "no claim from fewer than two falls" if math.isnan(half) else f"{told}, AUROC {mean:.2f} ± {half:.2f}"
-    return "\n".join([*said, f"- {INFORM} and {PENALTY}, CSI is higher past the peak than before: {words}."])
-
-
 def report(options: Options, rows: Sequence[Row], left: int) -> str:
     machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
     still = f"{left} rows are still missing; call it again to compute them." if left else "Every row is finished."
@@ -257,7 +235,7 @@ step, is what a detector must beat.
 
 ## Claims of the InfoRM paper
 
-{claims(rows)}
+{claims(rows, values_of, CLAIMS)}
 """
 
 

@@ -82,6 +82,12 @@ def test_arms_of_another_width_are_compared_at_that_width(lab: ModuleType) -> No
         "| plain, width 32, 0% flipped | 2 | 0.500 ± 0.000 (+0.000 ± 0.000) | 0.500 ± 0.000 (-0.100"
     )
     assert "| 0.800 ± 0.000 (+0.300 ± 0.000 *) |" in inform
+    for one in rows:  # the detector sees both points, of which the second is past the peak
+        one |= {"points": [[1, 0.0], [2, 0.0]], "fall": [1, 2, -0.1, -0.2, -0.05], "detectors": [[1.0] * 4, [2.0] * 4]}
+    said = lab.claims(rows, lab.values_of, lab.CLAIMS)
+    assert "- InfoRM, width 32, 0% flipped, ends better than plain: shown, gold at the largest n +0.300" in said
+    assert "- InfoRM, 0% flipped, ends better than plain: no claim from fewer than two seeds." in said
+    assert said.endswith("CSI is higher past the peak than before: shown, AUROC 1.00 ± 0.00.")
 
 
 def test_rows_are_kept_and_the_missing_ones_added(

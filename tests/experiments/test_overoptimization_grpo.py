@@ -80,9 +80,9 @@ def test_who_warns_in_time(lab: ModuleType) -> None:
     ]
     assert [lab.warnings(one)[0] for one in rows] == [10, 15, 0]
     csi, outliers, *_, kl = lab.warned(rows).splitlines()[2:]
-    assert csi == "| CSI per sample | 1.00 (2 rows) | 1 | 1 | 0 | 1 |"
+    assert csi == "| CSI per sample | 1.00 ± 0.00 (2 rows) | 1 | 1 | 0 | 1 |"
     assert outliers == "| outliers | 0.50 (2 rows) | 0 | 0 | 2 | 0 |"
-    assert kl == "| KL, no detector | 1.00 (2 rows) | - | - | - | - |"
+    assert kl == "| KL, no detector | 1.00 ± 0.00 (2 rows) | - | - | - | - |"
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,13 @@ def test_who_warns_in_time(lab: ModuleType) -> None:
     [((0.4, 0.41), "shown, last gold +0.3"), ((0.0, 0.01), "refuted"), ((0.0, 0.2), "neither shown nor refuted")],
 )
 def test_claims_need_an_interval_over_seeds(lab: ModuleType, last: tuple[float, float], word: str) -> None:
+    def claims(rows: list[dict[str, Any]]) -> str:
+        return str(lab.claims(rows, lab.values_of, lab.CLAIMS))
+
     flat = [1.0, 1.0, 1.0, 1.0]
     rows = [row("plain", seed, 0.1, flat) for seed in (0, 1)]
-    assert "InfoRM, 0% flipped, ends better than plain: no claim from fewer than two seeds." in lab.claims(rows)
-    text = lab.claims([*rows, *(row("InfoRM", seed, value, flat) for seed, value in enumerate(last))])
+    assert "InfoRM, 0% flipped, ends better than plain: no claim from fewer than two seeds." in claims(rows)
+    text = claims([*rows, *(row("InfoRM", seed, value, flat) for seed, value in enumerate(last))])
     assert f"- InfoRM, 0% flipped, ends better than plain: {word}" in text
     assert "- InfoRM + IBL, 0% flipped, ends better than plain: no claim" in text
     assert "CSI is higher past the peak than before: neither shown nor refuted, AUROC 0.50" in text

@@ -133,6 +133,12 @@ FAULTS = {
         "sum(t <= 9 for t in late)",
         "tests/experiments/test_overoptimization_grpo.py -k in_time",
     ),
+    "laboratory: InfoRM of another width is compared with plain": (
+        "experiments/overoptimization.py",
+        "        plain = COMPARED_WITH.get(arm, PLAIN)",
+        "        plain = PLAIN",
+        "tests/experiments/test_overoptimization.py -k another_width",
+    ),
     "live text: the judge learns from the questions of the steering models": (
         "experiments/live_text.py",
         "half=1, count=options.judge_pairs",
