@@ -1,5 +1,6 @@
 """``gcrm overoptimize``: gold against proxy over the number of samples that the proxy picks from."""
 
+import math
 from collections.abc import Sequence
 from typing import get_args
 
@@ -58,8 +59,9 @@ def read_scores(options: OveroptimizeOptions) -> tuple[list[str], list[np.ndarra
     if single is not None:
         raise UserError(f"{options.data}: one sample of the question {single[:60]!r}: best of n needs several of each")
     both = [np.array(own) for own in scores.values()]
-    if all(len(np.unique(own[:, 0])) == 1 for own in both):
-        raise UserError(f"{options.data}: --proxy {options.proxy} is the same for all samples of each question")
+    for column, given in enumerate((f"--proxy {options.proxy}", f"--gold {options.gold}")):
+        if all(len(np.unique(own[:, column])) == 1 for own in both):
+            raise UserError(f"{options.data}: {given} is the same for all samples of each question: name another field")
     return list(scores), [own[:, 0] for own in both], [own[:, 1] for own in both]
 
 
@@ -69,6 +71,13 @@ def verdict(change: Fall) -> str:
     if change.shown:
         return f"over-optimized: from best of {change.peak} to best of {change.largest} gold changes by {bounds}"
     return f"no fall shown up to best of {change.largest} (gold from the peak on: {bounds})"
+
+
+def fitted(alpha: float, beta: float) -> str:
+    """The fit in words, or why there is none."""
+    if math.isnan(alpha):
+        return "no fit: it takes 3 or more samples of each question"
+    return f"fit: gold = d ({alpha:.3f} - {beta:.3f} d), d = sqrt(KL)"
 
 
 def table(points: Sequence[Point]) -> str:
@@ -106,4 +115,4 @@ def overoptimize(options: OveroptimizeOptions) -> None:
         write_rows(folder, rows, about)
         plot_overoptimization({options.data: points}, folder / "overoptimization.png")
     print(table(points))
-    print(f"\n{verdict(change)}\nfit: gold = d ({alpha:.3f} - {beta:.3f} d), d = sqrt(KL)")
+    print(f"\n{verdict(change)}\n{fitted(alpha, beta)}")

@@ -13,6 +13,8 @@ from scipy.special import gammaln
 
 from gcrm_fast.evaluation.measures import ratio_interval
 
+ROUNDING = 1e-9  # a fall by less is none: gold that stays the same is the sum of its weights times it, about 1e-15 off
+
 
 class Point(NamedTuple):
     """Best of ``n``: its KL from plain sampling in nats; mean gold and proxy over questions, each less that of n = 1;
@@ -37,8 +39,8 @@ class Fall(NamedTuple):
 
     @property
     def shown(self) -> bool:
-        """Whether the interval lies below 0."""
-        return self.high < 0
+        """Whether the interval lies below 0, by more than rounding."""
+        return self.high < -ROUNDING
 
 
 def kl(n: int) -> float:

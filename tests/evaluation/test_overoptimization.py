@@ -76,6 +76,16 @@ def test_a_perfect_proxy_and_a_blind_one_show_no_fall(rng: np.random.Generator) 
     assert sum(found) <= 3, "the highest of noisy means is not followed by a fall"
 
 
+def test_rounding_is_no_fall(rng: np.random.Generator) -> None:
+    """Gold that is 1 for all samples is the sum of the weights, which is not exactly 1."""
+    n_K, half_C = sizes(16), np.arange(40) % 2 == 0
+    gold_CK, _ = gains([rng.normal(size=16) for _ in range(40)], [np.ones(16)] * 40, n_K)
+    found = fall(gold_CK, n_K, half_C)
+    assert not found.shown
+    assert not found._replace(high=-1e-15).shown
+    assert found._replace(high=-1e-3).shown
+
+
 def test_the_peak_is_found_on_the_other_half() -> None:
     """Each half has its peak where the other has its lowest gold."""
     gold_CK, even_C = np.array([[1, 0, 0.5], [0, 1, 0.5]] * 10), np.arange(20) % 2 == 0
@@ -158,7 +168,21 @@ def test_samples_that_say_nothing_are_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_constant_proxy_is_refused(run: Any, rng: np.random.Generator, tmp_path: Path) -> None:
-    records = [record | {"reward": [1.0] * 16} for record in lists(rng, 0.8)]
+@pytest.mark.parametrize(("option", "name"), [("--proxy", "reward"), ("--gold", "truth")])
+def test_a_constant_score_is_refused(
+    option: str, name: str, run: Any, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    records = [record | {name: [1.0] * 16} for record in lists(rng, 0.8)]
     result = run(write(tmp_path / "s.jsonl", records), "--gold", "truth")
-    assert "--proxy reward is the same for all samples of each question" in result.stderr
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert f"{option} {name} is the same for all samples of each question" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_samples_per_question_have_no_fit(run: Any, rng: np.random.Generator, tmp_path: Path) -> None:
+    short = ("completions", "reward", "truth")
+    records = [record | {name: record[name][:2] for name in short} for record in lists(rng, 0.8)]
+    result = run(write(tmp_path / "s.jsonl", records), "--gold", "truth")
+    assert result.returncode == 0, result.stderr
+    assert "no fit: it takes 3 or more samples of each question" in result.stdout
+    assert "nan" not in result.stdout

@@ -187,6 +187,18 @@ FAULTS = {
         "",
         "tests/evaluation/test_detectors.py -k width_1",
     ),
+    "overoptimize: gold that is constant accepted": (
+        "gcrm_fast/commands/overoptimize.py",
+        "if all(len(np.unique(own[:, column])) == 1 for own in both):",
+        "if all(len(np.unique(own[:, 0])) == 1 for own in both):",
+        "tests/evaluation/test_overoptimization.py -k constant_score",
+    ),
+    "overoptimize: a fit of NaN printed": (
+        "gcrm_fast/commands/overoptimize.py",
+        "if math.isnan(alpha):",
+        "if False:",
+        "tests/evaluation/test_overoptimization.py -k two_samples",
+    ),
     "overoptimize: integers without bound": (
         "gcrm_fast/commands/overoptimize.py",
         "if not abs(value) <= LARGEST:",

@@ -175,6 +175,12 @@ FAULTS = {
         "gold_CK[measured].mean(0).argmax()",
         "tests/evaluation/test_overoptimization.py -k other_half",
     ),
+    "over-optimization: rounding is a fall": (
+        "gcrm_fast/evaluation/overoptimization.py",
+        "return self.high < -ROUNDING",
+        "return self.high < 0",
+        "tests/evaluation/test_overoptimization.py -k rounding",
+    ),
     "equal proxies: the first sample wins": (
         "gcrm_fast/evaluation/overoptimization.py",
         "gold = (np.bincount(group, gold) / count)[group]",
