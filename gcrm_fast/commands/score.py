@@ -58,10 +58,10 @@ class Progress(NamedTuple):
 
 class Output:
     """A file of JSON lines that grows by whole windows as ``NAME.partial``; its Progress is in ``NAME.partial.json``,
-    replaced after each window."""
+    replaced after each window. ``command`` is the one that says so on stderr."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, command: str = "score") -> None:
+        self.path, self.command = path, command
         self.partial = path.with_name(path.name + ".partial")
         self.state = path.with_name(path.name + ".partial.json")
 
@@ -87,11 +87,11 @@ class Output:
         except FileNotFoundError:
             return Progress(made_by)
         except (OSError, ValueError, TypeError):
-            say(f"{self.partial}: cannot be resumed: starting over")
+            say(f"{self.partial}: cannot be resumed: starting over", self.command)
             return Progress(made_by)
         other = [name for name in made_by if done.made_by.get(name) != made_by[name]]
         if other:
-            say(f"{self.partial}: was made with another {', '.join(other)}: starting over")
+            say(f"{self.partial}: was made with another {', '.join(other)}: starting over", self.command)
             return Progress(made_by)
         return done
 
@@ -118,7 +118,7 @@ class Output:
     def finish(self) -> None:
         os.replace(self.partial, self.path)
         self.state.unlink()
-        say(f"wrote {self.path}")
+        say(f"wrote {self.path}", self.command)
 
 
 class Stdout:
@@ -140,10 +140,10 @@ class Stdout:
     def finish(self) -> None: ...
 
 
-def say(message: str) -> None:
+def say(message: str, command: str = "score") -> None:
     """Prints a line on stderr, since stdout may be the output; the first process only."""
     if processes.rank() == 0:
-        print(f"gcrm score: {printable(message)}", file=sys.stderr, flush=True)
+        print(f"gcrm {command}: {printable(message)}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- records

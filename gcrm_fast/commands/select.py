@@ -220,7 +220,11 @@ def select(options: SelectOptions) -> None:
         "--tokens-per-batch": options.tokens_per_batch,
         "--columns": options.columns,
     }
-    with worked(output, made_by, samples, lambda window: score_window(window, options, model, verifiers)) as found:
+
+    def work(window: Sequence[Samples]) -> list[Row]:
+        return score_window(window, options, model, verifiers)
+
+    with worked("select", output, made_by, samples, work) as found:
         selection = chosen(samples, found, {prompt_key(one["prompt"]) for one in before}, options)
         kept = records_of(samples, selection, options)
         words, listed = suspects(samples, found, selection)

@@ -163,7 +163,11 @@ def synthesize(options: SynthesizeOptions) -> None:
         "--tokens-per-batch": options.tokens_per_batch,
         "--columns": options.columns,
     }
-    with worked(output, made_by, samples, lambda window: work_window(window, model, verifiers, entailment)) as found:
+
+    def work(window: Sequence[Samples]) -> list[Row]:
+        return work_window(window, model, verifiers, entailment)
+
+    with worked("synthesize", output, made_by, samples, work) as found:
         outcomes = [
             outcome_of(one, row, options.threshold, options.seed) for one, row in zip(samples, found, strict=True)
         ]

@@ -18,11 +18,15 @@ Row = dict[str, Any]
 
 @contextlib.contextmanager
 def worked(
-    output: Path, made_by: dict[str, Any], samples: Sequence[Samples], work: Callable[[Sequence[Samples]], list[Row]]
+    command: str,
+    output: Path,
+    made_by: dict[str, Any],
+    samples: Sequence[Samples],
+    work: Callable[[Sequence[Samples]], list[Row]],
 ) -> Iterator[list[Row]]:
     """A row of values for each record. They are kept in NAME.rows.partial until the block ends without an error; a
-    partial file that other options or records made is discarded, and a line says so."""
-    rows_file = Output(output.with_name(output.name + ".rows"))
+    partial file that other options or records made is discarded, and a line of ``command`` says so."""
+    rows_file = Output(output.with_name(output.name + ".rows"), command)
     digest = hashlib.sha256(b"".join(json_line(one.fields) for one in samples)).hexdigest()
     with rows_file.held():
         done = rows_file.progress({**made_by, "records": digest})

@@ -185,7 +185,8 @@ def test_an_interrupted_run_resumes_and_writes_the_same(
     assert run("--model", model, "--score", "proxy").returncode == 130
     result = run("--model", model)
     assert result.returncode == 0
-    assert "was made with another --score: starting over" in result.stderr
+    partial = tmp_path / "next.jsonl.rows.partial"
+    assert f"gcrm select: {partial}: was made with another --score: starting over" in result.stderr
     assert output.read_bytes() == expected
 
 

@@ -205,6 +205,12 @@ FAULTS = {
         "if not float(abs(value)) <= LARGEST:",
         "tests/evaluation/test_overoptimization.py -k say_nothing",
     ),
+    "select: lines of another command's name": (
+        "gcrm_fast/commands/windows.py",
+        'Output(output.with_name(output.name + ".rows"), command)',
+        'Output(output.with_name(output.name + ".rows"))',
+        "tests/commands/test_select.py -k interrupted",
+    ),
     "select: names of stages are checked after the scoring": (
         "gcrm_fast/commands/select.py",
         "    if options.order:\n        check_order",
