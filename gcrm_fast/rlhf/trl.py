@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.chat import as_text
 from gcrm_fast.data.encoding import CUT, Completion
 from gcrm_fast.data.ends import Choice
@@ -138,7 +139,12 @@ class RewardFunction:
         rewards = [j.reward + (self.q_weight * float(j.q_Gn[0, -1]) if j.q_Gn is not None else 0.0) for j in judged]
         if self.reference is None or not judged:
             return rewards
-        classes = columns[self.class_column] if self.class_column else None
+        classes = None
+        if self.class_column:
+            classes = columns.get(self.class_column)
+            if classes is None:
+                what = f"class_column {self.class_column!r}: the trainer passes no such column"
+                raise UserError(f"{what}: add it to the data, with the class of each prompt")
         latents_ND = np.stack([j.latent_D for j in judged if j.latent_D is not None])
         distance_N = self.reference.distances(latents_ND, classes)
         return [

@@ -1,6 +1,12 @@
 """Faults planted in rlhf/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "penalty: one class where the column of classes is missing": (
+        "gcrm_fast/rlhf/trl.py",
+        "if classes is None:",
+        "if False:",
+        "tests/rlhf/test_latents.py -k each_class",
+    ),
     "latents: the squared distance": (
         "gcrm_fast/common/normal.py",
         "np.linalg.solve(self.factor_DD, centered_DN), axis=0)",

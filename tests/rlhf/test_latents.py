@@ -55,6 +55,11 @@ def test_each_class_of_prompts_has_its_reference(model: RewardModel) -> None:
     np.testing.assert_allclose(function(ASKED, ANSWERS, task=tasks), expected, rtol=1e-4)
     with pytest.raises(UserError, match="class 'code' has no latent reference: there is one for sums, words"):
         function(ASKED, ANSWERS, task=["code"] * 4)
+    for columns in ({}, {"task": None}):
+        with pytest.raises(
+            UserError, match="class_column 'task': the trainer passes no such column: add it to the data"
+        ):
+            function(ASKED, ANSWERS, **columns)
 
 
 def test_classes_that_are_numbers_are_texts(model: RewardModel, tmp_path: Path) -> None:
