@@ -79,6 +79,7 @@ def test_the_lowest_of_each_domain_against_their_references(run: Any, model: Pat
     assert [one["score"] for one in unsolved] == sorted(one["score"] for one in unsolved)
     about = json.loads((tmp_path / "next.jsonl.json").read_text())
     assert (about["prompts"], about["kept"], about["verdicts"]) == (60, len(found), {"labeled": 120})
+    assert (about["unsolved"], about["unanswerable"]) == (6, 6)
     assert (tmp_path / "next.jsonl.png").stat().st_size > 1000
     assert "6 prompts solved by no sample: dropped" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -154,6 +155,8 @@ def test_the_curriculum_is_the_order_that_a_trainer_reads(run: Any, model: Path,
     text = (tmp_path / "next.jsonl.curriculum.jsonl").read_text()
     assert run(*options).returncode == 0
     assert (tmp_path / "next.jsonl.curriculum.jsonl").read_text() == text
+    about = json.loads((tmp_path / "next.jsonl.json").read_text())
+    assert [about[name] for name in ("order", "steps", "prompts_per_step", "seed")] == ["math,all", 10, 4, 0]
     assert run(*options, "--seed", "1").returncode == 0
     assert (tmp_path / "next.jsonl.curriculum.jsonl").read_text() != text
 

@@ -211,6 +211,18 @@ FAULTS = {
         'Output(output.with_name(output.name + ".rows"))',
         "tests/commands/test_select.py -k interrupted",
     ),
+    "select: the seed of the curriculum is not kept": (
+        "gcrm_fast/commands/select.py",
+        '            "seed": options.seed,\n',
+        "",
+        "tests/commands/test_select.py -k curriculum_is",
+    ),
+    "select: kept prompts counted as unsolved": (
+        "gcrm_fast/commands/select.py",
+        "int(selection.unsolved_N.sum())",
+        "int(selection.kept_N.sum())",
+        "tests/commands/test_select.py -k against_their",
+    ),
     "select: names of stages are checked after the scoring": (
         "gcrm_fast/commands/select.py",
         "    if options.order:\n        check_order",
