@@ -43,6 +43,7 @@ BEST_BY = {  # metrics of --keep-best by --loss
 OF_A_RUN = {"metrics.jsonl", "checkpoints", "skipped_records.txt"}  # what an unfinished run leaves in its folder
 LOGS = (".log", ".out", ".err")  # may be there before a run starts
 OF_PAIRS = ("pairs_per_prompt", "label_smoothing", "center_rewards", "sft_weight")  # options that need both sides
+OF_BOTTLENECK = ("bottleneck_size", "bottleneck_weight")  # options that need --head bottleneck
 OF_VIEWS = ("views_weight", "views_ramp")  # options that need --on-policy
 
 Positive = Annotated[float, Range(above=0)]
@@ -445,6 +446,10 @@ class TrainConfig(Options):
             for name in OF_PAIRS:
                 default = getattr(type(self), name)
                 need(getattr(self, name) == default, name, f"{default} with --loss {self.loss}, which has no pairs")
+        for name in OF_BOTTLENECK:
+            default = getattr(type(self), name)
+            ok = self.head == "bottleneck" or getattr(self, name) == default
+            need(ok, name, f"{default} or omitted without --head bottleneck")
         if self.compare == "latents":
             need(self.head == "bottleneck", "compare", "states without --head bottleneck")
             need(not self.projection_size, "projection_size", "0 with --compare latents")
@@ -591,7 +596,7 @@ def unused_options(config: TrainConfig) -> set[str]:
         "hidden_size layers heads kv_heads head_size intermediate_size": bool(config.model),
         "vocab_size": bool(config.model or config.tokenizer),
         "lora_alpha lora_targets lora_dropout": not config.lora_rank,
-        "bottleneck_size bottleneck_weight": config.head != "bottleneck",
+        " ".join(OF_BOTTLENECK): config.head != "bottleneck",
         " ".join(OF_VIEWS): not config.on_policy,
         "arithmetic_steps": config.data != (ARITHMETIC,),
         contrastive: config.objective == "ranking",

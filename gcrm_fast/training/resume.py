@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.model.reward_model import LlamaRewardModel
-from gcrm_fast.training.config import TrainConfig, default_output
+from gcrm_fast.training.config import OF_BOTTLENECK, TrainConfig, default_output
 from gcrm_fast.training.manifest import Checkpoint, checkpoints, damage, first_intact, read_manifest
 from gcrm_fast.training.objectives import Statistics
 from gcrm_fast.training.optimizer import Updater
@@ -163,10 +163,12 @@ def differences(config: TrainConfig, data_key: str, checkpoint: Checkpoint) -> l
     now, then = _plain(config), _plain(TrainConfig()) | checkpoint.facts["config"]  # it may lack a newer option
     if now["dtype"] == "auto":  # which means that of the checkpoint
         now["dtype"] = then["dtype"]
+    # They changed nothing without the head, and were accepted once.
+    unread = OF_BOTTLENECK if config.head != "bottleneck" else ()
     changed = [
         f"--{name.replace('_', '-')} was {then[name]!r} and is {now[name]!r}"
         for name in now
-        if name not in FREE and now[name] != then[name]
+        if name not in FREE and name not in unread and now[name] != then[name]
     ]
     if checkpoint.facts["data_key"] != data_key:
         changed.append("the training data or its tokens have changed")

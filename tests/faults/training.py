@@ -1,6 +1,18 @@
 """Faults planted in training/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "bottleneck: its options ignored without it": (
+        "gcrm_fast/training/config.py",
+        'ok = self.head == "bottleneck" or getattr(self, name) == default',
+        "ok = True",
+        "tests/training/test_bottleneck.py -k refused_without",
+    ),
+    "bottleneck: a run with its options and without it cannot resume": (
+        "gcrm_fast/training/resume.py",
+        'unread = OF_BOTTLENECK if config.head != "bottleneck" else ()',
+        "unread: tuple[str, ...] = ()",
+        "tests/training/test_bottleneck.py -k without_one_resumes",
+    ),
     "a ranking loss that rose again counts as never fallen": (
         "gcrm_fast/training/describe.py",
         "if min(ranking) < LEARNED",

@@ -1,8 +1,11 @@
 """The information bottleneck: its loss, its noise, and whole runs with it."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +14,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gcrm_fast import RewardModel
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.encoding import TokenizedPair
 from gcrm_fast.data.packing import build_pack
 from gcrm_fast.data.sampling import Sampling, draw_noise
 from gcrm_fast.model.heads import BottleneckHead
 from gcrm_fast.train import main
-from gcrm_fast.training.config import parse
+from gcrm_fast.training.config import parse, to_toml
 from gcrm_fast.training.objectives import Objective, losses, statistics_of
 from gcrm_fast.training.prepare import objective_of
+from gcrm_fast.training.resume import differences
 from support.small import small_config, small_model
 from support.training_runs import TIMES, arguments, assert_same, end_in_step_9, rows, torchrun
 
@@ -88,7 +93,29 @@ def test_noise_in_training_and_the_mean_otherwise(pairs: list[TokenizedPair]) ->
 
 def test_the_weight_of_the_kl_reaches_the_objective_of_a_bottleneck_alone() -> None:
     assert objective_of(parse(["--head", "bottleneck", "--bottleneck-weight", "0.2"])).term_weights == {"kl": 0.2}
-    assert objective_of(parse(["--bottleneck-weight", "0.2"])).term_weights == {}
+    assert objective_of(parse([])).term_weights == {}
+
+
+def test_options_of_a_bottleneck_are_refused_without_one(tmp_path: Path) -> None:
+    for option, value, default in (("size", "3", "128"), ("weight", "0.7", "0.1")):
+        message = f"--bottleneck-{option} {value}: must be {default} or omitted without --head bottleneck"
+        with pytest.raises(UserError, match=message):
+            parse([f"--bottleneck-{option}", value])
+        parse([f"--bottleneck-{option}", default])
+        parse(["--head", "bottleneck", f"--bottleneck-{option}", value])
+    (tmp_path / "c.toml").write_text(to_toml(parse(["--head", "bottleneck", "--bottleneck-size", "3"])))
+    with pytest.raises(UserError, match="--bottleneck-size 3: must be 128 or omitted"):
+        parse(["--config", str(tmp_path / "c.toml"), "--head", "linear"])
+    parse(["--config", str(tmp_path / "c.toml"), "--head", "linear", "--bottleneck-size", "128"])
+
+
+def test_a_run_that_was_given_them_without_one_resumes() -> None:
+    for head, expected in (("linear", 0), ("bottleneck", 1)):
+        config = parse(["--head", head])
+        checkpoint: Any = SimpleNamespace(facts={"config": dataclasses.asdict(config), "data_key": "k"})
+        checkpoint.facts["config"] |= {"bottleneck_size": 3, "lora_targets": list(config.lora_targets)}
+        changed = differences(config, "k", checkpoint)
+        assert len([one for one in changed if one.startswith("--bottleneck")]) == expected
 
 
 @pytest.fixture(scope="module")
