@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.errors import UserError, printable
+from gcrm_fast.common.notes import warn_once
 from gcrm_fast.data.messages import Messages
 from gcrm_fast.rlhf.verifiers import QUOTED, Verifiers, plain
 
@@ -62,7 +63,8 @@ def scored(
 
     Of ``columns``, which have an entry per prompt, are read: ``task``; ``reference``, the right answer of a task with a
     verifier, elsewhere a response to compare with; ``reference_completions``, responses of which the one with the
-    greatest reward is the reference, where ``reference`` is null. ``rewards``: the reward model's.
+    greatest reward is the reference, where ``reference`` is null. ``rewards``: the reward model's. A warning names each
+    task without verifier, which may be a mistyped one, where there are verifiers.
 
     Raises:
         UserError: a prompt without verifier and reference; no reward model or judge where one is needed.
@@ -83,10 +85,14 @@ def scored(
             others.append(i)
     if not others:
         return Scored(scores, parts)
+    for task in dict.fromkeys(task for i in others if (task := tasks[i]) and isinstance(task, str)):
+        if known := ", ".join(filter(None, verifiers.by_task)):
+            what = "its responses are compared with references"
+            warn_once(printable(f"the task {task!r} has no verifier, unlike {known}: {what}: check the name"))
     # A reference's reward depends on the whole question, so equal ones count once only where all of it is equal.
     context = [columns.get(name) or [None] * len(prompts) for name in CONTEXT]
     asked = [repr(one) for one in zip(prompts, *context, strict=True)]
-    found = _references(others, prompts, asked, references, choices, rewards)
+    found = _references(others, prompts, asked, tasks, references, choices, rewards)
     if judge is not None:
         own = judge.scores([prompts[i] for i in others], [completions[i] for i in others], [found[i] for i in others])
         of_others = [{"judge": score} for score in own]
@@ -113,6 +119,7 @@ def _references(
     others: Sequence[int],
     prompts: Sequence[Text],
     asked: Sequence[str],
+    tasks: Sequence[Any],
     references: Sequence[Text | None],
     choices: Sequence[Sequence[Text] | None],
     rewards: Rewards | None,
@@ -125,7 +132,8 @@ def _references(
             continue
         if not choices[i]:
             start = plain(prompts[i])[:QUOTED]
-            raise UserError(f"the prompt {start!r} has no verifier of its task and no reference: add one to its record")
+            of = f"its task {tasks[i]!r}" if tasks[i] else "its task"
+            raise UserError(f"the prompt {start!r} has no verifier of {of} and no reference: add one to its record")
         groups.setdefault((asked[i], repr(choices[i])), []).append(i)
     if groups and rewards is None:
         raise UserError("the best of reference_completions is not known without a reward model: pass one as otherwise=")

@@ -1,6 +1,18 @@
 """Faults planted in rlhf/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "hybrid: a mistyped task passes without a word": (
+        "gcrm_fast/rlhf/hybrid.py",
+        'if known := ", ".join(filter(None, verifiers.by_task)):',
+        'if known := "":',
+        "tests/rlhf/test_hybrid.py -k without_verifier",
+    ),
+    "hybrid: no reference, of a task that is not named": (
+        "gcrm_fast/rlhf/hybrid.py",
+        'if tasks[i] else "its task"',
+        'if False else "its task"',
+        "tests/rlhf/test_hybrid.py -k without_reward_model",
+    ),
     "penalty: one class where the column of classes is missing": (
         "gcrm_fast/rlhf/trl.py",
         "if classes is None:",

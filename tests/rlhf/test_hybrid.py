@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from gcrm_fast import RewardModel
 from gcrm_fast.common.errors import UserError
+from gcrm_fast.common.notes import warn_once
 from gcrm_fast.rlhf.hybrid import proxy
 from gcrm_fast.rlhf.trl import RewardFunction
 from support.chat import CHATML
@@ -99,8 +100,23 @@ def test_a_task_without_reward_model(model: RewardModel) -> None:
         reward(["x"], ["y"], task=["talk"], reference=["z"])
     with pytest.raises(UserError, match="pass one as otherwise="):
         reward(["x"], ["y"], reference_completions=[["z", "w"]])
-    with pytest.raises(UserError, match=r"the prompt 'x' has no verifier of its task and no reference"):
+    with pytest.raises(UserError, match=r"the prompt 'x' has no verifier of its task 'talk' and no reference"):
         RewardFunction(verifiers=VERIFIERS, otherwise=model)(["x"], ["y"], task=["talk"])
+    with pytest.raises(UserError, match=r"the prompt 'x' has no verifier of its task and no reference"):
+        RewardFunction(verifiers=VERIFIERS, otherwise=model)(["x"], ["y"])
+
+
+def test_a_task_without_verifier_is_named_once(model: RewardModel, capsys: pytest.CaptureFixture[str]) -> None:
+    warn_once.cache_clear()
+    reward = RewardFunction(verifiers=VERIFIERS | {"more": "arithmetic"}, otherwise=model)
+    for _ in range(2):
+        reward(PROMPTS, COMPLETIONS, task=["sums", None, "sum", "sum"], reference=["4"] * 4)
+    line = (
+        "gcrm: warning: the task 'sum' has no verifier, unlike sums, more: its responses are compared with references: "
+    )
+    assert capsys.readouterr().err == line + "check the name\n"
+    RewardFunction(verifiers={}, otherwise=model)(PROMPTS[:1], COMPLETIONS[:1], task=["other"], reference=["4"])
+    assert capsys.readouterr().err == ""
 
 
 def test_the_reward_model_is_named_once(model: RewardModel) -> None:
