@@ -41,10 +41,13 @@ def is_held_out(prompt: str) -> bool:
 
 
 def _values(prompt: str) -> list[int]:
-    """The values that a problem sums, in order."""
-    given, question = prompt.removesuffix("?").split(":")
-    value_of = {name: int(value) for name, value in (item.split("=") for item in given.split(","))}
-    return [value_of[name] for name in question.split("+")]
+    """The values that a problem sums, in order. Raises ValueError for a text that is no such problem."""
+    try:
+        given, question = prompt.removesuffix("?").split(":")
+        value_of = {name: int(value) for name, value in (item.split("=") for item in given.split(","))}
+        return [value_of[name] for name in question.split("+")]
+    except (ValueError, KeyError):
+        raise ValueError("the prompt is no sum of the form a=3,b=4:a+b?") from None
 
 
 def is_correct(prompt: str, completion: str) -> bool:

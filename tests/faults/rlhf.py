@@ -1,6 +1,12 @@
 """Faults planted in rlhf/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "arithmetic verifier: unknown values fail with their name alone": (
+        "gcrm_fast/data/arithmetic.py",
+        "except (ValueError, KeyError):",
+        "except ArithmeticError:",
+        "tests/rlhf/test_verifiers.py -k form_of_its_prompts",
+    ),
     "hybrid: a mistyped task passes without a word": (
         "gcrm_fast/rlhf/hybrid.py",
         'if known := ", ".join(filter(None, verifiers.by_task)):',
