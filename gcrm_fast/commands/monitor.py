@@ -22,7 +22,8 @@ def read_latents(model: RewardModel, sources: Sequence[str], options: MonitorOpt
     """Latents of all whole completions of the sources, and their prompts. Raises UserError."""
     found = [c for of_record in records(sources, model, options) for c in of_record if not c.cut]
     if len(found) <= NEIGHBORS:
-        raise UserError(f"{' '.join(sources)}: {len(found)} completions: give more than {NEIGHBORS}")
+        number = f"{len(found)} completion{'s' * (len(found) != 1)}"
+        raise UserError(f"{' '.join(sources)}: {number}: give {NEIGHBORS + 1} or more")
     latents_ND = model.latents(encoded(found, model), names=[c.label for c in found], progress=True)
     return latents_ND.astype(np.float64), [c.prompt for c in found]
 

@@ -54,12 +54,15 @@ class MonitoredReward(TrainerCallback):
 
         Raises:
             TypeError: a reward without a reward model.
-            UserError: too few completions, see detectors.Reference.
+            UserError: not one completion per prompt, or too few, see detectors.Reference.
         """
         if reward.model is None:
             raise TypeError("the detectors need a reward model: pass otherwise= to the RewardFunction")
         self.reward, self.model, self.every, self.stop = reward, reward.model, every, stop
         prompts, completions = reference
+        if len(prompts) != len(completions):
+            given = f"prompts: {len(prompts)}, completions: {len(completions)}"
+            raise UserError(f"reference: {given}: give one completion per prompt")
         encoded = reward.encode(prompts, completions, [False] * len(prompts), {})
         parts_N = parts_of([str(prompt) for prompt in prompts])
         self.reference = Reference.of(self.model.latents(encoded).astype(np.float64), parts_N, "reference")

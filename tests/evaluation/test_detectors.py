@@ -115,9 +115,10 @@ def test_the_command_sees_a_policy_that_repeats_itself(
     distance = [row["value"] for row in found if row["measure"] == "mahalanobis"]
     assert distance[3] != pytest.approx(distance[1], rel=0.02)
     assert "--reference is missing" in run("--overwrite").stderr
-    few = write(tmp_path / "few.jsonl", samples(rng, 5, WORDS))
-    result = gcrm("monitor", folder, few, "--reference", sft, "-o", tmp_path / "out2")
-    assert "few.jsonl: 5 completions: give more than 5" in result.stderr
+    for count, said in ((5, "5 completions"), (1, "1 completion")):
+        few = write(tmp_path / "few.jsonl", samples(rng, count, WORDS))
+        result = gcrm("monitor", folder, few, "--reference", sft, "-o", tmp_path / "out2")
+        assert f"few.jsonl: {said}: give 6 or more" in result.stderr
     assert not (tmp_path / "out2").exists()
 
 

@@ -199,6 +199,12 @@ FAULTS = {
         "if False:",
         "tests/evaluation/test_overoptimization.py -k two_samples",
     ),
+    "monitor: one completion is several": (
+        "gcrm_fast/commands/monitor.py",
+        "completion{'s' * (len(found) != 1)}",
+        "completions",
+        "tests/evaluation/test_detectors.py -k repeats_itself",
+    ),
     "overoptimize: integers without bound": (
         "gcrm_fast/commands/overoptimize.py",
         "if not abs(value) <= LARGEST:",

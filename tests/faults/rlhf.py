@@ -1,6 +1,12 @@
 """Faults planted in rlhf/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "detectors while training: prompts without completion": (
+        "gcrm_fast/rlhf/monitored.py",
+        "if len(prompts) != len(completions):",
+        "if False:",
+        "tests/rlhf/test_monitored.py -k half_a_setup",
+    ),
     "arithmetic verifier: unknown values fail with their name alone": (
         "gcrm_fast/data/arithmetic.py",
         "except (ValueError, KeyError):",

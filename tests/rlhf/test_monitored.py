@@ -148,6 +148,8 @@ def test_half_a_setup_is_said(model: RewardModel, tmp_path: Path) -> None:
         MonitoredReward(RewardFunction(verifiers={"": "arithmetic"}), (PROMPTS, COMPLETIONS))
     with pytest.raises(UserError, match="reference: 4 completions for latents of width 3"):
         MonitoredReward(RewardFunction(model), (PROMPTS[:4], COMPLETIONS[:4]))
+    with pytest.raises(UserError, match="reference: prompts: 80, completions: 5: give one completion per prompt"):
+        MonitoredReward(RewardFunction(model), (PROMPTS, COMPLETIONS[:5]))
 
 
 def test_trl_logs_the_detectors_and_stops(model: RewardModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
