@@ -6,14 +6,16 @@ A method says when the Q-values are needed, and then drops, forks or resumes row
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.inference.generation import Group, Row, Writer
 from gcrm_fast.inference.judging import Judge
 
 Kind = Literal["sample", "best-of-n", "filter", "reject", "beams"]
+StepQ = Literal["last", "mean"]
 BY_Q: tuple[Kind, ...] = ("filter", "reject", "beams")  # act on Q-values
 UNJUDGED = 5  # tokens at the start that the filter does not judge
 
@@ -40,7 +42,23 @@ class Method:
     step_tokens: int = 52
     steps: int = 16
     alpha: float = 1.0
-    step_q: Literal["last", "mean"] = "last"
+    step_q: StepQ = "last"
+
+    def __post_init__(self) -> None:
+        for name, fits, range_ in (
+            ("kind", self.kind in get_args(Kind), f"one of {', '.join(get_args(Kind))}"),
+            ("samples", self.samples >= 1, "at least 1"),
+            ("every", self.every >= 0, "0 or more"),
+            ("keep", 0 < self.keep <= 1, "more than 0 and at most 1"),
+            ("checkpoints", all(tokens >= 1 for tokens in self.checkpoints), "numbers of tokens, each at least 1"),
+            ("beams", self.beams >= 1, "at least 1"),
+            ("per_beam", self.per_beam >= 1, "at least 1"),
+            ("step_tokens", self.step_tokens >= 1, "at least 1"),
+            ("steps", self.steps >= 1, "at least 1"),
+            ("step_q", self.step_q in get_args(StepQ), f"one of {', '.join(get_args(StepQ))}"),
+        ):
+            if not fits:
+                raise UserError(f"{name} is {getattr(self, name)!r}: must be {range_}")
 
     @property
     def rows(self) -> int:

@@ -603,4 +603,22 @@ FAULTS = {
         "if False:",
         "tests/inference/test_scoring.py -k no_text",
     ),
+    "methods: a method of no samples": (
+        "gcrm_fast/inference/methods.py",
+        '("samples", self.samples >= 1,',
+        '("samples", self.samples >= 0,',
+        "tests/inference/test_decoding.py -k no_method_accepts",
+    ),
+    "methods: reject may keep no sample": (
+        "gcrm_fast/inference/methods.py",
+        "0 < self.keep <= 1",
+        "0 <= self.keep <= 1",
+        "tests/inference/test_decoding.py -k no_method_accepts",
+    ),
+    "methods: any name is a kind": (
+        "gcrm_fast/inference/methods.py",
+        "self.kind in get_args(Kind)",
+        "bool(self.kind)",
+        "tests/inference/test_decoding.py -k no_method_accepts",
+    ),
 }

@@ -427,3 +427,26 @@ def test_errors_name_the_prompt(policy: Policy, reward: RewardModel) -> None:
         results(policy, None, Method(kind="filter"))
     with pytest.raises(UserError, match=r"prompt 0 has \d+ tokens: with 9999 texts of 40 tokens more than the cache"):
         results(policy, reward, Method(kind="reject", samples=9999))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "best_of_n"}, "kind is 'best_of_n': must be one of sample, best-of-n, filter, reject, beams"),
+        ({"samples": 0}, "samples is 0: must be at least 1"),
+        ({"every": -4}, "every is -4: must be 0 or more"),
+        ({"keep": 0.0}, "keep is 0.0: must be more than 0 and at most 1"),
+        ({"keep": 1.5}, "keep is 1.5: must be more than 0 and at most 1"),
+        ({"checkpoints": (8, 0)}, "checkpoints is (8, 0): must be numbers of tokens, each at least 1"),
+        ({"beams": 0}, "beams is 0: must be at least 1"),
+        ({"per_beam": 0}, "per_beam is 0: must be at least 1"),
+        ({"step_tokens": 0}, "step_tokens is 0: must be at least 1"),
+        ({"steps": 0}, "steps is 0: must be at least 1"),
+        ({"step_q": "max"}, "step_q is 'max': must be one of last, mean"),
+    ],
+)
+def test_values_that_no_method_accepts(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        Method(**values)
+    assert str(raised.value) == message
+    assert Method(every=0, keep=1.0, checkpoints=(1,), samples=1, beams=1, per_beam=1, step_tokens=1, steps=1).rows == 1
