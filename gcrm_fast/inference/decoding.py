@@ -108,9 +108,12 @@ def decode(
             written together, even if more.
 
     Raises:
+        TypeError: a text instead of a list of texts.
         UserError: a method without the reward model that it needs, a prompt that policy or reward model cannot read, or
             values that are not finite.
     """
+    if isinstance(prompts, str):
+        raise TypeError("prompts must be a list: put a single prompt into a list")
     decoder = _Decoder(policy, reward, method or Method(), sampling or Sampling(temperature=1.0), goals, rows)
     return decoder.run(list(prompts))
 

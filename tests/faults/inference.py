@@ -621,4 +621,10 @@ FAULTS = {
         "bool(self.kind)",
         "tests/inference/test_decoding.py -k no_method_accepts",
     ),
+    "decoding: each character is a prompt": (
+        "gcrm_fast/inference/decoding.py",
+        "if isinstance(prompts, str):",
+        "if False:",
+        "tests/inference/test_decoding.py -k one_prompt_is_no_list",
+    ),
 }

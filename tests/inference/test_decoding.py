@@ -450,3 +450,8 @@ def test_values_that_no_method_accepts(values: dict[str, Any], message: str) -> 
         Method(**values)
     assert str(raised.value) == message
     assert Method(every=0, keep=1.0, checkpoints=(1,), samples=1, beams=1, per_beam=1, step_tokens=1, steps=1).rows == 1
+
+
+def test_one_prompt_is_no_list(policy: Policy) -> None:
+    with pytest.raises(TypeError, match="prompts must be a list: put a single prompt into a list"):
+        decode(policy, "one", method=Method(kind="sample", samples=1))
