@@ -294,8 +294,11 @@ class RewardModel:
             cache_tokens: maximum number of tokens, the prompt's counted once, whose keys and values are kept.
 
         Raises:
+            ValueError: fewer than 1 row.
             UserError: no such goal, or a prompt that is too long or has other tokens than the model.
         """
+        if rows < 1:
+            raise ValueError(f"rows is {rows}: must be at least 1")
         state = goal if isinstance(goal, Tensor) else self.goal(goal)
         goals_GD = state[None] if state.dim() == 1 else state
         return Stream(LiveScorer(self, goals_GD, limit=cache_tokens), prompt_ids, rows, one_goal=state.dim() == 1)

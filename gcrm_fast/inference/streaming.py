@@ -222,16 +222,21 @@ class Stream:
     def keep(self, rows: Sequence[int]) -> None:
         """Drops all rows but these, which get the numbers 0, 1, ... in this order. A row that is named twice is
         continued twice. Raises IndexError for one that does not exist."""
-        if wrong := [i for i in rows if not 0 <= i < len(self._rows)]:
-            raise IndexError(f"there is no row {wrong[0]}: the stream has {len(self._rows)}")
+        self._check(rows)
         kept = [self._rows[i].copy() for i in rows]
         self._scorer.drop(self._rows)
         self._rows = kept
 
     def close(self, row: int, *, cut: bool = False) -> float:
         """The reward of a row, with an end token where it has none; with ``cut``, where a length limit ended it, at its
-        last token. The row keeps its number, but takes no more tokens."""
+        last token. The row keeps its number, but takes no more tokens. Raises IndexError for a row that does not
+        exist."""
+        self._check([row])
         return self._scorer.close([self._rows[row]], [cut])[0]
+
+    def _check(self, rows: Sequence[int]) -> None:
+        if wrong := [i for i in rows if not 0 <= i < len(self._rows)]:
+            raise IndexError(f"there is no row {wrong[0]}: the stream has {len(self._rows)}")
 
 
 def _as_list(ids: Sequence[int]) -> list[int]:

@@ -627,4 +627,16 @@ FAULTS = {
         "if False:",
         "tests/inference/test_decoding.py -k one_prompt_is_no_list",
     ),
+    "streaming: a stream without rows": (
+        "gcrm_fast/inference/scoring.py",
+        "if rows < 1:",
+        "if False:",
+        "tests/inference/test_streaming.py -k rows_that_do_not_exist",
+    ),
+    "streaming: rows closed from the end": (
+        "gcrm_fast/inference/streaming.py",
+        "        self._check([row])\n",
+        "",
+        "tests/inference/test_streaming.py -k rows_that_do_not_exist",
+    ),
 }

@@ -219,3 +219,14 @@ def test_both_attention_paths(model: RewardModel, device: str, monkeypatch: pyte
         reward, q_Gn = at_once(model, prompt, rows[i], goals)
         np.testing.assert_allclose(np.hstack([first[i], second[place]]), q_Gn, rtol=0, atol=1e-5)
         assert stream.close(place) == pytest.approx(reward, abs=1e-5)
+
+
+def test_rows_that_do_not_exist(model: RewardModel) -> None:
+    for rows in (0, -1):
+        with pytest.raises(ValueError, match=f"rows is {rows}: must be at least 1"):
+            model.stream(ids(8, 0), rows)
+    stream = model.stream(ids(8, 0), 2)
+    for row in (-1, 2, 7):
+        with pytest.raises(IndexError, match=f"there is no row {row}: the stream has 2"):
+            stream.close(row)
+    stream.push([[3], [4]])  # none was closed
