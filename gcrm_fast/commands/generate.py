@@ -243,7 +243,14 @@ def generate(options: GenerateOptions) -> None:
         def results(kind: Method, todo: Sequence[int], name: str) -> Iterator[tuple[int, Result]]:
             asked, started = [prompts[i].prompt for i in todo], time.monotonic()
             decoded = decode(
-                policy, asked, reward=reward, method=kind, sampling=sampling, goals=goals, rows=options.rows
+                policy,
+                asked,
+                reward=reward,
+                method=kind,
+                sampling=sampling,
+                goals=goals,
+                rows=options.rows,
+                names=[prompts[i].where for i in todo],
             )
             most, written, finished = kind.rows * kind.longest(sampling.max_new_tokens), [0] * len(todo), 0
             with progress_bar(total=most * len(todo), desc=name or "generating", unit="token") as bar:

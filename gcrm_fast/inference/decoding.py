@@ -97,6 +97,7 @@ def decode(
     sampling: Sampling | None = None,
     goals: Goals | None = None,
     rows: int = ROWS,
+    names: Sequence[str] | None = None,
 ) -> Iterator[Update | Result]:
     """Writes a text for each prompt: Updates as tokens come, and the Result of a prompt as soon as it is finished.
 
@@ -106,16 +107,22 @@ def decode(
         goals: by default the reward model's first.
         rows: maximum number of samples written at a time. With reject, beams, or ``every`` 0, those of a prompt are
             written together, even if more.
+        names: what errors call the prompts; by default prompt 0, prompt 1, ...
 
     Raises:
         TypeError: a text instead of a list of texts.
+        ValueError: another number of names than of prompts.
         UserError: a method without the reward model that it needs, a prompt that policy or reward model cannot read, or
             values that are not finite.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts must be a list: put a single prompt into a list")
+    listed = list(prompts)
+    named = [f"prompt {i}" for i in range(len(listed))] if names is None else list(names)
+    if len(named) != len(listed):
+        raise ValueError(f"{len(named)} names for {len(listed)} prompts: must be equally many")
     decoder = _Decoder(policy, reward, method or Method(), sampling or Sampling(temperature=1.0), goals, rows)
-    return decoder.run(list(prompts))
+    return decoder.run(listed, named)
 
 
 class _Decoder:
@@ -143,10 +150,10 @@ class _Decoder:
             self.judge = Judge(reward, goals or goals_of(reward, {}), policy, limit=policy.cache_tokens)
         self.states: dict[int, _State] = {}  # by id() of the group
 
-    def run(self, prompts: Sequence[str | Messages]) -> Iterator[Update | Result]:
+    def run(self, prompts: Sequence[str | Messages], names: Sequence[str]) -> Iterator[Update | Result]:
         for i, (prompt, ids) in enumerate(zip(prompts, self.policy.encode(prompts), strict=True)):
             rivals_of = RIVALS[self.method.kind]
-            group = self.writer.add(ids, self.method.rows, f"prompt {i}", at_once=rivals_of.at_once)
+            group = self.writer.add(ids, self.method.rows, names[i], at_once=rivals_of.at_once)
             rivals = rivals_of(self.method, group, self.writer, self.judge)
             self.states[id(group)] = _State(index=i, prompt=prompt, group=group, rivals=rivals)
         while written := self.writer.step():

@@ -255,6 +255,25 @@ def test_an_interrupted_run_keeps_what_is_finished_and_resumes(
     assert not (tmp_path / "out.jsonl.lock").exists()
 
 
+def test_errors_after_a_resume_name_the_record(
+    policy: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked.write_text(asked.read_text() + json.dumps({"prompt": "one two " * 20}) + "\n")
+    arguments = ("generate", policy, asked, "-o", tmp_path / "out.jsonl", *SHORT)
+    add = command.Partial.add
+
+    def interrupted(self: command.Partial, prompt: int, record: dict[str, Any]) -> None:
+        add(self, prompt, record)
+        if len(self.records) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.Partial, "add", interrupted)
+    assert gcrm(*arguments, "--rows", 4).returncode == 130
+    failed = gcrm(*arguments, "--cache-tokens", 30)
+    assert failed.returncode == 2
+    assert re.search(r"prompts\.jsonl:6 has \d+ tokens: with a text of 20 tokens more than the cache", failed.stderr)
+
+
 def test_resumed_without_compare_no_record_is_compared(
     policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +340,7 @@ def test_another_option_starts_over(policy: Path, asked: Path, tmp_path: Path, g
         (("--top-p", 0), "--top-p 0.0: must be"),
         (("--reward", "MODEL", "--goal", "nothing:1"), "nothing"),
         (("--reward", "MODEL", "--goal", "default:0"), "the weights of the goals are 0"),
-        (("--cache-tokens", 20), "prompt 0 has 3 tokens: with a text of 20 tokens more than the cache of 20"),
+        (("--cache-tokens", 20), "prompts.jsonl:1 has 3 tokens: with a text of 20 tokens more than the cache of 20"),
         (("--prompt-field", "answer"), "prompts.jsonl:1: field 'answer' is missing: a record needs a prompt"),
     ],
 )
@@ -364,7 +383,7 @@ def test_a_policy_that_the_reward_model_cannot_read(
         "generate", policy, asked, "-o", tmp_path / "out.jsonl", *SHORT, "--reward", unknown_tokenizer(tmp_path / "m")
     )
     assert done.returncode == 2
-    assert "prompt 0: the tokenizer of the reward model knows none of its text" in done.stderr
+    assert "prompts.jsonl:1: the tokenizer of the reward model knows none of its text" in done.stderr
 
 
 @pytest.fixture

@@ -639,4 +639,16 @@ FAULTS = {
         "",
         "tests/inference/test_streaming.py -k rows_that_do_not_exist",
     ),
+    "decoding: fewer names than prompts": (
+        "gcrm_fast/inference/decoding.py",
+        "if len(named) != len(listed):",
+        "if False:",
+        "tests/inference/test_decoding.py -k errors_name_the_prompt",
+    ),
+    "decoding: errors count what is left after a resume": (
+        "gcrm_fast/commands/generate.py",
+        "names=[prompts[i].where for i in todo]",
+        "names=[prompts[i].where for i in range(len(todo))]",
+        "tests/commands/test_generate.py -k errors_after_a_resume",
+    ),
 }

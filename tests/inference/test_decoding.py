@@ -427,6 +427,11 @@ def test_errors_name_the_prompt(policy: Policy, reward: RewardModel) -> None:
         results(policy, None, Method(kind="filter"))
     with pytest.raises(UserError, match=r"prompt 0 has \d+ tokens: with 9999 texts of 40 tokens more than the cache"):
         results(policy, reward, Method(kind="reject", samples=9999))
+    named = ["a:1", "b:7", "c:2", "d:9"]
+    with pytest.raises(UserError, match=r"a:1 has \d+ tokens: with 9999 texts of 40 tokens more than the cache"):
+        results(policy, reward, Method(kind="reject", samples=9999), names=named)
+    with pytest.raises(ValueError, match="3 names for 4 prompts: must be equally many"):
+        decode(policy, PROMPTS, reward=reward, names=named[:3])
 
 
 @pytest.mark.parametrize(
