@@ -85,6 +85,12 @@ class Sessions:
             prompt = as_text(tokenizer, request.prompt, "", tools=tools, system=system)[0]
             ids = self.model.encode([prompt], [""], [True])[0].ids.tolist() if prompt else []
         assert ids is not None  # OpenRequest has one of the two
+        if len(ids) > (most := self.scorer.trunk.cache.limit):
+            raise HTTPException(
+                422,
+                f"the prompt has {len(ids)} tokens, but the streams keep {most} at most (--stream-tokens): send a "
+                "shorter one, or start the server with more",
+            )
         [opened] = self.scorer.open([ids], [request.rows])
         key = secrets.token_urlsafe(16)
         rows = [SessionRow(live=row) for row in opened]

@@ -212,6 +212,14 @@ def full(*_: Any) -> list[float]:
     raise CacheFull("full")
 
 
+def test_a_prompt_that_never_fits_is_not_to_be_sent_again(streams: Server) -> None:
+    refused = streams.ask("/stream", {"prompt_ids": [5] * 401, "rows": 1})
+    assert (refused.status, "retry-after" in refused.headers) == (422, False)
+    assert "the prompt has 401 tokens, but the streams keep 400 at most (--stream-tokens)" in refused.body["error"]
+    assert metric(streams, "gcrm_stream_tokens") == 0
+    assert streams.ask(open_stream(streams, prompt=None, prompt_ids=[5] * 400), method="DELETE").status == 200
+
+
 def test_an_idle_stream_is_closed(streams: Server, clock: Clock) -> None:
     used, idle = open_stream(streams), open_stream(streams)
     clock.now += 40
