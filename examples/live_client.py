@@ -22,7 +22,8 @@ Step = Callable[[Sequence[list[int]], int], list[list[int]]]
 """(texts so far as ids, number of the turn) -> their next tokens; the stop token last where one was reached. With vLLM:
 
     def step(ids, turn):
-        parameters = SamplingParams(max_tokens=CHUNK, temperature=1.0, seed=turn)
+        seeds = [10_000 * turn + i for i in range(len(ids))]  # a seed is one request's: equal ones give equal texts
+        parameters = [SamplingParams(max_tokens=CHUNK, temperature=1.0, seed=seed) for seed in seeds]
         outputs = llm.generate([{"prompt_token_ids": one} for one in ids], parameters)
         return [list(output.outputs[0].token_ids) for output in outputs]
 """

@@ -8,12 +8,13 @@ import re
 import runpy
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -110,6 +111,21 @@ def test_a_client_filters_a_policy_while_it_writes(folder: Path) -> None:
     assert strict.tokens < whole.tokens
     assert asked == [3, 3, 3, 1]
     assert "gcrm_streams 0.0" in metrics
+
+
+def test_the_step_for_vllm_gives_each_row_and_turn_its_own_seed() -> None:
+    """Runs the step of the docstring on an engine that answers with each request's seed."""
+    source = (ROOT / "examples" / "live_client.py").read_text(encoding="utf-8")
+    [said] = re.findall(r"With vLLM:\n\n(.*?)\"\"\"", source, re.S)
+
+    def generate(prompts: list[dict[str, list[int]]], parameters: list[dict[str, int]]) -> list[SimpleNamespace]:
+        assert [one["prompt_token_ids"] for one in prompts] == [[5, 6]] * len(parameters)
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(one["seed"],))]) for one in parameters]
+
+    names: dict[str, Any] = {"SamplingParams": dict, "CHUNK": 8, "llm": SimpleNamespace(generate=generate)}
+    exec(textwrap.dedent(said), names)
+    seeds = [seed for turn in range(4) for [seed] in names["step"]([[5, 6]] * (16 - 4 * turn), turn)]
+    assert len(set(seeds)) == len(seeds) == 16 + 12 + 8 + 4
 
 
 class Classifier(BaseHTTPRequestHandler):

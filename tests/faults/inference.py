@@ -657,4 +657,10 @@ FAULTS = {
         "if len(ids) > 2 * (most := self.scorer.trunk.cache.limit):",
         "tests/inference/test_sessions.py -k never_fits",
     ),
+    "live client: one seed for all rows of a turn": (
+        "examples/live_client.py",
+        "10_000 * turn + i for",
+        "turn for",
+        "tests/examples/test_examples.py -k step_for_vllm",
+    ),
 }
