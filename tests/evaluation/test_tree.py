@@ -96,11 +96,12 @@ def test_the_page_shows_every_token_once_and_how_each_sample_ended(tmp_path: Pat
         re.sub(r"<[^>]+>|\s+", " ", end).split() for end in re.findall(r'<span class="end">(.*?)</small>', text, re.S)
     ]
     assert [" ".join(end) for end in ends] == [
-        "answer sample 0, reward 0.50, lowest Q 0.00",
-        "dropped after token 3 sample 1, lowest Q 0.10",
-        "cut by the limit sample 2, reward 2.50, lowest Q 0.20",
-        "answer sample 0, reward 0.50, lowest Q 0.00",
+        "answer sample 0, reward 0.50, lowest Q of all tokens 0.00",
+        "dropped after token 3 sample 1, lowest Q of all tokens 0.10",
+        "cut by the limit sample 2, reward 2.50, lowest Q of all tokens 0.20",
+        "answer sample 0, reward 0.50, lowest Q of all tokens 0.00",
     ]
+    assert "filter does not judge the first few" in text
     assert "2 of 2 records" in text
     assert not re.search(r"https?://|url\(|@import", text)
 

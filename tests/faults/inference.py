@@ -663,4 +663,10 @@ FAULTS = {
         "turn for",
         "tests/examples/test_examples.py -k step_for_vllm",
     ),
+    "tree: the lowest Q looks like that of the filter": (
+        "gcrm_fast/evaluation/tree.html.jinja",
+        "lowest Q of all tokens {{",
+        "lowest Q {{",
+        "tests/evaluation/test_tree.py -k every_token_once",
+    ),
 }
