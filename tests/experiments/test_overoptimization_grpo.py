@@ -81,7 +81,7 @@ def test_who_warns_in_time(lab: ModuleType) -> None:
     assert [lab.warnings(one)[0] for one in rows] == [10, 15, 0]
     csi, outliers, *_, kl = lab.warned(rows).splitlines()[2:]
     assert csi == "| CSI per sample | 1.00 ± 0.00 (2 rows) | 1 | 1 | 0 | 1 |"
-    assert outliers == "| outliers | 0.50 (2 rows) | 0 | 0 | 2 | 0 |"
+    assert outliers == "| outliers | 0.50 ± 0.00 (2 rows) | 0 | 0 | 2 | 0 |"
     assert kl == "| KL, no detector | 1.00 ± 0.00 (2 rows) | - | - | - | - |"
 
 
