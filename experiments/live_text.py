@@ -12,7 +12,7 @@ second call continues with what is missing. Writes live_text.md (tables) and liv
 import json
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,13 +29,12 @@ from gcrm_fast.inference.generation import Sampling
 from gcrm_fast.inference.judging import Goals
 from gcrm_fast.inference.methods import Method
 from labeled_sets import read_lines
-from live import best_of
+from live import best_of, difference
 from summary import (
     cell,
     data_folder,
     machine,
     markdown,
-    paired_difference,
     read_rows,
     save_rows,
     trained,
@@ -238,6 +237,12 @@ def at_tokens(samples: Row, tokens: float) -> np.ndarray:
     return np.array([np.interp(tokens / samples["length"], SIZES, best) for best in samples["best"]])
 
 
+def less(own: Mapping[int, np.ndarray], base: Mapping[int, np.ndarray]) -> str:
+    """The mean difference over the seeds of both and the questions."""
+    seeds = sorted(own.keys() & base.keys())
+    return difference(np.stack([own[seed] - base[seed] for seed in seeds])) if seeds else "-"
+
+
 def table(rows: Sequence[Row]) -> str:
     """Each method by seed and question, in units of the judge's standard deviation over samples."""
     samples = {row["seed"]: row for row in rows if row["arm"] == UNSTEERED}
@@ -257,7 +262,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append([arm, str(len(own))])
         lines[-1] += [f"{np.mean([row[name] for row in own.values()]):.0f}" for name in ("tokens", "reward_tokens")]
         lines[-1] += [f"{np.mean([row['answer_tokens'] for row in own.values()]):.0f}"]
-        lines[-1] += [paired_difference(judged, other) for other in (one, best, shuffled)]
+        lines[-1] += [less(judged, other) for other in (one, best, shuffled)]
     head = ["", "seeds", "policy tokens", "reward model tokens", "answer tokens"]
     return markdown([*head, "less one sample", "less best-of-n of as many tokens", "less shuffled goal"], lines)
 
@@ -265,11 +270,11 @@ def table(rows: Sequence[Row]) -> str:
 def best_of_n(rows: Sequence[Row]) -> str:
     """The gain of the best of k samples over one, by the judge."""
     samples = [row for row in rows if row["arm"] == UNSTEERED]
-    gains = {row["seed"]: (np.array(row["best"]) - np.array(row["best"])[:, :1]) / row["spread"] for row in samples}
-    zeros = {seed: np.zeros(len(gain_QK)) for seed, gain_QK in gains.items()}
-    line = [
-        paired_difference({seed: gain_QK[:, i] for seed, gain_QK in gains.items()}, zeros) for i in range(1, len(SIZES))
-    ]
+    if not samples:
+        return "-"
+    gain_SQK = np.stack([np.array(row["best"]) / row["spread"] for row in samples])
+    gain_SQK -= gain_SQK[:, :, :1]
+    line = [difference(gain_SQK[:, :, i]) for i in range(1, len(SIZES))]
     return markdown(["samples", *map(str, SIZES[1:])], [["less one sample", *line]])
 
 
@@ -293,7 +298,7 @@ its rewards of {SAMPLES} samples have a correlation of {cell([row["agreement"] f
 steering model.
 
 Differences of the judge's reward, in units of its standard deviation over samples; the 95% interval is over seeds and
-questions, * where it excludes 0. A longer answer may please the judge: a sample has
+questions (over questions alone with one seed), * where it excludes 0. A longer answer may please the judge: a sample has
 {np.mean([row["length"] for row in samples]):.0f} tokens on average, the one of {SAMPLES} with the greatest reward
 {np.mean([row["answer_tokens"] for row in samples]):.0f}.
 
