@@ -298,8 +298,8 @@ its rewards of {SAMPLES} samples have a correlation of {cell([row["agreement"] f
 steering model.
 
 Differences of the judge's reward, in units of its standard deviation over samples; the 95% interval is over seeds and
-questions (over questions alone with one seed), * where it excludes 0. A longer answer may please the judge: a sample has
-{np.mean([row["length"] for row in samples]):.0f} tokens on average, the one of {SAMPLES} with the greatest reward
+questions (over questions alone with one seed), * where it excludes 0. A longer answer may please the judge: a sample
+has {np.mean([row["length"] for row in samples]):.0f} tokens on average, the one of {SAMPLES} with the greatest reward
 {np.mean([row["answer_tokens"] for row in samples]):.0f}.
 
 ## Best of n
