@@ -218,7 +218,7 @@ KL in nats per solution. The peak is found on one half of the problems and the c
 both ways; 95% intervals over problems. The first step past the peak is the first one after the highest gold to which
 such a change has an interval below 0.
 
-![gold and proxy over KL](overoptimization_grpo.png)
+![gold and proxy over KL]({options.report.name}.png)
 
 ## Detectors
 
