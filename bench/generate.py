@@ -36,7 +36,7 @@ from gcrm_fast.data.ends import End
 from gcrm_fast.data.tokenization import choose_pad, train_tokenizer
 from gcrm_fast.inference.decoding import Result, decode
 from gcrm_fast.inference.generation import Ending, Row, Sampling, Writer
-from gcrm_fast.inference.methods import Method
+from gcrm_fast.inference.methods import Method, lowest
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.reward_model import LlamaRewardModel, initial_value
 from our_step import MODELS
@@ -207,8 +207,8 @@ def written(
 
 def judged(run: Run, unfiltered: Sequence[Result], reward: RewardModel) -> dict[str, Callable[[], list[Result]]]:
     """With live Q-values, as ``unfiltered`` was, and with a filter at the median of what the samples' fall to."""
-    lowest = [min(text.q_n[5:], default=1.0) for result in unfiltered for text in result.texts]
-    dropping = Method(kind="filter", every=16, threshold=float(np.median(lowest)))
+    fallen = [lowest(text.q_n) for result in unfiltered for text in result.texts]
+    dropping = Method(kind="filter", every=16, threshold=float(np.median(fallen)))
     return {"live Q every 16 tokens": partial(run, Method(), reward), "live filter": partial(run, dropping, reward)}
 
 

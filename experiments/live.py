@@ -32,6 +32,7 @@ from gcrm_fast.inference.methods import Method
 from own_samples import own_pairs
 from summary import (
     COVERAGE,
+    change,
     machine,
     markdown,
     mean_interval,
@@ -210,8 +211,7 @@ def level(values_SP: np.ndarray) -> str:
 
 def difference(values_SP: np.ndarray) -> str:
     """Such as '+0.013 ± 0.021'; with * where the interval excludes 0."""
-    mean, half = interval(values_SP)
-    return f"{mean:+.3f} ± {half:.3f}{' *' if abs(mean) > half else ''}"
+    return change(*interval(values_SP))
 
 
 def steered(found: Found) -> str:

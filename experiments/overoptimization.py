@@ -50,6 +50,7 @@ from summary import (
     read_rows,
     save_rows,
     trained,
+    verdict,
     write_aside,
 )
 
@@ -321,9 +322,7 @@ def claims(rows: Sequence[Row], values_of: Callable[[Row], dict[str, np.ndarray]
             {seed: values_of(row)[name] for (a, f, seed), row in of.items() if (a, f) == (one, flipped)}
             for one in (arm, plain)
         )
-        difference = paired_difference(own, base)
-        told = "neither shown nor refuted" if difference[-1] != "*" else "shown" if difference[0] == "+" else "refuted"
-        words = "no claim from fewer than two seeds" if difference == "-" else f"{told}, {name} {difference}"
+        words = verdict(paired_difference(own, base), name)
         said.append(f"- {FLIPPED.format(arm=arm, flipped=flipped)}, {names[name]} than plain: {words}.")
     aurocs = past_peak([row for row in rows if row["arm"] in arms], 0)
     mean, half = mean_interval(aurocs) if aurocs else (math.nan, math.nan)

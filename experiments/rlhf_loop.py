@@ -21,7 +21,6 @@ rlhf_loop.json, and the same command continues with the others. Needs pip instal
 """
 
 import json
-import math
 import sys
 import zlib
 from collections import Counter
@@ -49,6 +48,7 @@ from policies import chances, share_right
 from policies import train as train_policies
 from summary import (
     cell,
+    change,
     machine,
     markdown,
     mean_interval,
@@ -56,6 +56,7 @@ from summary import (
     read_rows,
     save_rows,
     trained,
+    verdict,
     write_aside,
 )
 
@@ -464,14 +465,6 @@ def synthetic(about: dict[str, Any]) -> list[str]:
     ]
 
 
-def verdict(change: str) -> str:
-    """Of a claim that the change, with its interval, is above 0."""
-    if change == "-":
-        return "no claim from fewer than two seeds"
-    told = "neither shown nor refuted" if change[-1] != "*" else "shown" if change[0] == "+" else "refuted"
-    return f"{told}, {change}"
-
-
 def claims(rows: Sequence[Row]) -> str:
     said = []
     for paper, arm, base in CLAIMS:
@@ -482,11 +475,8 @@ def claims(rows: Sequence[Row]) -> str:
     for arm in RETRAINED:
         about = {row["seed"]: row["retrained"] for row in rows if row["arm"] == arm}
         gains = [one["auroc_after"] - one["auroc_before"] for one in about.values()]
-        mean, half = mean_interval(gains) if gains else (math.nan, math.nan)
-        change = "-" if math.isnan(half) else f"{mean:+.3f} ± {half:.3f}{' *' if abs(mean) > half else ''}"
-        said.append(
-            f"- RLP: {arm} separates right from wrong samples of the new policy better, AUROC: {verdict(change)}."
-        )
+        told = verdict(change(*mean_interval(gains)) if gains else "-")
+        said.append(f"- RLP: {arm} separates right from wrong samples of the new policy better, AUROC: {told}.")
     return "\n".join(said)
 
 

@@ -76,14 +76,26 @@ def two_way_interval(values_SQ: np.ndarray) -> tuple[float, float]:
     return float(of_seed.mean()), float(scipy.stats.t.ppf((1 + COVERAGE) / 2, seeds - 1) * np.sqrt(variance))
 
 
+def change(mean: float, half: float) -> str:
+    """Such as '+0.013 ± 0.021'; with * where the interval excludes 0, and '-' without one."""
+    return "-" if math.isnan(half) else f"{mean:+.3f} ± {half:.3f}{' *' if abs(mean) > half else ''}"
+
+
+def verdict(difference: str, of: str = "") -> str:
+    """Of the claim that a difference, as ``change`` writes it, is above 0; ``of`` names the value that differs."""
+    if difference == "-":
+        return "no claim from fewer than two seeds"
+    told = "neither shown nor refuted" if difference[-1] != "*" else "shown" if difference[0] == "+" else "refuted"
+    return f"{told}, {of} {difference}" if of else f"{told}, {difference}"
+
+
 def paired_difference(own: Mapping[int, np.ndarray], base: Mapping[int, np.ndarray]) -> str:
     """Mean difference of values per question, by seed, over the seeds of both, such as '+0.013 ± 0.021'; with * where
     its two-way interval excludes 0, and '-' for fewer than two seeds."""
     seeds = sorted(own.keys() & base.keys())
     if len(seeds) < 2:
         return "-"
-    mean, half = two_way_interval(np.stack([own[seed] - base[seed] for seed in seeds]))
-    return f"{mean:+.3f} ± {half:.3f}{' *' if abs(mean) > half else ''}"
+    return change(*two_way_interval(np.stack([own[seed] - base[seed] for seed in seeds])))
 
 
 def cell(values: Sequence[float], sign: str = "") -> str:

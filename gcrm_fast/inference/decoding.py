@@ -11,6 +11,7 @@ The final choice is by reward among the texts that ended by themselves, as rewar
 beams by their score. Letters: n tokens of a text, m new ones.
 """
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -161,7 +162,8 @@ class _Decoder:
                 state = self.states[id(row.group)]
                 state.policy_tokens += 1
                 state.started = state.started or time.monotonic()
-            due = [state for state in self.states.values() if state.group.rows and state.rivals.due()]
+            started = itertools.takewhile(lambda state: state.group.rows, self.states.values())  # they start in order
+            due = [state for state in started if state.rivals.due()]
             self._look(due)
             for state in due:
                 if self.judge is not None:

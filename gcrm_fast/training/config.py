@@ -399,6 +399,12 @@ class TrainConfig(Options):
                 given = f"{flag(name)} {shown(getattr(self, name))}".rstrip()  # an empty list shows nothing
                 raise UserError(f"{given}: must be {what}")
 
+        def only(ok: bool, names: Collection[str], what: str) -> None:
+            """Elsewhere they have their defaults, which stand for {} in ``what``."""
+            for name in names:
+                default = getattr(type(self), name)
+                need(ok or getattr(self, name) == default, name, what.format(default))
+
         generated = self.data == (ARITHMETIC,)
         need(bool(self.data) and all(self.data), "data", "at least one source")
         need(all(self.on_policy), "on_policy", "names of sources")
@@ -406,9 +412,7 @@ class TrainConfig(Options):
             need(self.loss == "ranking", "loss", "ranking with --on-policy")
             need(self.global_batch_pairs > 1, "global_batch_pairs", "2 or more with --on-policy")
             need(not self.cache_states, "cache_states", "omitted with --on-policy, which draws new pairs in each epoch")
-        for name in OF_VIEWS:
-            is_default = getattr(self, name) == getattr(type(self), name)
-            need(bool(self.on_policy) or is_default, name, "omitted without --on-policy")
+        only(bool(self.on_policy), OF_VIEWS, "omitted without --on-policy")
         one_each = len(self.data_weights) in (0, len(self.data))
         need(one_each, "data_weights", f"one number per source of --data: {len(self.data)}")
         need(all(self.eval_data), "eval_data", "names of sources")
@@ -443,13 +447,8 @@ class TrainConfig(Options):
             )
             need(self.head != "bottleneck", "head", f"linear or mlp with --loss {self.loss}")
             need(not self.eval_by or self.loss == "bce", "eval_by", "omitted with --loss mse, which has no AUROC")
-            for name in OF_PAIRS:
-                default = getattr(type(self), name)
-                need(getattr(self, name) == default, name, f"{default} with --loss {self.loss}, which has no pairs")
-        for name in OF_BOTTLENECK:
-            default = getattr(type(self), name)
-            ok = self.head == "bottleneck" or getattr(self, name) == default
-            need(ok, name, f"{default} or omitted without --head bottleneck")
+            only(False, OF_PAIRS, f"{{}} with --loss {self.loss}, which has no pairs")
+        only(self.head == "bottleneck", OF_BOTTLENECK, "{} or omitted without --head bottleneck")
         if self.compare == "latents":
             need(self.head == "bottleneck", "compare", "states without --head bottleneck")
             need(not self.projection_size, "projection_size", "0 with --compare latents")

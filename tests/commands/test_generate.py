@@ -213,19 +213,25 @@ def test_a_warning_where_no_sample_reaches_its_end(policy: Path, asked: Path, tm
         assert (warning in done.stderr) == warned
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, when: Callable[[command.Partial, dict[str, Any]], bool]) -> None:
+    """Ctrl-C after each record that is kept for which ``when`` says so."""
+    add = command.Partial.add
+
+    def interrupted(self: command.Partial, prompt: int, record: dict[str, Any]) -> None:
+        add(self, prompt, record)
+        if when(self, record):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.Partial, "add", interrupted)
+
+
 def test_an_interrupted_run_keeps_what_is_finished_and_resumes(
     policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = (policy, asked, "-o", tmp_path / "out.jsonl", "--reward", reward, *SHORT, "--rows", 4)
     assert gcrm("generate", policy, asked, "-o", tmp_path / "whole.jsonl", "--reward", reward, *SHORT).returncode == 0
     add = command.Partial.add
-
-    def interrupted(self: command.Partial, prompt: int, record: dict[str, Any]) -> None:
-        add(self, prompt, record)
-        if len(self.records) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(command.Partial, "add", interrupted)
+    interrupt(monkeypatch, lambda partial, _: len(partial.records) == 2)
     done = gcrm("generate", *arguments)
     assert done.returncode == 130
     assert re.search(
@@ -260,14 +266,7 @@ def test_errors_after_a_resume_name_the_record(
 ) -> None:
     asked.write_text(asked.read_text() + json.dumps({"prompt": "one two " * 20}) + "\n")
     arguments = ("generate", policy, asked, "-o", tmp_path / "out.jsonl", *SHORT)
-    add = command.Partial.add
-
-    def interrupted(self: command.Partial, prompt: int, record: dict[str, Any]) -> None:
-        add(self, prompt, record)
-        if len(self.records) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(command.Partial, "add", interrupted)
+    interrupt(monkeypatch, lambda partial, _: len(partial.records) == 2)
     assert gcrm(*arguments, "--rows", 4).returncode == 130
     failed = gcrm(*arguments, "--cache-tokens", 30)
     assert failed.returncode == 2
@@ -278,14 +277,7 @@ def test_resumed_without_compare_no_record_is_compared(
     policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("generate", policy, asked, "-o", tmp_path / "out.jsonl", "--reward", reward, *SHORT)
-    add = command.Partial.add
-
-    def interrupted(self: command.Partial, prompt: int, record: dict[str, Any]) -> None:
-        add(self, prompt, record)
-        if command.UNFILTERED in record:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(command.Partial, "add", interrupted)
+    interrupt(monkeypatch, lambda _, record: command.UNFILTERED in record)
     assert gcrm(*arguments, "--method", "filter", "--compare").returncode == 130
     assert (tmp_path / "out.jsonl.partial").read_text().count('"unfiltered"') == 1
     assert gcrm(*arguments, "--method", "filter").returncode == 0
@@ -303,17 +295,12 @@ def test_other_weights_or_goals_of_the_same_name_start_over(
     def write_goal(sign: float) -> None:
         write_goals(goal, {"default": sign * state}, {"default": 3}, model.fingerprint)
 
-    def interrupted(self: command.Partial, prompt: int, record: dict[str, Any]) -> None:
-        add(self, prompt, record)
-        raise KeyboardInterrupt
-
     write_goal(1.0)
-    add = command.Partial.add
     more = ("--goal", goal, "--method", "filter", *SHORT)
     arguments = ("generate", policy, asked, "-o", tmp_path / "out.jsonl", "--reward", reward, *more)
     for change, name in ((lambda: policies.save(policy, ends=0.5), "policy"), (lambda: write_goal(-1.0), "goal")):
         with monkeypatch.context() as patch:
-            patch.setattr(command.Partial, "add", interrupted)
+            interrupt(patch, lambda *_: True)
             assert gcrm(*arguments).returncode == 130
         change()
         done = gcrm(*arguments)

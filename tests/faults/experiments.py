@@ -164,8 +164,8 @@ FAULTS = {
         "tests/experiments/test_rlhf_loop.py -k finished_rows",
     ),
     "loop: a claim needs no interval": (
-        "experiments/rlhf_loop.py",
-        'if change[-1] != "*" else',
+        "experiments/summary.py",
+        'if difference[-1] != "*" else',
         "if False else",
         "tests/experiments/test_rlhf_loop.py -k needs_an_interval",
     ),
