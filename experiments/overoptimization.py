@@ -97,7 +97,7 @@ class Options(CommandOptions):
     flipped: tuple[str, ...] = ("0", "25")
     """Percentages of training pairs whose label is flipped."""
     seeds: AtLeastOne = 3
-    """Seeds per arm; the ensemble has one row, of seeds 0 to 3."""
+    """Seeds per arm. An ensemble of seed s has the models of seeds 4s to 4s + 3."""
     steps: AtLeastOne = 600
     """Optimizer steps of each reward model."""
     problems: Annotated[int, Range(least=SMALLEST)] = 200
@@ -179,7 +179,7 @@ def proxy_of(
     options: Options, arm: str, flipped: int, seed: int, written: tuple[Sequence[str], Sequence[str]]
 ) -> Proxy:
     """The proxy of an arm. ``written``: prompts and samples of the policy, from which a penalty measures distances."""
-    base, seeds = {PENALTY: (INFORM, [seed]), ENSEMBLE: (PLAIN, range(4))}.get(arm, (arm, [seed]))
+    base, seeds = {PENALTY: (INFORM, [seed]), ENSEMBLE: (PLAIN, range(4 * seed, 4 * seed + 4))}.get(arm, (arm, [seed]))
     models = [RewardModel.from_pretrained(train(options, base, flipped, one), device="cpu") for one in seeds]
     if arm == PENALTY:
         reference = LatentReference.of(models[0], *written)
@@ -456,8 +456,8 @@ def settings(options: Options) -> Row:
 
 def missing(options: Options, rows: Sequence[Row]) -> list[tuple[str, int, int]]:
     there = {key(row) for row in rows}
-    wanted = [(arm, int(f), seed) for seed in range(options.seeds) for f in options.flipped for arm in options.arms]
-    return [one for one in wanted if one not in there and (one[0] != ENSEMBLE or one[2] == 0)]
+    wanted = itertools.product(range(options.seeds), map(int, options.flipped), options.arms)
+    return [(arm, flipped, seed) for seed, flipped, arm in wanted if (arm, flipped, seed) not in there]
 
 
 def run(options: Options) -> None:

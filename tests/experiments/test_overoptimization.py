@@ -49,9 +49,10 @@ def written(count: int) -> tuple[list[str], list[str]]:
 def test_the_reward_of_an_ensemble_and_of_a_penalty(lab: ModuleType, trained: list[Any], tmp_path: Path) -> None:
     prompts, texts = written(WRITTEN)
     options = lab.Options(runs=tmp_path)
-    mean = lab.proxy_of(options, lab.ENSEMBLE, 5, 0, (prompts, texts)).reward(prompts[:9], texts[:9])
-    assert trained == [("plain", 5, seed) for seed in range(4)]
-    alone = [RewardModel.from_pretrained(tmp_path / f"plain-{k}").score(prompts[:9], texts[:9]) for k in range(4)]
+    mean = lab.proxy_of(options, lab.ENSEMBLE, 5, 1, (prompts, texts)).reward(prompts[:9], texts[:9])
+    seeds = (4, 5, 6, 7)  # seed 0 has 0 to 3
+    assert trained == [("plain", 5, seed) for seed in seeds]
+    alone = [RewardModel.from_pretrained(tmp_path / f"plain-{k}").score(prompts[:9], texts[:9]) for k in seeds]
     assert mean == pytest.approx(np.mean(alone, axis=0), abs=1e-5)
     less = lab.proxy_of(options, lab.PENALTY, 5, 2, (prompts, texts)).reward(prompts[:9], texts[:9])
     model = RewardModel.from_pretrained(tmp_path / "InfoRM-2")
@@ -110,7 +111,7 @@ def test_rows_are_kept_and_the_missing_ones_added(
     assert lab.main([*words, "--arms", "InfoRM", lab.PENALTY, lab.ENSEMBLE, "--seeds", "2"]) == 0
     assert trained[:3] == [("InfoRM", 0, 0), ("InfoRM", 0, 0), ("plain", 0, 0)]
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    names = [("InfoRM", 0), ("InfoRM", 1), (lab.PENALTY, 0), (lab.PENALTY, 1), (lab.ENSEMBLE, 0)]
+    names = [(arm, seed) for arm in ("InfoRM", lab.PENALTY, lab.ENSEMBLE) for seed in (0, 1)]
     assert [(one["arm"], one["seed"]) for one in rows] == names
     assert all(one["plain gold"] == pytest.approx(0.4) for one in rows), "two of five samples are right"
     assert all(len(one["gold"]) == len(one["in order"]) == 8 for one in rows)
