@@ -181,6 +181,14 @@ def summary(records: Sequence[dict[str, Any]], options: GenerateOptions, seconds
     return lines
 
 
+def say_skipped(options: GenerateOptions, bad: BadRecords, left: int) -> None:
+    """Raises UserError where none is left."""
+    if not left:
+        raise UserError(f"{' '.join(options.data)}: every record is bad; the first: {bad.skipped[0]}")
+    if bad.skipped:
+        print(f"{len(bad.skipped)} bad records skipped; the first: {printable(bad.skipped[0])}", file=sys.stderr)
+
+
 def read(options: GenerateOptions) -> list[Prompt]:
     """Raises UserError."""
     bad = BadRecords(skip=options.on_bad_record == "skip")
@@ -189,10 +197,7 @@ def read(options: GenerateOptions) -> list[Prompt]:
     for prompt in found:
         if taken := sorted(prompt.fields.keys() & {*ADDED, UNFILTERED}):
             raise UserError(f"{prompt.where}: field '{taken[0]}' already exists and would be overwritten: rename it")
-    if bad.skipped:
-        print(f"{len(bad.skipped)} bad records skipped; the first: {printable(bad.skipped[0])}", file=sys.stderr)
-    if not found:
-        raise UserError(f"{' '.join(options.data)}: every record is bad; the first: {bad.skipped[0]}")
+    say_skipped(options, bad, len(found))
     return found
 
 
@@ -239,8 +244,9 @@ def generate(options: GenerateOptions) -> None:
         partial = Partial(output, json.loads(json_line(made_by)))
         method = of_options(Method, options, kind=options.method)
         sampling, seconds = of_options(Sampling, options), {}
+        bad = BadRecords(skip=options.on_bad_record == "skip")
 
-        def results(kind: Method, todo: Sequence[int], name: str) -> Iterator[tuple[int, Result]]:
+        def results(kind: Method, todo: Sequence[int], name: str, bad: BadRecords) -> Iterator[tuple[int, Result]]:
             asked, started = [prompts[i].prompt for i in todo], time.monotonic()
             decoded = decode(
                 policy,
@@ -251,6 +257,7 @@ def generate(options: GenerateOptions) -> None:
                 goals=goals,
                 rows=options.rows,
                 names=[prompts[i].where for i in todo],
+                bad=bad,
             )
             most, written, finished = kind.rows * kind.longest(sampling.max_new_tokens), [0] * len(todo), 0
             with progress_bar(total=most * len(todo), desc=name or "generating", unit="token") as bar:
@@ -268,13 +275,15 @@ def generate(options: GenerateOptions) -> None:
 
         with said_what_is_kept(partial, len(prompts)):
             todo = [i for i in range(len(prompts)) if i not in partial.records]
-            for i, result in results(method, todo, ""):
+            for i, result in results(method, todo, "", bad):
                 partial.add(i, with_result(prompts[i], result))
             if options.compare:
                 todo = [i for i, record in partial.records.items() if UNFILTERED not in record]
-                for i, result in results(replace(method, kind="best-of-n", samples=method.rows), todo, UNFILTERED):
+                kind = replace(method, kind="best-of-n", samples=method.rows)
+                for i, result in results(kind, todo, UNFILTERED, BadRecords()):
                     record = partial.records[i]
                     partial.add(i, record | {UNFILTERED: unfiltered_record(result, record["policy_tokens"])})
+        say_skipped(options, bad, len(partial.records))
         if not options.compare:  # an interrupted run may have had it, and only some of its records the field
             for record in partial.records.values():
                 record.pop(UNFILTERED, None)

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field, replace
 
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.messages import Messages
+from gcrm_fast.data.records import placed
+from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.inference.generation import ROWS, Group, Policy, Row, Sampling, Writer
-from gcrm_fast.inference.judging import Goals, Judge, Judged, goals_of
+from gcrm_fast.inference.judging import Goals, Judge, Judged, Reading, goals_of
 from gcrm_fast.inference.methods import RIVALS, Method, Rivals
 from gcrm_fast.inference.scoring import RewardModel
 
@@ -79,10 +81,10 @@ class _State:
     """A prompt while it is written."""
 
     index: int
-    prompt: str | Messages
+    reading: Reading | None  # the prompt, as the reward model reads it
     group: Group
     rivals: Rivals
-    opened: Judged | None = None  # the prompt, as the reward model read it
+    opened: Judged | None = None  # the same, once it is computed
     started: float = 0.0
     policy_tokens: int = 0
     reward_tokens: int = 0
@@ -99,6 +101,7 @@ def decode(
     goals: Goals | None = None,
     rows: int = ROWS,
     names: Sequence[str] | None = None,
+    bad: BadRecords | None = None,
 ) -> Iterator[Update | Result]:
     """Writes a text for each prompt: Updates as tokens come, and the Result of a prompt as soon as it is finished.
 
@@ -109,6 +112,8 @@ def decode(
         rows: maximum number of samples written at a time. With reject, beams, or ``every`` 0, those of a prompt are
             written together, even if more.
         names: what errors call the prompts; by default prompt 0, prompt 1, ...
+        bad: what becomes of a prompt that policy or reward model cannot read: an error by default; if it is skipped, it
+            has no Result.
 
     Raises:
         TypeError: a text instead of a list of texts.
@@ -123,7 +128,7 @@ def decode(
     if len(named) != len(listed):
         raise ValueError(f"{len(named)} names for {len(listed)} prompts: must be equally many")
     decoder = _Decoder(policy, reward, method or Method(), sampling or Sampling(temperature=1.0), goals, rows)
-    return decoder.run(listed, named)
+    return decoder.run(listed, named, bad or BadRecords())
 
 
 class _Decoder:
@@ -151,12 +156,14 @@ class _Decoder:
             self.judge = Judge(reward, goals or goals_of(reward, {}), policy, limit=policy.cache_tokens)
         self.states: dict[int, _State] = {}  # by id() of the group
 
-    def run(self, prompts: Sequence[str | Messages], names: Sequence[str]) -> Iterator[Update | Result]:
-        for i, (prompt, ids) in enumerate(zip(prompts, self.policy.encode(prompts), strict=True)):
-            rivals_of = RIVALS[self.method.kind]
-            group = self.writer.add(ids, self.method.rows, names[i], at_once=rivals_of.at_once)
-            rivals = rivals_of(self.method, group, self.writer, self.judge)
-            self.states[id(group)] = _State(index=i, prompt=prompt, group=group, rivals=rivals)
+    def run(
+        self, prompts: Sequence[str | Messages], names: Sequence[str], bad: BadRecords
+    ) -> Iterator[Update | Result]:
+        for i, (prompt, name) in enumerate(zip(prompts, names, strict=True)):
+            try:
+                self._add(i, prompt, name)
+            except UserError as error:
+                bad.add(error)
         while written := self.writer.step():
             for row in written:
                 state = self.states[id(row.group)]
@@ -174,13 +181,26 @@ class _Decoder:
                 if state.rivals.finished:
                     yield self._result(state)
 
+    def _add(self, index: int, prompt: str | Messages, name: str) -> None:
+        """Raises UserError for a prompt that the policy or the reward model cannot read."""
+        rivals_of = RIVALS[self.method.kind]
+        try:
+            [ids] = self.policy.encode([prompt])
+            reading = self.judge.read(prompt) if self.judge is not None else None
+        except UserError as error:
+            raise placed(error, name, {}) from None
+        group = self.writer.add(ids, self.method.rows, name, at_once=rivals_of.at_once)
+        rivals = rivals_of(self.method, group, self.writer, self.judge)
+        self.states[id(group)] = _State(index=index, reading=reading, group=group, rivals=rivals)
+
     def _look(self, states: Sequence[_State]) -> None:
         """Brings the Q-values of the prompts up to date, all in one forward."""
         if self.judge is None:
             return
         for state in states:
             if state.opened is None:
-                state.opened = self.judge.open(state.prompt, name=state.group.name)
+                assert state.reading is not None
+                state.opened = self.judge.open(state.reading)
                 state.reward_tokens += len(state.opened.live.ids)
             self.judge.add(state.group.rows, state.opened, room=self.room)
             if not state.group.numbers:

@@ -7,6 +7,7 @@ look; the cache goes back to the tokens that both encodings share. Letters: G go
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,13 @@ class Goals:
         return Goals(states_GD=self.states_GD, weights_G=-self.weights_G)
 
 
+class Reading(NamedTuple):
+    """A prompt as the reward model reads it."""
+
+    text: str
+    ids: list[int]
+
+
 @dataclass(eq=False, kw_only=True)
 class Judged:
     """What the reward model knows of a row: ``seen`` tokens of the policy, and the Q-values of its own tokens."""
@@ -82,16 +90,20 @@ class Judge:
         """How many tokens the reward model has computed."""
         return self.scorer.trunk.computed
 
-    def open(self, prompt: str | Messages, *, name: str) -> Judged:
-        """Computes a prompt, of which ``add`` copies what its rows share. Raises UserError where the model cannot read
-        it."""
+    def read(self, prompt: str | Messages) -> Reading:
+        """Raises UserError where the model cannot read the prompt."""
         text = as_text(self.model.tokenizer, prompt, "")[0]
         ids = self.model.encode([text], [""], [True])[0].ids.tolist() if text else []
         unknown = self.model.tokenizer.unk_token_id
         if not self.one_tokenizer and text.strip() and set(ids) <= {unknown, self.model.tokenizer.bos_token_id}:
-            raise UserError(f"{name}: the tokenizer of the reward model knows none of its text: use another model")
-        [[live]] = self.scorer.open([ids], [1])
-        return Judged(live=live, prompt=text)
+            raise UserError("the tokenizer of the reward model knows none of its text: use another model")
+        self.scorer.check(ids, len(ids), "the prompt")
+        return Reading(text, ids)
+
+    def open(self, reading: Reading) -> Judged:
+        """Computes a prompt, of which ``add`` copies what its rows share."""
+        [[live]] = self.scorer.open([reading.ids], [1])
+        return Judged(live=live, prompt=reading.text)
 
     def add(self, rows: Iterable[Row], opened: Judged, *, room: int) -> None:
         """Follows the rows of a prompt, those that are new. ``room``: tokens of a row to keep together, which is

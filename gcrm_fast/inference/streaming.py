@@ -80,7 +80,7 @@ class LiveScorer:
             UserError: a prompt that is too long for the model, or tokens that it does not have, or a full cache.
         """
         for ids in prompts:
-            self._check(ids, len(ids), "the prompt")
+            self.check(ids, len(ids), "the prompt")
         sequences = [self.trunk.open() for _ in prompts]
         opened: list[list[LiveRow]] = []
         try:
@@ -111,7 +111,7 @@ class LiveScorer:
         for i, (row, ids) in enumerate(zip(rows, new_ids, strict=True)):
             if ids and row.reward is not None:
                 raise ValueError(f"row {i} is closed: push no tokens to it")
-            self._check(ids, len(row.ids) + len(ids), f"row {i}")
+            self.check(ids, len(row.ids) + len(ids), f"row {i}")
         if not rows:
             return []
         states = self._extended(rows, new_ids)
@@ -180,7 +180,8 @@ class LiveScorer:
         if read is not None:
             row.read_H = states_mH[read].clone()
 
-    def _check(self, ids: Sequence[int], length: int, name: str) -> None:
+    def check(self, ids: Sequence[int], length: int, name: str) -> None:
+        """Raises UserError for ids that the model does not have, or in a row that would have too many of them."""
         config = self.model.config
         if ids and not 0 <= min(ids) <= max(ids) < config.vocab_size:
             raise UserError(f"{name} has a token that is not between 0 and {config.vocab_size - 1}")

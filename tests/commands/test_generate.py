@@ -363,6 +363,46 @@ def test_records_without_a_prompt(
         assert len(lines(tmp_path / "o")) == 5
 
 
+def test_prompts_too_long_for_the_cache_are_skipped(
+    policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm
+) -> None:
+    """Lines 6 and 7; the comparison has neither."""
+    long = "".join(json.dumps({"prompt": "one " * count}) + "\n" for count in (90, 95))
+    asked.write_text(asked.read_text() + long)
+    words = ["-o", tmp_path / "out.jsonl", *SHORT, "--reward", reward, "--method", "filter", "--cache-tokens", 110]
+    stopped = gcrm("generate", policy, asked, *words)
+    assert stopped.returncode == 2
+    assert "prompts.jsonl:6" in stopped.stderr
+    done = gcrm("generate", policy, asked, *words, "--on-bad-record", "skip", "--compare")
+    assert done.returncode == 0, done.stderr
+    assert [record["prompt"] for record in lines(tmp_path / "out.jsonl")] == [one["prompt"] for one in PROMPTS]
+    assert re.search(r"2 bad records skipped; the first: \S*prompts.jsonl:6", done.stderr)
+    asked.write_text(json.dumps({"prompt": "one " * 99}) + "\n")
+    none = gcrm("generate", policy, asked, *words, "--on-bad-record", "skip")
+    assert none.returncode == 2
+    assert re.search(r"every record is bad; the first: \S*prompts.jsonl:1 has \d+ tokens", none.stderr)
+
+
+def test_prompts_that_the_reward_model_cannot_read_are_skipped(
+    policy: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, unknown_tokenizer: Callable[[Path], Path]
+) -> None:
+    asked.write_text(asked.read_text() + json.dumps({"prompt": "αβγ"}) + "\n")
+    words = ["-o", tmp_path / "out.jsonl", *SHORT, "--reward", unknown_tokenizer(tmp_path / "m")]
+    done = gcrm("generate", policy, asked, *words, "--on-bad-record", "skip")
+    assert done.returncode == 0, done.stderr
+    assert [record["prompt"] for record in lines(tmp_path / "out.jsonl")] == ["αβγ"]
+    assert "5 bad records skipped" in done.stderr
+
+
+def test_messages_without_a_chat_template_name_their_record(
+    policy: Path, asked: Path, tmp_path: Path, gcrm: Gcrm
+) -> None:
+    asked.write_text(asked.read_text() + json.dumps({"messages": [{"role": "user", "content": "one"}]}) + "\n")
+    done = gcrm("generate", policy, asked, "-o", tmp_path / "out.jsonl", *SHORT)
+    assert done.returncode == 2
+    assert "prompts.jsonl:6: " in done.stderr
+
+
 def test_a_policy_that_the_reward_model_cannot_read(
     policy: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, unknown_tokenizer: Callable[[Path], Path]
 ) -> None:

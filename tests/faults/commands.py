@@ -157,6 +157,24 @@ FAULTS = {
         "for i in self.records)",
         "tests/commands/test_generate.py -k order_of_the_prompts",
     ),
+    "generate: an unreadable prompt ends a run that skips such": (
+        "gcrm_fast/inference/decoding.py",
+        "                bad.add(error)",
+        "                raise error",
+        "tests/commands/test_generate.py -k skipped",
+    ),
+    "generate: prompts in words that the reward model does not know": (
+        "gcrm_fast/inference/judging.py",
+        "if not self.one_tokenizer and text.strip()",
+        "if False and text.strip()",
+        "tests/commands/test_generate.py -k cannot_read",
+    ),
+    "generate: errors of encoding without the record": (
+        "gcrm_fast/inference/decoding.py",
+        "raise placed(error, name, {}) from None",
+        "raise error",
+        "tests/commands/test_generate.py -k chat_template",
+    ),
     "generate: finished prompts are written again": (
         "gcrm_fast/commands/generate.py",
         "todo = [i for i in range(len(prompts)) if i not in partial.records]",

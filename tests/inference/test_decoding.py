@@ -339,7 +339,7 @@ def judged_row(policy: Policy, reward: RewardModel, prompt: str) -> tuple[Row, J
     writer.add(policy.encode([prompt])[0], 1, "prompt 0")
     [row] = writer.step()
     judge = Judge(reward, goals_of(reward, {}), policy, limit=1000)
-    judge.add([row], judge.open(prompt, name="prompt 0"), room=0)
+    judge.add([row], judge.open(judge.read(prompt)), room=0)
     return row, judge
 
 
