@@ -345,7 +345,8 @@ class GenerateOptions(Options):
     limit: ZeroOrMore = 0
     """Number of prompts to use, the first ones; 0 uses all."""
     on_bad_record: Literal["error", "skip"] = "error"
-    """Whether a record without a prompt ends the command, or is skipped and counted."""
+    """Whether a record without a prompt that policy and reward model can read ends the command, or is skipped and
+    counted."""
     max_new_tokens: AtLeastOne = 256
     """Maximum number of tokens of a text."""
     temperature: Annotated[float, Range(least=0)] = 1.0
