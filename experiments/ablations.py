@@ -22,7 +22,7 @@ import numpy as np
 
 from arithmetic_chain import Located, above, done, drop, wrong_solutions
 from gcrm_fast.checkpoints.goals import named_goal
-from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.command_line import run_script
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import Argument, AtLeastOne
 from gcrm_fast.common.options import Options as CommandOptions
@@ -382,9 +382,7 @@ def run(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("ablations.py", lambda: run(parse_options(Options, arguments, "ablations.py")))
+    return run_script("ablations.py", Options, run, argv)
 
 
 if __name__ == "__main__":

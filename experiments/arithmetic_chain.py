@@ -18,7 +18,7 @@ import torch
 
 from gcrm_fast import cli
 from gcrm_fast.checkpoints.goals import named_goal
-from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.command_line import run_script
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import Argument
 from gcrm_fast.common.options import Options as CommandOptions
@@ -384,9 +384,7 @@ def run(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("arithmetic_chain.py", lambda: run(parse_options(Options, arguments, "arithmetic_chain.py")))
+    return run_script("arithmetic_chain.py", Options, run, argv)
 
 
 if __name__ == "__main__":

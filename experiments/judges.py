@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import overoptimization as laboratory
 from gcrm_fast import Policy, RewardModel
-from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.command_line import run_script
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.options import Argument, AtLeastOne, Options, Range
@@ -270,9 +270,7 @@ def run(options: JudgeOptions) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("judges.py", lambda: run(parse_options(JudgeOptions, arguments, "judges.py")))
+    return run_script("judges.py", JudgeOptions, run, argv)
 
 
 if __name__ == "__main__":

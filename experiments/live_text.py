@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from gcrm_fast import Policy, RewardModel
-from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.command_line import run_script
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import Argument, AtLeastOne, Range
 from gcrm_fast.common.options import Options as CommandOptions
@@ -371,9 +371,7 @@ def run(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("live_text.py", lambda: run(parse_options(Options, arguments, "live_text.py")))
+    return run_script("live_text.py", Options, run, argv)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 from transformers import LlamaForCausalLM
 
-from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.command_line import run_script
 from gcrm_fast.common.options import Argument, AtLeastOne
 from gcrm_fast.data.arithmetic import generate
 from gcrm_fast.data.records import Pair
@@ -316,9 +316,7 @@ def run(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
-    name, arguments = "overoptimization_grpo.py", sys.argv[1:] if argv is None else argv
-    return exit_code(name, lambda: run(parse_options(Options, arguments, name)))
+    return run_script("overoptimization_grpo.py", Options, run, argv)
 
 
 if __name__ == "__main__":

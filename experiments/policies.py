@@ -31,7 +31,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.command_line import run_script
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.options import AtLeastOne, Range, ZeroOrMore
@@ -250,9 +250,7 @@ def run(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("policies.py", lambda: run(parse_options(Options, arguments, "policies.py")))
+    return run_script("policies.py", Options, run, argv)
 
 
 if __name__ == "__main__":

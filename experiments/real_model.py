@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import labeled_sets
-from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.command_line import run_script
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.options import Argument, AtLeastOne, ZeroOrMore
@@ -303,9 +303,7 @@ def run(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
-    given = sys.argv[1:] if argv is None else argv
-    return exit_code("real_model.py", lambda: run(parse_options(Options, given, "real_model.py")))
+    return run_script("real_model.py", Options, run, argv)
 
 
 if __name__ == "__main__":

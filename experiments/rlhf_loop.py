@@ -34,7 +34,7 @@ import numpy as np
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from gcrm_fast import Policy, RewardModel, cli
-from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.command_line import run_script
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import Argument, AtLeastOne, Options, Range, flag
 from gcrm_fast.common.statistics import auroc
@@ -548,9 +548,7 @@ def run(options: LoopOptions) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("rlhf_loop.py", lambda: run(parse_options(LoopOptions, arguments, "rlhf_loop.py")))
+    return run_script("rlhf_loop.py", LoopOptions, run, argv)
 
 
 if __name__ == "__main__":

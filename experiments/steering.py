@@ -30,7 +30,7 @@ from torch import Tensor
 
 import policies
 from gcrm_fast import Policy, RewardModel
-from gcrm_fast.common.command_line import exit_code, parse_options
+from gcrm_fast.common.command_line import run_script
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.options import Argument, AtLeastOne
 from gcrm_fast.common.options import Options as CommandOptions
@@ -389,9 +389,7 @@ def run(options: Options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0, or 2 after one line on stderr for an error that the user can fix."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return exit_code("steering.py", lambda: run(parse_options(Options, arguments, "steering.py")))
+    return run_script("steering.py", Options, run, argv)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,12 @@ def parse_options(kind: type[T], argv: list[str], prog: str) -> T:
     return options
 
 
+def run_script(prog: str, kind: type[T], work: Callable[[T], None], argv: list[str] | None = None) -> int:
+    """Does the work with the options of ``argv``, by default of the command line. Returns its exit code, see below."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return exit_code(prog, lambda: work(parse_options(kind, arguments, prog)))
+
+
 def exit_code(prog: str, work: Callable[[], None]) -> int:
     """Does the work. Returns 0; 2 after one line on stderr, from the first process of each machine, for an error that
     the user can fix; 1 if the output is a closed pipe; 130 after Ctrl-C, with a line that says what is kept."""
