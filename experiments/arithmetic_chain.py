@@ -27,7 +27,8 @@ from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate, read_completions
 from gcrm_fast.evaluation.measures import ratio_interval
 from gcrm_fast.inference.scoring import RewardModel
-from gcrm_fast.training.config import default_output, parse
+from gcrm_fast.training.config import parse
+from gcrm_fast.training.output_folder import default_output
 from summary import machine, markdown, to_json, trained, write_aside
 
 MODELS = {"gcrm": (), "contrastive weight 0": ("--objective", "ranking")}  # options of gcrm train

@@ -33,13 +33,15 @@ from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.model.inputs import Pack
 from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import parallel
-from gcrm_fast.training.config import ARITHMETIC, TrainConfig, check_unfinished, default_output, parse
+from gcrm_fast.training.config import TrainConfig, parse
 from gcrm_fast.training.describe import describe
 from gcrm_fast.training.hub import create_repository, upload
 from gcrm_fast.training.interrupts import Interrupts, Request, end_with_parent
 from gcrm_fast.training.loader import load
 from gcrm_fast.training.lora import seed_dropout
 from gcrm_fast.training.objectives import Objective, Statistics, losses
+from gcrm_fast.training.option_checks import ARITHMETIC
+from gcrm_fast.training.output_folder import check_unfinished, default_output
 from gcrm_fast.training.prepare import Prepared, prepare
 from gcrm_fast.training.resume import with_template_date
 from gcrm_fast.training.run import finish, resume_hint, set_up

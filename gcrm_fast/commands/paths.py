@@ -9,7 +9,9 @@ from gcrm_fast.common.files import output_file
 from gcrm_fast.common.options import Options, kinds_of
 from gcrm_fast.data.sources import STDIN, check_present
 from gcrm_fast.evaluation.results import check_folder
-from gcrm_fast.training.config import ARITHMETIC, TrainConfig, check_output
+from gcrm_fast.training.config import TrainConfig
+from gcrm_fast.training.option_checks import ARITHMETIC
+from gcrm_fast.training.output_folder import check_output
 
 RECORDS = ("data", "on_policy", "eval_data", "reference", "merge", "standardize")
 MODELS = ("model", "ensemble", "policy", "reward", "tokenizer")

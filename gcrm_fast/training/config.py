@@ -3,14 +3,10 @@
 Order of precedence: command line, ``--config`` file, ``--preset``, the defaults below.
 """
 
-import contextlib
 import dataclasses
-import importlib.util
-import re
 import tomllib
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_origin
 
@@ -25,40 +21,15 @@ from gcrm_fast.common.options import (
     Options,
     Range,
     ZeroOrMore,
-    check_fields,
-    flag,
     kinds_of,
     missed,
     one_of,
-    shown,
 )
-
-ARITHMETIC = "arithmetic"
-MOST_GENERATED = 10**7  # pairs: about 10 GiB
-BEST_BY = {  # metrics of --keep-best by --loss
-    "ranking": ("eval/auroc", "eval/auroc_q", "eval/accuracy"),
-    "bce": ("eval/auroc", "eval/accuracy"),
-    "mse": ("eval/spearman",),
-}
-OF_A_RUN = {"metrics.jsonl", "checkpoints", "skipped_records.txt"}  # what an unfinished run leaves in its folder
-LOGS = (".log", ".out", ".err")  # may be there before a run starts
-OF_PAIRS = ("pairs_per_prompt", "label_smoothing", "center_rewards", "sft_weight")  # options that need both sides
-OF_BOTTLENECK = ("bottleneck_size", "bottleneck_weight")  # options that need --head bottleneck
-OF_VIEWS = ("views_weight", "views_ramp")  # options that need --on-policy
+from gcrm_fast.training.option_checks import ARITHMETIC, OF_BOTTLENECK, OF_PAIRS, OF_VIEWS, check_options
 
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def _is_date(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return date.fromisoformat(text).isoformat() == text
-    return False
-
-
-def _is_repository(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,103 +364,7 @@ class TrainConfig(Options):
 
     def check(self) -> None:
         """Raises UserError, naming the option, for values that contradict each other, or need what is not installed."""
-
-        def need(ok: bool, name: str, what: str) -> None:
-            if not ok:
-                given = f"{flag(name)} {shown(getattr(self, name))}".rstrip()  # an empty list shows nothing
-                raise UserError(f"{given}: must be {what}")
-
-        def only(ok: bool, names: Collection[str], what: str) -> None:
-            """Elsewhere they have their defaults, which stand for {} in ``what``."""
-            for name in names:
-                default = getattr(type(self), name)
-                need(ok or getattr(self, name) == default, name, what.format(default))
-
-        generated = self.data == (ARITHMETIC,)
-        need(bool(self.data) and all(self.data), "data", "at least one source")
-        need(all(self.on_policy), "on_policy", "names of sources")
-        if self.on_policy:
-            need(self.loss == "ranking", "loss", "ranking with --on-policy")
-            need(self.global_batch_pairs > 1, "global_batch_pairs", "2 or more with --on-policy")
-            need(not self.cache_states, "cache_states", "omitted with --on-policy, which draws new pairs in each epoch")
-        only(bool(self.on_policy), OF_VIEWS, "omitted without --on-policy")
-        one_each = len(self.data_weights) in (0, len(self.data))
-        need(one_each, "data_weights", f"one number per source of --data: {len(self.data)}")
-        need(all(self.eval_data), "eval_data", "names of sources")
-        need(
-            not self.eval_split or not (self.eval_data or generated),
-            "eval_split",
-            "omitted with --eval-data or generated data",
-        )
-        need(not self.push_to_hub or _is_repository(self.push_to_hub), "push_to_hub", "OWNER/NAME")
-        check_fields("eval_by", self.eval_by)
-        need(bool(self.cache), "cache", "a folder, auto or none")
-        need(not self.template_date or _is_date(self.template_date), "template_date", "a date as in 2026-01-31")
-        need(bool(self.resume), "resume", "auto, never or the folder of a checkpoint")
-        if self.objective_variant == "dense":
-            need(self.pairing in ("auto", "paired"), "pairing", "paired with --objective-variant dense")
-            need(self.reduce in ("auto", "log_then_mean"), "reduce", "log_then_mean with --objective-variant dense")
-            need(self.sampling == "random", "sampling", "random with --objective-variant dense, which draws nothing")
-            need(self.distance == "cosine", "distance", "cosine with --objective-variant dense")
-        if self.objective_variant == "repo":
-            need(self.sampling in ("random", "avg"), "sampling", "random or avg with --objective-variant repo")
-        if self.negatives == "after-divergence":
-            drawn = self.sampling in ("random", "avg")
-            need(drawn, "sampling", "random or avg with --negatives after-divergence")
-        if self.sampling == "avg":
-            need(self.pairing in ("auto", "paired"), "pairing", "paired with --sampling avg: there is one goal")
-        best = BEST_BY[self.loss]
-        need(self.keep_best in ("", *best), "keep_best", f"{' or '.join(best)} with --loss {self.loss}")
-        if self.loss != "ranking":
-            need(not generated, "loss", "ranking without --data, as the generated data are pairs")
-            need(
-                self.objective == "ranking", "objective", f"ranking with --loss {self.loss}: one completion has no goal"
-            )
-            need(self.head != "bottleneck", "head", f"linear or mlp with --loss {self.loss}")
-            need(not self.eval_by or self.loss == "bce", "eval_by", "omitted with --loss mse, which has no AUROC")
-            only(False, OF_PAIRS, f"{{}} with --loss {self.loss}, which has no pairs")
-        only(self.head == "bottleneck", OF_BOTTLENECK, "{} or omitted without --head bottleneck")
-        if self.compare == "latents":
-            need(self.head == "bottleneck", "compare", "states without --head bottleneck")
-            need(not self.projection_size, "projection_size", "0 with --compare latents")
-        if self.cache_states:
-            need(self.train_layers > 0, "train_layers", "1 or more with --cache-states")
-            need(self.cache != "none", "cache", "a folder or auto with --cache-states")
-        if self.keep_best:
-            held_out = bool(self.eval_data) or self.eval_split > 0 or generated
-            need(held_out, "keep_best", "omitted without --eval-data or --eval-split")
-            need(self.keep > 0, "keep", "1 or more with --keep-best")
-        watched = bool(self.keep_best) or not self.early_stopping
-        need(watched, "early_stopping", "0 without --keep-best METRIC, as in --keep-best eval/auroc: it watches that")
-        need(bool(self.lora_targets), "lora_targets", "at least one layer")
-        need(not self.lora_rank or bool(self.model), "lora_rank", "0 without --model, the weights of which stay")
-        need(not self.sft_weight or bool(self.model), "sft_weight", "0 without --model, the lm_head of which it uses")
-        if not self.model:
-            if self.head_size:
-                need(self.head_size % 2 == 0, "head_size", "even")
-            else:
-                need(self.hidden_size % (2 * self.heads) == 0, "hidden_size", "a multiple of 2 * --heads")
-            need(self.heads % self.kv_heads == 0, "kv_heads", "a divisor of --heads")
-        for name, wanted, module, extra in (
-            ("lora_rank", self.lora_rank > 0, "peft", "lora"),
-            ("optimizer", self.optimizer != "adamw", "torchao", "torchao"),
-            ("attention", self.attention == "flash_attn", "flash_attn", "flash"),
-            ("report_to", self.report_to == "wandb", "wandb", "wandb"),
-        ):
-            missing = wanted and importlib.util.find_spec(module) is None
-            need(not missing, name, f"another value until pip install 'gcrm-fast[{extra}]'")
-        if self.columns:
-            from gcrm_fast.data.records import FORMATS, JUDGED_FORMATS, parse_columns  # here: it imports transformers
-
-            parse_columns(self.columns, FORMATS if self.loss == "ranking" else JUDGED_FORMATS)
-        if generated:
-            need(self.train_pairs <= MOST_GENERATED, "train_pairs", f"at most {MOST_GENERATED} generated pairs")
-        if not generated and ARITHMETIC in self.data:
-            raise UserError("--data arithmetic: generated data cannot be combined with other sources")
-        if not generated and self.preset == ARITHMETIC:
-            raise UserError(f"--preset arithmetic is for generated data, not for --data {' '.join(self.data)}")
-        if ARITHMETIC in self.eval_data:
-            raise UserError("--eval-data arithmetic: generated data includes its own held-out problems: omit it")
+        check_options(self)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -521,46 +396,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 def parse(argv: list[str]) -> TrainConfig:
     """The configuration of a command line; ``--help`` prints every option and exits. Raises UserError."""
     return parse_options(TrainConfig, argv, "gcrm train")
-
-
-def default_output(config: TrainConfig) -> str:
-    """runs/<data>-<loss>-seed<n> or runs/<data>-gcrm-<variant>-seed<n>, e.g. runs/arithmetic-gcrm-paper-seed0."""
-    name = re.split(r"[.:]", Path(config.data[0]).name)[0]
-    objective = config.loss if config.objective == "ranking" else f"gcrm-{config.objective_variant}"
-    return f"runs/{name}-{objective}-seed{config.seed}"
-
-
-def finished(output: Path, config: TrainConfig) -> str:
-    """Why a run may not write to ``output``, "" where it may: a finished run is overwritten only with --overwrite."""
-    if not (output / "model").exists() or config.overwrite:
-        return ""
-    return f"{output}: holds a finished model: choose another --output or pass --overwrite"
-
-
-def check_unfinished(output: Path, config: TrainConfig) -> None:
-    """Raises UserError where a finished run would be overwritten; --dry-run writes nothing."""
-    if not config.dry_run and (refused := finished(output, config)):
-        raise UserError(refused)
-
-
-def check_output(config: TrainConfig) -> Path:
-    """The folder of the run. Raises UserError where it cannot be that, or holds what --overwrite must allow: a finished
-    model, or files of something else."""
-    output = Path(config.output or default_output(config))
-    check_unfinished(output, config)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is not a folder")
-    checkpoints = output / "checkpoints"
-    if checkpoints.is_symlink() and not checkpoints.is_dir():
-        raise UserError(f"{checkpoints}: links to no folder: make it or remove the link")
-    present = sorted(path.name for path in output.iterdir()) if output.exists() else []
-    others = [name for name in present if not name.startswith(".") and not name.endswith(LOGS)]
-    if others and not OF_A_RUN.intersection(others) and not config.overwrite:
-        raise UserError(
-            f"--output {output}: holds no run, but other files, such as {others[0]}: choose another folder, or pass "
-            "--overwrite to write next to them"
-        )
-    return output
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from gcrm_fast.common.statistics import highest_by_chance
 from gcrm_fast.common.tables import table
 from gcrm_fast.data.encoding import CUT, Completion, TokenizedPair, TokenReport, token_texts
 from gcrm_fast.training.accounting import work
-from gcrm_fast.training.config import TrainConfig, finished
+from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.memory import memory_limit, memory_plan, parameter_counts
 from gcrm_fast.training.metrics_log import MetricsLog
+from gcrm_fast.training.output_folder import finished
 from gcrm_fast.training.prepare import Prepared, lora_of, steps_of, trained_layers
 
 MANY_DROPPED = 0.1  # of the training pairs

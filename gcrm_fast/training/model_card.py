@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gcrm_fast.data.encoding import TokenizedPair, prompt_text
 from gcrm_fast.model import heads
-from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, to_toml, unused_options
+from gcrm_fast.training.config import PRESETS, TrainConfig, to_toml, unused_options
+from gcrm_fast.training.option_checks import ARITHMETIC
 
 Rows = Sequence[tuple[str, str]]  # name and value of each line of a table
 

@@ -31,10 +31,12 @@ from gcrm_fast.data.token_cache import TokenCache, cache_folder
 from gcrm_fast.data.tokenization import choose_pad, load_tokenizer, train_tokenizer
 from gcrm_fast.model.llama import ModelConfig
 from gcrm_fast.model.views import WIDTH
-from gcrm_fast.training.config import ARITHMETIC, PRESETS, TrainConfig, check_output
+from gcrm_fast.training.config import PRESETS, TrainConfig
 from gcrm_fast.training.loader import Steps
 from gcrm_fast.training.lora import Lora
 from gcrm_fast.training.objectives import RIGHT, Objective
+from gcrm_fast.training.option_checks import ARITHMETIC
+from gcrm_fast.training.output_folder import check_output
 
 
 @dataclass(frozen=True, kw_only=True)

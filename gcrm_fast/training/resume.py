@@ -16,10 +16,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from gcrm_fast.common.devices import compute_dtype
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.model.reward_model import LlamaRewardModel
-from gcrm_fast.training.config import OF_BOTTLENECK, TrainConfig, default_output
+from gcrm_fast.training.config import TrainConfig
 from gcrm_fast.training.manifest import Checkpoint, checkpoints, damage, first_intact, read_manifest
 from gcrm_fast.training.objectives import Statistics
 from gcrm_fast.training.optimizer import Updater
+from gcrm_fast.training.option_checks import OF_BOTTLENECK
+from gcrm_fast.training.output_folder import default_output
 
 # Options that change neither what is trained nor the order of the data: free to differ in a resumed run.
 FREE = frozenset(

@@ -2,9 +2,9 @@
 
 FAULTS = {
     "bottleneck: its options ignored without it": (
-        "gcrm_fast/training/config.py",
-        'ok = self.head == "bottleneck" or getattr(self, name) == default',
-        "ok = True",
+        "gcrm_fast/training/option_checks.py",
+        'check.only(config.head == "bottleneck", OF_BOTTLENECK',
+        "check.only(True, OF_BOTTLENECK",
         "tests/training/test_bottleneck.py -k refused_without",
     ),
     "bottleneck: a run with its options and without it cannot resume": (
@@ -602,7 +602,7 @@ FAULTS = {
         "tests/training/test_train_layers.py -k states_are_kept",
     ),
     "output: files of something else are written next to": (
-        "gcrm_fast/training/config.py",
+        "gcrm_fast/training/output_folder.py",
         "if others and not OF_A_RUN.intersection(others)",
         "if not others and not OF_A_RUN.intersection(others)",
         "tests/training/test_train.py -k something_else",

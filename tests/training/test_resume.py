@@ -22,10 +22,11 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.tokenization import load_tokenizer
 from gcrm_fast.train import main
 from gcrm_fast.training import resume, run, snapshots
-from gcrm_fast.training.config import default_output, parse
+from gcrm_fast.training.config import parse
 from gcrm_fast.training.manifest import checkpoints, read_manifest
 from gcrm_fast.training.metrics_log import MetricsLog
 from gcrm_fast.training.optimizer import Updater
+from gcrm_fast.training.output_folder import default_output
 from support.chat import CHATML, chat_tokenizer
 from support.training_runs import Ended, arguments, assert_same, end_in_step_9
 

@@ -24,8 +24,9 @@ from gcrm_fast import RewardModel, TrainConfig, train, train_reward_model
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.model import heads
 from gcrm_fast.train import locked, main
-from gcrm_fast.training.config import check_output, parse, to_toml
+from gcrm_fast.training.config import parse, to_toml
 from gcrm_fast.training.describe import beaten_rows, blind_rows, q_verdict, unlearned_rows
+from gcrm_fast.training.output_folder import check_output
 from support.training_runs import ROOT, TIMES, TINY, Gcrm, arguments, rows, torchrun
 
 
