@@ -170,9 +170,7 @@ def compare(
         model = padded_model(config, options, dtype, device)
         for name, of in batches.items():
             rows[name] = race(list(padded_contestants(model, config, of[1])), rounds, device, dtype) + rows[name]
-    return [
-        finished(row, mine, name, device) | {"gradients alike": alike} for name, mine in rows.items() for row in mine
-    ]
+    return [finished(row, mine, name) | {"gradients alike": alike} for name, mine in rows.items() for row in mine]
 
 
 def padded_model(config: ModelConfig, options: TrainConfig, dtype: torch.dtype, device: torch.device) -> padded.Padded:
@@ -224,7 +222,7 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def finished(row: dict[str, Any], rows: list[dict[str, Any]], name: str, device: torch.device) -> dict[str, Any]:
+def finished(row: dict[str, Any], rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """The row with its ratios to the others."""
     rate = {r["method"]: r.get("pairs/s") for r in rows}
     mine = row.get("pairs/s")

@@ -367,7 +367,7 @@ def save(options: Options, rows: Sequence[Row]) -> None:
 def run(options: Options) -> None:
     """Raises UserError."""
     if unknown := set(options.arms) - arms_of(options).keys():
-        raise UserError(f"--arms {' '.join(sorted(unknown))}: must be of {', '.join(arms_of(options))}")
+        raise UserError(f"--arms {' '.join(sorted(unknown))}: must be one of {', '.join(arms_of(options))}")
     rows = earlier(options)
     options.runs.mkdir(parents=True, exist_ok=True)
     held_out, other = options.runs / "held_out.jsonl", options.runs / "train.jsonl"

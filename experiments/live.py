@@ -379,7 +379,7 @@ def add_rows(options: Options, rows: list[Row], objective: str, seed: int, polic
 def run(options: Options) -> None:
     """Raises UserError."""
     if not options.policy.is_dir():
-        raise UserError(f"--policy {options.policy}: is no folder: run python experiments/policies.py first")
+        raise UserError(f"--policy {options.policy}: is not a folder: run python experiments/policies.py first")
     rows = read_rows(options)
     policy = Policy.from_pretrained(options.policy)
     for seed in range(options.seeds):

@@ -281,7 +281,7 @@ def run(options: Options) -> None:
     choices = (("--only", options.only, ARMS), ("--sets", options.sets, SETS))
     for option, given, known in (*choices, ("--labeled", options.labeled, labeled_sets.FILES)):
         if unknown := set(given) - set(known):
-            raise UserError(f"{option} {' '.join(sorted(unknown))}: must be of {', '.join(known)}")
+            raise UserError(f"{option} {' '.join(sorted(unknown))}: must be one of {', '.join(known)}")
     report = earlier(options)
     rows: list[dict[str, Any]] = report["rows"]
     if options.trl_steps:

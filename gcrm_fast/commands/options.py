@@ -77,8 +77,8 @@ class EnsembleOptions(Options):
     """Options of every command that scores with several models."""
 
     ensemble: tuple[str, ...] = ()
-    """Further reward models with the tokenizer of MODEL, the rewards of which are combined with its own. Q-values are
-    those of MODEL."""
+    """Further reward models with the tokenizer of MODEL; their rewards are combined with its own. Q-values are those of
+    MODEL."""
     combine: Literal["mean", "min", "mean-std"] = "mean"
     """How the rewards of --ensemble are combined: their mean, the lowest, or the mean less the standard deviation."""
 

@@ -172,15 +172,15 @@ def table(found: Selection) -> str:
 def small_domains(found: Selection) -> str:
     """What is done with domains of few prompts; "" where there are none."""
     free = ~found.unsolved_N & ~found.known_N
-    names = [d for d, f in zip(found.domains, free, strict=True) if f]
-    small = sorted(name for name in set(names) if names.count(name) < SMALL)
+    counts = Counter(d for d, f in zip(found.domains, free, strict=True) if f)
+    small = sorted(name for name, count in counts.items() if count < SMALL)
     if not small:
         return ""
-    what = "are compared with one another as one domain" if len(small) > 1 else "is compared within itself all the same"
+    what = "are compared with one another as one domain" if len(small) > 1 else "is still compared only within itself"
     return f"fewer than {SMALL} prompts: {', '.join(small)}: {what}; places among so few say little"
 
 
-def suspects(samples: Sequence[Samples], rows_: Sequence[Row], found: Selection) -> tuple[str, list[int]]:
+def suspects(rows_: Sequence[Row], found: Selection) -> tuple[str, list[int]]:
     """Prompts that may be broken or have no answer, the lowest first, and what they are: those that were dropped
     because no sample solves them; without verdicts those kept of which no sample is better than its reference."""
     judged = any(row["solved"] is not None for row in rows_)
@@ -227,7 +227,7 @@ def select(options: SelectOptions) -> None:
     with worked("select", output, made_by, samples, work) as found:
         selection = chosen(samples, found, {prompt_key(one["prompt"]) for one in before}, options)
         kept = records_of(samples, selection, options)
-        words, listed = suspects(samples, found, selection)
+        words, listed = suspects(found, selection)
         after, counts = [*before, *kept], sum((Counter(row["verdicts"]) for row in found), Counter[str]())
         if options.order:
             domains = of_before + [selection.domains[i] for i in np.flatnonzero(selection.kept_N).tolist()]

@@ -47,7 +47,7 @@ def _values(prompt: str) -> list[int]:
         value_of = {name: int(value) for name, value in (item.split("=") for item in given.split(","))}
         return [value_of[name] for name in question.split("+")]
     except (ValueError, KeyError):
-        raise ValueError("the prompt is no sum of the form a=3,b=4:a+b?") from None
+        raise ValueError("the prompt is not a sum of the form a=3,b=4:a+b?") from None
 
 
 def is_correct(prompt: str, completion: str) -> bool:

@@ -155,7 +155,7 @@ def parse_columns(text: str, formats: Formats = FORMATS) -> dict[str, str]:
         if not equals or not column or name in columns:
             raise UserError(f"--columns {text}: must be NAME=COLUMN,NAME=COLUMN with every name once")
         if name not in known:
-            raise UserError(f"--columns {text}: {name!r} is none of the fields {', '.join(known)}")
+            raise UserError(f"--columns {text}: {name!r} is not one of the fields {', '.join(known)}")
         columns[name] = column
     if columns and not any(columns.keys() >= set(needed) for needed in formats.values()):
         listed = "; ".join(", ".join(needed) for needed in formats.values())

@@ -175,8 +175,8 @@ def check_tokenizer(samples: Samples, tokenizer: PreTrainedTokenizerBase) -> Non
         end = SPECIAL.search(completion)
         if end and end[1] not in known:
             raise UserError(
-                f"{name}: ends with {end[1]!r}, which is no token of the reward model's tokenizer: these are samples "
-                "of another tokenizer: write the texts without special tokens"
+                f"{name}: ends with {end[1]!r}, which is not a token of the reward model's tokenizer: these are "
+                "samples of another tokenizer: write the texts without special tokens"
             )
         ids = samples.fields.get("completion_ids")
         if ids is not None:

@@ -190,7 +190,6 @@ def linears(x_TH: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """``tuple(layer(x_TH) for layer in layers)``; also where a layer computes more than its weight (LoRA)."""
     if not torch.is_grad_enabled() or any(type(layer) is not nn.Linear for layer in layers):
         return tuple(layer(x_TH) for layer in layers)
-        return tuple(layer(x_TH) for layer in layers)
     return _LinearsOfOneInput.apply(x_TH, *(p for layer in layers for p in (layer.weight, layer.bias)))
 
 
@@ -213,7 +212,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Its norms hold the weights only: each is computed together with the addition of what comes before it.
 
-    ``recompute``: what the backward computes again instead of keeping it: ``none``, ``product`` (of the MLP's gate and
+    ``recompute``: what the backward recomputes instead of keeping: ``none``, ``product`` (of the MLP's gate and
     up), ``mlp`` or ``block``.
     """
 

@@ -102,12 +102,12 @@ class TrainConfig(Options):
     still has as many pairs as all sources together: those of a source are repeated or spread over several epochs. By
     default every pair occurs once."""
     on_policy: tuple[str, ...] = ()
-    """Samples of a policy without labels, from such sources: records of a prompt and at least two completions, as gcrm
-    generate writes them. The multi-view loss on pairs of samples of one prompt (RLP) is added to that of the training
-    pairs; a step has as many pairs of samples as training pairs, and repeats the smaller set."""
+    """Unlabeled samples of a policy, from the same kinds of sources: records of a prompt and at least two completions,
+    as gcrm generate writes them. The multi-view loss on pairs of samples of one prompt (RLP) is added to that of the
+    training pairs; a step has as many pairs of samples as training pairs, and repeats the smaller set."""
     eval_data: tuple[str, ...] = ()
-    """Held-out pairs, from such sources. Without any and without --eval-split, nothing is evaluated; 'arithmetic'
-    generates its own."""
+    """Held-out pairs, from the same kinds of sources. Without any and without --eval-split, nothing is evaluated;
+    'arithmetic' generates its own."""
     eval_split: Annotated[float, Range(least=0, below=1)] = 0.0
     """Fraction of the prompts of --data to hold out, as in 0.02, with all their pairs; for use without --eval-data."""
     columns: str = ""
@@ -280,7 +280,7 @@ class TrainConfig(Options):
     """Implementation of attention. auto is flash-attn if installed, else torch's varlen attention, on CUDA in bfloat16;
     eager elsewhere."""
     recompute: Literal["auto", "none", "product", "mlp", "block"] = "auto"
-    """What the backward pass computes again instead of storing: nothing, the product of the MLP's branches, the MLP, or
+    """What the backward pass recomputes instead of storing: nothing, the product of the MLP's branches, the MLP, or
     the block. auto recomputes as little as memory allows."""
     compile: bool = False
     """Compile each block with torch.compile."""
@@ -317,7 +317,7 @@ class TrainConfig(Options):
     eval_every: ZeroOrMore = 0
     """Steps between evaluations; 0 evaluates eight times per run. The first and the last step are always evaluated."""
     goal_pairs: ZeroOrMore = 2048
-    """Number of training pairs, the chosen end states of which are averaged into the saved goal state; 0 uses all."""
+    """Number of training pairs whose chosen end states are averaged into the saved goal state; 0 uses all."""
     dry_run: bool = False
     """Print lengths, dropped pairs, batches, steps and predicted memory, and train nothing."""
 
@@ -330,7 +330,7 @@ class TrainConfig(Options):
     """Also save at every evaluation, keep the checkpoint with the greatest value of this metric, and write its model to
     the folder model_best at the end; eval/spearman is that of --loss mse."""
     early_stopping: ZeroOrMore = 0
-    """Stop after this many evaluations in a row that do not improve the metric of --keep-best; 0 never does. The
+    """Stop after this many consecutive evaluations that do not improve the metric of --keep-best; 0 never does. The
     learning rate follows the schedule of the whole run."""
     resume: str = "auto"
     """auto resumes from the newest complete checkpoint in the output folder, if there is one; never starts over and

@@ -1,4 +1,4 @@
-"""When a run stops early: after a number of evaluations in a row that did not improve its metric."""
+"""When a run stops early: after a number of consecutive evaluations that did not improve its metric."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 @dataclass(kw_only=True)
 class EarlyStopping:
-    """Counts the evaluations in a row without a greater value of ``metric`` (empty: of nothing); ``patience`` of them
+    """Counts consecutive evaluations without a greater value of ``metric`` (empty: of nothing); ``patience`` of them
     end the run (0: never). Every rank counts alike."""
 
     metric: str

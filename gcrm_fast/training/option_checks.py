@@ -138,8 +138,8 @@ def _check_model(config: "TrainConfig", check: _Check) -> None:
         need(config.train_layers > 0, "train_layers", "1 or more with --cache-states")
         need(config.cache != "none", "cache", "a folder or auto with --cache-states")
     need(bool(config.lora_targets), "lora_targets", "at least one layer")
-    need(not config.lora_rank or bool(config.model), "lora_rank", "0 without --model, the weights of which stay")
-    need(not config.sft_weight or bool(config.model), "sft_weight", "0 without --model, the lm_head of which it uses")
+    need(not config.lora_rank or bool(config.model), "lora_rank", "0 without --model, whose weights it adapts")
+    need(not config.sft_weight or bool(config.model), "sft_weight", "0 without --model, whose lm_head it uses")
     if not config.model:
         if config.head_size:
             need(config.head_size % 2 == 0, "head_size", "even")

@@ -126,7 +126,7 @@ def open_model(config: TrainConfig) -> tuple[ModelConfig, Weights]:
     folder = locate(config.model, "--model", MODEL_FILES)
     base = base_folder(folder)
     if config.lora_rank and base != folder:
-        raise UserError(f"--model {config.model}: is an adapter itself, on which --lora-rank puts none: {MERGE}")
+        raise UserError(f"--model {config.model}: is already an adapter, and --lora-rank cannot add another: {MERGE}")
     model_config = read_config(base, **head_of(config))
     window = model_config.sliding_window
     if window and config.max_length > window:

@@ -171,7 +171,8 @@ class Run:
         if self.config.keep:
             about = facts(step, self.config, self.prepared.data_key, self.state.window, evaluation)
             about["early_stopping"] = self.stopping.facts()
-            stall = self.checkpoints.save(step, self.state.tensors(), about)
+            with self.meter.paused():
+                stall = self.checkpoints.save(step, self.state.tensors(), about)
             if self.log:
                 self.log.write(step, {"checkpoint_stall_s": stall})
 
@@ -352,7 +353,7 @@ def finish(run: Run, step: int) -> dict[str, float]:
                 ("shortcut: bag of tokens", f"{baselines['baseline/auroc_bag_of_tokens']:.3f}"),
             ]
         plot_curves(log.rows, output / "curves.png")
-        (output / "config.toml").write_text(to_toml(run.config))
+        (output / "config.toml").write_text(to_toml(run.config), encoding="utf-8")
     run.write_report(last.goal)
     if run.config.keep_best:
         rows.append(write_best(run, step, last, evaluation, rows))

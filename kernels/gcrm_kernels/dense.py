@@ -17,7 +17,7 @@ Dtypes and eps as in contrastive.py. Deterministic: no atomics, every gradient r
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,25 @@ BLOCK_ROWS = 256  # rows of a pair's cosines that the PyTorch path holds at a ti
 # ------------------------------------------------------------------------------------------------------ PyTorch path
 
 
-def _blocks(states_MD: Tensor, cu_seqlens: Tensor, temperature: float) -> Iterator[tuple[int, slice, Any]]:
-    """(pair, rows, their statistics) for blocks of at most BLOCK_ROWS rows; see the names in the body."""
+class _Block(NamedTuple):
+    """Rows r of a pair n with L rows, and what its loss needs of their cosines [r, L] to all of them."""
+
+    pair: int
+    rows: slice  # among the pair's
+    at: slice  # among all
+    z: Tensor  # the pair's states [L, D]
+    scale: Tensor  # [r, L]: of a product of two states, to their cosine
+    own_scale: Tensor  # [L]: of the gradient of a norm
+    cosine: Tensor
+    positive: Tensor
+    negative: Tensor
+    weight: Tensor
+    sign: Tensor
+    counted_once: Tensor  # [r, L]: a couple of chosen states counts in one of its two rows
+
+
+def _blocks(states_MD: Tensor, cu_seqlens: Tensor) -> Iterator[_Block]:
+    """At most BLOCK_ROWS rows of one pair each."""
     cuts = cu_seqlens.tolist()
     for n, (a, b, c) in enumerate(zip(cuts[0:-1:2], cuts[1::2], cuts[2::2], strict=True)):
         z = states_MD[a:c]
@@ -57,45 +74,29 @@ def _blocks(states_MD: Tensor, cu_seqlens: Tensor, temperature: float) -> Iterat
             weight += negative.to(z.dtype) * (1 / ((b - a) * (c - b)))
             sign = torch.where(positive, 1.0, -1.0).to(z.dtype)
             counted_once = chosen[rows, None] & (position > position[rows, None])
-            yield (
-                n,
-                slice(a + rows.start, a + rows.stop),
-                (
-                    z,
-                    rows,
-                    scale,
-                    own_scale,
-                    cosine,
-                    positive,
-                    negative,
-                    weight,
-                    sign,
-                    counted_once,
-                ),
-            )
+            at = slice(a + rows.start, a + rows.stop)
+            yield _Block(n, rows, at, z, scale, own_scale, cosine, positive, negative, weight, sign, counted_once)
 
 
 def _analytic_forward(states_MD: Tensor, cu_seqlens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     n_pairs = (len(cu_seqlens) - 1) // 2
     dtype = torch.float64 if states_MD.dtype == torch.float64 else torch.float32
     loss_N, similarity_2N = states_MD.new_zeros(n_pairs, dtype=dtype), states_MD.new_zeros(2, n_pairs, dtype=dtype)
-    for n, _, (*_, cosine, positive, negative, weight, sign, counted_once) in _blocks(
-        states_MD, cu_seqlens, temperature
-    ):
-        weight = weight * counted_once
-        loss_N[n] -= (F.logsigmoid(cosine * (sign / temperature)) * weight).sum()
-        similarity_2N[:, n] += torch.stack([(cosine * weight * kind).sum() for kind in (positive, negative)])
+    for block in _blocks(states_MD, cu_seqlens):
+        weight, kinds = block.weight * block.counted_once, (block.positive, block.negative)
+        loss_N[block.pair] -= (F.logsigmoid(block.cosine * (block.sign / temperature)) * weight).sum()
+        similarity_2N[:, block.pair] += torch.stack([(block.cosine * weight * kind).sum() for kind in kinds])
     return loss_N, similarity_2N
 
 
 def _analytic_backward(grad_N: Tensor, states_MD: Tensor, cu_seqlens: Tensor, temperature: float) -> Tensor:
     out_MD = states_MD.new_zeros(states_MD.shape)
-    for n, at, (z, rows, scale, own_scale, cosine, _, _, weight, sign, _) in _blocks(
-        states_MD, cu_seqlens, temperature
-    ):
-        e = torch.sigmoid(cosine * (-sign / temperature)) * weight * (sign * (-grad_N[n] / temperature))
-        own = (e * cosine).sum(1, keepdim=True) * own_scale[rows, None]
-        out_MD[at] = (e.mul_(scale) @ z).addcmul_(own, z[rows], value=-1).to(out_MD.dtype)
+    for block in _blocks(states_MD, cu_seqlens):
+        slope = block.sign * (-grad_N[block.pair] / temperature)
+        e = torch.sigmoid(block.cosine * (-block.sign / temperature)) * block.weight * slope
+        own = (e * block.cosine).sum(1, keepdim=True) * block.own_scale[block.rows, None]
+        grad_rD = (e.mul_(block.scale) @ block.z).addcmul_(own, block.z[block.rows], value=-1)
+        out_MD[block.at] = grad_rD.to(out_MD.dtype)
     return out_MD
 
 

@@ -118,7 +118,7 @@ def test_speed_is_all_pairs_over_the_sum_of_median_step_times(
         {"method": name, "pairs/s": speed, "peak": 1}
         for name, speed in ((contestants.TRL, 2.0), (contestants.OURS, 10.0))
     ]
-    finished = [step.finished(r, rows, "gsm8k_pairs", CPU) | {"% matmul": 50.0} for r in rows]
+    finished = [step.finished(r, rows, "gsm8k_pairs") | {"% matmul": 50.0} for r in rows]
     assert finished[1]["x TRL"] == 5
     assert finished[1]["x TRL shipped"] is None
     assert "5.0 times TRL without checkpointing" in step.verdict(finished)
@@ -131,7 +131,7 @@ def test_one_that_does_not_fit_is_a_note(step: ModuleType, contestants: ModuleTy
         raise torch.OutOfMemoryError
 
     c = contestants.Contestant("large", [batch], run, run, lambda _: our_step.Work(1, 1.0), {})
-    rows = [step.finished(r, [], "gsm8k_pairs", CPU) for r in step.race([c], 1, CPU, torch.float32)]
+    rows = [step.finished(r, [], "gsm8k_pairs") for r in step.race([c], 1, CPU, torch.float32)]
     assert rows[0]["note"] == "out of memory"
     assert "pairs/s" not in rows[0]
 

@@ -203,7 +203,7 @@ def test_no_adapters_on_an_adapter(base: Path, tmp_path: Path, capsys: pytest.Ca
     folder = adapter(tmp_path / "a", base)
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "one", "chosen": " two", "rejected": " six"}\n')
     assert main(["--data", str(tmp_path / "pairs.jsonl"), "--model", str(folder), "--lora-rank", "4"]) == 2
-    assert "is an adapter itself, on which --lora-rank puts none: merge it with peft" in capsys.readouterr().err
+    assert "is already an adapter, and --lora-rank cannot add another: merge it with peft" in capsys.readouterr().err
 
 
 def test_a_folder_without_an_adapter_is_its_own_base(base: Path) -> None:

@@ -109,7 +109,7 @@ def test_fields_columns_and_several_sources(tmp_path: Path) -> None:
         read(tmp_path, record, fields=["family", "model"])
     columns = parse_columns("question=family,completion=prompt", COMPLETION_FORMATS)
     assert [(c.prompt, c.completion) for c in read(tmp_path, record, columns=columns)] == [("x", "p")]
-    with pytest.raises(UserError, match="'margin' is none of the fields chosen, chosen_cut, completion,"):
+    with pytest.raises(UserError, match="'margin' is not one of the fields chosen, chosen_cut, completion,"):
         parse_columns("margin=x", COMPLETION_FORMATS)
     with pytest.raises(UserError, match="so name all fields of a format: prompt, completion; "):
         parse_columns("completion=x", COMPLETION_FORMATS)

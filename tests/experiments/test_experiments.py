@@ -422,7 +422,7 @@ def test_live_from_policies_and_again(
     assert live.main([*paths, "--problems", "6"]) == 2
     assert "its rows are of another number of problems" in capsys.readouterr().err
     assert live.main(["--policy", "nowhere"]) == 2
-    assert "--policy nowhere: is no folder: run python experiments/policies.py first" in capsys.readouterr().err
+    assert "--policy nowhere: is not a folder: run python experiments/policies.py first" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- a pretrained model
@@ -459,7 +459,7 @@ def test_a_pretrained_models_arms_one_by_one(
     assert "its rows are of another budget" in capsys.readouterr().err
     for option, known in (("--sets", "GSM8K, HH"), ("--only", "ranking, paper")):
         assert script.main([*sizes, *paths, option, "absent"]) == 2
-        assert f"{option} absent: must be of {known}" in capsys.readouterr().err
+        assert f"{option} absent: must be one of {known}" in capsys.readouterr().err
 
 
 def test_the_ranking_loss_is_that_of_trl_at_each_step(

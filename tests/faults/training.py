@@ -1,6 +1,18 @@
 """Faults planted in training/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "speed: that of checkpoints is that of training": (
+        "gcrm_fast/training/run.py",
+        "            with self.meter.paused():\n                stall =",
+        "            if True:\n                stall =",
+        "tests/training/test_metrics_log.py -k training_alone",
+    ),
+    "speed: that of evaluations is that of training": (
+        "gcrm_fast/training/run.py",
+        "        with self.meter.paused():\n            goal =",
+        "        if True:\n            goal =",
+        "tests/training/test_metrics_log.py -k training_alone",
+    ),
     "bottleneck: its options ignored without it": (
         "gcrm_fast/training/option_checks.py",
         'check.only(config.head == "bottleneck", OF_BOTTLENECK',

@@ -55,7 +55,7 @@ def test_arithmetic_judges_every_step_and_reads_the_last() -> None:
 @pytest.mark.parametrize("prompt", ["What is 3 + 4?", "a=3,b=4:a+c?", "a=x,b=4:a+b?", "a=3:b=4:a+b?"])
 def test_arithmetic_names_the_form_of_its_prompts(prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert Verifiers({"sums": "arithmetic"}).check("sums", prompt, "3+4=2;", None) == (0.0, "failed")
-    reason = "the prompt is no sum of the form a=3,b=4:a+b?"
+    reason = "the prompt is not a sum of the form a=3,b=4:a+b?"
     line = f"gcrm: verifier arithmetic failed at the prompt {prompt!r}: {reason}: counted as wrong\n"
     assert capsys.readouterr().err == line
 

@@ -174,7 +174,7 @@ def test_pearson_interval_is_that_of_drawn_prompts() -> None:
             "must be eval/spearman with --loss mse",
         ),
         (["--eval-split", "0.1", "--keep-best", "eval/auroc_q"], "must be eval/auroc or eval/accuracy with --loss bce"),
-        (["--columns", "prompt=a,chosen=b,rejected=c"], "'chosen' is none of the fields"),
+        (["--columns", "prompt=a,chosen=b,rejected=c"], "'chosen' is not one of the fields"),
     ],
 )
 def test_what_needs_pairs_is_refused(options: list[str], said: str) -> None:

@@ -190,7 +190,7 @@ def test_what_has_no_lm_head_is_refused(finished: Path, pair_file: Path, tmp_pat
         assert result.returncode == 2
         assert f"{folder}: holds no lm_head: name a language model" in result.stderr
     result = gcrm("train", *arguments(pair_file, tmp_path / "out", *WEIGHT))
-    assert "--sft-weight 0.5: must be 0 without --model, the lm_head of which it uses" in result.stderr
+    assert "--sft-weight 0.5: must be 0 without --model, whose lm_head it uses" in result.stderr
 
 
 def test_adapters_and_cached_states_have_the_same_lm_head(pair_file: Path, base: Path, tmp_path: Path) -> None:

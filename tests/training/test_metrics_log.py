@@ -1,6 +1,8 @@
 """Where a run's metrics and its model go: TensorBoard, Weights & Biases, the Hugging Face Hub."""
 
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,8 +10,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import metadata, plugin_data_pb2
 
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.training import hub
+from gcrm_fast.train import main
+from gcrm_fast.training import accounting, hub, run
 from gcrm_fast.training.config import parse
+from gcrm_fast.training.snapshots import Checkpoints
 from support.training_runs import Gcrm, arguments, rows
 
 
@@ -87,3 +91,29 @@ def test_a_hub_that_does_not_answer_is_noticed_before_training(pair_file: Path, 
         hub.upload(tmp_path, "owner/judge")
     with pytest.raises(UserError, match="OWNER/NAME"):
         parse(["--push-to-hub", "judge"])
+
+
+def test_speeds_are_of_training_alone(pair_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluation and each checkpoint takes a day longer."""
+    late = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0])
+    monkeypatch.setattr(accounting, "time", clock)
+
+    def a_day_longer(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            late[0] += 86_400
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    a_day_longer(run, "score_pairs")
+    a_day_longer(Checkpoints, "save")
+    assert (
+        main(arguments(pair_file, tmp_path / "run", "--eval-every", "2", "--save-every", "3", "--log-every", "1")) == 0
+    )
+    assert late[0] > 5 * 86_400
+    speeds = [row["pairs_per_s"] for row in rows(tmp_path / "run") if "pairs_per_s" in row]
+    assert len(speeds) == 12
+    assert min(speeds) > 1e-2

@@ -371,7 +371,7 @@ def test_what_does_not_fit_is_refused(
 BAD = [
     ({"prompt": "q", "completions": [" a"]}, "field 'completions' has 1 entry"),
     ({"prompt": "q", "completions": []}, "field 'completions' has no entry"),
-    ({"prompt": "q", "completions": [" a", " b<|im_end|>"]}, "which is no token of the reward model's tokenizer"),
+    ({"prompt": "q", "completions": [" a", " b<|im_end|>"]}, "which is not a token of the reward model's tokenizer"),
     ({"prompt": "q", "completions": [" a", ""], "completions_cut": [False, True]}, "is cut and has no token"),
 ]
 
