@@ -99,7 +99,7 @@ def score_pairs(
 ) -> Scores:
     """Rewards, Q-values along the completion and loss statistics of ``pairs``, gathered on every rank."""
     ids: list[int] = []
-    parts: list[np.ndarray] = []
+    parts: list[Tensor] = []
     total: Statistics | None = None
     within_2 = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
@@ -109,14 +109,15 @@ def score_pairs(
             total = statistics if total is None else total + statistics
             q_2NQ = q_values(output.z_RD, goal_D[None])[:, 0][pack.pairs.quantiles_2NQ]
             within_2 += similarity_within(output.z_RD, pack.pairs.quantiles_2NQ)
-            parts.append(torch.cat([output.reward_2N[..., None], q_2NQ], dim=-1).cpu().numpy())
+            parts.append(torch.cat([output.reward_2N[..., None], q_2NQ], dim=-1))
             ids += pack.pairs.pair_ids
+        own_values = torch.cat(parts, dim=1).cpu().numpy()  # waits for the device once
     assert total is not None  # every rank has a pack, if only an empty one
     dist.all_reduce(total.sums_K)
     dist.all_reduce(within_2)
     measured = total.means(len(pairs)) | {"similarity/within": float(within_2[0] / within_2[1])}
     gathered: list[tuple[list[int], np.ndarray]] = [([], np.empty(0))] * dist.get_world_size()
-    dist.all_gather_object(gathered, (ids, np.concatenate(parts, axis=1)))
+    dist.all_gather_object(gathered, (ids, own_values))
     values = np.concatenate([part for _, part in gathered], axis=1)
     order = np.argsort(np.concatenate([np.array(i, dtype=np.int64) for i, _ in gathered]))
     back = np.argsort(np.argsort([pair.pair_id for pair in pairs]))  # from pair-id order to the order of `pairs`
