@@ -36,7 +36,7 @@ from gcrm_fast.rlhf.generative import GenerativeJudge
 from gcrm_fast.rlhf.trl import RewardFunction
 from own_samples import own_pairs
 from policies import fine_tune
-from summary import cell, machine, markdown, paired_difference, read_rows, save_rows, write_aside
+from summary import bind, cell, machine, markdown, paired_difference, read_rows, save_rows, status, write_aside
 
 HERE = Path(__file__).resolve().parent
 TEMPLATE, VERDICTS = "{prompt}{first}?{second}?", ("a", "b")  # within the tokens and positions of the policies
@@ -192,11 +192,9 @@ def report(options: JudgeOptions, rows: Sequence[Row], left: int) -> str:
         )
         if better in ends and worse in ends
     ]
-    still = f"{left} rows are still missing; call it again to compute them." if left else "Every row is finished."
-    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
     return f"""# Verifier, judge and reward model under best of n
 
-Written by `python experiments/judges.py`. {still} Machines: {machines}.
+Written by `python experiments/judges.py`. {status(rows, left)}
 
 Share of right solutions among the best of n of {options.samples} samples of the policy `{options.policy.name}`, over
 {options.problems} held-out problems; means over seeds with 95% t-intervals. A judge learns from {options.steps} steps
@@ -256,7 +254,7 @@ def row_of(options: JudgeOptions, kind: str, width: int, seed: int, problems: Pr
 def run(options: JudgeOptions) -> None:
     """Raises UserError."""
     datasets.disable_progress_bars()
-    options.runs.mkdir(parents=True, exist_ok=True)
+    bind(options.runs, {"policy": str(options.policy)})
     problems = Problems.of(options)
     rows = read_rows(options.report, settings(options))
     jobs = missing(options, rows)

@@ -32,12 +32,14 @@ from gcrm_fast.inference.methods import Method
 from own_samples import own_pairs
 from summary import (
     COVERAGE,
+    bind,
     change,
     machine,
     markdown,
     mean_interval,
+    read_rows,
     save_rows,
-    saved_rows,
+    status,
     trained,
     two_way_interval,
     write_aside,
@@ -283,10 +285,9 @@ def compared(ours: Found, base: Found) -> str:
 def report(options: Options, rows: Sequence[Row], left: int) -> str:
     by_objective = {name: complete(options, rows, name) for name in OBJECTIVES}
     seeds = max(len(found.seeds) for found in by_objective.values())
-    still = f" {left} rows are still missing: the same command adds them." if left else ""
     text = f"""# Does it help to look at Q while a policy writes?
 
-Written by `python experiments/live.py --problems {options.problems} --seeds {options.seeds}`; {machine()}.{still}
+Written by `python experiments/live.py --problems {options.problems} --seeds {options.seeds}`. {status(rows, left)}
 
 The policy of `experiments/policies.py` solves {options.problems} held-out problems at temperature 1. Answers are right
 or wrong by the arithmetic itself. Reward models: the default run of `gcrm train` (contrastive) and the same with
@@ -332,9 +333,9 @@ def complete(options: Options, rows: Sequence[Row], objective: str) -> Found:
 # ------------------------------------------------------------------------------------------------------------ rows
 
 
-def read_rows(options: Options) -> list[Row]:
-    """Rows so far. Raises UserError where they are of other problems."""
-    rows = saved_rows(options.report)
+def rows_so_far(options: Options) -> list[Row]:
+    """Raises UserError where they are of another policy or other problems."""
+    rows = read_rows(options.report, {"policy": options.policy.name})
     if rows and len(rows[0]["problems"]["reward_tokens"]) != options.problems:
         path = options.report.with_suffix(".json")
         raise UserError(f"{path}: its rows are of another number of problems: choose another --report")
@@ -372,7 +373,8 @@ def add_rows(options: Options, rows: list[Row], objective: str, seed: int, polic
         print(f"{objective}, seed {seed}: {arm}", flush=True)
         own = goals.shuffled(seed) if arm.endswith(SHUFFLED) else goals
         values = measured(policy, reward, own, method, seed, problems)
-        rows.append({"objective": objective, "seed": seed, "arm": arm, "problems": values})
+        named = {"objective": objective, "seed": seed, "arm": arm, "policy": options.policy.name, "machine": machine()}
+        rows.append(named | {"problems": values})
         save(options, rows)
 
 
@@ -380,7 +382,8 @@ def run(options: Options) -> None:
     """Raises UserError."""
     if not options.policy.is_dir():
         raise UserError(f"--policy {options.policy}: is not a folder: run python experiments/policies.py first")
-    rows = read_rows(options)
+    rows = rows_so_far(options)
+    bind(options.runs, {"policy": str(options.policy)})
     policy = Policy.from_pretrained(options.policy)
     for seed in range(options.seeds):
         for objective in OBJECTIVES:

@@ -30,16 +30,7 @@ from gcrm_fast.inference.judging import Goals
 from gcrm_fast.inference.methods import Method
 from labeled_sets import read_lines
 from live import best_of, difference
-from summary import (
-    cell,
-    data_folder,
-    machine,
-    markdown,
-    read_rows,
-    save_rows,
-    trained,
-    write_aside,
-)
+from summary import bind, cell, data_folder, machine, markdown, read_rows, save_rows, status, trained, write_aside
 
 HERE = Path(__file__).resolve().parent
 TRAIN, TEST = "hh_pairs_train.jsonl.gz", "hh_pairs_test.jsonl.gz"
@@ -282,12 +273,10 @@ def report(options: Options, rows: Sequence[Row]) -> str:
     samples = [row for row in rows if row["arm"] == UNSTEERED]
     wanted = {(arm, seed) for arm in (UNSTEERED, *WANTED) for seed in range(options.seeds)}
     left = len(wanted - {(row["arm"], row["seed"]) for row in rows})
-    still = f"{left} rows are still missing; call it again to compute them." if left else "Every row is finished."
-    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
     held_out = cell([row["accuracy"] for row in samples])
     return f"""# Q while SmolLM2 answers real questions
 
-Written by `python experiments/live_text.py`. {still} Machines: {machines}.
+Written by `python experiments/live_text.py`. {status(rows, left)}
 
 `{options.model}` answers {options.questions} held-out questions of HH's helpful subsets with up to
 {options.new_tokens} tokens, temperature 1, top-p 0.95. It is steered by reward models with the contrastive loss (top
@@ -341,6 +330,7 @@ def run(options: Options) -> None:
     questions = questions_of(data_folder(options.data), options.questions)
     if len(questions) < options.questions:
         raise UserError(f"--questions {options.questions}: there are {len(questions)}")
+    bind(options.runs, {"model": options.model, "pairs": options.pairs, "judge_pairs": options.judge_pairs})
     policy = Policy.from_pretrained(options.model)
     judge = reward_model(options, JUDGE, JUDGE_SEED, half=1, count=options.judge_pairs, objective="ranking")
     pool: list[list[Text]] = []

@@ -42,6 +42,7 @@ from gcrm_fast.rlhf.latents import LatentReference
 from gcrm_fast.rlhf.trl import RewardFunction
 from own_samples import own_pairs
 from summary import (
+    bind,
     cell,
     machine,
     markdown,
@@ -49,6 +50,7 @@ from summary import (
     paired_difference,
     read_rows,
     save_rows,
+    status,
     trained,
     verdict,
     write_aside,
@@ -406,11 +408,9 @@ Against plain with the same labels and width, by 95% intervals over seeds and pr
 
 
 def report(options: Options, rows: Sequence[Row], left: int) -> str:
-    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
-    still = f"{left} rows are still missing; call it again to compute them." if left else "Every row is finished."
     return f"""# Over-optimization by best of n, with an exact gold
 
-Written by `python experiments/overoptimization.py`. {still} Machines: {machines}.
+Written by `python experiments/overoptimization.py`. {status(rows, left)}
 
 The policy `{options.policy.name}` writes {options.samples} samples of each of {options.problems} held-out problems.
 For n = 1, 2, 4, ... each reward model picks the best of n (the unbiased estimate over all choices of n). Reward models
@@ -462,7 +462,7 @@ def missing(options: Options, rows: Sequence[Row]) -> list[tuple[str, int, int]]
 
 def run(options: Options) -> None:
     """Raises UserError."""
-    options.runs.mkdir(parents=True, exist_ok=True)
+    bind(options.runs, {"policy": str(options.policy)})
     held_out = generate(0, options.problems + options.references, DATA_SEED, 3)[1]
     prompts = [pair.prompt for pair in held_out[: options.problems]]
     others = [pair.prompt for pair in held_out[options.problems :]]

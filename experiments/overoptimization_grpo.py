@@ -52,7 +52,7 @@ from overoptimization import (
     write_rows,
 )
 from overoptimization import Options as LaboratoryOptions
-from summary import machine, markdown, read_rows, write_aside
+from summary import bind, machine, markdown, read_rows, status, write_aside
 
 HERE = Path(__file__).resolve().parent
 LENGTH = 24  # maximum tokens of a sample; a solution of three steps has 19
@@ -192,11 +192,9 @@ def warned(rows: Sequence[Row]) -> str:
 
 
 def report(options: Options, rows: Sequence[Row], left: int) -> str:
-    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
-    still = f"{left} rows are still missing; call it again to compute them." if left else "Every row is finished."
     return f"""# Over-optimization by GRPO, with an exact gold
 
-Written by `python experiments/overoptimization_grpo.py`. {still} Machines: {machines}.
+Written by `python experiments/overoptimization_grpo.py`. {status(rows, left)}
 
 TRL's GRPO trains the policy `{options.policy.name}` for {options.grpo_steps} steps of 8 samples of 8 prompts against
 each reward model of [best of n](overoptimization.md): learning rate {LR:g}, decreasing linearly to 0, and a KL weight
@@ -241,7 +239,7 @@ step, is what a detector must beat.
 
 def save(options: Options, rows: Sequence[Row]) -> None:
     rows = write_rows(options.report, rows)
-    write_aside(options.report.with_suffix(".md"), report(options, rows, len(missing(Options(), rows))))
+    write_aside(options.report.with_suffix(".md"), report(options, rows, len(missing(options, rows))))
     plot_overoptimization(
         {
             name_of(row): sorted((Point(*point) for point in row["points"]), key=lambda point: point.kl)
@@ -298,7 +296,7 @@ def trained_policy(options: Options, proxy: Proxy, held_out: Sequence[Pair], see
 def run(options: Options) -> None:
     """Raises UserError."""
     datasets.disable_progress_bars()
-    options.runs.mkdir(parents=True, exist_ok=True)
+    bind(options.runs, {"policy": str(options.policy)})
     held_out = generate(0, options.problems + options.references, DATA_SEED, 3)[1]
     asked, others = held_out[: options.problems], [pair.prompt for pair in held_out[options.problems :]]
     texts, written = samples_of(options, [pair.prompt for pair in asked], others)

@@ -25,7 +25,7 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.options import Argument, AtLeastOne, ZeroOrMore
 from gcrm_fast.common.options import Options as CommandOptions
-from summary import COVERAGE, cell, data_folder, machine, markdown, mean_interval, to_json, trained, write_aside
+from summary import COVERAGE, bind, cell, data_folder, machine, markdown, mean_interval, to_json, trained, write_aside
 
 ARMS: dict[str, dict[str, str]] = {  # options of gcrm train
     "ranking": {"objective": "ranking"},
@@ -283,6 +283,7 @@ def run(options: Options) -> None:
         if unknown := set(given) - set(known):
             raise UserError(f"{option} {' '.join(sorted(unknown))}: must be one of {', '.join(known)}")
     report = earlier(options)
+    bind(options.runs, {"pairs": options.pairs, "held_out": options.held_out})
     rows: list[dict[str, Any]] = report["rows"]
     if options.trl_steps:
         from same_as_trl import compare  # here: the rest needs no TRL

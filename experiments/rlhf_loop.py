@@ -47,6 +47,7 @@ from policies import Options as PolicyOptions
 from policies import chances, share_right
 from policies import train as train_policies
 from summary import (
+    bind,
     cell,
     change,
     machine,
@@ -534,6 +535,7 @@ def run(options: LoopOptions) -> None:
     datasets.disable_progress_bars()
     path = options.report
     rows = read_rows(path, settings(options))
+    bind(options.runs, settings(options))
     for seed in range(3 if options.full else 1):
         for arm in RUN if options.full else ARMS:
             if any((row["seed"], row["arm"]) == (seed, arm) for row in rows):

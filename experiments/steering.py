@@ -43,7 +43,7 @@ from gcrm_fast.inference.judging import Goals
 from gcrm_fast.inference.methods import Method
 from live import POOL, SIZES, UNSTEERED, Found, best_of, difference, interval, level
 from own_samples import own_pairs
-from summary import COVERAGE, machine, markdown, save_rows, saved_rows, trained, write_aside
+from summary import COVERAGE, machine, markdown, save_rows, saved_rows, status, trained, write_aside
 
 HERE = Path(__file__).resolve().parent
 TERSE, LONG = STYLES = ("terse", "long")
@@ -290,11 +290,9 @@ def known(rows: Sequence[Row], seeds: Sequence[int]) -> str:
 def report(options: Options, rows: Sequence[Row], left: int) -> str:
     counts = Counter(row["seed"] for row in rows)
     found = Found(rows, DATA, [seed for seed in range(options.seeds) if counts[seed] == 1 + len(arms())])
-    machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
-    still = f"{left} rows are still missing: the same command adds them." if left else "Every row is finished."
     text = f"""# Does a goal steer the style of what a policy writes?
 
-Written by `python experiments/steering.py --problems {options.problems} --seeds {options.seeds}`; {machines}. {still}
+Written by `python experiments/steering.py --problems {options.problems} --seeds {options.seeds}`. {status(rows, left)}
 
 A policy writes right and wrong solutions in two styles, terse (`4+2=1`, a line per step) and long
 (`b=4,d=2,4+2=1`: the values restated). The reward models start from it and take {STEPS} steps of 80 pairs: its

@@ -22,6 +22,10 @@ from gcrm_fast.training.resume import FREE
 COVERAGE = 0.95
 
 
+# Options that a run may change when it resumes, but that its finished model or metrics depend on.
+OF_RESULTS = frozenset({"early_stopping", "eval_by", "eval_data", "eval_pairs", "goal_pairs", "keep_best"})
+
+
 def data_folder(named: str) -> Path:
     """The folder of real data: ``named``, else GCRM_DATA. Raises UserError if neither names a folder."""
     folder = named or os.environ.get("GCRM_DATA", "")
@@ -45,13 +49,25 @@ def trained(folder: Path, arguments: Sequence[str]) -> Path:
     other = [
         field.name
         for field in dataclasses.fields(TrainConfig)
-        if field.name not in FREE and getattr(found, field.name) != getattr(wanted, field.name)
+        if field.name not in FREE - OF_RESULTS and getattr(found, field.name) != getattr(wanted, field.name)
     ]
     if other:
         raise UserError(
             f"{folder}: holds another run's model (config.toml differs in: {', '.join(other)}): choose another --runs"
         )
     return folder / "model"
+
+
+def bind(runs: Path, settings: Mapping[str, Any]) -> None:
+    """Notes in the folder which options its files come from. Raises UserError where they come from other ones."""
+    path = runs / "settings.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    for name, value in settings.items():
+        if kept.get(name) != value:
+            option = name.replace("_", "-")
+            raise UserError(f"{runs}: holds files of --{option} {kept.get(name)}, not {value}: choose another --runs")
+    runs.mkdir(parents=True, exist_ok=True)
+    write_aside(path, to_json(settings))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -120,6 +136,12 @@ def machine() -> str:
         names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
         device = f"{next(names, platform.machine())}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
     return f"{device}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def status(rows: Sequence[Mapping[str, Any]], left: int) -> str:
+    """Sentences of a report: how many rows are missing, and the machines of the others."""
+    still = f"{left} rows are still missing; call it again to compute them." if left else "Every row is finished."
+    return f"{still} Machines: {'; '.join(dict.fromkeys(row['machine'] for row in rows))}."
 
 
 def write_aside(path: Path, text: str) -> None:

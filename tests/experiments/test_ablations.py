@@ -82,7 +82,7 @@ def test_ablations_of_a_pretrained_model(
     assert "late goal" not in text  # no row of an arm that was not trained
     capsys.readouterr()
     assert ablations.main([*given, "--arms", "rs"]) == 2
-    assert "--arms rs: must be of random, ranking, " in capsys.readouterr().err
+    assert "--arms rs: must be one of random, ranking, " in capsys.readouterr().err
 
 
 def test_signs_and_those_of_the_paper(ablations: ModuleType) -> None:

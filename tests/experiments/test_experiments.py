@@ -19,10 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gcrm_fast import Policy, train
 from gcrm_fast.checkpoints.config_json import read_config
 from gcrm_fast.checkpoints.weights import open_weights
+from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.arithmetic import generate, is_correct
 from gcrm_fast.data.encoding import Completion
 from gcrm_fast.data.records import Candidate
 from gcrm_fast.data.tokenization import train_tokenizer
+from gcrm_fast.training.config import parse, to_toml
 from support.folders import tokenizer
 from support.models import save
 from support.training_runs import ROOT
@@ -245,6 +247,26 @@ def test_objectives_from_nothing_and_again(
     assert objectives.main([*common, "2"]) == 2
     assert "holds another run's model (config.toml differs in: steps)" in capsys.readouterr().err
     assert len(trainings) == 4
+
+
+def test_a_model_is_reused_with_the_same_options_alone(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    """Also options that a run may change when it resumes, where results depend on them."""
+    summary, folder = script("summary"), tmp_path / "run"
+    words = ["--data", "a.jsonl", "--goal-pairs", "9", "--log-every", "5", "--output", str(folder)]
+    (folder / "model").mkdir(parents=True)
+    (folder / "config.toml").write_text(to_toml(parse(words)))
+    assert summary.trained(folder, [*words[:4], "--log-every", "7"]) == folder / "model"
+    for name, value in {"goal-pairs": "8", "eval-pairs": "7", "eval-data": "b.jsonl"}.items():
+        with pytest.raises(UserError, match=f"config.toml differs in: {name.replace('-', '_')}"):
+            summary.trained(folder, [*words[:6], f"--{name}", value])
+
+
+def test_files_of_other_options_are_not_reused(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    summary, runs = script("summary"), tmp_path / "runs"
+    for _ in range(2):
+        summary.bind(runs, {"policy": "a", "train_pairs": 3})
+    with pytest.raises(UserError, match="runs: holds files of --train-pairs 3, not 4: choose another --runs"):
+        summary.bind(runs, {"policy": "a", "train_pairs": 4})
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_rows_are_kept_and_the_missing_ones_added(
         assert [values[4] for values in one["detectors"]] == kl
         assert np.array(one["gold"]).shape == (8, 3)
     text = (tmp_path / "report.md").read_text()
-    assert "34 rows are still missing; call it again to compute them." in text
+    assert "Every row is finished. Machines: " in text
     assert text.count("| InfoRM, 0% flipped, seed 1 |") == 2, "curve and detectors"
     assert (tmp_path / "report.png").exists()
     assert lab.main([*world, "--every", "2"]) == 2

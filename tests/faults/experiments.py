@@ -1,6 +1,18 @@
 """Faults planted in experiments/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "experiments: a model with another goal state is reused": (
+        "experiments/summary.py",
+        "if field.name not in FREE - OF_RESULTS and",
+        "if field.name not in FREE and",
+        "tests/experiments/test_experiments.py -k reused_with",
+    ),
+    "experiments: samples of another policy are reused": (
+        "experiments/summary.py",
+        "        if kept.get(name) != value:\n            option",
+        "        if False:\n            option",
+        "tests/experiments/test_experiments.py -k other_options",
+    ),
     "localization: the error's own token counted before it": (
         "experiments/arithmetic_chain.py",
         "above(one)[one.error :].tolist()",
