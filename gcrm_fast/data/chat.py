@@ -105,7 +105,7 @@ def as_texts(
         calls = [call for message in answers[name] for call in message.get("tool_calls", ())]
         if calls and not any(_texts(answers[name])) and not any(_name(call) in whole[len(asked) :] for call in calls):
             raise FieldError(name, "is a call, which the chat template of the model does not write")
-    return asked, [Rendered(whole[len(asked) :]) for whole in wholes.values()]
+    return Rendered(asked), [Rendered(whole[len(asked) :]) for whole in wholes.values()]
 
 
 def trained_on(tokenizer: PreTrainedTokenizerBase, forms: Iterable[Form]) -> None:

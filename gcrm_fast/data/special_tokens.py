@@ -72,8 +72,9 @@ def _reader(tokenizer: PreTrainedTokenizerBase) -> _Reader:
 
 
 def protected(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
-    """What people wrote, text or JSON values; special tokens as private characters where they are kept as text."""
-    if not tokenizer.split_special_tokens:
+    """What people wrote, text or JSON values; special tokens as private characters where they are kept as text. What a
+    chat template wrote stays as it is."""
+    if not tokenizer.split_special_tokens or isinstance(value, Rendered):
         return value
     if isinstance(value, dict):
         return {key: protected(tokenizer, part) for key, part in value.items()}
@@ -98,7 +99,7 @@ def tokenize(
     add_special_tokens: bool = True,
 ) -> list[Tokenized]:
     """Each prompt + completion, tokenized as one string. Both are ``protected`` already where the completion is
-    ``Rendered``."""
+    ``Rendered``; a prompt that is may have a completion that people or a policy wrote."""
     pairs = list(zip(prompts, completions, strict=True))
     if not tokenizer.split_special_tokens:
         texts = [prompt + completion for prompt, completion in pairs]

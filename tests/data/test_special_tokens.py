@@ -18,7 +18,9 @@ from gcrm_fast.data.encoding import Completion, encode_completions
 from gcrm_fast.data.ends import End, encode_to
 from gcrm_fast.data.special_tokens import readable
 from gcrm_fast.data.tokenization import choose_pad
+from gcrm_fast.inference.protocols import Chunk, OpenRequest, PushRequest
 from gcrm_fast.inference.scoring import Reading
+from gcrm_fast.inference.sessions import Sessions
 from gcrm_fast.rlhf.trl import RewardFunction
 from support.chat import CHATML, TEMPLATES, chat_tokenizer
 from support.small import small_config, small_model
@@ -157,3 +159,15 @@ def test_the_choice_is_saved_and_used_by_every_reader(folder: Path, tmp_path: Pa
     assert html.escape(SPELLED[0]) in page.read_text(encoding="utf-8")
     model = RewardModel.from_pretrained(trained, special_tokens="tokens")
     assert not model.tokenizer.split_special_tokens
+
+
+def test_a_stream_reads_messages_as_scores_do(folder: Path) -> None:
+    model = RewardModel.from_pretrained(folder, device="cpu", special_tokens="text")
+    asked, answered = messages(*SPELLED)
+    prompt, answer = as_text(model.tokenizer, asked, answered)
+    [whole] = model.encode([prompt], [answer], [True])
+    sessions = Sessions(model, limit=1, tokens=1000, idle=60)
+    opened = sessions.open(OpenRequest(prompt=asked, rows=1))
+    assert opened["prompt_tokens"] == whole.start
+    pushed = sessions.push(opened["id"], PushRequest(chunks=[Chunk(row=0, text=SPELLED[1], end="length")]))
+    assert pushed["rows"][0]["reward"] == pytest.approx(model.judge([whole])[0].reward, abs=1e-5)
