@@ -59,8 +59,9 @@ class Goals:
 
 
 class Reading(NamedTuple):
-    """A prompt as the reward model reads it."""
+    """A prompt as it was given, and as the reward model reads it."""
 
+    given: str | Messages
     text: str
     ids: list[int]
 
@@ -70,7 +71,7 @@ class Judged:
     """What the reward model knows of a row: ``seen`` tokens of the policy, and the Q-values of its own tokens."""
 
     live: LiveRow
-    prompt: str
+    prompt: Reading
     seen: int = 0
     q_n: list[float] = field(default_factory=list)
 
@@ -98,12 +99,12 @@ class Judge:
         if not self.one_tokenizer and text.strip() and set(ids) <= {unknown, self.model.tokenizer.bos_token_id}:
             raise UserError("the tokenizer of the reward model knows none of its text: use another model")
         self.scorer.check(ids, len(ids), "the prompt")
-        return Reading(text, ids)
+        return Reading(prompt, text, ids)
 
     def open(self, reading: Reading) -> Judged:
         """Computes a prompt, of which ``add`` copies what its rows share."""
         [[live]] = self.scorer.open([reading.ids], [1])
-        return Judged(live=live, prompt=reading.text)
+        return Judged(live=live, prompt=reading)
 
     def add(self, rows: Iterable[Row], opened: Judged, *, room: int) -> None:
         """Follows the rows of a prompt, those that are new. ``room``: tokens of a row to keep together, which is
@@ -132,7 +133,7 @@ class Judge:
         """New tokens of a row, and the place of the first among those of its completion."""
         if self.one_tokenizer:
             return row.ids[own.seen :], len(own.q_n)
-        return reencode(self.model, own.live, own.prompt, row.text)
+        return reencode(self.model, own.live, own.prompt.text, row.text)
 
     def q_n(self, row: Row) -> np.ndarray:
         """The Q-values of the row's tokens so far, in tokens of the reward model."""
@@ -155,9 +156,11 @@ class Judge:
         no text yet."""
         judged = [self.judged[id(row)] for row in rows]
         if self.model.end.kind != "eos":  # read where another project's trainer read it, which only the text says
-            texts = [own.prompt for own in judged], [row.text for row in rows]
+            pairs = zip(judged, rows, strict=True)
+            texts = [as_text(self.model.tokenizer, own.prompt.given, row.text) for own, row in pairs]
             cuts = [row.ending == "length" and bool(row.text) for row in rows]
-            return [one.reward for one in self.model.judge(self.model.encode(*texts, cuts))]
+            encoded = self.model.encode([prompt for prompt, _ in texts], [text for _, text in texts], cuts)
+            return [one.reward for one in self.model.judge(encoded)]
         cuts = [
             row.ending == "length" and len(own.live.ids) > own.live.start for row, own in zip(rows, judged, strict=True)
         ]

@@ -35,8 +35,10 @@ class SessionRow:
 
 @dataclass(eq=False, kw_only=True)
 class Session:
-    """``prompt``: its text, None where it was given as ids. ``goal``: an index into the model's goals."""
+    """``prompt``: the text of the request's, None where it was given as ids. ``goal``: an index into the model's
+    goals."""
 
+    request: OpenRequest
     prompt: str | None
     goal: int
     threshold: float | None
@@ -81,8 +83,7 @@ class Sessions:
             raise HTTPException(422, f"field 'goal': the model has no goal {name!r}; its goals: {self.goals}")
         prompt, ids = None, request.prompt_ids
         if request.prompt is not None:
-            tokenizer, tools, system = self.model.tokenizer, request.tools, request.system
-            prompt = as_text(tokenizer, request.prompt, "", tools=tools, system=system)[0]
+            prompt, _ = self._text(request, "")
             ids = self.model.encode([prompt], [""], [True])[0].ids.tolist() if prompt else []
         assert ids is not None  # OpenRequest has one of the two
         if len(ids) > (most := self.scorer.trunk.cache.limit):
@@ -95,7 +96,12 @@ class Sessions:
         key = secrets.token_urlsafe(16)
         rows = [SessionRow(live=row) for row in opened]
         session = Session(
-            prompt=prompt, goal=self.goals.index(name), threshold=request.threshold, rows=rows, used=self.clock()
+            request=request,
+            prompt=prompt,
+            goal=self.goals.index(name),
+            threshold=request.threshold,
+            rows=rows,
+            used=self.clock(),
         )
         self.open_sessions[key] = session
         return {"id": key, "rows": session.numbers("running"), "goal": name, "prompt_tokens": len(ids)}
@@ -185,6 +191,12 @@ class Sessions:
             if chunk.end == "length" and not (row.q_n or chunk.ids or chunk.text):
                 raise HTTPException(422, f"{where} was cut before its first token: drop it instead")
 
+    def _text(self, request: OpenRequest, completion: str) -> tuple[str, str]:
+        """The prompt, which is no ids, and a completion as text. Raises UserError."""
+        tokenizer, prompt = self.model.tokenizer, request.prompt
+        assert prompt is not None
+        return as_text(tokenizer, prompt, completion, tools=request.tools, system=request.system)
+
     def _new_ids(self, session: Session, chunk: Chunk) -> tuple[list[int], int]:
         """New tokens of a row, and the place of the first among those of its completion."""
         row = session.rows[chunk.row]
@@ -198,7 +210,8 @@ class Sessions:
         rows, cuts = [session.rows[chunk.row] for chunk in chunks], [chunk.end == "length" for chunk in chunks]
         if rows and all(row.kind == "text" for row in rows) and self.model.end.kind != "eos":
             # read where another project's trainer read it, which only the text says
-            encoded = self.model.encode([session.prompt or ""] * len(rows), [row.text for row in rows], cuts)
+            texts = [self._text(session.request, row.text) for row in rows]
+            encoded = self.model.encode([prompt for prompt, _ in texts], [text for _, text in texts], cuts)
             rewards = [one.reward for one in self.model.judge(encoded)]
         else:
             rewards = self.scorer.close([row.live for row in rows], cuts)

@@ -401,6 +401,24 @@ def test_a_reward_model_of_another_project_is_read_where_its_trainer_read_it(
                 assert text.reward == pytest.approx(float(reward.score([prompt], [text.text])[0]), abs=1e-5)
 
 
+def test_messages_to_a_reward_model_of_another_project(
+    policy: Policy, reward: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chat template writes a line feed after each turn, where rewards are read."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    monkeypatch.setattr(reward, "end", End("transformers", policies.EOS))
+    for tokenizer in (policy.tokenizer, reward.tokenizer):
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+    asked = [{"role": "user", "content": "one two"}]
+    sampling = replace(SAMPLING, stop=("e", "o"))
+    found = list(decode(policy, [asked], reward=reward, method=Method(samples=8), sampling=sampling))
+    assert isinstance(found[-1], Result)
+    ended = [text for text in found[-1].texts if text.ending == "stop"]
+    assert ended
+    expected = reward.score(asked, [text.text for text in ended])
+    np.testing.assert_allclose([text.reward for text in ended], expected, rtol=0, atol=1e-5)
+
+
 def test_several_goals_and_controls(policy: Policy, reward: RewardModel) -> None:
     a, b = torch.randn(2, 32)
     both = Goals.of([(a, 3.0), (b, -1.0)])

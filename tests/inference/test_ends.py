@@ -16,6 +16,8 @@ from gcrm_fast import RewardModel
 from gcrm_fast.checkpoints.goals import GOAL_FILE, read_goals, write_goals
 from gcrm_fast.cli import main
 from gcrm_fast.data.tokenization import BOS, EOS, PAD
+from gcrm_fast.inference.protocols import Chunk, OpenRequest, PushRequest
+from gcrm_fast.inference.sessions import Sessions
 from gcrm_fast.rlhf.trl import RewardFunction
 from support import models
 from support.chat import CHATML, LLAMA3, chat_tokenizer
@@ -176,3 +178,16 @@ def test_goals_say_how_their_completions_ended(tmp_path: Path) -> None:
     with safe_open(tmp_path / GOAL_FILE, framework="pt") as file:
         assert json.loads(file.metadata()["gcrm"])["end_policy"].startswith("last token that is not pad_token_id")
     assert read_goals(tmp_path / GOAL_FILE, "abc", 3)[1] == {"default": 1}
+
+
+@pytest.mark.parametrize("records", [texts(), messages()], ids=["texts", "messages"])
+def test_a_stream_of_a_foreign_model_is_read_as_its_scores_are(records: Records, tmp_path: Path) -> None:
+    model = RewardModel.from_pretrained(foreign(tmp_path / "m", template=PLAIN), device="cpu")
+    model.goals["default"] = torch.ones(model.config.state_size)
+    sessions = Sessions(model, limit=len(PROMPTS), tokens=1000, idle=60)
+    rewards = []
+    for prompt, answer in zip(records[0], ANSWERS, strict=True):
+        opened = sessions.open(OpenRequest(prompt=prompt, rows=1))
+        pushed = sessions.push(opened["id"], PushRequest(chunks=[Chunk(row=0, text=answer, end="stop")]))
+        rewards.append(pushed["rows"][0]["reward"])
+    np.testing.assert_allclose(rewards, model.score(*records), rtol=1e-4)
