@@ -19,7 +19,7 @@ from gcrm_fast.data.encoding import CUT, Completion
 from gcrm_fast.data.messages import Messages
 from gcrm_fast.inference.generation import Policy, Row
 from gcrm_fast.inference.scoring import RewardModel
-from gcrm_fast.inference.streaming import LiveRow, LiveScorer, reencode
+from gcrm_fast.inference.streaming import LiveRow, LiveScorer, ending_of, reencode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,12 @@ class Goals:
 
 
 class Reading(NamedTuple):
-    """A prompt as it was given, and as the reward model reads it."""
+    """A prompt as it was given, and as the reward model reads it; the tokens that end an answer to it."""
 
     given: str | Messages
     text: str
     ids: list[int]
+    ending: list[int]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -93,17 +94,17 @@ class Judge:
 
     def read(self, prompt: str | Messages) -> Reading:
         """Raises UserError where the model cannot read the prompt."""
-        text = as_text(self.model.tokenizer, prompt, "")[0]
+        text, answer = as_text(self.model.tokenizer, prompt, "")
         ids = self.model.encode([text], [""], [True])[0].ids.tolist() if text else []
         unknown = self.model.tokenizer.unk_token_id
         if not self.one_tokenizer and text.strip() and set(ids) <= {unknown, self.model.tokenizer.bos_token_id}:
             raise UserError("the tokenizer of the reward model knows none of its text: use another model")
         self.scorer.check(ids, len(ids), "the prompt")
-        return Reading(prompt, text, ids)
+        return Reading(prompt, text, ids, ending_of(self.model, text, answer))
 
     def open(self, reading: Reading) -> Judged:
         """Computes a prompt, of which ``add`` copies what its rows share."""
-        [[live]] = self.scorer.open([reading.ids], [1])
+        [[live]] = self.scorer.open([reading.ids], [1], [reading.ending])
         return Judged(live=live, prompt=reading)
 
     def add(self, rows: Iterable[Row], opened: Judged, *, room: int) -> None:

@@ -16,7 +16,7 @@ from gcrm_fast.data.chat import as_text
 from gcrm_fast.inference.methods import lowest
 from gcrm_fast.inference.protocols import Chunk, OpenRequest, PushRequest
 from gcrm_fast.inference.scoring import RewardModel
-from gcrm_fast.inference.streaming import LiveRow, LiveScorer, reencode
+from gcrm_fast.inference.streaming import LiveRow, LiveScorer, ending_of, reencode
 
 
 @dataclass(eq=False, kw_only=True)
@@ -81,10 +81,11 @@ class Sessions:
         name = request.goal or (self.goals[0] if self.goals else None)
         if name not in self.goals:
             raise HTTPException(422, f"field 'goal': the model has no goal {name!r}; its goals: {self.goals}")
-        prompt, ids = None, request.prompt_ids
+        prompt, ids, endings = None, request.prompt_ids, None
         if request.prompt is not None:
-            prompt, _ = self._text(request, "")
+            prompt, answer = self._text(request, "")
             ids = self.model.encode([prompt], [""], [True])[0].ids.tolist() if prompt else []
+            endings = [ending_of(self.model, prompt, answer)]
         assert ids is not None  # OpenRequest has one of the two
         if len(ids) > (most := self.scorer.trunk.cache.limit):
             raise HTTPException(
@@ -92,7 +93,7 @@ class Sessions:
                 f"the prompt has {len(ids)} tokens, but the streams keep {most} at most (--stream-tokens): send a "
                 "shorter one, or start the server with more",
             )
-        [opened] = self.scorer.open([ids], [request.rows])
+        [opened] = self.scorer.open([ids], [request.rows], endings)
         key = secrets.token_urlsafe(16)
         rows = [SessionRow(live=row) for row in opened]
         session = Session(

@@ -7,6 +7,7 @@ Letters: G goals, D width of the compared states, H hidden size, m new tokens of
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,18 +28,20 @@ if TYPE_CHECKING:
 class LiveRow:
     """A completion that grows: ``ids`` of prompt and completion, and the state where its reward would be read now.
 
-    ``reward`` is None until the row is closed.
+    ``ending``: the tokens that end it where it has none of its own. ``reward`` is None until the row is closed.
     """
 
-    def __init__(self, sequence: CachedSequence, ids: Iterable[int], read_H: Tensor | None) -> None:
-        self.sequence, self.ids, self.read_H = sequence, list(ids), read_H
+    def __init__(
+        self, sequence: CachedSequence, ids: Iterable[int], read_H: Tensor | None, ending: Sequence[int]
+    ) -> None:
+        self.sequence, self.ids, self.read_H, self.ending = sequence, list(ids), read_H, ending
         self.start = len(self.ids)
         self.ended = False  # by an end token, and perhaps white space after it
         self.reward: float | None = None
 
     def copy(self) -> "LiveRow":
         """Another row with the same tokens, with nothing to recompute."""
-        twin = LiveRow(self.sequence.copy(), self.ids, self.read_H)
+        twin = LiveRow(self.sequence.copy(), self.ids, self.read_H, self.ending)
         twin.start, twin.ended, twin.reward = self.start, self.ended, self.reward
         return twin
 
@@ -64,6 +67,17 @@ def reencode(model: "RewardModel", row: LiveRow, prompt: str, text: str) -> tupl
     return ids[shared:], shared - row.start
 
 
+def ending_of(model: "RewardModel", prompt: str, answer: str) -> list[int]:
+    """The tokens that end an answer to the prompt: with an empty ``answer`` of the chat template those that it writes
+    there, else eos."""
+    ends, eos = end_tokens(model.tokenizer), model.tokenizer.eos_token_id
+    if not answer or model.end.kind != "eos":
+        return [eos]
+    [whole] = model.encode([prompt], [answer])
+    own = list(takewhile(ends.__contains__, reversed(whole.ids[whole.start :].tolist())))
+    return own[::-1]
+
+
 class LiveScorer:
     """Rows of any number of prompts through one reward model, with one cache of up to ``limit`` tokens."""
 
@@ -73,14 +87,20 @@ class LiveScorer:
         self.trunk = CachedTrunk(network.model, network.attention_backend, tokens=model.budget.tokens, limit=limit)
         self.ends = end_tokens(model.tokenizer)
 
-    def open(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[list[LiveRow]]:
-        """New rows of each prompt, which is given as ids.
+    def open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        endings: Sequence[Sequence[int]] | None = None,
+    ) -> list[list[LiveRow]]:
+        """New rows of each prompt, which is given as ids; ``endings`` of the rows are eos by default.
 
         Raises:
             UserError: a prompt that is too long for the model, or tokens that it does not have, or a full cache.
         """
         for ids in prompts:
             self.check(ids, len(ids), "the prompt")
+        endings = endings or [[self.model.tokenizer.eos_token_id]] * len(prompts)
         sequences = [self.trunk.open() for _ in prompts]
         opened: list[list[LiveRow]] = []
         try:
@@ -89,9 +109,9 @@ class LiveScorer:
             states = self.trunk.extend(
                 [Continuation(*one, every=False) for one in zip(sequences, prompts, strict=True)]
             )
-            for sequence, ids, state, n in zip(sequences, prompts, states, rows, strict=True):
+            for sequence, ids, state, n, ending in zip(sequences, prompts, states, rows, endings, strict=True):
                 read_H = state[-1].clone() if len(ids) else None
-                opened.append([LiveRow(sequence.copy(), ids, read_H) for _ in range(n)])
+                opened.append([LiveRow(sequence.copy(), ids, read_H, ending) for _ in range(n)])
         except BaseException:
             self.drop(row for own in opened for row in own)
             raise
@@ -130,7 +150,7 @@ class LiveScorer:
         return q_Gm
 
     def close(self, rows: Sequence[LiveRow], cuts: Sequence[bool] | None = None) -> list[float]:
-        """The reward of each row where the model reads it (data/ends.py), after an end token where there is none.
+        """The reward of each row where the model reads it (data/ends.py), after its ``ending`` where it has no end.
 
         ``cuts`` marks completions that a length limit cut, whose reward is read at their last token. A closed row keeps
         its reward, but no longer its place in the cache.
@@ -143,11 +163,10 @@ class LiveScorer:
         for row, cut in wanted:
             if cut and len(row.ids) == row.start:
                 raise UserError("a completion that is cut has no token: there is no reward to read")
-        eos = self.model.tokenizer.eos_token_id
         open_ended = [row for row, cut in wanted if not (cut or row.ended or self.model.end.kind == "as-is")]
-        ends = [[eos]] * len(open_ended)
-        for row, state in zip(open_ended, self._extended(open_ended, ends), strict=True):
-            self._note(row, [eos], state)
+        endings = [row.ending for row in open_ended]
+        for row, state in zip(open_ended, self._extended(open_ended, endings), strict=True):
+            self._note(row, row.ending, state)
         if wanted:
             with torch.inference_mode():
                 states = [row.read_H for row, _ in wanted if row.read_H is not None]

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from gcrm_fast import RewardModel
 from gcrm_fast.inference.protocols import Chunk, OpenRequest, PushRequest
 from gcrm_fast.inference.sessions import Sessions
 from gcrm_fast.model.cache import CacheFull
-from support.serving import Answer, Server, running
+from support.chat import CHATML, LLAMA3, TOOLS
+from support.serving import Answer, Server, running, write_served_model
 
 PROMPT = "hello?"
 TEXTS = (" yes.", " hello world 123, and no", " 漢字", " no no no no no no no no")
@@ -328,3 +330,16 @@ def test_streams_and_scores_at_the_same_time(model: RewardModel) -> None:
         np.testing.assert_allclose(own, q[: len(own)], rtol=1e-4, atol=1e-5)
         assert len(own) == len(q) - 1  # without the end token
     np.testing.assert_allclose(scores, [model.score([PROMPT] * 4, TEXTS)] * 10, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, TOOLS])
+def test_an_answer_to_messages_ends_as_the_chat_template_ends_it(template: str, tmp_path: Path) -> None:
+    """Which is not with eos, and with two tokens of the last."""
+    model = RewardModel.from_pretrained(write_served_model(tmp_path / "m", template), device="cpu")
+    asked = [{"role": "user", "content": PROMPT}]
+    sessions = Sessions(model, limit=2, tokens=400, idle=60)
+    given = {"text": "yes 123"}, {"ids": model.encode([""], ["yes 123"], [True])[0].ids[1:].tolist()}  # without bos
+    for content in given:
+        opened = sessions.open(OpenRequest(prompt=asked, rows=1))
+        pushed = sessions.push(opened["id"], PushRequest(chunks=[Chunk(row=0, end="stop", **content)]))
+        assert pushed["rows"][0]["reward"] == pytest.approx(model.score(asked, "yes 123"), abs=1e-5)
