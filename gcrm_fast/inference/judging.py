@@ -83,7 +83,7 @@ class Judge:
     def __init__(self, model: RewardModel, goals: Goals, policy: Policy, *, limit: int) -> None:
         self.model, self.weights_G = model, goals.weights_G
         self.scorer = LiveScorer(model, goals.states_GD, limit=limit)
-        self.stop_ids = policy.stop_ids
+        self.ends, self.unread = policy.stop_ids & self.scorer.ends, policy.stop_ids - self.scorer.ends
         self.one_tokenizer = policy.tokenizer.get_vocab() == model.tokenizer.get_vocab()
         self.judged: dict[int, Judged] = {}  # by id() of the row
 
@@ -131,9 +131,10 @@ class Judge:
         return [len(ids) for ids, _ in new]
 
     def _new_ids(self, row: Row, own: Judged) -> tuple[list[int], int]:
-        """New tokens of a row, and the place of the first among those of its completion."""
+        """New tokens of a row, and the place of the first among those of its completion. A stop token of the policy
+        that ends nothing for the reward model is no part of the text."""
         if self.one_tokenizer:
-            return row.ids[own.seen :], len(own.q_n)
+            return [token for token in row.ids[own.seen :] if token not in self.unread], len(own.q_n)
         return reencode(self.model, own.live, own.prompt.text, row.text)
 
     def q_n(self, row: Row) -> np.ndarray:
@@ -143,7 +144,7 @@ class Judge:
     def content(self, row: Row) -> np.ndarray:
         """The same without an end token, where Q is high for all."""
         own = self.judged[id(row)]
-        ended = self.one_tokenizer and row.ending == "stop" and row.ids[-1] in self.stop_ids
+        ended = self.one_tokenizer and row.ending == "stop" and row.ids[-1] in self.ends
         return np.array(own.q_n[:-1] if ended else own.q_n)
 
     def token_texts(self, row: Row) -> list[str]:

@@ -401,6 +401,25 @@ def test_a_reward_model_of_another_project_is_read_where_its_trainer_read_it(
                 assert text.reward == pytest.approx(float(reward.score([prompt], [text.text])[0]), abs=1e-5)
 
 
+def test_a_stop_token_of_the_policy_alone_is_not_read(
+    policy: Policy, reward: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stops = frozenset(range(60, 90))
+    monkeypatch.setattr(policy, "stop_ids", stops | {policies.EOS})
+    ended = 0
+    for prompt, one in zip(PROMPTS, results(policy, reward, Method(samples=4)), strict=True):
+        [start] = reward.encode([prompt], [""], [True])
+        for text in one.texts:
+            if text.ids[-1] not in stops:
+                continue
+            ended += 1
+            ids = [*start.ids, *text.ids[:-1], policies.EOS]
+            [own] = reward.judge([Completion(np.array(ids, dtype=np.int32), len(start.ids), OWN_END)])
+            assert text.reward == pytest.approx(own.reward, abs=1e-5)
+            assert "".join(text.texts_n) == text.text
+    assert ended > 4
+
+
 def test_messages_to_a_reward_model_of_another_project(
     policy: Policy, reward: RewardModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
