@@ -186,7 +186,8 @@ class _Decoder:
         rivals_of = RIVALS[self.method.kind]
         try:
             [ids] = self.policy.encode([prompt])
-            reading = self.judge.read(prompt) if self.judge is not None else None
+            new = self.writer.sampling.max_new_tokens
+            reading = self.judge.read(prompt, new=new) if self.judge is not None else None
         except UserError as error:
             raise placed(error, name, {}) from None
         group = self.writer.add(ids, self.method.rows, name, at_once=rivals_of.at_once)

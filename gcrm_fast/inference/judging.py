@@ -92,14 +92,20 @@ class Judge:
         """How many tokens the reward model has computed."""
         return self.scorer.trunk.computed
 
-    def read(self, prompt: str | Messages) -> Reading:
-        """Raises UserError where the model cannot read the prompt."""
+    def read(self, prompt: str | Messages, *, new: int = 0) -> Reading:
+        """Raises UserError where the model cannot read the prompt and, with one tokenizer, ``new`` tokens after it."""
         text, answer = as_text(self.model.tokenizer, prompt, "")
         ids = self.model.encode([text], [""], [True])[0].ids.tolist() if text else []
         unknown = self.model.tokenizer.unk_token_id
         if not self.one_tokenizer and text.strip() and set(ids) <= {unknown, self.model.tokenizer.bos_token_id}:
             raise UserError("the tokenizer of the reward model knows none of its text: use another model")
         self.scorer.check(ids, len(ids), "the prompt")
+        window, limit = self.model.config.sliding_window, self.scorer.trunk.cache.limit
+        what = f"has {len(ids)} tokens to the reward model"
+        if self.one_tokenizer and window and len(ids) + new > window:
+            raise UserError(f"{what}: with {new} new ones more than its sliding window of {window}")
+        if not self.one_tokenizer and len(ids) >= limit:
+            raise UserError(f"{what}, whose cache has {limit}: shorten it, or raise the limit of the cache")
         return Reading(prompt, text, ids, ending_of(self.model, text, answer))
 
     def open(self, reading: Reading) -> Judged:

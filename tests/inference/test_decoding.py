@@ -1,5 +1,6 @@
 """Methods that choose or steer text by a reward model: whom they drop, what they choose, and what they report."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from gcrm_fast.checkpoints.saving import save_model
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.encoding import CUT, OWN_END, Completion
 from gcrm_fast.data.ends import End
+from gcrm_fast.data.sources import BadRecords
 from gcrm_fast.inference.decoding import Result, Text, Update, decode
 from gcrm_fast.inference.generation import Row, Sampling, Writer
 from gcrm_fast.inference.judging import Goals, Judge, goals_of
@@ -492,6 +494,29 @@ def test_values_that_no_method_accepts(values: dict[str, Any], message: str) -> 
         Method(**values)
     assert str(raised.value) == message
     assert Method(every=0, keep=1.0, checkpoints=(1,), samples=1, beams=1, per_beam=1, step_tokens=1, steps=1).rows == 1
+
+
+def test_prompts_too_long_for_the_reward_model_are_found_before_the_first_token(
+    policy: Policy, reward: RewardModel, other_reward: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sliding window with the tokens that follow, and a cache that the prompt alone fills in another tokenizer."""
+
+    def skipped(model: RewardModel, prompt: str) -> str:
+        bad = BadRecords(skip=True)
+        sampling = replace(SAMPLING, max_new_tokens=4)
+        found = decode(policy, ["six", prompt], reward=model, method=Method(samples=2), sampling=sampling, bad=bad)
+        assert [one.prompt for one in found if isinstance(one, Result)] == [0]
+        return bad.skipped[0]
+
+    monkeypatch.setattr(reward, "config", replace(reward.config, sliding_window=8))
+    assert re.search(
+        "prompt 1: .* with 4 new ones more than its sliding window of 8", skipped(reward, "one two three four")
+    )
+    long = "one two three four, five six; seven" * 12
+    count = len(policy.encode([long])[0])
+    assert count + 8 < len(other_reward.encode([long], [""], [True])[0].ids)
+    monkeypatch.setattr(policy, "cache_tokens", count + 8)
+    assert "tokens to the reward model, whose cache has" in skipped(other_reward, long)
 
 
 def test_one_prompt_is_no_list(policy: Policy) -> None:
