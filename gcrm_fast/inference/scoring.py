@@ -371,8 +371,13 @@ class RewardModel:
         self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False
     ) -> np.ndarray:
         """What detectors of over-optimization see of each completion, [N, D] float32: the mean latent of a bottleneck
-        head at the last token, or else the state z. Raises UserError for one that is ``unfit``."""
-        return np.concatenate(self._read(self.network.latents, encoded, False, names, progress))
+        head at the last token, or else the state z. Raises UserError for one that is ``unfit``, or not finite."""
+        latents_ND = np.concatenate(self._read(self.network.latents, encoded, False, names, progress))
+        wrong_N = ~np.isfinite(latents_ND).all(1)
+        if wrong_N.any():
+            name = _name(int(wrong_N.argmax()), names)
+            raise UserError(f"{name} has latents that are not finite: {NOT_FINITE_REMEDY}")
+        return latents_ND
 
     def goal_state(
         self, encoded: Sequence[Completion], *, names: Sequence[str] | None = None, progress: bool = False

@@ -317,6 +317,8 @@ def test_models_that_must_not_score(tmp_path: Path) -> None:
     broken = RewardModel.from_pretrained(tmp_path / "nan", device="cpu")
     with pytest.raises(UserError, match="hidden states are not finite: fix"):
         broken.goal_state(broken.encode(["one"], ["two"]))
+    with pytest.raises(UserError, match="completion 0 has latents that are not finite: fix"):
+        broken.latents(broken.encode(["one"], ["two"]))
     models.save(tmp_path / "cut", projection_size=4)
     (tmp_path / "cut" / "gcrm.safetensors").unlink()
     with pytest.raises(UserError, match="holds no projection: train one"):
