@@ -70,7 +70,14 @@ def joined(models: Sequence[RewardModel], names: Sequence[str], combine: Combine
             if value != facts[what]:
                 raise UserError(f"{name}: {what} differs from that of {names[0]}: models of an ensemble must share it")
     ensemble = Ensemble(
-        first.network, first.tokenizer, first.device, first.fingerprint, first.goals, first.budget.tokens, first.end
+        first.network,
+        first.tokenizer,
+        first.device,
+        first.fingerprint,
+        first.goals,
+        first.budget.tokens,
+        first.end,
+        first.q_verdict,
     )
     ensemble.others, ensemble.combine = others, combine
     return ensemble

@@ -50,6 +50,12 @@ def test_rewards_of_models_of_other_shapes_are_combined(folders: list[Path], com
         np.testing.assert_allclose(one.q_Gn[0], q, rtol=1e-5)
 
 
+def test_what_is_known_of_the_q_values_stays_known(folders: list[Path], tmp_path: Path) -> None:
+    models.save(tmp_path / "first", verdict=models.VERDICT)
+    model = load_ensemble([tmp_path / "first", folders[1]], device="cpu")
+    assert model.q_notes == [f"Found by the model's training run: {models.VERDICT}"]
+
+
 def test_the_spread_counts_against_a_reward() -> None:
     rewards = np.array([[1.0, 2.0], [3.0, 2.0]])
     assert combined(rewards, "mean-std").tolist() == [1.0, 2.0]
