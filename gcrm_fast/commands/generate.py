@@ -46,7 +46,7 @@ class Partial:
         self.path, self.header = path.with_name(path.name + ".partial"), {"made_by": made_by}
         self.records: dict[int, dict[str, Any]] = self._read()
         if not self.records:
-            self.path.write_bytes(json_line(self.header))
+            self.path.unlink(missing_ok=True)
 
     def _read(self) -> dict[int, dict[str, Any]]:
         if not self.path.is_file():
@@ -67,6 +67,8 @@ class Partial:
         return records
 
     def add(self, prompt: int, record: dict[str, Any]) -> None:
+        if not self.records:
+            self.path.write_bytes(json_line(self.header))
         self.records[prompt] = record
         with self.path.open("ab") as file:
             file.write(json_line({"prompt": prompt, "record": record}))
@@ -206,6 +208,8 @@ def said_what_is_kept(partial: Partial, count: int) -> Iterator[None]:
     """After an error or an interrupt, a line about the prompts that are finished."""
 
     def kept() -> str:
+        if not partial.records:
+            return "no prompt is finished, nothing is kept"
         done = f"{len(partial.records)} of {count} prompts are finished and kept in {partial.path}"
         return f"{done}: the same command resumes"
 

@@ -383,6 +383,18 @@ def test_prompts_too_long_for_the_cache_are_skipped(
     assert re.search(r"every record is bad; the first: \S*prompts.jsonl:1 has \d+ tokens", none.stderr)
 
 
+@pytest.mark.parametrize("more", [(), ("--on-bad-record", "skip")])
+def test_nothing_is_kept_where_no_prompt_is_finished(
+    more: tuple[str, ...], policy: Path, tmp_path: Path, gcrm: Gcrm
+) -> None:
+    asked = tmp_path / "prompts.jsonl"
+    asked.write_text(json.dumps({"prompt": "one " * 99}) + "\n")
+    done = gcrm("generate", policy, asked, "-o", tmp_path / "out.jsonl", *SHORT, "--cache-tokens", 110, *more)
+    assert done.returncode == 2
+    assert "the same command resumes" not in done.stderr
+    assert list(tmp_path.iterdir()) == [asked]
+
+
 def test_prompts_that_the_reward_model_cannot_read_are_skipped(
     policy: Path, asked: Path, tmp_path: Path, gcrm: Gcrm, unknown_tokenizer: Callable[[Path], Path]
 ) -> None:
