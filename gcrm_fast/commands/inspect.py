@@ -118,7 +118,10 @@ def is_generated(sources: Sequence[str]) -> bool:
 
 def generated_page(options: InspectOptions) -> Page:
     """The page of a file of gcrm generate: the records of --row, or --random others. Raises UserError."""
-    records = list(read_prompts(options.data, bad=BadRecords(skip=options.on_bad_record == "skip")))
+    bad = BadRecords(skip=options.on_bad_record == "skip")
+    records = list(read_prompts(options.data, bad=bad))
+    if not records:
+        raise UserError(f"{' '.join(options.data)}: every record is bad; the first: {bad.skipped[0]}")
     if options.row and max(options.row) >= len(records):
         raise UserError(f"--row {max(options.row)}: there are {len(records)} records, numbered from 0")
     chosen = list(options.row) or sorted(np.random.default_rng(0).permutation(len(records))[: options.random].tolist())

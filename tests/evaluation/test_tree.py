@@ -152,3 +152,12 @@ def test_a_record_number_that_does_not_exist(tmp_path: Path, capsys: pytest.Capt
     assert cli.run("inspect", ["nowhere", str(file), "-o", str(tmp_path / "page.html"), "--row", "1"]) == 2
     assert "--row 1: there are 1 records, numbered from 0" in capsys.readouterr().err
     assert len(samples_of(record("a"), "here")) == 1
+
+
+def test_records_whose_prompt_has_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As gcrm generate --prompt-field writes them."""
+    one = record("a", "b")
+    file = written(tmp_path / "texts.jsonl", {"task": one.pop("prompt"), **one})
+    given = ["nowhere", str(file), "-o", str(tmp_path / "page.html"), "--on-bad-record", "skip"]
+    assert cli.run("inspect", given) == 2
+    assert "every record is bad; the first: " in capsys.readouterr().err
