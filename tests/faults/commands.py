@@ -1,6 +1,12 @@
 """Faults planted in commands/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "samples of generate: columns of other names are lost": (
+        "gcrm_fast/data/samples.py",
+        '(*READ, "reference_completions", *columns.values())',
+        '(*READ, "reference_completions")',
+        "tests/rlhf/test_samples.py -k output_of_generate",
+    ),
     "vote: does not say whether Q can be trusted": (
         "gcrm_fast/commands/vote.py",
         "for note in model.q_notes:",

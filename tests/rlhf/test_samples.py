@@ -45,6 +45,10 @@ def test_the_output_of_generate(tmp_path: Path) -> None:
     assert (one.prompt, one.completions, one.cuts) == ("one?", [" two", " three"], [False, True])
     assert one.references == [" five", " six"]
     assert one.rest == {"prompt": "one?", "id": 7}
+    named = {"asked": "two?", "gold": " seven", **record}
+    columns = {"prompt": "asked", "reference": "gold"}
+    [one] = read_samples([str(write(tmp_path / "n.jsonl", [named]))], columns=columns)
+    assert (one.prompt, one.completions, one.reference) == ("two?", [" two", " three"], " seven")
 
 
 def test_columns(tmp_path: Path) -> None:
