@@ -81,7 +81,7 @@ def read_samples(
         before = len(found), len(bad.skipped)
         for where, raw in rows(source, bad):
             try:
-                values = renamed(_listed(raw, columns), columns, source)
+                values = _values(raw, columns, source)
                 found.append(_samples(values, raw, where, set(columns.values())))
             except UserError as error:
                 bad.add(placed(error, where, columns))
@@ -91,17 +91,20 @@ def read_samples(
     return found
 
 
-def _listed(raw: Any, columns: Mapping[str, str]) -> Any:
-    """A record of gcrm generate with its samples as completions; others as they are. ``columns`` are still to be
-    renamed."""
+def _values(raw: Any, columns: Mapping[str, str], source: str) -> dict[str, Any]:
+    """The fields of a record under this project's names. One of gcrm generate has its samples as completions."""
     if not isinstance(raw, dict) or "completions" in raw or not isinstance(raw.get("samples"), list):
-        return raw
+        return renamed(raw, columns, source)
     texts = [sample for sample in raw["samples"] if isinstance(sample, dict) and sample.get("ending") != "dropped"]
-    kept = {name: raw[name] for name in (*READ, "reference_completions", *columns.values()) if name in raw}
-    if "prompt" not in columns:
-        kept["prompt"] = next((raw[name] for name in NAMES if raw.get(name) is not None), None)
-    listed = [sample.get("text") for sample in texts], [sample.get("ending") == "length" for sample in texts]
-    return {**kept, **dict(zip(("completions", "completions_cut"), listed, strict=True))}
+    listed = {
+        "prompt": next((raw[name] for name in NAMES if raw.get(name) is not None), None),
+        "completions": [sample.get("text") for sample in texts],
+        "completions_cut": [sample.get("ending") == "length" for sample in texts],
+    }
+    if columns:
+        return listed | renamed(raw, columns, source)
+    kept = {name: raw[name] for name in (*READ, "reference_completions") if name in raw}
+    return renamed(kept | listed, {}, source)
 
 
 def _samples(values: Mapping[str, Any], raw: dict[str, Any], where: str, columns: set[str]) -> Samples:

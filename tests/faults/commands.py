@@ -3,8 +3,8 @@
 FAULTS = {
     "samples of generate: columns of other names are lost": (
         "gcrm_fast/data/samples.py",
-        '(*READ, "reference_completions", *columns.values())',
-        '(*READ, "reference_completions")',
+        "return listed | renamed(raw, columns, source)",
+        "return renamed(listed, columns, source)",
         "tests/rlhf/test_samples.py -k output_of_generate",
     ),
     "vote: does not say whether Q can be trusted": (
