@@ -30,7 +30,19 @@ from gcrm_fast.inference.judging import Goals
 from gcrm_fast.inference.methods import Method
 from labeled_sets import read_lines
 from live import best_of, difference
-from summary import bind, cell, data_folder, machine, markdown, read_rows, save_rows, status, trained, write_aside
+from summary import (
+    bind,
+    cell,
+    data_folder,
+    flags,
+    machine,
+    markdown,
+    read_rows,
+    save_rows,
+    status,
+    trained,
+    write_aside,
+)
 
 HERE = Path(__file__).resolve().parent
 TRAIN, TEST = "hh_pairs_train.jsonl.gz", "hh_pairs_test.jsonl.gz"
@@ -161,10 +173,9 @@ def reward_model(options: Options, name: str, seed: int, *, half: int, count: in
         "goal-pairs": 256,
         "template-date": "2026-01-01",
     }
-    words = [word for key, value in values.items() for word in (f"--{key}", str(value))]
     if objective != "ranking":
-        words += ["--sampling", "end_mix"]
-    return RewardModel.from_pretrained(trained(options.runs / f"{name}-{seed}", [*words, "--cache-states"]))
+        values["sampling"] = "end_mix"
+    return RewardModel.from_pretrained(trained(options.runs / f"{name}-{seed}", [*flags(values), "--cache-states"]))
 
 
 # -------------------------------------------------------------------------------------------------------- measuring

@@ -44,6 +44,7 @@ from own_samples import own_pairs
 from summary import (
     bind,
     cell,
+    flags,
     machine,
     markdown,
     mean_interval,
@@ -164,9 +165,8 @@ def train(options: Options, arm: str, flipped: int, seed: int) -> Path:
     start = options.widths / str(width) / options.policy.name if width else options.policy
     run = options.runs / f"{arm.replace(', ', '-').replace(' ', '')}-{flipped}-{seed}"
     given = {"model": start, "data": data, "seed": seed, "steps": options.steps, "lr": "1e-3", "warmup": "0.1"}
-    given |= {"weight-decay": "0.1", "global-batch-pairs": "80"}
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    return trained(run, [*words, "--cache", str(options.runs / "cache"), *TRAINED[kind]])
+    given |= {"weight-decay": "0.1", "global-batch-pairs": "80", "cache": options.runs / "cache"}
+    return trained(run, [*flags(given), *TRAINED[kind]])
 
 
 @dataclass(frozen=True, kw_only=True)

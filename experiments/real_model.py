@@ -25,7 +25,19 @@ from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
 from gcrm_fast.common.options import Argument, AtLeastOne, ZeroOrMore
 from gcrm_fast.common.options import Options as CommandOptions
-from summary import COVERAGE, bind, cell, data_folder, machine, markdown, mean_interval, to_json, trained, write_aside
+from summary import (
+    COVERAGE,
+    bind,
+    cell,
+    data_folder,
+    flags,
+    machine,
+    markdown,
+    mean_interval,
+    to_json,
+    trained,
+    write_aside,
+)
 
 ARMS: dict[str, dict[str, str]] = {  # options of gcrm train
     "ranking": {"objective": "ranking"},
@@ -144,8 +156,7 @@ def arguments(options: Options, arm: str, name: str, seed: int) -> list[str]:
     } | ARMS[arm]
     if arm in CUT:
         values["model"] = first_layers(options.model, CUT[arm], options.runs / f"first-{CUT[arm]}-layers")
-    flags = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-    return [*flags, "--cache-states"] if options.train_layers else flags
+    return [*flags(values), *(["--cache-states"] if options.train_layers else [])]
 
 
 def evaluations(folder: Path) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from gcrm_fast import Policy, RewardModel, cli
 from gcrm_fast.common.command_line import run_script
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.options import Argument, AtLeastOne, Options, Range, flag
+from gcrm_fast.common.options import Argument, AtLeastOne, Options, Range
 from gcrm_fast.common.statistics import auroc
 from gcrm_fast.data.arithmetic import generate, is_correct
 from gcrm_fast.data.records import Pair
@@ -50,6 +50,7 @@ from summary import (
     bind,
     cell,
     change,
+    flags,
     machine,
     markdown,
     mean_interval,
@@ -158,9 +159,8 @@ def reward_model(
     """Trained on the pairs of all sources, with the shape and learning rate of the arithmetic preset."""
     preset = {key: value for key, value in PRESETS["arithmetic"].items() if key in SHAPE}
     chosen = {**preset, "steps": options.rm_steps, "seed": seed, "eval_split": 0.02, "objective": objective}
-    flags = [text for key, value in chosen.items() for text in (flag(key), str(value))]
-    flags += ["--on-policy", str(on_policy)] if on_policy else []
-    return trained(folder / name, ["--data", *map(str, sources), "--dtype", "float32", *flags])
+    chosen |= {"dtype": "float32", **({"on_policy": on_policy} if on_policy else {})}
+    return trained(folder / name, ["--data", *map(str, sources), *flags(chosen)])
 
 
 def prepare(seed: int, options: LoopOptions) -> World:

@@ -43,7 +43,7 @@ from gcrm_fast.inference.judging import Goals
 from gcrm_fast.inference.methods import Method
 from live import POOL, SIZES, UNSTEERED, Found, best_of, difference, interval, level
 from own_samples import own_pairs
-from summary import COVERAGE, machine, markdown, save_rows, saved_rows, status, trained, write_aside
+from summary import COVERAGE, flags, machine, markdown, save_rows, saved_rows, status, trained, write_aside
 
 HERE = Path(__file__).resolve().parent
 TERSE, LONG = STYLES = ("terse", "long")
@@ -152,8 +152,7 @@ def reward_model(options: Options, policy: Path, data: Path, seed: int) -> Rewar
     """Trained from the policy, where there is none."""
     given = {"model": policy, "data": data, "seed": seed, "steps": STEPS, "lr": "1e-3", "warmup": "0.1"}
     given |= {"global-batch-pairs": "80", "cache": options.runs / "cache"}
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    return RewardModel.from_pretrained(trained(options.runs / f"reward-model-{seed}", words))
+    return RewardModel.from_pretrained(trained(options.runs / f"reward-model-{seed}", flags(given)))
 
 
 # --------------------------------------------------------------------------------------------------------- measuring

@@ -16,6 +16,7 @@ import torch
 from gcrm_fast import train
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.options import flag
 from gcrm_fast.training.config import TrainConfig, parse, read_toml
 from gcrm_fast.training.resume import FREE
 
@@ -34,6 +35,11 @@ def data_folder(named: str) -> Path:
     if not Path(folder).is_dir():
         raise UserError(f"{'--data' if named else 'GCRM_DATA'} {folder}: not a folder")
     return Path(folder)
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options of gcrm train by name as words of a command line."""
+    return [word for name, value in options.items() for word in (flag(name), str(value))]
 
 
 def trained(folder: Path, arguments: Sequence[str]) -> Path:
