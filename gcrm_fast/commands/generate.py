@@ -22,6 +22,7 @@ import numpy as np
 from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands.options import GenerateOptions
 from gcrm_fast.commands.score import Output, json_line, numbers
+from gcrm_fast.commands.shared import check_left
 from gcrm_fast.common.errors import UserError, kept_if_interrupted, printable
 from gcrm_fast.common.files import output_file
 from gcrm_fast.common.progress import progress_bar
@@ -183,14 +184,6 @@ def summary(records: Sequence[dict[str, Any]], options: GenerateOptions, seconds
     return lines
 
 
-def say_skipped(options: GenerateOptions, bad: BadRecords, left: int) -> None:
-    """Raises UserError where none is left."""
-    if not left:
-        raise UserError(f"{' '.join(options.data)}: every record is bad; the first: {bad.skipped[0]}")
-    if bad.skipped:
-        print(f"{len(bad.skipped)} bad records skipped; the first: {printable(bad.skipped[0])}", file=sys.stderr)
-
-
 def read(options: GenerateOptions) -> list[Prompt]:
     """Raises UserError."""
     bad = BadRecords(skip=options.on_bad_record == "skip")
@@ -199,7 +192,7 @@ def read(options: GenerateOptions) -> list[Prompt]:
     for prompt in found:
         if taken := sorted(prompt.fields.keys() & {*ADDED, UNFILTERED}):
             raise UserError(f"{prompt.where}: field '{taken[0]}' already exists and would be overwritten: rename it")
-    say_skipped(options, bad, len(found))
+    check_left(len(found), bad, options.data)
     return found
 
 
@@ -287,7 +280,7 @@ def generate(options: GenerateOptions) -> None:
                 for i, result in results(kind, todo, UNFILTERED, BadRecords()):
                     record = partial.records[i]
                     partial.add(i, record | {UNFILTERED: unfiltered_record(result, record["policy_tokens"])})
-        say_skipped(options, bad, len(partial.records))
+        check_left(len(partial.records), bad, options.data)
         if not options.compare:  # an interrupted run may have had it, and only some of its records the field
             for record in partial.records.values():
                 record.pop(UNFILTERED, None)

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from gcrm_fast.commands.options import InspectOptions
-from gcrm_fast.commands.shared import PAIRED, limited, open_model, records
+from gcrm_fast.commands.shared import PAIRED, check_left, limited, open_model, records
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import output_file, written_aside
 from gcrm_fast.data.prompts import read_prompts
@@ -120,8 +120,7 @@ def generated_page(options: InspectOptions) -> Page:
     """The page of a file of gcrm generate: the records of --row, or --random others. Raises UserError."""
     bad = BadRecords(skip=options.on_bad_record == "skip")
     records = list(read_prompts(options.data, bad=bad))
-    if not records:
-        raise UserError(f"{' '.join(options.data)}: every record is bad; the first: {bad.skipped[0]}")
+    check_left(len(records), bad, options.data)
     if options.row and max(options.row) >= len(records):
         raise UserError(f"--row {max(options.row)}: there are {len(records)} records, numbered from 0")
     chosen = list(options.row) or sorted(np.random.default_rng(0).permutation(len(records))[: options.random].tolist())

@@ -320,7 +320,7 @@ def score_files(
     if rank == 0:
         output.finish()
     if skipped:
-        say(f"{len(skipped)} bad records skipped; the first: {skipped[0]}")
+        say(f"bad records skipped: {len(skipped)}; the first: {skipped[0]}")
     return True
 
 

@@ -3,7 +3,6 @@
 import gzip
 import itertools
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from gcrm_fast.commands.options import SelectOptions
 from gcrm_fast.commands.score import json_line
-from gcrm_fast.commands.shared import load
+from gcrm_fast.commands.shared import check_left, load
 from gcrm_fast.commands.windows import Row, worked
 from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.common.files import output_file, written_aside
@@ -80,10 +79,7 @@ def read(options: SelectOptions) -> list[Samples]:
             bad.add(error)
         else:
             found.append(samples)
-    if bad.skipped:
-        print(f"{len(bad.skipped)} bad records skipped; the first: {printable(bad.skipped[0])}", file=sys.stderr)
-    if not found:
-        raise UserError(f"{' '.join(options.data)}: every record is bad; the first: {bad.skipped[0]}")
+    check_left(len(found), bad, options.data)
     return found
 
 

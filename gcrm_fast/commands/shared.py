@@ -65,8 +65,20 @@ def records(
             bad.add(error)
         else:
             yield record
+    say_skipped(bad)
+
+
+def say_skipped(bad: BadRecords) -> None:
+    """Says on stderr how many records were skipped, and why the first one."""
     if bad.skipped:
-        print(f"{len(bad.skipped)} bad records skipped; the first: {printable(bad.skipped[0])}", file=sys.stderr)
+        print(f"bad records skipped: {len(bad.skipped)}; the first: {printable(bad.skipped[0])}", file=sys.stderr)
+
+
+def check_left(left: int, bad: BadRecords, sources: Sequence[str]) -> None:
+    """``say_skipped``. Raises UserError where no record of ``sources`` is left."""
+    if not left:
+        raise UserError(f"{' '.join(sources)}: every record is bad; the first: {bad.skipped[0]}")
+    say_skipped(bad)
 
 
 def limited(candidates: list[Candidate], keys: Sequence[Hashable], limit: int) -> list[Candidate]:

@@ -1,6 +1,5 @@
 """``gcrm synthesize``: preference pairs from samples of a policy without labels."""
 
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import numpy as np
 from gcrm_fast.commands.options import SynthesizeOptions
 from gcrm_fast.commands.score import json_line
 from gcrm_fast.commands.select import companion, write_lines
-from gcrm_fast.commands.shared import load
+from gcrm_fast.commands.shared import check_left, load
 from gcrm_fast.commands.windows import Row, worked
 from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.common.files import output_file, written_aside
@@ -36,10 +35,7 @@ def read(options: SynthesizeOptions) -> list[Samples]:
         else:
             what = "field 'answers' is missing, and no --verifier is for its task: pass one that reads the answers"
             bad.add(UserError(f"{samples.where}: {what}, or --entailment"))
-    if bad.skipped:
-        print(f"{len(bad.skipped)} bad records skipped; the first: {printable(bad.skipped[0])}", file=sys.stderr)
-    if not found:
-        raise UserError(f"{' '.join(options.data)}: every record is bad; the first: {bad.skipped[0]}")
+    check_left(len(found), bad, options.data)
     return found
 
 

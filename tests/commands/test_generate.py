@@ -376,7 +376,7 @@ def test_prompts_too_long_for_the_cache_are_skipped(
     done = gcrm("generate", policy, asked, *words, "--on-bad-record", "skip", "--compare")
     assert done.returncode == 0, done.stderr
     assert [record["prompt"] for record in lines(tmp_path / "out.jsonl")] == [one["prompt"] for one in PROMPTS]
-    assert re.search(r"2 bad records skipped; the first: \S*prompts.jsonl:6", done.stderr)
+    assert re.search(r"bad records skipped: 2; the first: \S*prompts.jsonl:6", done.stderr)
     asked.write_text(json.dumps({"prompt": "one " * 99}) + "\n")
     none = gcrm("generate", policy, asked, *words, "--on-bad-record", "skip")
     assert none.returncode == 2
@@ -403,7 +403,7 @@ def test_prompts_that_the_reward_model_cannot_read_are_skipped(
     done = gcrm("generate", policy, asked, *words, "--on-bad-record", "skip")
     assert done.returncode == 0, done.stderr
     assert [record["prompt"] for record in lines(tmp_path / "out.jsonl")] == ["αβγ"]
-    assert "5 bad records skipped" in done.stderr
+    assert "bad records skipped: 5;" in done.stderr
 
 
 def test_messages_without_a_chat_template_name_their_record(

@@ -270,7 +270,7 @@ def test_a_bad_record_ends_the_run_with_its_place_and_no_output(
         result = gcrm(data, "-o", tmp_path / "out", "--on-bad-record", "skip")
         assert result.returncode == 0
         assert [r["n"] for r in read(tmp_path / "out")] == [*range(10), *range(10)]
-        assert "1 bad records skipped; the first: " in result.stderr
+        assert "bad records skipped: 1; the first: " in result.stderr
 
 
 def test_records_that_cannot_be_scored_are_skipped_where_asked(
@@ -287,7 +287,7 @@ def test_records_that_cannot_be_scored_are_skipped_where_asked(
         assert re.search(r"a:11: field 'completion' needs \d+ tokens", capsys.readouterr().err)
         assert not (tmp_path / "out").exists()
         assert cli.run(command, [*common, "--on-bad-record", "skip"]) == 0
-        assert "1 bad records" in "".join(capsys.readouterr())
+        assert "bad records skipped: 1;" in "".join(capsys.readouterr())
         if command == "score":
             assert [r["n"] for r in read(tmp_path / "out")] == list(range(20))
         (shutil.rmtree if (tmp_path / "out").is_dir() else os.remove)(tmp_path / "out")

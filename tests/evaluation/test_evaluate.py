@@ -106,7 +106,7 @@ def test_records_without_what_is_asked_are_skipped(
     assert cli.run("evaluate", call) == 2
     assert "labeled.jsonl:4: field 'is_correct' is 'None', not true or false" in capsys.readouterr().err
     assert cli.run("evaluate", [*call, "--on-bad-record", "skip"]) == 0
-    assert "2 bad records skipped; the first: " in capsys.readouterr().err
+    assert "bad records skipped: 2; the first: " in capsys.readouterr().err
     good = [record for i, record in enumerate(records) if i not in (3, 7)]
     call[1:4] = [str(write(tmp_path / "good" / "labeled.jsonl", good)), "-o", str(tmp_path / "without")]
     assert cli.run("evaluate", call) == 0
