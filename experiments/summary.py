@@ -5,7 +5,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from gcrm_fast import train
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.json_lines import finite
 from gcrm_fast.common.options import flag
 from gcrm_fast.training.config import TrainConfig, parse, read_toml
 from gcrm_fast.training.resume import FREE
@@ -156,25 +157,20 @@ def write_aside(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def leaves(item: Any, change: Callable[[Any], Any]) -> Any:
-    """The item with every value inside its lists and mappings changed."""
-    if isinstance(item, Mapping):
-        return {str(key): leaves(part, change) for key, part in item.items()}
-    if isinstance(item, (list, tuple)):
-        return [leaves(part, change) for part in item]
-    return change(item)
-
-
-def finite(value: Any) -> Any:
-    """What JSON can hold: NaN and infinity become null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def with_nan(item: Any) -> Any:
+    """What JSON gives back, with NaN for null."""
+    if isinstance(item, dict):
+        return {key: with_nan(part) for key, part in item.items()}
+    if isinstance(item, list):
+        return [with_nan(part) for part in item]
+    return math.nan if item is None else item
 
 
 def saved_rows(report: Path) -> list[dict[str, Any]]:
     """The rows of a report so far; without its file none. Numbers that are missing are NaN."""
     path = report.with_suffix(".json")
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    return [leaves(row, lambda value: math.nan if value is None else value) for row in rows]
+    return [with_nan(row) for row in rows]
 
 
 def read_rows(report: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -191,10 +187,10 @@ def read_rows(report: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]
 
 def save_rows(report: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One row per line."""
-    lines = ",\n".join(json.dumps(leaves(row, finite)) for row in rows)
+    lines = ",\n".join(json.dumps(finite(row)) for row in rows)
     write_aside(report.with_suffix(".json"), f'{{"rows": [\n{lines}\n]}}\n')
 
 
 def to_json(value: Mapping[str, Any]) -> str:
     """Readable and diffable; NaN and infinity become null."""
-    return json.dumps(leaves(value, finite), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n"

@@ -5,7 +5,6 @@ made it; the output is that in the order of the prompts.
 """
 
 import contextlib
-import gzip
 import hashlib
 import itertools
 import json
@@ -21,10 +20,11 @@ import numpy as np
 
 from gcrm_fast.checkpoints.goals import named_goal
 from gcrm_fast.commands.options import GenerateOptions
-from gcrm_fast.commands.score import Output, json_line, numbers
+from gcrm_fast.commands.output import Output
 from gcrm_fast.commands.shared import check_left
 from gcrm_fast.common.errors import UserError, kept_if_interrupted, printable
 from gcrm_fast.common.files import output_file
+from gcrm_fast.common.json_lines import compressed, json_line, numbers
 from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.data.prompts import Prompt, read_prompts
 from gcrm_fast.data.sources import STDIN, BadRecords
@@ -77,7 +77,7 @@ class Partial:
     def finish(self, output: Path) -> None:
         lines = b"".join(json_line(self.records[i]) for i in sorted(self.records))
         whole = output.with_name(output.name + ".whole")
-        whole.write_bytes(gzip.compress(lines, mtime=0) if output.suffix == ".gz" else lines)
+        whole.write_bytes(compressed(output, lines))
         os.replace(whole, output)
         self.path.unlink()
 

@@ -1,13 +1,13 @@
 """``gcrm samples``: labeled solutions of generated problems, as if drawn from a model, with the place of the error."""
 
-import gzip
-import json
 import sys
 
 from gcrm_fast.commands.options import SampleOptions
 from gcrm_fast.common.errors import UserError
-from gcrm_fast.common.files import output_file, written_aside
+from gcrm_fast.common.files import output_file
+from gcrm_fast.common.json_lines import json_line, write_lines
 from gcrm_fast.data.arithmetic import generate, samples
+from gcrm_fast.data.sources import STDIN
 
 
 def distinct_problems(options: SampleOptions) -> list[str]:
@@ -30,11 +30,8 @@ def distinct_problems(options: SampleOptions) -> list[str]:
 def run(options: SampleOptions) -> None:
     """Writes the file. Raises UserError."""
     records = samples(distinct_problems(options), options.samples, options.right, options.seed)
-    text = "".join(json.dumps(record) + "\n" for record in records).encode()
-    if options.output == "-":
-        sys.stdout.buffer.write(text)
+    if options.output == STDIN:
+        sys.stdout.buffer.write(b"".join(map(json_line, records)))
         sys.stdout.buffer.flush()
         return
-    path = output_file(options.output, ())
-    with written_aside(path) as partial:
-        partial.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+    write_lines(output_file(options.output, ()), records)

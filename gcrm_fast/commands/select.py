@@ -1,6 +1,5 @@
 """``gcrm select``: the prompts to train a policy on next, and their order."""
 
-import gzip
 import itertools
 import json
 from collections import Counter
@@ -12,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from gcrm_fast.commands.options import SelectOptions
-from gcrm_fast.commands.score import json_line
+from gcrm_fast.commands.output import companion
 from gcrm_fast.commands.shared import check_left, load
 from gcrm_fast.commands.windows import Row, worked
 from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.common.files import output_file, written_aside
+from gcrm_fast.common.json_lines import write_lines
 from gcrm_fast.common.tables import columns, number
 from gcrm_fast.data.records import parse_columns
 from gcrm_fast.data.samples import FORMATS, Samples, read_samples
@@ -189,12 +189,6 @@ def suspects(rows_: Sequence[Row], found: Selection) -> tuple[str, list[int]]:
     return words, sorted(own, key=lambda i: found.scores_N[i])
 
 
-def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    lines = b"".join(map(json_line, records))
-    with written_aside(path) as partial:
-        partial.write_bytes(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
-
-
 def select(options: SelectOptions) -> None:
     """Reads and scores the samples, then writes all files. Raises UserError."""
     if options.output == STDIN:
@@ -257,10 +251,6 @@ def select(options: SelectOptions) -> None:
         plot(selection, options, companion(output, ".png"))
         write_lines(output, after)
     report(options, selection, samples, words, listed, counts, len(before))
-
-
-def companion(output: Path, suffix: str) -> Path:
-    return output.with_name(output.name + suffix)
 
 
 def plot(found: Selection, options: SelectOptions, path: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from gcrm_fast.commands.options import SynthesizeOptions
-from gcrm_fast.commands.score import json_line
-from gcrm_fast.commands.select import companion, write_lines
+from gcrm_fast.commands.output import companion
 from gcrm_fast.commands.shared import check_left, load
 from gcrm_fast.commands.windows import Row, worked
 from gcrm_fast.common.errors import UserError, printable
 from gcrm_fast.common.files import output_file, written_aside
+from gcrm_fast.common.json_lines import json_line, write_lines
 from gcrm_fast.common.tables import number
 from gcrm_fast.data.records import parse_columns
 from gcrm_fast.data.samples import FORMATS, Samples, read_samples

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gcrm_fast.commands.score import Output, json_line
+from gcrm_fast.commands.output import Output
+from gcrm_fast.common.json_lines import json_line
 from gcrm_fast.common.progress import progress_bar
 from gcrm_fast.data.samples import Samples
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from gcrm_fast.common.errors import UserError, one_line
 from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.json_lines import finite
 
 WANDB_ID = "wandb_id"  # key of the row that names the run there
 
@@ -141,5 +142,4 @@ class MetricsLog:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite) + "\n"
+    return json.dumps(finite(row)) + "\n"

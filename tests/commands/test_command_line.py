@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from gcrm_fast.checkpoints.locating import MODEL_FILES, TOKENIZER_FILES, locate
-from gcrm_fast.commands.score import json_line
 from gcrm_fast.common.command_line import exit_code
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.common.files import written_aside
+from gcrm_fast.common.json_lines import json_line
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -38,7 +38,7 @@ FAULTS = {
         "tests/evaluation/test_goals.py -k conditions",
     ),
     "a resumed output keeps what came after its last whole window": (
-        "gcrm_fast/commands/score.py",
+        "gcrm_fast/commands/output.py",
         "file.truncate()",
         "file.seek(0, 2)",
         "tests/commands/test_score.py -k killed",
@@ -50,7 +50,7 @@ FAULTS = {
         "tests/commands/test_score.py -k something_else",
     ),
     "a partial output of other options is continued": (
-        "gcrm_fast/commands/score.py",
+        "gcrm_fast/commands/output.py",
         "if done.made_by.get(name) != made_by[name]]",
         "if name not in found.made_by]",
         "tests/commands/test_score.py -k something_else",
@@ -146,7 +146,7 @@ FAULTS = {
         "tests/data/test_arithmetic.py -k sides",
     ),
     "score: NaN passed on as it is": (
-        "gcrm_fast/commands/score.py",
+        "gcrm_fast/common/json_lines.py",
         "    record = finite(record)\n",
         "",
         "tests/commands/test_command_line.py -k strict_json",

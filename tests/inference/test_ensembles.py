@@ -9,7 +9,7 @@ import pytest
 
 from gcrm_fast import RewardModel
 from gcrm_fast.commands.options import ServeOptions
-from gcrm_fast.commands.score import Output
+from gcrm_fast.commands.output import Output
 from gcrm_fast.commands.shared import load
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.inference.ensembles import Ensemble, combined, load_ensemble
