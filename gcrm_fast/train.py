@@ -35,6 +35,7 @@ from gcrm_fast.model.reward_model import LlamaRewardModel
 from gcrm_fast.training import parallel
 from gcrm_fast.training.config import TrainConfig, parse
 from gcrm_fast.training.describe import describe
+from gcrm_fast.training.finishing import finish
 from gcrm_fast.training.hub import create_repository, upload
 from gcrm_fast.training.interrupts import Interrupts, Request, end_with_parent
 from gcrm_fast.training.loader import load
@@ -44,7 +45,7 @@ from gcrm_fast.training.option_checks import ARITHMETIC
 from gcrm_fast.training.output_folder import check_unfinished, default_output
 from gcrm_fast.training.prepare import Prepared, prepare
 from gcrm_fast.training.resume import with_template_date
-from gcrm_fast.training.run import finish, resume_hint, set_up
+from gcrm_fast.training.run import resume_hint, set_up
 
 # Without tqdm's own seconds per step, which have evaluations and checkpoints in them: log_row's have not.
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"

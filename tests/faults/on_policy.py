@@ -14,7 +14,7 @@ FAULTS = {
         "tests/training/test_on_policy.py -k blocks_hold",
     ),
     "run: the saved model holds the networks of the views": (
-        "gcrm_fast/training/run.py",
+        "gcrm_fast/training/finishing.py",
         "if name != LM_HEAD and not name.startswith(VIEWS)",
         "if name != LM_HEAD",
         "tests/training/test_on_policy.py -k logs_the_loss",

@@ -164,7 +164,7 @@ FAULTS = {
         "tests/training/test_train_layers.py -k read_again",
     ),
     "cached states: layers below missing in the saved model": (
-        "gcrm_fast/training/run.py",
+        "gcrm_fast/training/finishing.py",
         "shapes.keys() - weights.keys()",
         "shapes.keys() - shapes.keys()",
         "tests/training/test_train_layers.py -k layers_below_stay",
@@ -500,9 +500,9 @@ FAULTS = {
         "tests/training/test_train.py -k goals_at_the_end",
     ),
     "run: the best model's card has the last one's numbers": (
-        "gcrm_fast/training/run.py",
-        "*held_out_rows(run.log, of_best), *run.about_q(of_best,",
-        "*held_out_rows(run.log, evaluation), *run.about_q(evaluation,",
+        "gcrm_fast/training/finishing.py",
+        "*held_out_rows(run.log, of_best), *about_q(run, of_best,",
+        "*held_out_rows(run.log, evaluation), *about_q(run, evaluation,",
         "tests/training/test_resume.py -k stay",
     ),
     "model card: a command without what differs from its preset": (
@@ -537,7 +537,7 @@ FAULTS = {
     ),
     "a model that does not fit is built": (
         "gcrm_fast/training/run.py",
-        "    check_model_fits(prepared, config, world_size, int(limit))\n",
+        "    check_model_fits(prepared, config, dist.get_world_size(), int(limit))\n",
         "",
         "tests/training/test_step.py -k ends_in_one_line",
     ),
@@ -572,7 +572,7 @@ FAULTS = {
         "tests/training/test_language_loss.py -k never_exist",
     ),
     "language loss: the lm_head is saved": (
-        "gcrm_fast/training/run.py",
+        "gcrm_fast/training/finishing.py",
         "if name != LM_HEAD and not",
         "if not",
         "tests/training/test_language_loss.py -k learns_to_write",

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from gcrm_fast.train import main
-from gcrm_fast.training import run
+from gcrm_fast.training import finishing, run
 from gcrm_fast.training.optimizer import Updater
 from support.training_runs import Ended, arguments, assert_same, end_in_step_9, rows, torchrun
 
@@ -93,7 +93,7 @@ def test_a_run_that_is_killed_after_it_stopped_only_finishes(
         raise Ended
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "save_model", ended)
+        patch.setattr(finishing, "save_model", ended)
         with pytest.raises(Ended):
             main(call)
     before = len(updated)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from gcrm_fast.common.errors import UserError
 from gcrm_fast.data.tokenization import load_tokenizer
 from gcrm_fast.train import main
-from gcrm_fast.training import resume, run, snapshots
+from gcrm_fast.training import finishing, resume, run, snapshots
 from gcrm_fast.training.config import parse
 from gcrm_fast.training.manifest import checkpoints, read_manifest
 from gcrm_fast.training.metrics_log import MetricsLog
@@ -264,7 +264,7 @@ def test_a_run_that_is_killed_at_its_end_finishes_when_called_again(
     common = arguments(pair_file, tmp_path, "--keep-best", "eval/auroc", "--eval-every", "2")
     values, real = iter([0.1, 0.7, 0.9, 0.8, 0.3, 0.2, 0.1, 0.3, 0.2, 0.1]), run.metrics
     monkeypatch.setattr(run, "metrics", lambda scores: real(scores) | {"eval/auroc": next(values)})
-    save, written = run.save_model, []
+    save, written = finishing.save_model, []
 
     def ending(folder: Path, *rest: Any) -> None:
         if folder.name.startswith("model."):
@@ -273,7 +273,7 @@ def test_a_run_that_is_killed_at_its_end_finishes_when_called_again(
         written.append(folder.name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "save_model", ending)
+        patch.setattr(finishing, "save_model", ending)
         with pytest.raises(Ended):
             main(common)
     assert written == ["model_best.partial"]
