@@ -43,9 +43,10 @@ from gcrm_fast.training.memory import (
     memory_plan,
     predicted_memory,
 )
-from gcrm_fast.training.objectives import Objective, losses
+from gcrm_fast.training.objectives import Objective, losses, statistics_of
 from gcrm_fast.training.optimizer import Updater, cast_weights
-from gcrm_fast.training.prepare import prepare
+from gcrm_fast.training.prepare import objective_of, prepare
+from gcrm_fast.training.resume import Window
 from support.small import memory_shape, small_config, small_model
 from support.training_runs import arguments, torchrun
 
@@ -338,20 +339,37 @@ class _NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("variant", ["paper", "dense"])
-def test_a_step_never_waits_for_the_device(pairs: list[TokenizedPair], variant: str) -> None:
-    config = TrainConfig(lr=1e-3)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--objective-variant dense",
+        "--objective-variant repo",
+        "--sampling avg",
+        "--sampling end_mix --temperature 0.2",
+        "--distance euclidean",
+        "--negatives after-divergence",
+        "--label-smoothing 0.1 --center-rewards 0.1",
+        "--head mlp",
+        "--head bottleneck --bottleneck-size 6",
+    ],
+)
+def test_a_step_never_waits_for_the_device(pairs: list[TokenizedPair], words: str) -> None:
+    config = parse(["--data", "pairs.jsonl", *words.split()])
+    of_head = {"head": config.head, "bottleneck_size": 6 if config.head == "bottleneck" else 0}
+    sampling = Sampling(3, config.objective_variant, config.negatives, 0, config.sampling)
+    sampling = replace(sampling, noise=of_head["bottleneck_size"])
     with parallel.process_group() as (mesh, device):
-        model = LlamaRewardModel(small_config(projection_size=5))
+        model = LlamaRewardModel(small_config(projection_size=5, **of_head))
         parallel.shard(model, mesh, torch.float32)
         updater = Updater(model, config, 3, device)
-        packs = [
-            build_pack([pairs[:2]], Sampling(variant=variant), 0),
-            build_pack([[pairs[3]]], Sampling(variant=variant), 0),
-        ]
+        names = statistics_of(config.head, sft=False, loss=config.loss, views=False)
+        window = Window(names, device)
+        packs = [build_pack([pairs[:2]], sampling, 0), build_pack([[pairs[3]]], sampling, 0)]
         with _NoWaiting():
-            sums = train.accumulate(model, packs, 3, Objective(dense=variant == "dense"), device)
-            updater.update(1, sums["loss"])
+            sums = train.accumulate(model, packs, 3, objective_of(config), device)
+            made, _, _ = updater.update(1, sums["loss"])
+            window.add(1, sums, 3, made)
 
 
 def test_similarity_within_completions_compares_different_tokens_of_each() -> None:
