@@ -7,7 +7,7 @@ states.
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -200,17 +200,29 @@ def intervals(scores: Scores) -> dict[str, float]:
         "eval/auroc": auroc_interval(right, scores.reward_2N.ravel(), np.tile(prompt_N, 2)),
         "eval/accuracy": ratio_interval(won_C, count_C),
     }
+    return with_ends(bounds)
+
+
+def with_ends(bounds: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """``NAME_low`` and ``NAME_high`` of the intervals that there are."""
     ends = {f"{name}_{end}": pair[i] for name, pair in bounds.items() for i, end in enumerate(("low", "high"))}
     return {name: value for name, value in ends.items() if np.isfinite(value)}
 
 
 def breakdown(scores: Scores, fields: Sequence[str]) -> dict[str, float]:
     """AUROC by value of each record field: {"steps=2": 0.97, ...}."""
+    return by_value(scores.pairs, fields, lambda own_N: auroc(scores.reward_2N[:, own_N]))
+
+
+def by_value(
+    pairs: Sequence[TokenizedPair], fields: Sequence[str], measured: Callable[[np.ndarray], float]
+) -> dict[str, float]:
+    """What is measured of the pairs [N] with each value of each record field, short values first."""
     table = {}
     for name in fields:
-        values = np.array([str(pair.fields[name]) for pair in scores.pairs])
+        values = np.array([str(pair.fields[name]) for pair in pairs])
         for value in sorted(set(values), key=lambda v: (len(v), v)):
-            table[f"{name}={value}"] = auroc(scores.reward_2N[:, values == value])
+            table[f"{name}={value}"] = measured(values == value)
     return table
 
 

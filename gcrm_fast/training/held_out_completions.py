@@ -9,7 +9,7 @@ import numpy as np
 
 from gcrm_fast.common.statistics import auroc
 from gcrm_fast.evaluation.measures import auroc_interval, correlations, interval, ratio_interval
-from gcrm_fast.training.held_out import Scores
+from gcrm_fast.training.held_out import Scores, by_value, with_ends
 from gcrm_fast.training.objectives import RIGHT
 
 
@@ -39,14 +39,8 @@ def completion_metrics(scores: Scores, loss: str, fields: Sequence[str], *, fina
         }
     if not final:
         return row
-    for name, ends in bounds.items():
-        row |= {f"{name}_{end}": value for end, value in zip(("low", "high"), ends, strict=True) if np.isfinite(value)}
-    for name in fields:
-        values = np.array([str(one.fields[name]) for one in scores.pairs])
-        for value in sorted(set(values), key=lambda v: (len(v), v)):
-            own = values == value
-            row[f"eval/auroc/{name}={value}"] = auroc(target_N[own] > RIGHT, reward_N[own])
-    return row
+    by = by_value(scores.pairs, fields, lambda own_N: auroc(target_N[own_N] > RIGHT, reward_N[own_N]))
+    return row | with_ends(bounds) | {f"eval/auroc/{name}": value for name, value in by.items()}
 
 
 def pearson_interval(a_N: np.ndarray, b_N: np.ndarray, prompt_N: np.ndarray) -> tuple[float, float]:
