@@ -240,7 +240,8 @@ def generate(options: GenerateOptions) -> None:
     with Output(output).held():
         partial = Partial(output, json.loads(json_line(made_by)))
         method = of_options(Method, options, kind=options.method)
-        sampling, seconds = of_options(Sampling, options), {}
+        longest = method.longest(options.max_new_tokens)  # the comparison's too
+        sampling, seconds = of_options(Sampling, options, max_new_tokens=longest), {}
         bad = BadRecords(skip=options.on_bad_record == "skip")
 
         def results(kind: Method, todo: Sequence[int], name: str, bad: BadRecords) -> Iterator[tuple[int, Result]]:

@@ -80,9 +80,11 @@ class Reference:
             )
         fitted_ND = latents_ND[part_N < 2]
         covariance = LedoitWolf().fit(fitted_ND)
-        if not covariance.covariance_.any():
-            raise UserError(f"{name}: all completions have the same latents: give completions that differ")
-        normal = Normal.of(covariance.location_, covariance.covariance_)
+        try:
+            normal = Normal.of(covariance.location_, covariance.covariance_)
+        except np.linalg.LinAlgError:
+            what = "all completions have the same latents, or one of few"
+            raise UserError(f"{name}: {what}: give completions that differ") from None
         threshold = float(np.quantile(normal.distances(latents_ND[part_N == 2]) ** 2, QUANTILE))
         eps = neighbor_distance(fitted_ND)
         null_ND = latents_ND[part_N == 3]

@@ -173,6 +173,17 @@ def test_rewards_of_cut_answers_are_not_compared(ending: str, other: float | Non
     assert command.ended(record) == counts
 
 
+def test_beams_are_compared_with_samples_of_their_length(
+    policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm
+) -> None:
+    beams = ("--method", "beams", "--beams", 2, "--per-beam", 2, "--steps", 2, "--step-tokens", 3, "--compare")
+    done = gcrm("generate", policy, asked, "-o", tmp_path / "a.jsonl", "--reward", reward, *SHORT, *beams)
+    assert done.returncode == 0, done.stderr
+    written = [record["unfiltered"]["policy_tokens"] for record in lines(tmp_path / "a.jsonl")]
+    assert max(written) <= 4 * 6, "four samples of up to two steps of three tokens"
+    assert max(written) > 6
+
+
 def test_a_comparison_of_answers_that_never_end(
     policy: Path, reward: Path, asked: Path, tmp_path: Path, gcrm: Gcrm
 ) -> None:

@@ -68,6 +68,9 @@ def test_few_reference_samples_are_refused_or_said(rng: np.random.Generator) -> 
         Reference.of(rng.normal(size=(100, 64)), np.arange(100) % 4, "sft.jsonl")
     with pytest.raises(UserError, match="of different prompts"):
         Reference.of(rng.normal(size=(100, 8)), np.zeros(100, dtype=int), "sft.jsonl")
+    two = np.tile([[0.0, 1, 2], [1, 1, 0]], (200, 1))  # their covariance, even shrunk, has no Cholesky factor
+    with pytest.raises(UserError, match="the same latents, or one of few"):
+        Reference.of(two, np.arange(400) // 2 % 4, "sft.jsonl")
     with pytest.raises(UserError, match=r"sft\.jsonl: all completions have the same latents"):
         Reference.of(np.ones((100, 8)), np.arange(100) % 4, "sft.jsonl")
     assert "320 reference completions are few for latents of width 64" in reference(rng, 320, 64).warning

@@ -1,6 +1,12 @@
 """Faults planted in commands/: name -> (file, text, replacement, test that must turn red)."""
 
 FAULTS = {
+    "generate: beams are compared with longer samples": (
+        "gcrm_fast/commands/generate.py",
+        "of_options(Sampling, options, max_new_tokens=longest)",
+        "of_options(Sampling, options)",
+        "tests/commands/test_generate.py -k samples_of_their_length",
+    ),
     "samples of generate: columns of other names are lost": (
         "gcrm_fast/data/samples.py",
         "return listed | renamed(raw, columns, source)",
