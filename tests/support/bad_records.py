@@ -472,7 +472,9 @@ CASES = [
         "--columns prompt=prompt,chosen=good: no other fields are read, so name all fields of a format",
     ),
     Case(
-        "column of no field", lines(GOOD, options=("--columns", "choosen=chosen")), "--columns .*'choosen' is not one of"
+        "column of no field",
+        lines(GOOD, options=("--columns", "choosen=chosen")),
+        "--columns .*'choosen' is not one of",
     ),
     Case("columns not named", lines(GOOD, options=("--columns", "chosen")), "--columns chosen: must be NAME=COLUMN"),
     Case(
