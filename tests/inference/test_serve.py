@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -493,10 +494,13 @@ def test_the_program_warns_serves_and_ends_in_order(folder: Path) -> None:
         stderr=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
-        line = process.stdout.readline()
+        too_late = threading.Timer(60, process.kill)  # a line that is missing would be waited for without end
+        too_late.start()
+        line, verdict = process.stdout.readline(), process.stdout.readline()
+        too_late.cancel()
         port = int(line.partition(",")[0].rpartition(":")[2])
         assert "goals: default, short" in line
-        assert process.stdout.readline() == f"Found by the model's training run: {VERDICT}\n"
+        assert verdict == f"Found by the model's training run: {VERDICT}\n"
         waiting = socket.create_connection(("127.0.0.1", port), timeout=20)
         body = b'{"query": ["a"]}'
         waiting.sendall(
