@@ -19,7 +19,7 @@ from gcrm_fast.data.encoding import CUT, Completion
 from gcrm_fast.data.messages import Messages
 from gcrm_fast.inference.generation import Policy, Row
 from gcrm_fast.inference.scoring import RewardModel
-from gcrm_fast.inference.streaming import LiveRow, LiveScorer, ending_of, reencode
+from gcrm_fast.inference.streaming import LiveRow, LiveScorer, ending_of, reencode, rewards_of_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +163,11 @@ class Judge:
         """Rewards of finished rows, as of completions of that text. Those that a limit ended are cut, unless there is
         no text yet."""
         judged = [self.judged[id(row)] for row in rows]
-        if self.model.end.kind != "eos":  # read where another project's trainer read it, which only the text says
+        if self.model.end.kind != "eos":
             pairs = zip(judged, rows, strict=True)
             texts = [as_text(self.model.tokenizer, own.prompt.given, row.text) for own, row in pairs]
             cuts = [row.ending == "length" and bool(row.text) for row in rows]
-            encoded = self.model.encode([prompt for prompt, _ in texts], [text for _, text in texts], cuts)
-            return [one.reward for one in self.model.judge(encoded)]
+            return rewards_of_texts(self.model, texts, cuts)
         cuts = [
             row.ending == "length" and len(own.live.ids) > own.live.start for row, own in zip(rows, judged, strict=True)
         ]

@@ -16,7 +16,7 @@ from gcrm_fast.data.chat import as_text
 from gcrm_fast.inference.methods import lowest
 from gcrm_fast.inference.protocols import Chunk, OpenRequest, PushRequest
 from gcrm_fast.inference.scoring import RewardModel
-from gcrm_fast.inference.streaming import LiveRow, LiveScorer, ending_of, reencode
+from gcrm_fast.inference.streaming import LiveRow, LiveScorer, ending_of, reencode, rewards_of_texts
 
 
 @dataclass(eq=False, kw_only=True)
@@ -210,10 +210,7 @@ class Sessions:
         """Ends rows; their rewards by number."""
         rows, cuts = [session.rows[chunk.row] for chunk in chunks], [chunk.end == "length" for chunk in chunks]
         if rows and all(row.kind == "text" for row in rows) and self.model.end.kind != "eos":
-            # read where another project's trainer read it, which only the text says
-            texts = [self._text(session.request, row.text) for row in rows]
-            encoded = self.model.encode([prompt for prompt, _ in texts], [text for _, text in texts], cuts)
-            rewards = [one.reward for one in self.model.judge(encoded)]
+            rewards = rewards_of_texts(self.model, [self._text(session.request, row.text) for row in rows], cuts)
         else:
             rewards = self.scorer.close([row.live for row in rows], cuts)
         for row in rows:

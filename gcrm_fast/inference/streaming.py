@@ -78,6 +78,15 @@ def ending_of(model: "RewardModel", prompt: str, answer: str) -> list[int]:
     return own[::-1]
 
 
+def rewards_of_texts(
+    model: "RewardModel", texts: Sequence[tuple[str, str]], cuts: Sequence[bool] | None = None
+) -> list[float]:
+    """Of (prompt, completion), in a forward of their own: where another project's trainer read the reward, only the
+    text says."""
+    encoded = model.encode([prompt for prompt, _ in texts], [completion for _, completion in texts], cuts)
+    return [one.reward for one in model.judge(encoded)]
+
+
 class LiveScorer:
     """Rows of any number of prompts through one reward model, with one cache of up to ``limit`` tokens."""
 
